@@ -1,0 +1,172 @@
+"""The options of the passes. Every field enters the compile cache's key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from fusewire.custom_ops.ir import all_ops, check_priority, get_op
+from fusewire.errors import ConfigError
+
+DISABLE_VARIABLE = "FUSEWIRE_DISABLE"
+BATCH_INVARIANT_VARIABLE = "FUSEWIRE_BATCH_INVARIANT"
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"", "0", "false", "no", "off"}
+
+
+def env_flag(name: str) -> bool:
+    """Whether an environment variable switches something on; ConfigError if its value is neither yes nor no."""
+    value = os.environ.get(name, "").strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ConfigError(f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off, unset)")
+
+
+def disabled_by_environment() -> bool:
+    """Whether FUSEWIRE_DISABLE switches every pass off."""
+    return env_flag(DISABLE_VARIABLE)
+
+
+def _doc(default: Any, text: str) -> Any:
+    metadata = {"doc": text}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """What the passes do. Immutable; names are vLLM's where vLLM has the same toggle.
+
+    `PassConfig.describe()` prints every field with its meaning.
+
+    Raises:
+        ConfigError: a value cannot be used; the message says which would do.
+    """
+
+    fuse_allreduce_rms: bool = _doc(
+        True, "Fuse all_reduce -> [add ->] rms_norm into fusewire::all_reduce_rms_norm."
+    )
+    eliminate_noops: bool = _doc(
+        True, "Drop views, reshapes, slices and casts that change nothing before matching."
+    )
+    fi_allreduce_fusion_max_size_mb: float | None = _doc(
+        None,
+        "Largest input, in MiB, that goes to FlashInfer's kernels; above it the next provider by priority serves. "
+        "None: the measured table of this GPU decides.",
+    )
+    ir_op_priority: Mapping[str, tuple[str, ...]] = _doc(
+        {}, "Per operator the providers to try, in order, e.g. {'rms_norm': ('triton', 'native')}."
+    )
+    batch_invariant: bool = _doc(
+        False,
+        "Only providers whose result for a row does not depend on the other rows; also switched on by "
+        f"{BATCH_INVARIANT_VARIABLE}=1.",
+    )
+    inline_native: bool = _doc(
+        True,
+        "Where only native can serve a fused operator, write its arithmetic into the graph, so that Inductor fuses "
+        "it with its neighbours; False keeps the call of the operator.",
+    )
+    allow_reassociation: bool = _doc(
+        True,
+        "Let a bias or a scale between the all-reduce and the norm move across the sum, which rounds elsewhere.",
+    )
+    expect_fused: int | str | None = _doc(
+        None,
+        "Fail the compilation, with the report, unless this many all-reduces were fused ('all': every one found).",
+    )
+    disabled_passes: tuple[str, ...] = _doc((), "Names of registered passes to leave out.")
+    dump_graphs: str | None = _doc(None, "Directory to write each graph to, before and after every pass.")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "disabled_passes", tuple(self.disabled_passes))
+        self._check_types()
+        limit = self.fi_allreduce_fusion_max_size_mb
+        if limit is not None and not limit >= 0:
+            raise ConfigError(f"fi_allreduce_fusion_max_size_mb is {limit!r}; it must be a number >= 0, or None")
+        expected = self.expect_fused
+        if isinstance(expected, str) and expected != "all":
+            raise ConfigError(f"expect_fused is {expected!r}; it must be a count, 'all' or None")
+        if isinstance(expected, int) and expected < 0:
+            raise ConfigError(f"expect_fused is {expected}; a count cannot be negative")
+        if not isinstance(self.ir_op_priority, Mapping):
+            raise ConfigError("ir_op_priority must map operators to lists of providers")
+        checked = {
+            name: check_priority(get_op(name), tuple(providers))
+            for name, providers in sorted(self.ir_op_priority.items())
+        }
+        object.__setattr__(self, "ir_op_priority", checked)
+        if env_flag(BATCH_INVARIANT_VARIABLE):
+            object.__setattr__(self, "batch_invariant", True)
+
+    def _check_types(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(item.default, bool) and not isinstance(value, bool):
+                raise ConfigError(f"{item.name} is {value!r}; it must be True or False")
+
+    def __hash__(self) -> int:
+        return hash(self.key())
+
+    def key(self) -> str:
+        """All fields as text; equal exactly for equal configurations."""
+        return repr([(item.name, getattr(self, item.name)) for item in fields(self)])
+
+    def policy(self, op_name: str) -> str:
+        """The policy that graphs compiled with this configuration carry in calls of the operator.
+
+        Providers by priority, then `;` and the options of the choice between them. See fusewire.custom_ops.ir.
+        """
+        op = all_ops()[op_name]
+        names = list(self.ir_op_priority.get(op_name, op.priority))
+        if self.batch_invariant:
+            kept = [name for name in names if op.providers[name].batch_invariant]
+            names = kept + [n for n, p in op.providers.items() if p.batch_invariant and n not in kept]
+        text = ",".join(names)
+        if op_name == "all_reduce_rms_norm" and self.fi_allreduce_fusion_max_size_mb is not None:
+            text += f";max_size_mb={self.fi_allreduce_fusion_max_size_mb:g}"
+        return text
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """The names of all options."""
+        return tuple(item.name for item in fields(cls))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> PassConfig:
+        """A configuration from a mapping; an unknown name is an error that suggests the nearest one.
+
+        Raises:
+            ConfigError: a name is unknown or a value cannot be used.
+        """
+        for name in options:
+            if name not in cls.field_names():
+                raise ConfigError(unknown_option(name, cls.field_names()))
+        return cls(**options)
+
+    @classmethod
+    def describe(cls) -> str:
+        """Every option with its default and meaning, one paragraph each."""
+        lines = []
+        for item in fields(cls):
+            default = (
+                item.default_factory()
+                if item.default_factory is not dataclasses.MISSING
+                else item.default
+            )
+            lines.append(f"{item.name} (default {default!r}): {item.metadata['doc']}")
+        return "\n".join(lines)
+
+
+def unknown_option(name: str, known: tuple[str, ...]) -> str:
+    """The message for an option that does not exist, with the nearest that does."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown option {name!r}{hint} (PassConfig.describe() lists fusewire's options)"
