@@ -54,7 +54,7 @@ class PassConfig:
         True, "Fuse all_reduce -> [add ->] rms_norm into fusewire::all_reduce_rms_norm."
     )
     eliminate_noops: bool = _doc(
-        True, "Drop views, reshapes, slices and casts that change nothing before matching."
+        True, "Drop views, reshapes and casts that change nothing, before matching."
     )
     fi_allreduce_fusion_max_size_mb: float | None = _doc(
         None,

@@ -1,0 +1,472 @@
+"""Which provider serves a call of `all_reduce_rms_norm`, by its number of tokens, at run time.
+
+A policy such as "flashinfer,native;max_size_mb=4" names the providers that may serve, by priority, and options:
+
+- providers after `native` are never reached, since native serves everything;
+- of those before it that are in the plan (fusewire.custom_ops.plans), the fastest at this size serves; one that is not
+  in the plan serves wherever it comes first;
+- `max_size_mb` replaces the plan's word on FlashInfer: it serves inputs up to so many MiB and none above;
+- a policy of one provider forces it.
+
+Ranks that chose differently would wait for each other for ever. So a choice follows from nothing but the shapes and
+dtypes of the call, the policy, and what the ranks voted on once (fusewire.custom_ops.workspace); never from a pointer or
+from one rank's memory. It is made once for each shape and then looked up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
+from fusewire.custom_ops.ir import NATIVE, IrOp, Provider, Refusal, parse_policy, unknown_provider
+from fusewire.custom_ops.plans import Plan, find_plan
+from fusewire.custom_ops.workspace import PROVIDERS, REGISTRY, Entry, WorkspaceKey, WorkspaceProvider
+from fusewire.errors import ConfigError, NoProviderError
+
+# Memory that a workspace may take on each GPU where nobody said how many tokens it is for.
+DEFAULT_WORKSPACE_BYTES = 512 << 20
+_LIMITED_BY_SIZE = "flashinfer"
+_MAX_DECISIONS = 1 << 15
+_NEVER = range(0)
+
+
+class Shape(NamedTuple):
+    """What a choice depends on, beside the policy."""
+
+    tokens: int
+    hidden: int
+    dtype: torch.dtype
+    world_size: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens * self.hidden * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy, read. `names` ends where nothing after it could be reached."""
+
+    names: tuple[str, ...]
+    max_size_mb: float | None = None
+
+    @property
+    def forced(self) -> bool:
+        return len(self.names) == 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a call: a provider, or one variant of it. `label` is its name in the plan."""
+
+    name: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The outcome for one shape. `candidate` is None where nothing can serve."""
+
+    candidate: Candidate | None
+    reason: str
+    refusals: tuple[Refusal, ...] = ()
+
+
+def read_policy(op: IrOp, policy: str) -> Policy:
+    """The policy's providers and options.
+
+    Raises:
+        ConfigError: an option is unknown or not a number.
+    """
+    names = parse_policy(op, policy)
+    if NATIVE in names:
+        names = names[: names.index(NATIVE) + 1]
+    limit: float | None = None
+    for option in policy.split(";")[1:]:
+        key, _, value = option.strip().partition("=")
+        if key != "max_size_mb":
+            raise ConfigError(f"the policy {policy!r} has an unknown option {key!r}; there is max_size_mb")
+        try:
+            limit = float(value)
+        except ValueError:
+            raise ConfigError(f"the policy {policy!r}: max_size_mb={value!r} is not a number of MiB") from None
+    return Policy(names, limit)
+
+
+# --- The choice, free of side effects ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the ranks agreed on for one provider: how many tokens its workspace takes, or why it has none."""
+
+    max_tokens: int = 0
+    reason: str = ""
+
+
+def pick(shape: Shape, policy: Policy, plan: Plan, rooms: Mapping[str, Room], reasons: Mapping[str, str]) -> Pick:
+    """The choice for one shape.
+
+    Args:
+        rooms: for each provider with a workspace, what was agreed.
+        reasons: for each provider that cannot serve such a call, why.
+    """
+    refusals: list[Refusal] = []
+    measured: list[Candidate] = []
+    last: Candidate | None = None
+    for name in policy.names:
+        if name in reasons:
+            refusals.append(Refusal(name, reasons[name]))
+            continue
+        found = _candidates(name, shape, policy, rooms, refusals)
+        known = [c for c in found if policy.forced or _in_plan(c, plan, policy)]
+        if known:
+            measured += known
+            if policy.max_size_mb is not None and name == _LIMITED_BY_SIZE:
+                break
+        elif found and not measured:
+            last = found[0]
+            break
+    if measured:
+        return _fastest(measured, shape, plan, policy, refusals)
+    if last is not None:
+        return Pick(last, "first by priority", tuple(refusals))
+    return Pick(None, "nothing can serve", tuple(refusals))
+
+
+def _in_plan(candidate: Candidate, plan: Plan, policy: Policy) -> bool:
+    sized = policy.max_size_mb is not None and candidate.name == _LIMITED_BY_SIZE
+    return sized or candidate.label in plan.costs or candidate.label in plan.limits or candidate.name in PROVIDERS
+
+
+def _candidates(
+    name: str, shape: Shape, policy: Policy, rooms: Mapping[str, Room], refusals: list[Refusal]
+) -> list[Candidate]:
+    keeper = PROVIDERS.get(name)
+    if keeper is None:
+        return [Candidate(name, name)]
+    room = rooms[name]
+    if room.reason:
+        refusals.append(Refusal(name, room.reason))
+        return []
+    if policy.max_size_mb is not None and name == _LIMITED_BY_SIZE and shape.nbytes > policy.max_size_mb * 2**20:
+        refusals.append(Refusal(name, f"the input is larger than max_size_mb={policy.max_size_mb:g}"))
+        return []
+    spans = {v: keeper.token_limit(v, shape.hidden, shape.dtype, shape.world_size, room.max_tokens) for v in keeper.variants}
+    found = [Candidate(name, label) for label, span in spans.items() if shape.tokens in span]
+    if not found:
+        refusals.append(
+            Refusal(
+                name,
+                f"{shape.tokens} tokens; its workspace takes up to {room.max_tokens} (fusewire.prepare(..., "
+                "max_tokens=...) on every rank, before the first call, sets the size)",
+            )
+        )
+    return found
+
+
+def _fastest(
+    found: Sequence[Candidate], shape: Shape, plan: Plan, policy: Policy, refusals: Sequence[Refusal]
+) -> Pick:
+    costs = {c.label: plan.cost(c.label, shape.nbytes) for c in found}
+    timed = {label: cost for label, cost in costs.items() if cost is not None}
+    if timed:
+        best = min((c for c in found if c.label in timed), key=lambda c: timed[c.label])
+        rest = ", ".join(f"{label} {cost:.1f}" for label, cost in timed.items() if label != best.label)
+        why = f"{timed[best.label]:.1f} us" + (f" ({rest})" if rest else "") + f"; {plan.source}"
+        return Pick(best, why, tuple(refusals))
+    within = [c for c in found if shape.nbytes <= plan.limits.get(c.label, 0)]
+    fallback = [c for c in found if c.name not in PROVIDERS]
+    if policy.forced or (policy.max_size_mb is not None and found[0].name == _LIMITED_BY_SIZE):
+        best = (within or found)[0]
+        return Pick(best, "asked for by the policy", tuple(refusals))
+    best = (within or fallback or found)[0]
+    return Pick(best, plan.source, tuple(refusals))
+
+
+def wanted_tokens(keeper: WorkspaceProvider, shape: Shape, policy: Policy, plan: Plan) -> int:
+    """How many tokens a workspace made at the first call should take: as many as calls will bring to it, or 0."""
+    hidden, dtype, world_size = shape.hidden, shape.dtype, shape.world_size
+    cap = keeper.max_tokens(hidden, dtype, world_size)
+    if policy.max_size_mb is not None and keeper.name == _LIMITED_BY_SIZE:
+        return min(cap, int(policy.max_size_mb * 2**20) // (hidden * dtype.itemsize))
+    budget = _last(lambda t: keeper.nbytes(hidden, dtype, world_size, t) <= DEFAULT_WORKSPACE_BYTES, cap)
+    if policy.forced:
+        return min(cap, max(budget, shape.tokens))
+    rooms = {name: Room(cap if name == keeper.name else 0) for name in policy.names if name in PROVIDERS}
+
+    def wins(tokens: int) -> bool:
+        candidate = pick(shape._replace(tokens=tokens), policy, plan, rooms, {}).candidate
+        return candidate is not None and candidate.name == keeper.name
+
+    return max((_last(wins, end, start) for start, end in _octaves(budget)), default=0)
+
+
+def _last(holds: Callable[[int], bool], end: int, start: int = 0) -> int:
+    """The last number in (start, end] for which `holds`, given that it holds up to somewhere; 0 if for none."""
+    low, high = start, end
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low if low > start else 0
+
+
+def _octaves(end: int) -> list[tuple[int, int]]:
+    edges = [0, *(1 << power for power in range(end.bit_length())), end]
+    return [(low, high) for low, high in zip(edges, edges[1:], strict=False) if low < high]
+
+
+# --- The selector -----------------------------------------------------------------------------------------------------
+
+
+class _Decision(NamedTuple):
+    provider: Provider
+    snapshot: tuple[tuple[str, Provider], ...]
+    group: weakref.ref[dist.ProcessGroup] | None
+
+
+_decisions: dict[tuple[Any, ...], _Decision] = {}
+_version = 0
+_resolve = dist.distributed_c10d._resolve_process_group
+
+
+def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
+    """The provider for a call, its `fn` bound to the workspace and the variant. Installed as the op's selector.
+
+    Raises:
+        NoProviderError: the policy names nothing that can serve; the message has each one's reason.
+        ConfigError: the policy names an unknown provider or option.
+        CaptureError: the ranks have not yet agreed on a workspace and a CUDA graph is being captured.
+        PeerTimeoutError: a rank did not take part in the vote.
+    """
+    global _version
+    x, residual, weight, eps, weight_bias, form, group_name = args
+    key = (
+        x.shape,
+        x.dtype,
+        x.get_device(),
+        group_name,
+        policy or op.priority,
+        None if weight is None else weight.dtype,
+        None if residual is None else residual.dtype,
+        weight_bias,
+        form,
+        eps,
+    )
+    if _version != REGISTRY.version:
+        _decisions.clear()
+        _version = REGISTRY.version
+    found = _decisions.get(key)
+    if found is not None and _holds(found, op, group_name):
+        return found.provider
+    decision, keep = _decide(op, args, policy)
+    if keep:
+        if len(_decisions) >= _MAX_DECISIONS:
+            _decisions.clear()
+        _version = REGISTRY.version
+        _decisions[key] = decision
+    return decision.provider
+
+
+def _holds(decision: _Decision, op: IrOp, group_name: str) -> bool:
+    for name, provider in decision.snapshot:
+        if op.providers.get(name) is not provider:
+            return False
+    return decision.group is None or decision.group() is _resolve(group_name)
+
+
+def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[_Decision, bool]:
+    """The decision, and whether it may be kept."""
+    read = read_policy(op, policy)
+    for name in read.names:
+        if name not in op.providers:
+            raise ConfigError(unknown_provider(op, name))
+    snapshot = tuple((name, op.providers[name]) for name in read.names)
+    x = args[0]
+    if x.device.type != "cuda" and not _serves_cpu(read.names):
+        chosen = op.choose(*args, policy=",".join(read.names)).provider
+        return _Decision(chosen, snapshot, None), True
+    group = resolve_group(args[6])
+    shape = Shape(x.numel() // x.shape[-1] if x.shape[-1] else 0, x.shape[-1], x.dtype, group.size())
+    found, entries, keep = _look(op, args, read, shape, group)
+    if found.candidate is None:
+        listed = "\n".join(f"  - {refusal}" for refusal in found.refusals)
+        raise NoProviderError(
+            f"no provider of fusewire::{op.name} can serve {shape.tokens} tokens of hidden size {shape.hidden}; tried:\n"
+            f"{listed}\nAdd {NATIVE!r} to the priority list to fall back to plain PyTorch."
+        )
+    name, label = found.candidate.name, found.candidate.label
+    provider = op.providers[name]
+    if name in PROVIDERS:
+        workspace = entries[name].workspace
+        assert workspace is not None
+        provider = dataclasses.replace(provider, fn=PROVIDERS[name].bind(workspace, label))
+    return _Decision(provider, snapshot, weakref.ref(group)), keep
+
+
+def _serves_cpu(names: Sequence[str]) -> bool:
+    """Providers that keep workspaces are for GPUs; a test may let one serve on the CPU."""
+    return any(getattr(PROVIDERS.get(name), "any_device", False) for name in names)
+
+
+def _look(
+    op: IrOp, args: tuple[Any, ...], policy: Policy, shape: Shape, group: dist.ProcessGroup
+) -> tuple[Pick, dict[str, Entry], bool]:
+    """Ask every provider, with the votes this takes, and choose."""
+    reasons: dict[str, str] = {}
+    rooms: dict[str, Room] = {}
+    entries: dict[str, Entry] = {}
+    gpu, keep = "", True
+    for name in policy.names:
+        provider = op.providers[name]
+        # A provider with a workspace is not asked about this machine here: that is for the ranks to vote on.
+        support = provider.supports_args(*args) if name in PROVIDERS else provider.check(*args)
+        if not support:
+            reasons[name] = support.reason
+        elif name in PROVIDERS:
+            if _capturing() and not provider.check_static(*args):
+                # This rank will vote "no" outside capture; ranks that could serve raise CaptureError here.
+                reasons[name], keep = provider.check_static(*args).reason, False
+                continue
+            entry = _open(PROVIDERS[name], policy, shape, group, args[0].device)
+            entries[name] = entry
+            gpu = gpu or common_gpu(entry.facts)
+            rooms[name] = Room(entry.workspace.max_tokens if entry.workspace else 0, entry.reason)
+    plan = find_plan(gpu, shape.world_size, shape.hidden, shape.dtype)
+    return pick(shape, policy, plan, rooms, reasons), entries, keep
+
+
+def _open(
+    keeper: WorkspaceProvider, policy: Policy, shape: Shape, group: dist.ProcessGroup, device: torch.device
+) -> Entry:
+    key = WorkspaceKey(keeper.name, group.group_name, shape.dtype, shape.hidden)
+    existing = REGISTRY.entries.get(key)
+    if existing is not None and existing.serves(group):
+        return existing
+    machine = REGISTRY.machine(keeper, group, device)
+    if machine.reason:
+        return machine
+    plan = find_plan(common_gpu(machine.facts), shape.world_size, shape.hidden, shape.dtype)
+    tokens = wanted_tokens(keeper, shape, policy, plan)
+    if tokens < 1:
+        return dataclasses.replace(machine, reason=f"slower than the others at every size: {plan.source}")
+    return REGISTRY.open(keeper, group, shape.dtype, shape.hidden, device, lambda _: tokens)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def common_gpu(facts: Sequence[Mapping[str, Any]]) -> str:
+    """The GPUs' name if all ranks have the same, else a name that no plan is for."""
+    names = sorted({str(fact.get("gpu")) for fact in facts})
+    return names[0] if len(names) == 1 else " + ".join(names)
+
+
+# --- Explaining it ----------------------------------------------------------------------------------------------------
+
+
+class PlanRow(NamedTuple):
+    """From `first` to `last` tokens (None: without an end) `provider` serves, and why."""
+
+    first: int
+    last: int | None
+    provider: str
+    reason: str
+
+
+def explain_plan(
+    group: dist.ProcessGroup | str | int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    *,
+    policy: str = "",
+    gpu: str | None = None,
+) -> list[PlanRow]:
+    """Which provider serves how many tokens. Asks no other rank: where there was no vote yet, what it would bring.
+
+    Args:
+        group: a process group, its name, or a world size for which to show the plan.
+        hidden: the hidden size.
+        dtype: of the activations.
+        device: whose GPU to show the plan for; the current one by default.
+        policy: the providers to try; the op's own priority if empty.
+        gpu: show the plan for a GPU of this name, as if every provider were available on it.
+    """
+    op = all_reduce_rms_norm
+    read = read_policy(op, policy)
+    pg = resolve_group(group) if isinstance(group, str) else group
+    world_size = pg if isinstance(pg, int) else pg.size()
+    name = gpu or _gpu_name(device)
+    plan = find_plan(name, world_size, hidden, dtype)
+    shape = Shape(1, hidden, dtype, world_size)
+    rooms, reasons = {}, {}
+    for provider_name in read.names:
+        provider = op.providers.get(provider_name)
+        if provider is None:
+            raise ConfigError(unknown_provider(op, provider_name))
+        keeper = PROVIDERS.get(provider_name)
+        machine = provider.supported()
+        if gpu is None and not machine:
+            reasons[provider_name] = machine.reason
+        elif keeper is not None:
+            rooms[provider_name] = _room(keeper, shape, read, plan, pg)
+
+    def at(tokens: int) -> tuple[str, str]:
+        found = pick(shape._replace(tokens=tokens), read, plan, rooms, reasons)
+        why = "; ".join([found.reason, *(str(refusal) for refusal in found.refusals)])
+        return (found.candidate.label if found.candidate else "none"), why
+
+    return _rows(at, max([room.max_tokens for room in rooms.values()], default=0) + 1)
+
+
+def _room(
+    keeper: WorkspaceProvider, shape: Shape, policy: Policy, plan: Plan, group: dist.ProcessGroup | int
+) -> Room:
+    static = keeper.limits(shape.hidden, shape.dtype, shape.world_size)
+    if not static:
+        return Room(0, static.reason)
+    if not isinstance(group, int):
+        entry = REGISTRY.entries.get(WorkspaceKey(keeper.name, group.group_name, shape.dtype, shape.hidden))
+        if entry is not None and entry.serves(group):
+            return Room(entry.workspace.max_tokens if entry.workspace else 0, entry.reason)
+    tokens = wanted_tokens(keeper, shape, policy, plan)
+    return Room(tokens, "" if tokens else f"slower than the others at every size: {plan.source}")
+
+
+def _gpu_name(device: torch.device | None) -> str:
+    if not torch.cuda.is_available():
+        return "a machine without a GPU"
+    return torch.cuda.get_device_name(device)
+
+
+def _rows(at: Callable[[int], tuple[str, str]], last: int) -> list[PlanRow]:
+    """Ranges of tokens with one answer: each octave is halved where its ends differ."""
+    starts = [1]
+
+    def split(low: int, high: int) -> None:
+        if at(low)[0] == at(high)[0]:
+            return
+        if high - low == 1:
+            starts.append(high)
+            return
+        middle = (low + high) // 2
+        split(low, middle)
+        split(middle, high)
+
+    edges = sorted({1 << power for power in range(last.bit_length())} | {last})
+    for low, high in zip(edges, edges[1:], strict=False):
+        split(low, high)
+    ends = [*(start - 1 for start in starts[1:]), None]
+    return [PlanRow(first, end, *at(first)) for first, end in zip(starts, ends, strict=True)]
+
+
+all_reduce_rms_norm.selector = select

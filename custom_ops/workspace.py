@@ -1,0 +1,692 @@
+"""Workspaces: symmetric buffers that the ranks of a group make, prove and use together.
+
+Kernels that read and write peers' memory need buffers that every rank has made alike, and a kernel that waits for a
+rank which took another path waits for ever. So nothing here is decided by one rank: each step of making a workspace
+(may this machine, is there room, allocate, prove with a call of known answer) ends in a vote of the group's ranks, and
+one "no" makes all of them do without, with the same reason. The ranks talk over the store that their process group was
+made with, never over the GPUs, and every wait ends.
+
+A provider of a fused operator that needs such buffers subclasses `WorkspaceProvider` and is added to `PROVIDERS`;
+fusewire.custom_ops.dispatch does the rest.
+"""
+
+from __future__ import annotations
+
+import abc
+import atexit
+import contextlib
+import json
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from fusewire.custom_ops.all_reduce_norm import resolve_group
+from fusewire.custom_ops.ir import Support
+from fusewire.errors import CaptureError, ConfigError, PeerTimeoutError, WorkspaceError
+
+TIMEOUT_VARIABLE = "FUSEWIRE_TIMEOUT_S"
+DEFAULT_TIMEOUT_S = 600.0
+_SAY_AFTER_S = 30.0
+
+
+def timeout_s() -> float:
+    """How long a rank waits for its peers, in seconds: FUSEWIRE_TIMEOUT_S, 600 by default."""
+    text = os.environ.get(TIMEOUT_VARIABLE, "")
+    try:
+        value = float(text) if text else DEFAULT_TIMEOUT_S
+    except ValueError:
+        value = -1.0
+    if not value > 0:
+        raise ConfigError(f"{TIMEOUT_VARIABLE}={text!r} is not a positive number of seconds")
+    return value
+
+
+def say(text: str) -> None:
+    """One line on stderr, for what takes long or what a user must know though nobody asked."""
+    print(f"[fusewire] {text}", file=sys.stderr, flush=True)
+
+
+# --- The side channel -------------------------------------------------------------------------------------------------
+
+
+class Channel:
+    """The ranks of a group, talking over the group's store, on the CPU, with bounded waits.
+
+    Also fits where FlashInfer asks for a `CommBackend` (Get_rank, Get_size, allgather, bcast, barrier).
+    """
+
+    _opened: dict[tuple[str, str], int] = {}  # noqa: RUF012 - shared on purpose: counts the channels of this process
+
+    def __init__(self, group: dist.ProcessGroup, label: str, wait_s: float | None = None) -> None:
+        self.rank = group.rank()
+        self.size = group.size()
+        self.global_ranks = dist.get_process_group_ranks(group)
+        self.wait_s = timeout_s() if wait_s is None else wait_s
+        self._store = dist.distributed_c10d._get_process_group_store(group)
+        # A store can outlive a process group and keep the keys of an earlier channel of the same name.
+        count = Channel._opened.get((group.group_name, label), 0)
+        Channel._opened[group.group_name, label] = count + 1
+        self._prefix = f"fusewire/{label}/{count}"
+        self.label = label
+        self._step = 0
+
+    def post(self, key: str, value: bytes) -> None:
+        self._store.set(f"{self._prefix}/{key}", value)
+
+    def collect(self, keys: Sequence[str], wait_s: float, abortable: bool = False) -> list[bytes | None]:
+        """The values of the keys, None for each that did not come in time.
+
+        Raises WorkspaceError with another rank's words if `abortable` and that rank aborted.
+        """
+        names = [f"{self._prefix}/{key}" for key in keys]
+        abort = f"{self._prefix}/abort"
+        start, pause, said = time.monotonic(), 0.001, False
+        while not self._store.check(names):
+            if abortable and self._store.check([abort]):
+                raise WorkspaceError(self._store.get(abort).decode())
+            waited = time.monotonic() - start
+            if waited > wait_s:
+                break
+            if waited > _SAY_AFTER_S and not said and self.rank == 0:
+                said = True
+                missing = [key for key, name in zip(keys, names, strict=True) if not self._store.check([name])]
+                say(f"{self.label}: waiting for {', '.join(missing)} for {waited:.0f} s (at most {wait_s:.0f} s)")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
+        return [self._store.get(name) if self._store.check([name]) else None for name in names]
+
+    def abort(self, reason: str) -> None:
+        """Make every rank that waits, or will wait, in `allgather` raise WorkspaceError with this reason."""
+        self.post("abort", reason.encode())
+
+    def allgather(self, data: Any) -> tuple[Any, ...]:
+        """Every rank's object, by rank. Raises PeerTimeoutError if one does not come, WorkspaceError on an abort."""
+        self._step += 1
+        keys = [f"step {self._step} of rank {rank}" for rank in self.global_ranks]
+        self.post(keys[self.rank], pickle.dumps(data))
+        found = self.collect(keys, self.wait_s, abortable=True)
+        if None in found:
+            missing = ", ".join(key for key, value in zip(keys, found, strict=True) if value is None)
+            raise PeerTimeoutError(f"{self.label}: {missing} did not come within {self.wait_s:.0f} s")
+        return tuple(pickle.loads(value) for value in found if value is not None)
+
+    def bcast(self, data: Any, root: int) -> Any:
+        """The object of the group's rank `root`."""
+        return self.allgather(data if self.rank == root else None)[root]
+
+    def barrier(self) -> None:
+        """Return once every rank has come here."""
+        self.allgather(None)
+
+    def Get_rank(self) -> int:
+        return self.rank
+
+    def Get_size(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the ranks of a group found together: the same on each of them."""
+
+    reasons: tuple[str, ...]
+    facts: tuple[Mapping[str, Any], ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not any(self.reasons)
+
+    @property
+    def reason(self) -> str:
+        """Who cannot and why; ranks with the same reason are named together."""
+        by_reason: dict[str, list[int]] = {}
+        for rank, reason in zip(self.ranks, self.reasons, strict=True):
+            if reason:
+                by_reason.setdefault(reason, []).append(rank)
+        parts = []
+        for reason, ranks in by_reason.items():
+            if len(ranks) == len(self.ranks) > 1:
+                parts.append(f"on every rank: {reason}")
+            else:
+                parts.append(f"on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {reason}")
+        return "; ".join(parts)
+
+
+def agree(
+    channel: Channel,
+    topic: str,
+    work: Callable[[], Mapping[str, Any] | None],
+    *,
+    work_s: float | None = None,
+    release_peers: bool = False,
+) -> Verdict:
+    """Do a rank's share of something and vote on it. A collective: every rank of the group calls it alike.
+
+    Args:
+        topic: names the vote; the same on every rank.
+        work: this rank's share. What it returns are facts for the others (JSON types); what it raises is a "no".
+        work_s: run the work in a thread and give it up after so many seconds (None: wait for it, in this thread).
+        release_peers: the work talks over the channel itself: if it fails here, peers that wait in it are freed.
+
+    Raises:
+        PeerTimeoutError: on every rank, if one did not vote in time or its work ran out of time on the GPU.
+    """
+    ballot: dict[str, Any] = {"reason": "", "facts": {}, "fatal": False}
+    try:
+        ballot["facts"] = dict((work() if work_s is None else _in_thread(work, work_s, topic)) or {})
+    except Exception as error:
+        ballot["reason"] = describe(error)
+        ballot["fatal"] = isinstance(error, PeerTimeoutError) and not release_peers
+        if release_peers:
+            channel.abort(f"rank {channel.global_ranks[channel.rank]} gave up: {describe(error)}")
+    return _vote(channel, topic, ballot, channel.wait_s + (work_s or 0.0))
+
+
+def _vote(channel: Channel, topic: str, ballot: Mapping[str, Any], wait_s: float) -> Verdict:
+    """Post a ballot; the group's first rank publishes all of them, so that no two ranks see different outcomes."""
+    topic_key = f"vote on {topic}"
+    keys = [f"{topic_key} of rank {rank}" for rank in channel.global_ranks]
+    channel.post(keys[channel.rank], json.dumps(ballot).encode())
+    if channel.rank == 0:
+        found = channel.collect(keys, wait_s)
+        parsed = [None if value is None else json.loads(value) for value in found]
+        channel.post(f"outcome of the {topic_key}", json.dumps(parsed).encode())
+    outcome = channel.collect([f"outcome of the {topic_key}"], wait_s * 1.25 + 10.0)[0]
+    if outcome is None:
+        raise PeerTimeoutError(
+            f"{channel.label}: rank {channel.global_ranks[0]} did not publish the outcome of {topic!r} in time; has it "
+            f"died, or does it run another program? ({TIMEOUT_VARIABLE} sets how long to wait)"
+        )
+    ballots = json.loads(outcome)
+    missing = [str(rank) for rank, b in zip(channel.global_ranks, ballots, strict=True) if b is None]
+    if missing:
+        raise PeerTimeoutError(
+            f"{channel.label}: no vote on {topic!r} from rank(s) {', '.join(missing)} within {wait_s:.0f} s; every rank "
+            f"of the group must make the same calls in the same order ({TIMEOUT_VARIABLE} sets how long to wait)"
+        )
+    verdict = Verdict(
+        tuple(b["reason"] for b in ballots), tuple(b["facts"] for b in ballots), tuple(channel.global_ranks)
+    )
+    if any(b["fatal"] for b in ballots):
+        raise PeerTimeoutError(f"{channel.label}: {verdict.reason}")
+    return verdict
+
+
+def _in_thread(work: Callable[[], Any], limit_s: float, topic: str) -> Any:
+    """work(), given up after limit_s seconds: libraries called in there may wait for a peer without an end."""
+    result: list[Any] = []
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def run() -> None:
+        try:
+            with contextlib.nullcontext() if device is None else torch.cuda.device(device):
+                result.append((work(), None))
+        except Exception as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=run, name=f"fusewire {topic}", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if not result:
+        raise WorkspaceError(f"{topic} did not end within {limit_s:.0f} s")
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line, with its class where the message alone would be a riddle."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 400 else text[:400] + "..."
+    return text if isinstance(error, WorkspaceError | PeerTimeoutError) and text else f"{type(error).__name__}: {text}"
+
+
+# --- Workspaces -------------------------------------------------------------------------------------------------------
+
+
+class WorkspaceKey(NamedTuple):
+    """What a workspace is for; there is one at most for each."""
+
+    provider: str
+    group_name: str
+    dtype: torch.dtype
+    hidden: int
+
+    def __str__(self) -> str:
+        return f"{self.provider} group {self.group_name} {self.dtype} hidden {self.hidden}"
+
+
+class Workspace(abc.ABC):
+    """Buffers of one provider for one key, on one device. Subclasses hold them and free them in `release`."""
+
+    def __init__(self, key: WorkspaceKey, max_tokens: int, nbytes: int, device: torch.device) -> None:
+        self.key = key
+        self.max_tokens = max_tokens
+        self.nbytes = nbytes
+        self.device = device
+        self.closed = False
+
+    def check_call(self, tokens: int, device: torch.device) -> None:
+        """Raise WorkspaceError if a call does not fit. Limits that ranks could see differently end here, loudly."""
+        if self.closed:
+            raise WorkspaceError(f"the workspace ({self.key}) is closed; call fusewire.prepare(...) to make a new one")
+        if tokens > self.max_tokens:
+            raise WorkspaceError(
+                f"{tokens} tokens do not fit the workspace ({self.key}), made for {self.max_tokens}; close it with "
+                f"fusewire.close() and call fusewire.prepare(..., max_tokens={tokens})"
+            )
+        if device != self.device:
+            raise WorkspaceError(
+                f"the input is on {device} but the workspace ({self.key}) is on {self.device}; call "
+                "torch.cuda.set_device before the first call or fusewire.prepare"
+            )
+
+    def close(self) -> None:
+        """Wait for the device and free the buffers. Safe to call twice; CUDA graphs captured with it become invalid."""
+        if not self.closed:
+            self.closed = True
+            if self.device.type == "cuda" and torch.cuda.is_initialized():
+                torch.cuda.synchronize(self.device)
+            self.release()
+
+    @abc.abstractmethod
+    def release(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a workspace is to be made for. `max_tokens` is already the same on every rank."""
+
+    key: WorkspaceKey
+    group: dist.ProcessGroup
+    device: torch.device
+    max_tokens: int
+    facts: tuple[Mapping[str, Any], ...] = ()
+
+
+class WorkspaceProvider(abc.ABC):
+    """What a provider with workspaces tells the dispatcher. Nothing in here but `create` and `prove` communicates."""
+
+    name: str
+    # Ways to compute one call, as fusewire.custom_ops.plans names their costs ("flashinfer/oneshot", ...).
+    variants: tuple[str, ...]
+    # How long `machine` may take, in seconds, where it has to compile.
+    machine_s: float = 120.0
+
+    @abc.abstractmethod
+    def machine(self, group: dist.ProcessGroup, device: torch.device) -> Mapping[str, Any]:
+        """Facts about this rank's machine for the others, or raise with the reason why it cannot serve."""
+
+    def judge(self, facts: Sequence[Mapping[str, Any]]) -> Support:
+        """Whether these facts of all ranks fit together. Pure: every rank computes the same."""
+        hosts, gpus = {fact.get("host") for fact in facts}, [fact.get("uuid") for fact in facts]
+        return Support.all_of(
+            (len(hosts) == 1, f"the group's ranks are on {len(hosts)} hosts; peer-to-peer kernels need one"),
+            (
+                None in gpus or len(set(gpus)) == len(gpus),
+                "two ranks of the group share one GPU; give each rank its own (torch.cuda.set_device)",
+            ),
+        )
+
+    @abc.abstractmethod
+    def limits(self, hidden: int, dtype: torch.dtype, world_size: int) -> Support:
+        """Whether such calls can be served for some number of tokens."""
+
+    @abc.abstractmethod
+    def token_limit(self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> range:
+        """The numbers of tokens that a variant takes on a workspace for max_tokens."""
+
+    @abc.abstractmethod
+    def max_tokens(self, hidden: int, dtype: torch.dtype, world_size: int) -> int:
+        """The largest workspace there can be, in tokens."""
+
+    @abc.abstractmethod
+    def nbytes(self, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> int:
+        """The GPU memory such a workspace takes on each rank, in bytes."""
+
+    @abc.abstractmethod
+    def create(self, request: Request, channel: Channel) -> Workspace:
+        """Make the workspace, with all ranks; over the channel alone, so that a rank that fails frees the others."""
+
+    @abc.abstractmethod
+    def prove(self, workspace: Workspace, stage: str) -> None:
+        """Raise unless calls give known answers. Stage "alone": this rank only; "together": a true collective."""
+
+    @abc.abstractmethod
+    def bind(self, workspace: Workspace, variant: str) -> Callable[..., Any]:
+        """A function with native's parameters that computes a call in this way."""
+
+
+PROVIDERS: dict[str, WorkspaceProvider] = {}
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Facts about a device that `WorkspaceProvider.judge` and the plan need from every rank."""
+    facts: dict[str, Any] = {"host": _host(), "gpu": device.type, "capability": None, "uuid": None}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts.update(gpu=properties.name, capability=[properties.major, properties.minor], uuid=str(properties.uuid))
+    return facts
+
+
+def _host() -> str:
+    """The same for all containers of one machine, where host names differ."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+@dataclass
+class Entry:
+    """An outcome that all ranks share: a workspace, or the reason why there is none."""
+
+    key: WorkspaceKey
+    group: weakref.ref[dist.ProcessGroup]
+    workspace: Workspace | None = None
+    reason: str = ""
+    facts: tuple[Mapping[str, Any], ...] = ()
+
+    def serves(self, group: dist.ProcessGroup) -> bool:
+        """Whether this outcome is about that very group (names come back after destroy_process_group)."""
+        return self.group() is group
+
+
+@dataclass
+class WorkspaceRegistry:
+    """All workspaces of this process, and the failures that the ranks agreed on."""
+
+    entries: dict[WorkspaceKey, Entry] = field(default_factory=dict)
+    machines: dict[tuple[str, str], Entry] = field(default_factory=dict)
+    version: int = 0  # changes when an entry goes: decisions cached elsewhere are void then
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def machine(
+        self, provider: WorkspaceProvider, group: dist.ProcessGroup, device: torch.device
+    ) -> Entry:
+        """The vote on whether the ranks' machines can serve at all: once per provider and group.
+
+        Raises:
+            CaptureError: there was no vote yet, and a CUDA graph is being captured.
+            PeerTimeoutError: a rank did not vote.
+        """
+        name = group.group_name
+        found = self.machines.get((provider.name, name))
+        if found is not None and found.serves(group):
+            return found
+        refuse_capture(provider.name, f"group {name}")
+        with self._lock:
+            channel = Channel(group, f"{provider.name} group {name}")
+            verdict = agree(
+                channel, "machine", lambda: provider.machine(group, device), work_s=provider.machine_s
+            )
+            judged = provider.judge(verdict.facts) if verdict.ok else Support(True)
+            key = WorkspaceKey(provider.name, name, torch.uint8, 0)
+            entry = Entry(key, weakref.ref(group), None, verdict.reason or judged.reason, verdict.facts)
+            self.machines[provider.name, name] = entry
+            return entry
+
+    def open(
+        self,
+        provider: WorkspaceProvider,
+        group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        hidden: int,
+        device: torch.device,
+        tokens: Callable[[Entry], int],
+    ) -> Entry:
+        """The workspace for a key, made by all ranks together at the first call, or why there is none.
+
+        Args:
+            tokens: says from the machines' entry for how many tokens to make it; the smallest of the ranks' counts.
+
+        Raises:
+            CaptureError, PeerTimeoutError: as `machine`.
+        """
+        key = WorkspaceKey(provider.name, group.group_name, dtype, hidden)
+        found = self.entries.get(key)
+        if found is not None and found.serves(group):
+            return found
+        refuse_capture(provider.name, str(key))
+        with self._lock:
+            self._drop(key)
+            machine = self.machine(provider, group, device)
+            entry = Entry(key, weakref.ref(group), None, machine.reason, machine.facts)
+            if not entry.reason:
+                self._make(entry, provider, group, device, tokens(machine))
+            self.entries[key] = entry
+            return entry
+
+    def _make(
+        self, entry: Entry, provider: WorkspaceProvider, group: dist.ProcessGroup, device: torch.device, asked: int
+    ) -> None:
+        key, channel = entry.key, Channel(group, str(entry.key))
+        cap = provider.max_tokens(key.hidden, key.dtype, group.size())
+        made: list[Workspace] = []
+
+        def room() -> dict[str, int]:
+            check_memory(provider.nbytes(key.hidden, key.dtype, group.size(), min(asked, cap)), device)
+            return {"tokens": min(asked, cap)}
+
+        def create() -> None:
+            made.append(provider.create(Request(key, group, device, agreed, entry.facts), channel))
+
+        verdict = agree(channel, "room", room)
+        if verdict.ok:
+            agreed = min(facts["tokens"] for facts in verdict.facts)
+            verdict = agree(channel, "create", create, work_s=channel.wait_s, release_peers=True)
+        for stage in ("alone", "together"):
+            if verdict.ok:
+                verdict = agree(channel, f"prove {stage}", lambda stage=stage: provider.prove(made[0], stage))  # type: ignore[misc]
+        if verdict.ok:
+            entry.workspace = made[0]
+            return
+        entry.reason = verdict.reason
+        for workspace in made:
+            with contextlib.suppress(Exception):
+                workspace.close()
+
+    def _drop(self, key: WorkspaceKey) -> None:
+        entry = self.entries.pop(key, None)
+        if entry is not None:
+            self.version += 1
+            if entry.workspace is not None:
+                entry.workspace.close()
+
+    def close(self, group_name: str | None = None) -> None:
+        """Free the workspaces (of one group); failures are forgotten too. Idempotent."""
+        with self._lock:
+            for key in [k for k in self.entries if group_name in (None, k.group_name)]:
+                self._drop(key)
+            for pair in [p for p in self.machines if group_name in (None, p[1])]:
+                del self.machines[pair]
+            self.version += 1
+
+
+REGISTRY = WorkspaceRegistry()
+
+
+def refuse_capture(provider: str, what: str) -> None:
+    """Raise CaptureError if a CUDA graph is being captured on the current stream."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise CaptureError(
+            f"{provider} has no workspace yet ({what}) and cannot make one while a CUDA graph is captured; call "
+            "fusewire.prepare(group, hidden, dtype, max_tokens=...) on every rank, or run the model once, before capture"
+        )
+
+
+def check_memory(nbytes: int, device: torch.device, spare: int = 64 << 20) -> None:
+    """Raise WorkspaceError unless so many bytes, and some to spare, are free on the device."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if free < nbytes + spare:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+    if free < nbytes + spare:
+        raise WorkspaceError(
+            f"{device} has {free >> 20} MiB of {total >> 20} free and the workspace needs {(nbytes >> 20) + 1}; leave it "
+            "more memory (gpu_memory_utilization and the like), or ask fusewire.prepare for fewer tokens"
+        )
+
+
+class StreamOrder:
+    """Keeps calls on one device one after another, whatever streams they are on.
+
+    Kernels that wait for their peers take the whole GPU: two at once, in different order on two ranks, wait for each
+    other for ever. A call on another stream than the last waits for what that one holds. Captured calls are ordered
+    by their graph, so capture is left alone; replays on a stream of their own are the caller's to order.
+    """
+
+    _by_device: dict[int, StreamOrder] = {}  # noqa: RUF012 - one per device for the process
+
+    def __init__(self) -> None:
+        self._raw: int | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    @classmethod
+    def of(cls, device: torch.device) -> StreamOrder:
+        return cls._by_device.setdefault(-1 if device.index is None else device.index, cls())
+
+    def enter(self, device_index: int) -> None:
+        """Call right before launching on the current stream of the device."""
+        raw = torch._C._cuda_getCurrentRawStream(device_index)
+        if raw != self._raw and not torch.cuda.is_current_stream_capturing():
+            stream = torch.cuda.current_stream(device_index)
+            if self._stream is not None:
+                stream.wait_event(self._stream.record_event())
+            self._raw, self._stream = raw, stream
+
+
+@contextlib.contextmanager
+def announced(text: str, every_s: float = 30.0, detail: Callable[[], str] = str) -> Iterator[None]:
+    """Say on stderr that something long goes on, at once and then every so often, and how long it took."""
+    start, done = time.monotonic(), threading.Event()
+    say(f"{text} since {time.strftime('%H:%M:%S')}{detail()}")
+
+    def tick() -> None:
+        while not done.wait(every_s):
+            say(f"{text}: {time.monotonic() - start:.0f} s{detail()}")
+
+    ticker = threading.Thread(target=tick, name="fusewire progress", daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        ticker.join()
+        say(f"{text}: ended after {time.monotonic() - start:.0f} s")
+
+
+# --- For users --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WorkspaceInfo:
+    """One workspace, or why there is none. `nbytes` is GPU memory on this rank."""
+
+    provider: str
+    group_name: str
+    dtype: torch.dtype
+    hidden: int
+    max_tokens: int
+    nbytes: int
+    reason: str = ""
+
+
+def _info(entry: Entry) -> WorkspaceInfo:
+    made = entry.workspace
+    return WorkspaceInfo(*entry.key, made.max_tokens if made else 0, made.nbytes if made else 0, entry.reason)
+
+
+def workspaces() -> list[WorkspaceInfo]:
+    """The workspaces of this process, and the failures to make one, with their sizes and reasons."""
+    return [_info(entry) for entry in REGISTRY.entries.values()]
+
+
+def prepare(
+    group: dist.ProcessGroup | str | None, hidden: int, dtype: torch.dtype, *, max_tokens: int
+) -> list[WorkspaceInfo]:
+    """Make the workspaces for one hidden size ahead of the first call. A collective: every rank calls it alike.
+
+    Needed before capturing a CUDA graph by hand, and to choose the size: a workspace made at the first call is sized
+    by the plan for this GPU. What failed before is tried again.
+
+    Args:
+        group: the process group or its name; None means the default group.
+        hidden: the hidden size, in elements.
+        dtype: of the activations.
+        max_tokens: the largest number of tokens (rows) of a call to serve; at most what the provider can hold.
+
+    Returns:
+        For each provider that keeps workspaces, its size on this rank, or the reason why there is none.
+
+    Raises:
+        WorkspaceError: there is a smaller one already; growing it would break CUDA graphs captured with it.
+        ProcessGroupError: there is no such group.
+        PeerTimeoutError: a rank did not take part in time.
+    """
+    if max_tokens < 1 or hidden < 1:
+        raise ConfigError(f"prepare(hidden={hidden}, max_tokens={max_tokens}): both must be at least 1")
+    from fusewire.custom_ops.providers import load_providers
+
+    load_providers()
+    found = dist.group.WORLD if group is None and dist.is_initialized() else group
+    pg = found if isinstance(found, dist.ProcessGroup) else resolve_group(found or "the default group")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return [_prepare_one(provider, pg, hidden, dtype, device, max_tokens) for provider in PROVIDERS.values()]
+
+
+def _prepare_one(
+    provider: WorkspaceProvider,
+    group: dist.ProcessGroup,
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_tokens: int,
+) -> WorkspaceInfo:
+    key = WorkspaceKey(provider.name, group.group_name, dtype, hidden)
+    static = provider.limits(hidden, dtype, group.size())
+    if not static:
+        return WorkspaceInfo(*key, 0, 0, static.reason)
+    wanted = min(max_tokens, provider.max_tokens(hidden, dtype, group.size()))
+    existing = REGISTRY.entries.get(key)
+    if existing is not None and existing.serves(group):
+        if existing.workspace is None:
+            REGISTRY._drop(key)
+            REGISTRY.machines.pop((provider.name, group.group_name), None)
+        elif existing.workspace.max_tokens < wanted:
+            raise WorkspaceError(
+                f"the workspace ({key}) holds {existing.workspace.max_tokens} tokens, {wanted} are asked for; "
+                "fusewire.close() it first on every rank (CUDA graphs captured with it become invalid)"
+            )
+    entry = REGISTRY.open(provider, group, dtype, hidden, device, lambda machine: wanted)
+    REGISTRY.version += 1  # calls that went elsewhere for want of a workspace are decided again
+    return _info(entry)
+
+
+def close(group: dist.ProcessGroup | str | None = None) -> None:
+    """Free all workspaces, or those of one group. Idempotent; runs at exit by itself. Every rank calls it alike.
+
+    CUDA graphs captured with a workspace must not be replayed afterwards. The next call makes a new workspace.
+    """
+    REGISTRY.close(group.group_name if isinstance(group, dist.ProcessGroup) else group)
+
+
+@atexit.register
+def _close_at_exit() -> None:
+    with contextlib.suppress(Exception):  # a device that failed cannot be waited for, and says so elsewhere
+        REGISTRY.close()

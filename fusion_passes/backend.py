@@ -1,0 +1,235 @@
+"""The three ways in: a torch.compile backend, a context manager, and the passes on their own.
+
+    torch.compile(model, backend="fusewire", options={"expect_fused": "all", "max_autotune": True})
+
+    with fusewire.enable(PassConfig(...)):
+        torch.compile(model)(inputs)
+
+    fusewire.run_passes(graph)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import operator
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule, Node
+
+from fusewire.errors import ConfigError
+from fusewire.fusion_passes.config import PassConfig, disabled_by_environment, unknown_option
+from fusewire.fusion_passes.manager import FusewirePass, cache_key
+from fusewire.fusion_passes.report import (
+    GraphAccount,
+    accounts_from_json,
+    accounts_to_json,
+    add_account,
+    report,
+)
+
+log = logging.getLogger("fusewire")
+_HOOK = "post_grad_custom_post_pass"
+
+
+class ChainedPass(CustomGraphPass):
+    """Several custom passes in Inductor's one place for them (torch 2.11 takes no list)."""
+
+    def __init__(self, passes: Sequence[Callable[[Graph], None]]) -> None:
+        self.passes = tuple(passes)
+
+    def __call__(self, graph: Graph) -> None:
+        for item in self.passes:
+            item(graph)
+
+    def uuid(self) -> Any:
+        """The uuids of all; None, which bypasses the compile cache, if one of them has none."""
+        keys = [item.uuid() if isinstance(item, CustomGraphPass) else None for item in self.passes]
+        return None if None in keys else tuple(keys)
+
+
+def chained_hook(config: PassConfig, existing: Any = None, account_key: str = "") -> CustomGraphPass:
+    """fusewire's passes behind whatever custom pass is set already."""
+    ours = FusewirePass(config, account_key)
+    if existing is None:
+        return ours
+    earlier = existing if isinstance(existing, (list, tuple)) else [existing]
+    kept = [item for item in earlier if not isinstance(item, FusewirePass)]
+    for item in kept:
+        if isinstance(item, ChainedPass):
+            kept = [p for p in item.passes if not isinstance(p, FusewirePass)] + [k for k in kept if k is not item]
+            break
+    return ChainedPass([*kept, ours]) if kept else ours
+
+
+def split_options(options: Mapping[str, Any] | None) -> tuple[PassConfig, dict[str, Any]]:
+    """Sort torch.compile's `options` into a PassConfig and Inductor's own options.
+
+    Raises:
+        ConfigError: a name is neither; the message suggests the nearest name.
+    """
+    ours: dict[str, Any] = {}
+    inductors: dict[str, Any] = {}
+    known = inductor_config.get_config_copy()
+    for name, value in (options or {}).items():
+        plain = name.replace("-", "_")
+        if plain in PassConfig.field_names():
+            ours[plain] = value
+        elif plain in known:
+            inductors[plain] = value
+        else:
+            raise ConfigError(unknown_option(name, (*PassConfig.field_names(), *known)))
+    return PassConfig(**ours), inductors
+
+
+def fusewire_backend(
+    model: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The torch.compile backend "fusewire": Inductor, with fusewire's passes.
+
+    Args:
+        model: the graph that Dynamo captured.
+        example_inputs: its inputs.
+        options: fields of PassConfig and options of Inductor, mixed.
+        mode: as in torch.compile ("reduce-overhead", "max-autotune", ...).
+
+    Raises:
+        ConfigError: an option is unknown or has a value that cannot be used.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    config, patches = split_options(options)
+    if mode is not None and mode != "default":
+        patches = {**torch._inductor.list_mode_options(mode), **patches}
+    if disabled_by_environment():
+        return compile_fx(model, list(example_inputs), config_patches=patches)
+    specialize_epsilons(model)
+    existing = patches.get(_HOOK, getattr(inductor_config, _HOOK))
+    key = _account_key(model, example_inputs, config)
+    patches[_HOOK] = chained_hook(config, existing, key)
+    with _accounts_kept(key):
+        return compile_fx(model, list(example_inputs), config_patches=patches)
+
+
+@contextlib.contextmanager
+def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConfig]:
+    """Within the block, whatever torch.compile compiles with Inductor goes through fusewire's passes.
+
+    Compilation happens at a compiled function's first call, so that call belongs into the block. A custom pass that is
+    set already runs first.
+
+    Args:
+        config: the options; or give single fields as keywords.
+
+    Raises:
+        ConfigError: an option is unknown or has a value that cannot be used.
+    """
+    if config is not None and fields:
+        raise ConfigError("give a PassConfig or single fields, not both")
+    chosen = config if config is not None else PassConfig.from_options(fields)
+    if disabled_by_environment():
+        yield chosen
+        return
+    hook = chained_hook(chosen, getattr(inductor_config, _HOOK))
+    with inductor_config.patch({_HOOK: hook}), torch._dynamo.config.patch(specialize_float=True):
+        yield chosen
+
+
+# Epsilons under dynamic=True
+
+
+def specialize_epsilons(model: GraphModule) -> None:
+    """Make Dynamo capture again, with the epsilons of norms as numbers, if dynamic=True made them inputs.
+
+    A float attribute becomes an input of the graph under dynamic=True, and a norm whose epsilon is an input cannot be
+    fused. Dynamo has a restart for floats that Inductor cannot take; this asks for the same for floats that reach a
+    reciprocal square root.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+
+    found = False
+    for node in model.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        memo = getattr(node.meta.get("example_value"), "item_memo", None)
+        name = getattr(getattr(getattr(memo, "node", None), "_expr", None), "name", None)
+        if name is None or TensorifyState.should_specialize(name):
+            continue
+        if any(_reaches_rsqrt(user) for user in node.users):
+            TensorifyState.specialize(name)
+            found = True
+    if found:
+        raise TensorifyScalarRestartAnalysis
+
+
+def _reaches_rsqrt(node: Node, depth: int = 4) -> bool:
+    name = getattr(node.target, "__name__", str(node.target))
+    if "rsqrt" in name or "rms_norm" in name:
+        return True
+    if name == "pow" or node.target in (operator.pow, torch.pow):
+        return len(node.args) > 1 and node.args[1] == -0.5
+    if depth == 0 or name not in ("item", "add", "__add__", "__radd__", "iadd", "sqrt", "reciprocal", "float"):
+        return False
+    return any(_reaches_rsqrt(user, depth - 1) for user in node.users)
+
+
+# Accounts of graphs that come from the compile cache
+
+
+@contextlib.contextmanager
+def _accounts_kept(key: str) -> Iterator[None]:
+    """Keep the accounts of graphs beside Inductor's cache, and bring them back when a warm cache skips the passes."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    file = Path(cache_dir()) / "fusewire" / f"{key}.json"
+    before = len(report().graphs)
+    yield
+    new = report().graphs[before:]
+    try:
+        if new:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".{os.getpid()}")
+            temporary.write_text(accounts_to_json(new))
+            temporary.replace(file)
+        elif file.exists():
+            for account in accounts_from_json(file.read_text()):
+                _add_cached(account)
+        else:
+            add_account(
+                GraphAccount(
+                    -1,
+                    "inference",
+                    notes=("the compile cache held this graph, and no account was kept when it was made",),
+                    cached=True,
+                )
+            )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        log.warning("the account of a graph could not be kept beside the compile cache: %s", error)
+
+
+def _add_cached(account: GraphAccount) -> None:
+    add_account(dataclasses.replace(account, cached=True, pass_seconds=0.0))
+
+
+def _account_key(model: GraphModule, example_inputs: Sequence[Any], config: PassConfig) -> str:
+    """Names one compilation: equal exactly when graph, inputs' metadata, options and fusewire are."""
+    parts = [str(model.graph), cache_key(config), torch.__version__, str(torch.is_grad_enabled())]
+    for value in example_inputs:
+        if isinstance(value, torch.Tensor):
+            parts.append(f"{value.dtype}{list(value.shape)}{value.device}")
+        else:
+            parts.append(str(value))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

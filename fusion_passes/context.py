@@ -1,0 +1,54 @@
+"""What one run of the passes over one graph knows and finds out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fusewire.fusion_passes.config import PassConfig
+
+MATCH, SUPPORTED, PROVIDER = "match", "supported", "provider"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why an all-reduce was not fused: the gate that said no, and its reason for the user."""
+
+    gate: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fused:
+    """How an all-reduce was fused."""
+
+    fusion: str
+    spelling: str
+    provider: str = ""
+    detail: str = ""
+
+
+@dataclass
+class RunContext:
+    """The account of one run. All-reduces are keyed by the names of their nodes in the graph as it arrived.
+
+    Attributes:
+        config: the options of this run.
+        excluded: all-reduces to leave as they are, refused by an earlier run over a copy of this graph.
+        fused, refused: the verdicts so far.
+        origin: for nodes made by the raise pass, the all-reduce they stand for.
+        spelling: per raised all-reduce, how its norm was written.
+        changes: the passes that changed the graph.
+    """
+
+    config: PassConfig
+    excluded: dict[str, Refused] = field(default_factory=dict)
+    fused: dict[str, Fused] = field(default_factory=dict)
+    refused: dict[str, Refused] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+    spelling: dict[str, str] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
+
+    def refuse(self, name: str, gate: str, reason: str) -> None:
+        """Record the first reason for which an all-reduce is not fused."""
+        if name not in self.fused:
+            self.refused.setdefault(name, Refused(gate, reason))

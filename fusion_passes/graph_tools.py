@@ -1,0 +1,169 @@
+"""Small readers of post-grad graphs, shared by the passes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
+MULS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
+CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
+VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+    }
+)
+
+
+def value_of(node: Any) -> Tensor | None:
+    """The fake tensor a node computes, or None."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a graph argument is a plain number (not a symbol, not a tensor)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def dtype_of(node: Any) -> torch.dtype | None:
+    value = value_of(node)
+    return None if value is None else value.dtype
+
+
+def last_size(node: Any) -> Any:
+    """The size of the last dimension, or None."""
+    value = value_of(node)
+    return value.shape[-1] if value is not None and value.dim() > 0 else None
+
+
+def is_vector(node: Any, size: Any) -> bool:
+    """Whether a node is a one-dimensional tensor of this length."""
+    value = value_of(node)
+    return value is not None and value.dim() == 1 and same_size(value.shape[0], size)
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal, without adding a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return bool(a.node.expr == b.node.expr)
+    return False
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    """Whether two nodes have tensors of the same shape, as far as is known without adding a guard."""
+    va, vb = value_of(a), value_of(b)
+    return (
+        va is not None
+        and vb is not None
+        and va.dim() == vb.dim()
+        and all(same_size(x, y) for x, y in zip(va.shape, vb.shape, strict=True))
+    )
+
+
+def cast_source(node: Any) -> Node | None:
+    """What a cast converts, or None if the node is no plain cast."""
+    if not isinstance(node, Node) or node.target not in CASTS:
+        return None
+    if set(node.kwargs) - {"dtype"}:
+        return None
+    source = node.args[0]
+    return source if isinstance(source, Node) else None
+
+
+def plain_add(node: Any) -> tuple[Any, Any] | None:
+    """The operands of an add with alpha 1, or None."""
+    if not isinstance(node, Node) or node.target not in ADDS or len(node.args) != 2:
+        return None
+    if node.kwargs.get("alpha", 1) != 1 or set(node.kwargs) - {"alpha"}:
+        return None
+    return node.args[0], node.args[1]
+
+
+def plain_mul(node: Any) -> tuple[Any, Any] | None:
+    """The operands of a multiplication, or None."""
+    if not isinstance(node, Node) or node.target not in MULS or len(node.args) != 2 or node.kwargs:
+        return None
+    return node.args[0], node.args[1]
+
+
+def writes_in_place(node: Node) -> bool:
+    """Whether a node changes one of its inputs."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def mutation_regions(graph: Graph) -> dict[Node, int]:
+    """For each node how many in-place writes stand before it: nodes may move within one region only."""
+    regions, count = {}, 0
+    for node in graph.nodes:
+        if writes_in_place(node):
+            count += 1
+        regions[node] = count
+    return regions
+
+
+def erase_unused(node: Node) -> None:
+    """Erase a node without users, and whatever thereby loses its last user."""
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current.users or current._erased or current.op != "call_function" or current.is_impure():
+            continue
+        inputs = list(current.all_input_nodes)
+        current.graph.erase_node(current)
+        pending.extend(inputs)
+
+
+def depends_on(node: Any, ancestor: Node, order: dict[Node, int]) -> bool:
+    """Whether `node` is computed from `ancestor`; `order` gives each node's position in the graph."""
+    if not isinstance(node, Node):
+        return False
+    floor = order.get(ancestor, -1)
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current is ancestor:
+            return True
+        for source in current.all_input_nodes:
+            # A node that stands before the ancestor cannot be computed from it.
+            if source not in seen and order.get(source, floor) >= floor:
+                seen.add(source)
+                pending.append(source)
+    return False
+
+
+def getitem(graph: Graph, node: Node, index: int) -> Node:
+    """A new node for one output of a call that returns a tuple, with its value."""
+    item = graph.call_function(operator.getitem, (node, index))
+    item.meta["val"] = node.meta["val"][index]
+    return item
+
+
+def getitem_users(node: Node) -> Iterator[tuple[int, Node]]:
+    """The nodes that take one output of a call that returns a tuple."""
+    for user in list(node.users):
+        if user.target is operator.getitem:
+            yield user.args[1], user  # type: ignore[misc]
+
+
+def copy_origin(source: Node, new: Node) -> None:
+    """Give a new node the place in the user's program that `source` had."""
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "custom"):
+        if key in source.meta:
+            new.meta[key] = source.meta[key]

@@ -1,0 +1,281 @@
+"""The passes as one custom pass of Inductor's, and the account of each run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+import fusewire
+from fusewire.custom_ops.ir import all_ops, op_of_target
+from fusewire.errors import ExpectationError
+from fusewire.fusion_passes.config import PassConfig, disabled_by_environment
+from fusewire.fusion_passes.context import MATCH, Refused, RunContext
+from fusewire.fusion_passes.explain import explain_unfused
+from fusewire.fusion_passes.matcher import graph_kind
+from fusewire.fusion_passes.raise_ops import computes_norms_itself
+from fusewire.fusion_passes.registry import RegisteredPass, registered_passes
+from fusewire.fusion_passes.report import FUSED, GraphAccount, Report, add_account, entry_of
+from fusewire.patterns.all_reduce import AllReduce, read_all_reduce
+from fusewire.patterns.norms import NORM_OPS
+
+log = logging.getLogger("fusewire")
+_TRIALS = 4
+
+
+@functools.lru_cache(maxsize=1)
+def source_hash() -> str:
+    """A hash of fusewire's own source files."""
+    from fusewire import custom_ops, fusion_passes, patterns
+
+    digest = hashlib.sha256()
+    for package in (fusewire, custom_ops, patterns, fusion_passes):
+        for folder in package.__path__:
+            for file in sorted(Path(folder).rglob("*.py")):
+                digest.update(file.name.encode())
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def cache_key(config: PassConfig) -> str:
+    """Everything beside the graph that the passes' result depends on, hashed."""
+    parts = [source_hash(), config.key(), str(disabled_by_environment())]
+    parts += [f"{item.name}:{item.source}" for item in registered_passes()]
+    for op in all_ops().values():
+        parts.append(f"{op.name}={','.join(op.priority)}")
+        parts += [f"{p.name}:{p.version}:{p.batch_invariant}" for p in op.providers.values()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class FusewirePass(CustomGraphPass):
+    """fusewire's passes, as what Inductor calls on every post-grad graph.
+
+    Stateless but for its configuration, since Inductor copies and pickles it. Can also be called on a graph by hand.
+
+    Args:
+        config: the options; defaults if None.
+        account_key: names the place where the account of this compilation is kept. As part of the cache's key it makes
+            sure that whoever finds a compiled graph in the cache finds the account of it too.
+    """
+
+    def __init__(self, config: PassConfig | None = None, account_key: str = "") -> None:
+        self.config = config if config is not None else PassConfig()
+        self.account_key = account_key
+
+    def __call__(self, graph: Graph) -> None:
+        run_passes(graph, self.config)
+
+    def uuid(self) -> Any:
+        """Enters the compile cache's key."""
+        return f"fusewire-{cache_key(self.config)}-{self.account_key}"
+
+
+def run_passes(graph: Graph, config: PassConfig | None = None) -> GraphAccount:
+    """Run all enabled passes over a post-grad graph, in place.
+
+    fusewire's own passes are tried on a copy first: what they refuse, or fail at, leaves this graph as it is.
+
+    Args:
+        graph: a functional post-grad torch.fx.Graph whose nodes carry `meta["val"]`.
+        config: the options; defaults if None.
+
+    Returns:
+        The account of this graph, which `fusewire.report()` has from now on too.
+
+    Raises:
+        ExpectationError: the count of fused all-reduces is not what `expect_fused` asks for.
+    """
+    config = config if config is not None else PassConfig()
+    if disabled_by_environment():
+        return GraphAccount(-1, "disabled")
+    start = time.perf_counter()
+    run = _Run(graph, config)
+    account = run.run()
+    account = dataclasses.replace(
+        account, pass_seconds=time.perf_counter() - start, nodes_after=len(graph.nodes)
+    )
+    account = add_account(account)
+    log.info("%s", Report((account,)).summary)
+    _check_expectation(account, config)
+    return account
+
+
+def _check_expectation(account: GraphAccount, config: PassConfig) -> None:
+    expected = config.expect_fused
+    if expected is None or account.kind == "training" or (expected != "all" and not account.entries):
+        return
+    fused = sum(entry.status == FUSED for entry in account.entries)
+    wanted = len(account.entries) if expected == "all" else expected
+    if fused != wanted:
+        raise ExpectationError(
+            f"expect_fused={expected!r}, but {fused} of {len(account.entries)} all-reduces were fused.\n"
+            f"{Report((account,))}"
+        )
+
+
+class _Run:
+    def __init__(self, graph: Graph, config: PassConfig) -> None:
+        self.graph = graph
+        self.config = config
+        self.passes = [item for item in registered_passes() if self._enabled(item)]
+        self.notes: list[str] = []
+        found = [read_all_reduce(node) for node in graph.nodes if node.op == "call_function"]
+        self.sites: list[AllReduce] = [site for site in found if site is not None]
+        self.entries = {site.name: entry_of(site) for site in self.sites}
+
+    def _enabled(self, item: RegisteredPass) -> bool:
+        if item.name in self.config.disabled_passes:
+            return False
+        return not item.toggle or bool(getattr(self.config, item.toggle))
+
+    def run(self) -> GraphAccount:
+        kind = graph_kind()
+        before = len(self.graph.nodes)
+        context = RunContext(self.config)
+        if kind == "training":
+            reason = "the graph is compiled for training; run the model under torch.no_grad() to fuse"
+            context.refused = {site.name: Refused(MATCH, reason) for site in self.sites}
+        elif self._has_work():
+            original = _copy(self.graph)
+            context = self._attempt(original)
+            self._explain_rest(context, original)
+        entries = tuple(self._entry(site.name, context) for site in self.sites)
+        return GraphAccount(-1, kind, entries, 0.0, before, before, tuple(self.notes))
+
+    def _has_work(self) -> bool:
+        if self.sites or any(item.user for item in self.passes) or computes_norms_itself(self.config):
+            return True
+        names = {entry.op for entry in NORM_OPS}
+        return any(
+            op_of_target(node.target) is not None or str(node.target).rpartition(".")[0].replace(".", "::") in names
+            for node in self.graph.nodes
+            if node.op == "call_function"
+        )
+
+    def _attempt(self, original: Graph) -> RunContext:
+        """Try on copies until nothing more is refused, then rewrite the graph itself."""
+        excluded: dict[str, Refused] = {}
+        try:
+            for _ in range(_TRIALS):
+                trial = RunContext(self.config, dict(excluded))
+                self._apply(_copy(original), trial, trial_run=True)
+                new = {name: why for name, why in trial.refused.items() if name not in excluded}
+                excluded.update(new)
+                if not new:
+                    break
+            else:
+                raise RuntimeError(f"the passes still refuse something new after {_TRIALS} rounds")
+        except Exception as error:  # a defect of ours must not cost the user the compilation
+            log.warning("fusewire left a graph as it was, since a pass failed on it", exc_info=True)
+            return self._failed(f"a pass of fusewire failed and the graph was left alone: {_say(error)}")
+        context = RunContext(self.config, dict(excluded))
+        try:
+            self._apply(self.graph, context, trial_run=False)
+            self.graph.lint()
+        except _UserPassFailed as failure:
+            raise failure.error
+        except Exception as error:
+            log.warning("fusewire took its changes of a graph back, since a pass failed on it", exc_info=True)
+            _restore(self.graph, original)
+            return self._failed(f"a pass of fusewire failed and its changes were taken back: {_say(error)}")
+        context.refused = {**context.refused, **excluded}
+        return context
+
+    def _failed(self, reason: str) -> RunContext:
+        self.notes.append(reason)
+        return RunContext(self.config, refused={site.name: Refused(MATCH, reason) for site in self.sites})
+
+    def _apply(self, graph: Graph, context: RunContext, *, trial_run: bool) -> None:
+        for index, item in enumerate(self.passes):
+            if trial_run and (item.user or item.name == "lower_ops"):
+                continue
+            if not trial_run:
+                self._dump(graph, f"{index}0_before_{item.name}")
+            try:
+                changed = item.run(graph, context)
+            except Exception as error:
+                if item.user:
+                    raise _UserPassFailed(error) from error
+                raise
+            if changed:
+                context.changes.append(item.name)
+        if not trial_run:
+            self._dump(graph, "99_after")
+
+    def _explain_rest(self, context: RunContext, original: Graph) -> None:
+        nodes = {node.name: node for node in original.nodes}
+        fused_sums = {
+            user.name
+            for name in context.fused
+            for value in nodes[name].users
+            for user in value.users
+        }
+        for site in self.sites:
+            if site.name not in context.fused and site.name not in context.refused:
+                if not self.config.fuse_allreduce_rms:
+                    context.refuse(site.name, MATCH, "fuse_allreduce_rms=False switches the fusion off")
+                    continue
+                copied = read_all_reduce(nodes[site.name])
+                assert copied is not None
+                context.refused[site.name] = explain_unfused(copied, original, fused_sums)
+
+    def _entry(self, name: str, context: RunContext) -> Any:
+        entry = self.entries[name]
+        fused = context.fused.get(name)
+        if fused is not None:
+            return dataclasses.replace(
+                entry,
+                status=FUSED,
+                fusion=fused.fusion,
+                spelling=fused.spelling,
+                provider=fused.provider,
+                reason=fused.detail,
+            )
+        refused = context.refused[name]
+        return dataclasses.replace(entry, gate=refused.gate, reason=refused.reason)
+
+    def _dump(self, graph: Graph, name: str) -> None:
+        if self.config.dump_graphs is None:
+            return
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        folder = Path(self.config.dump_graphs)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"rank{rank}_pid{os.getpid()}_graph{id(self) & 0xFFFFFF:06x}_{name}.txt"
+        file.write_text(f"{graph}\n")
+
+
+class _UserPassFailed(Exception):
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _copy(graph: Graph) -> Graph:
+    """A copy with the same node names, and metadata of its own."""
+    copied = Graph()
+    mapping: dict[Any, Any] = {}
+    output = copied.graph_copy(graph, mapping)
+    copied.output(output)
+    owner = graph.owning_module
+    copied.owning_module = owner if owner is not None else GraphModule(torch.nn.Module(), Graph())
+    return copied
+
+
+def _restore(graph: Graph, original: Graph) -> None:
+    """Make a graph that a pass left half rewritten what it was."""
+    for node in reversed(list(graph.nodes)):
+        graph.erase_node(node)
+    graph.output(graph.graph_copy(original, {}))

@@ -1,0 +1,85 @@
+"""Inductor's pattern matcher, behind the few functions that fusewire needs of it.
+
+This file and backend.py are the only ones that touch private parts of PyTorch's compiler; tests/test_canaries.py has
+one test for each part used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._inductor import pattern_matcher as inductor
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fusewire.custom_ops.ir import Support
+from fusewire.patterns.fusions import Call, Capture, Fusion
+
+Check = Callable[[dict[str, Any], Node, Sequence[Node]], Support]
+Handler = Callable[[dict[str, Any], Node, Sequence[Node]], None]
+
+
+def _tree(pattern: Any) -> Any:
+    """A tree of patterns.fusions in the matcher's own terms."""
+    if isinstance(pattern, Capture):
+        return inductor.KeywordArg(pattern.name)
+    if isinstance(pattern, Call):
+        users = inductor.MULTIPLE if pattern.shared else 1
+        return inductor.CallFunction(pattern.target, *map(_tree, pattern.args), _users=users)
+    return pattern
+
+
+class FusionMatcher:
+    """Applies fusions to graphs by Inductor's matcher.
+
+    Args:
+        name: shown in Inductor's own logs.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._pass = inductor.PatternMatcherPass(pass_name=name)
+
+    def add(self, fusion: Fusion, check: Check, handle: Handler) -> None:
+        """Register a fusion; `check` refuses matches (extra_check), `handle` rewrites those it lets through.
+
+        Both get the captures by name, the root of the match, and all its nodes.
+        """
+
+        def extra_check(match: inductor.Match) -> bool:
+            return bool(check(match.kwargs, match.output_node(), match.nodes))
+
+        def handler(match: inductor.Match, **captures: Any) -> None:
+            handle(captures, match.output_node(), match.nodes)
+
+        inductor.register_graph_pattern(
+            _tree(fusion.tree),
+            extra_check=extra_check,
+            pass_dict=self._pass,  # type: ignore[arg-type]
+        )(handler)
+
+    def apply(self, graph: Graph) -> int:
+        """Rewrite every match in the graph; returns how many there were."""
+        if graph.owning_module is None:
+            GraphModule(torch.nn.Module(), graph)
+        return self._pass.apply(graph)
+
+
+def sort_topologically(graph: Graph) -> None:
+    """Move nodes behind what they use, changing the order no further."""
+    inductor.stable_topological_sort(graph)
+
+
+def trace(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
+    """The post-grad graph of a function of these fake values, with Inductor's decompositions."""
+    with torch.no_grad():
+        return make_fx(function, decomposition_table=select_decomp_table())(*values)
+
+
+def graph_kind() -> str:
+    """Which graph is being compiled: "inference" or "training" (a forward or backward with gradients)."""
+    context = torch._guards.TracingContext.try_get()
+    names = (context.aot_graph_name or []) if context is not None else []
+    return "training" if any(str(name).endswith(("forward", "backward", "joint")) for name in names) else "inference"

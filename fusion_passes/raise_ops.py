@@ -1,0 +1,271 @@
+"""Raise: rewrite every spelling of an all-reduce and of the norm after it into a few operators.
+
+    all_reduce, [view, scale, bias,] [add,] norm's arithmetic
+ -> wait_tensor(all_reduce(x)) -> fusewire::rms_norm or fusewire::fused_add_rms_norm
+
+Only norms that an all-reduce reaches are raised (all of them where a provider other than native computes norms). The
+walk goes back from each norm to its all-reduce, so it knows why a site fails, and says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from fusewire.custom_ops.ir import NATIVE, get_op, parse_policy
+from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
+from fusewire.fusion_passes.carriers import Path, PathFinder
+from fusewire.fusion_passes.config import PassConfig
+from fusewire.fusion_passes.context import MATCH, RunContext
+from fusewire.fusion_passes.graph_tools import (
+    aten,
+    copy_origin,
+    erase_unused,
+    getitem,
+    mutation_regions,
+    plain_add,
+    same_shape,
+    value_of,
+)
+from fusewire.fusion_passes.norm_reader import Norm, find_norms
+from fusewire.fusion_passes.matcher import sort_topologically
+from fusewire.patterns.all_reduce import ALL_REDUCE, WAIT, AllReduce, read_all_reduce
+
+
+def raise_ops(graph: Graph, context: RunContext) -> bool:
+    """Raise the all-reduces and norms of a graph in place; says whether anything changed."""
+    return _Raiser(graph, context).run()
+
+
+def computes_norms_itself(config: PassConfig) -> bool:
+    """Whether some provider other than native comes first for norms, so that every norm is worth raising."""
+    return any(
+        parse_policy(get_op(name), config.policy(name))[0] != NATIVE for name in ("rms_norm", "fused_add_rms_norm")
+    )
+
+
+class _Raiser:
+    def __init__(self, graph: Graph, context: RunContext) -> None:
+        self.graph = graph
+        self.context = context
+        self.config = context.config
+        self.regions = mutation_regions(graph)
+        found = [read_all_reduce(node) for node in graph.nodes if node.op == "call_function"]
+        self.all_reduces = [site for site in found if site is not None]
+        usable = {
+            site.value: site
+            for site in self.all_reduces
+            if (site.value is not site.node or not site.spelling.waits) and not site.spelling.in_place
+        }
+        self.paths = PathFinder(usable, self.config.allow_reassociation)
+        self.taken: set[str] = set()
+
+    def run(self) -> bool:
+        changed = False
+        every_norm = computes_norms_itself(self.config)
+        if not self.all_reduces and not every_norm:
+            return False
+        for norm in find_norms(self.graph):
+            if norm.out._erased or (norm.sum_out is not None and norm.sum_out._erased):
+                continue
+            if self.config.fuse_allreduce_rms and self._raise_at_all_reduce(norm):
+                changed = True
+            elif every_norm and not norm.problem:
+                changed = self._raise_alone(norm) or changed
+        if changed:
+            sort_topologically(self.graph)
+        return changed
+
+    # Norms after an all-reduce
+
+    def _raise_at_all_reduce(self, norm: Norm) -> bool:
+        site = self._site_of(norm)
+        if site is None:
+            return False
+        path, residual = site
+        name = path.all_reduce.name
+        if name in self.context.excluded or name in self.taken:
+            return False
+        problem = norm.problem or path.problem or self._obstacle(norm, path, residual)
+        if problem:
+            self.context.refuse(name, MATCH, problem)
+            return False
+        self.taken.add(name)
+        self.context.spelling[name] = norm.spelling
+        summed = self._cleared(norm, path)
+        self.context.origin[summed.args[0].name] = name  # type: ignore[union-attr]
+        if residual is None:
+            self._place_norm(norm, path, summed)
+        else:
+            self._place_add_norm(norm, path, summed, residual)
+        return True
+
+    def _site_of(self, norm: Norm) -> tuple[Path, Any] | None:
+        """The way to an all-reduce from what is normalised, and the residual that is added on it (or None)."""
+        if norm.residual is not None:
+            path = self.paths.find(norm.source)
+            return None if path is None else (path, norm.residual)
+        direct = self.paths.find(norm.source)
+        if direct is not None:
+            return direct, None
+        operands = plain_add(norm.source)
+        if operands is None:
+            return None
+        found = []
+        for addend, residual in (operands, operands[::-1]):
+            path = self.paths.find(addend)
+            if path is not None and isinstance(residual, Node):
+                found.append((path, residual))
+        # Of two all-reduces, the one that only this sum reads can be fused; the other is then the residual.
+        found.sort(key=lambda item: self._other_readers(item[0]))
+        return found[0] if found else None
+
+    def _other_readers(self, path: Path) -> int:
+        return sum(len(node.users) - 1 for node in (path.all_reduce.value, *path.steps))
+
+    def _obstacle(self, norm: Norm, path: Path, residual: Any) -> str:
+        """Why the nodes between cannot be rewritten, or ""."""
+        if self.regions.get(norm.out) != self.regions.get(path.all_reduce.node):
+            return "an operation that writes in place stands between the all-reduce and the norm"
+        # Without a residual the fused operator returns the value that is normalised, so its last node may be shared.
+        # An all-reduce that stays where it is is left to the check of the fusion.
+        inner = [path.all_reduce.value, *path.steps]
+        if residual is None:
+            inner.remove(path.end)
+        if not path.steps and self._stays(path):
+            inner = []
+        shared = next((node for node in inner if len(node.users) > 1), None)
+        if shared is not None:
+            return (
+                f"{shared.name}, between the all-reduce and the norm, is also read elsewhere, and the fused operator "
+                "does not return it"
+            )
+        if residual is not None and not same_shape(path.end, norm.source):
+            return "the all-reduce's result is broadcast when the residual is added"
+        if path.biases and residual is not None and not same_shape(residual, path.end):
+            return "a bias stands before the add, and the residual has another shape"
+        return ""
+
+    def _stays(self, path: Path) -> bool:
+        """Whether the all-reduce is in its one form already and nothing has to move before it."""
+        return not path.views and not path.scales and path.all_reduce.node.target is ALL_REDUCE
+
+    def _cleared(self, norm: Norm, path: Path) -> Node:
+        """The all-reduce's value with views and scales moved before it; the all-reduce itself if there are none."""
+        site = path.all_reduce
+        if self._stays(path):
+            return site.value
+        with self.graph.inserting_before(norm.out):
+            x = site.x
+            for step in path.views:
+                x = self._call(step.target, (x, *step.args[1:]), step.kwargs, step)
+            for factor in path.scales:
+                x = self._call(aten.mul.Tensor, (x, factor), {}, site.node)
+            reduced = self._call(ALL_REDUCE, (x, site.reduction, site.group), {}, site.node)
+            return self._call(WAIT, (reduced,), {}, site.value)
+
+    def _place_norm(self, norm: Norm, path: Path, summed: Node) -> None:
+        if path.biases:
+            with self.graph.inserting_before(norm.out):
+                bias = path.biases[0]
+                shape = self._call(aten.expand_as.default, (bias, summed), {}, norm.out)
+            self._place_add_norm(norm, path, summed, shape, path.biases[1:])
+            return
+        with self.graph.inserting_before(norm.out):
+            new = self._call(
+                rms_norm.torch_op,
+                (summed, norm.weight, norm.eps, norm.weight_bias, norm.form),
+                {},
+                norm.out,
+            )
+        self._replace(norm.out, new)
+        if path.end is not summed:
+            self._replace(path.end, summed)
+            if not path.all_reduce.value._erased and not path.all_reduce.value.users:
+                self._drop(path.all_reduce)
+
+    def _place_add_norm(
+        self, norm: Norm, path: Path, summed: Node, residual: Any, biases: tuple[Node, ...] | None = None
+    ) -> None:
+        with self.graph.inserting_before(norm.out):
+            for bias in path.biases if biases is None else biases:
+                residual = self._call(aten.add.Tensor, (residual, bias), {}, path.end)
+            arguments = (summed, residual, norm.weight, norm.eps, norm.weight_bias, norm.form)
+            both = self._call(fused_add_rms_norm.torch_op, arguments, {}, norm.out)
+            new, sum_out = getitem(self.graph, both, 0), getitem(self.graph, both, 1)
+        self._replace(norm.out, new)
+        if norm.residual is None:
+            self._replace(norm.source, sum_out)
+        elif norm.sum_out is not None:
+            self._replace(norm.sum_out, sum_out)
+        if not sum_out.users:
+            self.graph.erase_node(sum_out)
+        if summed is not path.all_reduce.value:
+            self._drop(path.all_reduce)
+
+    # Norms on their own
+
+    def _raise_alone(self, norm: Norm) -> bool:
+        if norm.out.op != "call_function" or norm.spelling.startswith("fusewire::"):
+            return False
+        value, source = value_of(norm.out), value_of(norm.source)
+        if value is None or source is None or value.dtype != source.dtype or not isinstance(norm.eps, float):
+            return False
+        if norm.residual is not None:
+            return False
+        with self.graph.inserting_before(norm.out):
+            new = self._call(
+                rms_norm.torch_op,
+                (norm.source, norm.weight, norm.eps, norm.weight_bias, norm.form),
+                {},
+                norm.out,
+            )
+        self._replace(norm.out, new)
+        return True
+
+    # Graph surgery
+
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: Any, origin: Node) -> Node:
+        node = self.graph.call_function(target, args, dict(kwargs))
+        copy_origin(origin, node)
+        node.meta["val"] = _infer(node)
+        self.regions[node] = self.regions.get(origin, 0)
+        return node
+
+    def _replace(self, old: Node, new: Node) -> None:
+        if old is new:
+            return
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        erase_unused(old)
+
+    def _drop(self, site: AllReduce) -> None:
+        """Erase an all-reduce that was moved; erase_unused leaves it alone, since waits have side effects."""
+        for node in (site.value, site.node):
+            if not node._erased and not node.users:
+                inputs = list(node.all_input_nodes)
+                self.graph.erase_node(node)
+                for source in inputs:
+                    if source.target is not ALL_REDUCE:
+                        erase_unused(source)
+
+
+def _infer(node: Node) -> Any:
+    """The fake value of a new node, from those of its inputs."""
+    from torch.fx import map_arg
+
+    args = map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
+    fake_mode = next(
+        (v.fake_mode for n in node.all_input_nodes if (v := value_of(n)) is not None and hasattr(v, "fake_mode")),
+        None,
+    )
+    if fake_mode is None:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.target in (rms_norm.torch_op, fused_add_rms_norm.torch_op):
+        # These two have no more than x's metadata; an epsilon that is a tensor must reach the check that refuses it.
+        x = args[0]
+        with fake_mode:
+            return x.new_empty(x.shape) if node.target is rms_norm.torch_op else (x.new_empty(x.shape), x.new_empty(x.shape))
+    with fake_mode:
+        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,109 @@
+"""The passes by name, in the order in which they run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.fx import Graph
+
+from fusewire.errors import ConfigError
+from fusewire.fusion_passes.config import PassConfig
+from fusewire.fusion_passes.context import RunContext
+from fusewire.fusion_passes.eliminate_noops import eliminate_noops
+from fusewire.fusion_passes.fuse_all_reduce import fuse_all_reduce
+from fusewire.fusion_passes.lower_ops import lower_ops
+from fusewire.fusion_passes.raise_ops import raise_ops
+
+PassFunction = Callable[[Graph, RunContext], bool]
+UserPass = Callable[[Graph, PassConfig], "bool | None"]
+
+
+@dataclass(frozen=True)
+class RegisteredPass:
+    """A pass with its name.
+
+    Attributes:
+        run: rewrites the graph in place and says whether it changed it.
+        toggle: the PassConfig field that switches it off, or "".
+        source: what enters the compile cache's key for a user's pass.
+        user: whether a user registered it.
+    """
+
+    name: str
+    run: PassFunction
+    toggle: str = ""
+    source: str = ""
+    user: bool = False
+
+
+_PASSES: list[RegisteredPass] = [
+    RegisteredPass("eliminate_noops", eliminate_noops, "eliminate_noops"),
+    RegisteredPass("raise_ops", raise_ops),
+    RegisteredPass("fuse_all_reduce", fuse_all_reduce, "fuse_allreduce_rms"),
+    RegisteredPass("lower_ops", lower_ops),
+]
+
+
+def registered_passes() -> tuple[RegisteredPass, ...]:
+    """All passes, in the order in which they run."""
+    return tuple(_PASSES)
+
+
+def pass_names() -> tuple[str, ...]:
+    return tuple(item.name for item in _PASSES)
+
+
+def register_pass(
+    name: str, run: UserPass, *, before: str | None = None, after: str | None = None, source: str | None = None
+) -> None:
+    """Add a pass of your own to those that every graph goes through.
+
+    Args:
+        name: shown in reports and usable in PassConfig.disabled_passes.
+        run: called as `run(graph, config)` with the post-grad torch.fx.Graph, which it rewrites in place. It keeps
+            `node.meta["val"]` right for every node it adds. Unlike fusewire's own passes it is not tried on a copy
+            first: an exception that it raises ends the compilation.
+        before, after: the name of the pass to stand next to; by default it stands just before `lower_ops`, where the
+            graph holds the IR operators.
+        source: a text that changes whenever the pass does; it enters the compile cache's key. By default the source
+            code of `run`.
+
+    Raises:
+        ConfigError: the name is taken, a neighbour does not exist, or the source of `run` cannot be found.
+    """
+    if name in pass_names():
+        raise ConfigError(f"there is already a pass named {name!r}; the passes are: {', '.join(pass_names())}")
+    if before is not None and after is not None:
+        raise ConfigError("give `before` or `after`, not both")
+    neighbour = before or after or "lower_ops"
+    if neighbour not in pass_names():
+        raise ConfigError(f"there is no pass {neighbour!r}; the passes are: {', '.join(pass_names())}")
+    if source is None:
+        try:
+            source = inspect.getsource(run)
+        except (OSError, TypeError) as error:
+            raise ConfigError(
+                f"the source code of pass {name!r} cannot be found ({error}); pass source=..., a text that changes "
+                "whenever the pass does, so that compiled graphs are not taken from the cache wrongly"
+            ) from error
+
+    def adapted(graph: Graph, context: RunContext) -> bool:
+        return bool(run(graph, context.config))
+
+    index = pass_names().index(neighbour) + (after is not None)
+    _PASSES.insert(index, RegisteredPass(name, adapted, source=source, user=True))
+
+
+def unregister_pass(name: str) -> None:
+    """Remove a pass that `register_pass` added.
+
+    Raises:
+        ConfigError: no user's pass has that name.
+    """
+    for item in _PASSES:
+        if item.name == name and item.user:
+            _PASSES.remove(item)
+            return
+    raise ConfigError(f"no registered pass of yours is named {name!r}")

@@ -1,0 +1,70 @@
+"""What fuses with what: trees over the few operators that are left after raising, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
+from fusewire.patterns.all_reduce import ALL_REDUCE, WAIT
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Anything at all, kept under this name: a node, a number, a string or None."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of `target` with exactly these arguments; `shared` allows users outside the match."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A tree and what it becomes.
+
+    Attributes:
+        name: in reports.
+        tree: what is matched; its root is the norm.
+        replacement: the fused operator, called with the captures of these names (None where there is none).
+        arguments: the captures that the replacement takes, in order.
+        returns_sum: the root returns (norm, sum) itself; otherwise the all-reduce's value is the sum.
+    """
+
+    name: str
+    tree: Call
+    replacement: Callable[..., Any]
+    arguments: tuple[str | None, ...]
+    returns_sum: bool
+
+
+_SUMMED = Call(
+    WAIT, (Call(ALL_REDUCE, (Capture("x"), Capture("reduction"), Capture("group")), shared=True),), shared=True
+)
+_NORM = (Capture("weight"), Capture("eps"), Capture("weight_bias"), Capture("form"))
+_TAKEN = ("weight", "eps", "weight_bias", "form", "group")
+
+FUSIONS = (
+    Fusion(
+        "all_reduce + rms_norm",
+        Call(rms_norm.torch_op, (_SUMMED, *_NORM), shared=True),
+        all_reduce_rms_norm.torch_op,
+        ("x", None, *_TAKEN),
+        returns_sum=False,
+    ),
+    Fusion(
+        "all_reduce + fused_add_rms_norm",
+        Call(fused_add_rms_norm.torch_op, (_SUMMED, Capture("residual"), *_NORM), shared=True),
+        all_reduce_rms_norm.torch_op,
+        ("x", "residual", *_TAKEN),
+        returns_sum=True,
+    ),
+)
