@@ -83,7 +83,7 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[PassConfig, dict[s
         plain = name.replace("-", "_")
         if plain in PassConfig.field_names():
             ours[plain] = value
-        elif plain in known:
+        elif plain in known or hasattr(inductor_config, plain):  # aliases are not in the copy
             inductors[plain] = value
         else:
             raise ConfigError(unknown_option(name, (*PassConfig.field_names(), *known)))

@@ -23,7 +23,7 @@ from fusewire.fusion_passes.graph_tools import (
     plain_mul,
     same_size,
 )
-from fusewire.patterns.all_reduce import AllReduce
+from fusewire.patterns.all_reduce import AllReduce, read_all_reduce
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Path:
 class PathFinder:
     """Finds the way back from a node to the all-reduce that it comes from."""
 
-    def __init__(self, by_value: dict[Node, AllReduce], allow_reassociation: bool) -> None:
+    def __init__(self, by_value: dict[Node, Node], allow_reassociation: bool) -> None:
         self.by_value = by_value
         self.allow_reassociation = allow_reassociation
 
@@ -89,7 +89,8 @@ class PathFinder:
                 return None
             steps.append(current)
             current = following
-        found = self.by_value.get(current) if isinstance(current, Node) else None
+        reduce = self.by_value.get(current) if isinstance(current, Node) else None
+        found = None if reduce is None else read_all_reduce(reduce)
         if found is None:
             return None
         if (scales or biases) and not self.allow_reassociation:

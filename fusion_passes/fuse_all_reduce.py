@@ -95,7 +95,6 @@ def check_input(captures: Captures) -> Support:
         return Support.no("the all-reduce's input is not a tensor of shape (..., hidden)")
     return Support.all_of(
         (value.dtype in _DTYPES, f"the all-reduce is in {value.dtype}; the norm needs a floating-point input"),
-        (isinstance(value.shape[-1], int), "the hidden size is not known at compile time; mark it static"),
     )
 
 

@@ -56,21 +56,33 @@ class Norm:
     problem: str = ""
 
 
+def norm_roots(graph: Graph) -> list[Node]:
+    """The nodes on which norms are built, in the graph's order: reciprocal square roots and operators that are norms."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "call_function" and (_is_reciprocal_root(node) or op_name(node) in _NORM_OPS)
+    ]
+
+
+def norms_at(root: Node) -> list[Norm]:
+    """The norms built on a root, read from the graph as it now is."""
+    if root._erased:
+        return []
+    if _is_reciprocal_root(root):
+        return list(_norms_of_root(root, root.args[0]))
+    return list(_norms_of_op(root))
+
+
 def find_norms(graph: Graph) -> list[Norm]:
-    """All norms of a graph, in its order."""
-    found: list[Norm] = []
-    order: dict[Node, int] = {}
-    for node in graph.nodes:
-        order[node] = len(order)
-        if node.op != "call_function":
-            continue
-        if node.target is aten.rsqrt.default or (
-            node.target is aten.pow.Tensor_Scalar and node.args[1] == -0.5
-        ):
-            found.extend(_norms_of_root(node, node.args[0]))
-        else:
-            found.extend(_norms_of_op(node))
-    return sorted(found, key=lambda norm: order[norm.out])
+    """All norms of a graph, in the order of their roots."""
+    return [norm for root in norm_roots(graph) for norm in norms_at(root)]
+
+
+def _is_reciprocal_root(node: Node) -> bool:
+    if node.target is aten.pow.Tensor_Scalar:
+        return bool(node.args[1] == -0.5)
+    return node.target is aten.rsqrt.default
 
 
 def _norms_of_root(root: Node, shifted: Any) -> Iterator[Norm]:

@@ -21,6 +21,7 @@ from fusewire.fusion_passes.context import MATCH, RunContext
 from fusewire.fusion_passes.graph_tools import (
     aten,
     copy_origin,
+    depends_on,
     erase_unused,
     getitem,
     mutation_regions,
@@ -28,7 +29,7 @@ from fusewire.fusion_passes.graph_tools import (
     same_shape,
     value_of,
 )
-from fusewire.fusion_passes.norm_reader import Norm, find_norms
+from fusewire.fusion_passes.norm_reader import Norm, norm_roots, norms_at
 from fusewire.fusion_passes.matcher import sort_topologically
 from fusewire.patterns.all_reduce import ALL_REDUCE, WAIT, AllReduce, read_all_reduce
 
@@ -51,10 +52,11 @@ class _Raiser:
         self.context = context
         self.config = context.config
         self.regions = mutation_regions(graph)
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
         found = [read_all_reduce(node) for node in graph.nodes if node.op == "call_function"]
         self.all_reduces = [site for site in found if site is not None]
         usable = {
-            site.value: site
+            site.value: site.node
             for site in self.all_reduces
             if (site.value is not site.node or not site.spelling.waits) and not site.spelling.in_place
         }
@@ -66,16 +68,18 @@ class _Raiser:
         every_norm = computes_norms_itself(self.config)
         if not self.all_reduces and not every_norm:
             return False
-        for norm in find_norms(self.graph):
-            if norm.out._erased or (norm.sum_out is not None and norm.sum_out._erased):
-                continue
-            if self.config.fuse_allreduce_rms and self._raise_at_all_reduce(norm):
+        for root in norm_roots(self.graph):
+            # Raising a norm replaces nodes that the next norm was read from, so each is read when its turn comes.
+            while any(self._raise(norm, every_norm) for norm in norms_at(root)):
                 changed = True
-            elif every_norm and not norm.problem:
-                changed = self._raise_alone(norm) or changed
         if changed:
             sort_topologically(self.graph)
         return changed
+
+    def _raise(self, norm: Norm, every_norm: bool) -> bool:
+        if self.config.fuse_allreduce_rms and self._raise_at_all_reduce(norm):
+            return True
+        return every_norm and not norm.problem and self._raise_alone(norm)
 
     # Norms after an all-reduce
 
@@ -141,6 +145,8 @@ class _Raiser:
                 f"{shared.name}, between the all-reduce and the norm, is also read elsewhere, and the fused operator "
                 "does not return it"
             )
+        if residual is not None and depends_on(norm.weight, path.all_reduce.node, self.order):
+            return "the norm's weight is computed from the all-reduce's own result"
         if residual is not None and not same_shape(path.end, norm.source):
             return "the all-reduce's result is broadcast when the residual is added"
         if path.biases and residual is not None and not same_shape(residual, path.end):

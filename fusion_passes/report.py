@@ -20,7 +20,7 @@ from fusewire.patterns.all_reduce import AllReduce
 FUSED, REFUSED = "fused", "refused"
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 # Frames of the machinery that issues the collective; the user looks for the call in the model.
-_MACHINERY = re.compile(r"[/\\](torch|accelerate)[/\\]|integrations[/\\]tensor_parallel|<eval_with_key>|<string>")
+_MACHINERY = re.compile(r"[/\\](torch|accelerate)[/\\]|(integrations|distributed)[/\\]tensor_parallel|<eval_with_key>|<string>")
 
 
 @dataclass(frozen=True)

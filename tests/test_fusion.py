@@ -1,0 +1,265 @@
+"""What must fuse: every spelling of the all-reduce and of the norm, and what stands between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from blocks import HIDDEN, NORMS, pow_half, reduce_functional, reduce_in_place, tensors
+from graphs import capture
+
+import fusewire
+from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.patterns.all_reduce import ALL_REDUCE
+
+FUSED_OP = all_reduce_rms_norm.torch_op
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+pytestmark = pytest.mark.usefixtures("fake_world")
+
+
+def fused_calls(captured):
+    return [node for node in captured.graph.nodes if node.target is FUSED_OP]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", list(NORMS))
+def test_every_norm_fuses_with_and_without_residual(kind, dtype):
+    norm = NORMS[kind]
+
+    def block(x, residual, w):
+        first = reduce_functional(x)
+        second = residual + reduce_functional(norm(first, w, 1e-5))
+        third = reduce_functional(norm(second, w, 1e-6)) + second
+        return norm(third, w, 0.125), third
+
+    inputs = tensors(dtype)
+    captured = capture(block, *inputs, inline_native=False)
+    assert captured.verdicts() == [("fused", "")] * 3
+    assert captured.count(ALL_REDUCE) == 0
+    assert [round(node.args[3], 9) for node in fused_calls(captured)] == [1e-5, 1e-6, 0.125]
+    for got, want in zip(captured.result, block(*inputs), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gemma_reaches_the_op_with_its_raw_weight(dtype):
+    x, residual, w = tensors(dtype)
+    captured = capture(
+        lambda x, r, w: NORMS["G"](reduce_functional(x) + r, w, 1e-6), x, residual, w, inline_native=False
+    )
+    (call,) = fused_calls(captured)
+    assert call.args[4] == 1.0
+    assert call.args[2].op == "placeholder"
+    assert call.args[5] == "scale_then_round"
+
+
+def test_llama_keeps_its_rounding_order():
+    captured = capture(
+        lambda x, r, w: NORMS["L"](reduce_functional(x) + r, w, 1e-6), *tensors(), inline_native=False
+    )
+    assert fused_calls(captured)[0].args[5] == "round_then_scale"
+
+
+def test_weightless_passes_none():
+    captured = capture(
+        lambda x, r, w: NORMS["weightless"](reduce_functional(x), w, 1e-6), *tensors(), inline_native=False
+    )
+    assert fused_calls(captured)[0].args[2] is None
+
+
+def test_pow_half_and_square_by_multiplication():
+    inputs = tensors()
+    captured = capture(lambda x, r, w: pow_half(r + reduce_functional(x), w, 1e-6), *inputs)
+    assert captured.verdicts() == [("fused", "")]
+
+
+@pytest.mark.parametrize("order", ["residual first", "all-reduce first"])
+def test_both_orders_of_the_residual_add(order):
+    def block(x, residual, w):
+        reduced = reduce_functional(x)
+        total = residual + reduced if order == "residual first" else reduced + residual
+        return NORMS["L"](total, w, 1e-5), total
+
+    inputs = tensors()
+    captured = capture(block, *inputs)
+    assert captured.verdicts() == [("fused", "")]
+    assert torch.equal(captured.result[1], block(*inputs)[1])
+
+
+def test_in_place_all_reduce():
+    captured = capture(lambda x, r, w: NORMS["L"](reduce_in_place(x) + r, w, 1e-5), *tensors())
+    assert captured.verdicts() == [("fused", "")]
+
+
+def test_dtensor_redistribute(fake_world):
+    from torch.distributed.tensor import DTensor, Partial, Replicate, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+
+    def block(x, r, w):
+        reduced = DTensor.from_local(x, mesh, [Partial()]).redistribute(mesh, [Replicate()]).to_local()
+        return NORMS["L"](r + reduced, w, 1e-5)
+
+    captured = capture(block, *tensors())
+    assert captured.verdicts() == [("fused", "")]
+
+
+def test_parallelize_module(fake_world):
+    from torch.distributed.tensor import init_device_mesh
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
+            self.norm = torch.nn.RMSNorm(HIDDEN, eps=1e-5)
+
+        def forward(self, x, residual):
+            return self.norm(residual + self.down(x))
+
+    mesh = init_device_mesh("cpu", (2,))
+    block = parallelize_module(Block(), mesh, {"down": RowwiseParallel()})
+    captured = capture(block, torch.randn(4, HIDDEN // 2), torch.randn(4, HIDDEN))
+    assert captured.verdicts() == [("fused", "")]
+    assert captured.account.entries[0].module == "down"
+
+
+def test_ir_operators_in_the_model():
+    def block(x, residual, w):
+        norm, total = fusewire.fused_add_rms_norm(reduce_functional(x), residual, w, 1e-5)
+        return fusewire.rms_norm(reduce_functional(norm), w, 1e-6), total
+
+    inputs = tensors()
+    captured = capture(block, *inputs, inline_native=False)
+    assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
+    for got, want in zip(captured.result, block(*inputs), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3)], ids=["rank 2", "rank 3"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_ranks_and_dynamic_tokens(shape, dynamic):
+    captured = capture(
+        lambda x, r, w: NORMS["L"](r + reduce_functional(x), w, 1e-5), *tensors(shape=shape), dynamic=dynamic
+    )
+    assert captured.verdicts() == [("fused", "")]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_reshape_between_all_reduce_and_add(dynamic):
+    def block(x, residual, w):
+        flat = reduce_functional(x.reshape(-1, HIDDEN))
+        total = residual + flat.reshape(residual.shape)
+        return NORMS["L"](total, w, 1e-5), total
+
+    inputs = tensors(shape=(2, 3))
+    captured = capture(block, *inputs, dynamic=dynamic, inline_native=False)
+    assert captured.verdicts() == [("fused", "")]
+    assert captured.count(ALL_REDUCE) == 0
+    for got, want in zip(captured.result, block(*inputs), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_bias_and_scale_are_carried():
+    bias = torch.randn(HIDDEN, dtype=torch.bfloat16)
+
+    def block(x, residual, w):
+        total = residual + (reduce_functional(x) * 0.25 + bias)
+        return NORMS["L"](total, w, 1e-5), total
+
+    inputs = tensors()
+    captured = capture(block, *inputs)
+    assert captured.verdicts() == [("fused", "")]
+    for got, want in zip(captured.result, block(*inputs), strict=True):
+        torch.testing.assert_close(got, want, atol=0.04, rtol=0.02)
+    kept = capture(block, *inputs, allow_reassociation=False)
+    assert kept.verdicts() == [("refused", "match")]
+    assert "allow_reassociation" in kept.reasons()[0]
+
+
+def test_all_reduce_read_by_norm_and_residual():
+    """A vocabulary-parallel embedding: the fused op returns the sum, which the residual stream reads."""
+
+    def block(x, residual, w):
+        embedded = reduce_functional(x)
+        return NORMS["L"](embedded, w, 1e-5), embedded + residual
+
+    inputs = tensors()
+    captured = capture(block, *inputs, inline_native=False)
+    assert captured.verdicts() == [("fused", "")]
+    for got, want in zip(captured.result, block(*inputs), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_two_norms_of_one_sum():
+    def block(x, residual, w):
+        total = reduce_functional(x) + residual
+        return NORMS["L"](total, w, 1e-5), NORMS["G"](total, w, 1e-5), total
+
+    inputs = tensors()
+    captured = capture(block, *inputs, inline_native=False)
+    assert captured.verdicts() == [("fused", "")]
+    for got, want in zip(captured.result, block(*inputs), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_epsilon_under_dynamic_is_specialised():
+    class Norm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.eps = 3e-4
+
+        def forward(self, x, r, w):
+            return NORMS["L"](reduce_functional(x) + r, w, self.eps)
+
+    captured = capture(Norm(), *tensors(), dynamic=True, inline_native=False)
+    assert captured.verdicts() == [("fused", "")]
+    assert fused_calls(captured)[0].args[3] == pytest.approx(3e-4)
+
+
+def test_inlined_native_leaves_plain_operators():
+    captured = capture(lambda x, r, w: NORMS["L"](reduce_functional(x) + r, w, 1e-5), *tensors())
+    assert captured.count(FUSED_OP) == 0
+    assert captured.count(ALL_REDUCE) == 1
+    assert captured.account.entries[0].provider == "native"
+
+
+def test_opaque_operators_of_other_engines():
+    """Graphs as serving engines make them, matched by the operators' names."""
+    library = torch.library.Library("vllm", "FRAGMENT")
+    ir = torch.library.Library("vllm_ir", "FRAGMENT")
+    library.define("all_reduce(Tensor tensor, str group_name) -> Tensor")
+    library.impl("all_reduce", lambda tensor, group_name: tensor.clone(), "CompositeExplicitAutograd")
+    ir.define("rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor")
+    ir.define(
+        "fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, int? variance_size=None)"
+        " -> (Tensor, Tensor)"
+    )
+    native = fusewire.rms_norm.native, fusewire.fused_add_rms_norm.native
+    ir.impl("rms_norm", lambda x, w, e, v=None: native[0](x, w, e, 0.0, "scale_then_round"), "CompositeExplicitAutograd")
+    ir.impl(
+        "fused_add_rms_norm",
+        lambda x, r, w, e, v=None: native[1](x, r, w, e, 0.0, "scale_then_round"),
+        "CompositeExplicitAutograd",
+    )
+    group = dist.group.WORLD.group_name
+
+    def block(x, r, w):
+        norm, total = torch.ops.vllm_ir.fused_add_rms_norm(torch.ops.vllm.all_reduce(x, group), r, w, 1e-5)
+        return torch.ops.vllm_ir.rms_norm(torch.ops.vllm.all_reduce(norm, group), w, 1e-6), total
+
+    inputs = tensors()
+    captured = capture(block, *inputs, inline_native=False)
+    assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
+    for got, want in zip(captured.result, block(*inputs), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_functional_collective_spellings():
+    mesh_free = dist.group.WORLD.group_name
+
+    def block(x, r, w):
+        return NORMS["L"](functional.all_reduce(x, "sum", mesh_free) + r, w, 1e-5)
+
+    assert capture(block, *tensors()).verdicts() == [("fused", "")]
