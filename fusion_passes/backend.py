@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 from torch._inductor import config as inductor_config
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
 
 from fusewire.errors import ConfigError
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment, unknown_option
-from fusewire.fusion_passes.manager import FusewirePass, cache_key
+from fusewire.fusion_passes.manager import cache_key, run_passes
+from fusewire.fusion_passes.matcher import graph_kind
 from fusewire.fusion_passes.report import (
     GraphAccount,
     accounts_from_json,
@@ -38,6 +40,30 @@ from fusewire.fusion_passes.report import (
 
 log = logging.getLogger("fusewire")
 _HOOK = "post_grad_custom_post_pass"
+_InferenceAware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)  # not in torch 2.11
+
+
+class FusewirePass(CustomGraphPass):
+    """fusewire's passes, as what Inductor calls on every post-grad graph.
+
+    Stateless but for its configuration, since Inductor copies and pickles it. Can also be called on a graph by hand.
+
+    Args:
+        config: the options; defaults if None.
+        account_key: names the place where the account of this compilation is kept. As part of the cache's key it makes
+            sure that whoever finds a compiled graph in the cache finds the account of it too.
+    """
+
+    def __init__(self, config: PassConfig | None = None, account_key: str = "") -> None:
+        self.config = config if config is not None else PassConfig()
+        self.account_key = account_key
+
+    def __call__(self, graph: Graph) -> None:
+        run_passes(graph, self.config)
+
+    def uuid(self) -> Any:
+        """Enters the compile cache's key."""
+        return f"fusewire-{cache_key(self.config)}-{self.account_key}"
 
 
 class ChainedPass(CustomGraphPass):
@@ -48,12 +74,15 @@ class ChainedPass(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         for item in self.passes:
-            item(graph)
+            if _InferenceAware is not None and isinstance(item, _InferenceAware):
+                item(graph, is_inference=graph_kind() == "inference")
+            else:
+                item(graph)
 
     def uuid(self) -> Any:
         """The uuids of all; None, which bypasses the compile cache, if one of them has none."""
         keys = [item.uuid() if isinstance(item, CustomGraphPass) else None for item in self.passes]
-        return None if None in keys else tuple(keys)
+        return tuple(keys) if all(keys) else None
 
 
 def chained_hook(config: PassConfig, existing: Any = None, account_key: str = "") -> CustomGraphPass:
@@ -74,20 +103,29 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[PassConfig, dict[s
     """Sort torch.compile's `options` into a PassConfig and Inductor's own options.
 
     Raises:
-        ConfigError: a name is neither; the message suggests the nearest name.
+        ConfigError: a name is neither (the message suggests the nearest name), or a value is of another type.
     """
     ours: dict[str, Any] = {}
     inductors: dict[str, Any] = {}
-    known = inductor_config.get_config_copy()
     for name, value in (options or {}).items():
         plain = name.replace("-", "_")
         if plain in PassConfig.field_names():
             ours[plain] = value
-        elif plain in known or hasattr(inductor_config, plain):  # aliases are not in the copy
+        elif (wanted := _inductor_type(plain)) is not None:
+            if isinstance(wanted, type) and not isinstance(value, wanted):
+                raise ConfigError(f"{name} is {value!r}; Inductor's option must be of type {wanted.__name__}")
             inductors[plain] = value
         else:
-            raise ConfigError(unknown_option(name, (*PassConfig.field_names(), *known)))
+            raise ConfigError(unknown_option(name, (*PassConfig.field_names(), *inductor_config.get_config_copy())))
     return PassConfig(**ours), inductors
+
+
+def _inductor_type(name: str) -> Any:
+    """The type of one of Inductor's options, aliases included, or None if there is no such option."""
+    try:
+        return inductor_config.get_type(name)
+    except KeyError:
+        return None
 
 
 def fusewire_backend(

@@ -3,6 +3,10 @@
 Views move before the all-reduce (it works elementwise). A bias joins the residual; a scale moves before the
 all-reduce (a sum of multiples is the multiple of the sum): both round elsewhere than the source did, so they are
 carried only with PassConfig.allow_reassociation.
+
+A scale may move only if it is the same on every rank. A number in the program is; of a tensor the graph does not say.
+A one-element parameter, buffer or input (Gemma's embedding scale, a layer scale) is taken to be replicated, as all of
+a tensor-parallel model's unsharded parameters are, unless PassConfig.assume_replicated_scales is off.
 """
 
 from __future__ import annotations
@@ -10,8 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
+from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.graph_tools import (
     VIEWS,
     cast_source,
@@ -22,6 +28,7 @@ from fusewire.fusion_passes.graph_tools import (
     plain_add,
     plain_mul,
     same_size,
+    value_of,
 )
 from fusewire.patterns.all_reduce import AllReduce, read_all_reduce
 
@@ -50,9 +57,10 @@ class Path:
 class PathFinder:
     """Finds the way back from a node to the all-reduce that it comes from."""
 
-    def __init__(self, by_value: dict[Node, Node], allow_reassociation: bool) -> None:
+    def __init__(self, by_value: dict[Node, Node], config: PassConfig) -> None:
         self.by_value = by_value
-        self.allow_reassociation = allow_reassociation
+        self.allow_reassociation = config.allow_reassociation
+        self.assume_replicated_scales = config.assume_replicated_scales
 
     def find(self, node: Any, limit: int = 12) -> Path | None:
         """The way from an all-reduce to this node through steps that can be carried, or None."""
@@ -112,12 +120,22 @@ class PathFinder:
         factors = plain_mul(node)
         if factors is None:
             return None
-        a, b = factors
-        if is_number(b) and isinstance(a, Node):
-            return a, b
-        if is_number(a) and isinstance(b, Node):
-            return b, a
+        for value, factor in (factors, factors[::-1]):
+            if isinstance(value, Node) and (is_number(factor) or self._is_replicated_scale(factor, value)):
+                return value, factor
         return None
+
+    def _is_replicated_scale(self, factor: Any, value: Node) -> bool:
+        tensor, scaled = value_of(factor), value_of(value)
+        return (
+            self.assume_replicated_scales
+            and tensor is not None
+            and scaled is not None
+            and factor.op in ("placeholder", "get_attr")
+            and tuple(tensor.shape) in ((), (1,))
+            and scaled.dim() > 0
+            and torch.result_type(scaled, tensor) == scaled.dtype
+        )
 
     def _biased(self, node: Node, hidden: Any) -> tuple[Any, Node] | None:
         operands = plain_add(node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -38,6 +38,25 @@ def _doc(default: Any, text: str) -> Any:
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+class _FrozenMapping(Mapping[str, tuple[str, ...]]):
+    """A mapping that cannot be changed, and unlike types.MappingProxyType can be copied and pickled."""
+
+    def __init__(self, values: Mapping[str, tuple[str, ...]]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,11 @@ class PassConfig:
         True,
         "Let a bias or a scale between the all-reduce and the norm move across the sum, which rounds elsewhere.",
     )
+    assume_replicated_scales: bool = _doc(
+        True,
+        "Take a one-element parameter, buffer or input that multiplies an all-reduced value (Gemma's embedding scale) "
+        "to be the same on every rank, so that it can move before the all-reduce.",
+    )
     expect_fused: int | str | None = _doc(
         None,
         "Fail the compilation, with the report, unless this many all-reduces were fused ('all': every one found).",
@@ -86,23 +110,23 @@ class PassConfig:
     dump_graphs: str | None = _doc(None, "Directory to write each graph to, before and after every pass.")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "disabled_passes", tuple(self.disabled_passes))
         self._check_types()
+        object.__setattr__(self, "disabled_passes", tuple(self.disabled_passes))
         limit = self.fi_allreduce_fusion_max_size_mb
-        if limit is not None and not limit >= 0:
-            raise ConfigError(f"fi_allreduce_fusion_max_size_mb is {limit!r}; it must be a number >= 0, or None")
+        if limit is not None:
+            if not limit >= 0:
+                raise ConfigError(f"fi_allreduce_fusion_max_size_mb is {limit!r}; it must be a number >= 0, or None")
+            object.__setattr__(self, "fi_allreduce_fusion_max_size_mb", float(limit))
         expected = self.expect_fused
         if isinstance(expected, str) and expected != "all":
             raise ConfigError(f"expect_fused is {expected!r}; it must be a count, 'all' or None")
         if isinstance(expected, int) and expected < 0:
             raise ConfigError(f"expect_fused is {expected}; a count cannot be negative")
-        if not isinstance(self.ir_op_priority, Mapping):
-            raise ConfigError("ir_op_priority must map operators to lists of providers")
         checked = {
             name: check_priority(get_op(name), tuple(providers))
             for name, providers in sorted(self.ir_op_priority.items())
         }
-        object.__setattr__(self, "ir_op_priority", checked)
+        object.__setattr__(self, "ir_op_priority", _FrozenMapping(checked))
         if env_flag(BATCH_INVARIANT_VARIABLE):
             object.__setattr__(self, "batch_invariant", True)
 
@@ -111,6 +135,19 @@ class PassConfig:
             value = getattr(self, item.name)
             if isinstance(item.default, bool) and not isinstance(value, bool):
                 raise ConfigError(f"{item.name} is {value!r}; it must be True or False")
+        self._check_type("fi_allreduce_fusion_max_size_mb", (int, float, type(None)), "a number >= 0, or None")
+        self._check_type("expect_fused", (int, str, type(None)), "a count, 'all' or None")
+        self._check_type("dump_graphs", (str, type(None)), "the path of a directory, or None")
+        self._check_type("disabled_passes", (list, tuple), "a list of names of passes")
+        self._check_type("ir_op_priority", (Mapping,), "a mapping of operators to lists of providers")
+        for name, providers in self.ir_op_priority.items():
+            if isinstance(providers, str) or not isinstance(providers, Iterable):
+                raise ConfigError(f"ir_op_priority[{name!r}] is {providers!r}; it must be a list of providers")
+
+    def _check_type(self, name: str, types: tuple[type, ...], wanted: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise ConfigError(f"{name} is {value!r}; it must be {wanted}")
 
     def __hash__(self) -> int:
         return hash(self.key())
@@ -167,6 +204,11 @@ class PassConfig:
 
 def unknown_option(name: str, known: tuple[str, ...]) -> str:
     """The message for an option that does not exist, with the nearest that does."""
+    return f"{unknown_name('option', name, known)} (PassConfig.describe() lists fusewire's options)"
+
+
+def unknown_name(kind: str, name: str, known: tuple[str, ...]) -> str:
+    """The message for a name that does not exist, with the nearest that does."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown option {name!r}{hint} (PassConfig.describe() lists fusewire's options)"
+    return f"unknown {kind} {name!r}{hint}"

@@ -1,4 +1,4 @@
-"""The passes as one custom pass of Inductor's, and the account of each run."""
+"""Runs the passes over a graph and keeps the account of each run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 import fusewire
-from fusewire.custom_ops.ir import all_ops, op_of_target
-from fusewire.errors import ExpectationError
-from fusewire.fusion_passes.config import PassConfig, disabled_by_environment
+from fusewire.custom_ops.ir import _machine_support, all_ops, op_of_target, parse_policy
+from fusewire.errors import ConfigError, ExpectationError
+from fusewire.fusion_passes.config import PassConfig, disabled_by_environment, unknown_name
 from fusewire.fusion_passes.context import MATCH, Refused, RunContext
 from fusewire.fusion_passes.explain import explain_unfused
 from fusewire.fusion_passes.matcher import graph_kind
 from fusewire.fusion_passes.raise_ops import computes_norms_itself
-from fusewire.fusion_passes.registry import RegisteredPass, registered_passes
+from fusewire.fusion_passes.registry import RegisteredPass, pass_names, registered_passes
 from fusewire.fusion_passes.report import FUSED, GraphAccount, Report, add_account, entry_of
 from fusewire.patterns.all_reduce import AllReduce, read_all_reduce
 from fusewire.patterns.norms import NORM_OPS
@@ -53,30 +52,18 @@ def cache_key(config: PassConfig) -> str:
     for op in all_ops().values():
         parts.append(f"{op.name}={','.join(op.priority)}")
         parts += [f"{p.name}:{p.version}:{p.batch_invariant}" for p in op.providers.values()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        for name in parse_policy(op, config.policy(op.name)):
+            # A graph made where a provider was missing must not be found where it is not.
+            parts.append(f"{name} here: {_machine_support(op.providers[name])}")
+    return hashlib.sha256("\n".join([*parts, *_groups()]).encode()).hexdigest()
 
 
-class FusewirePass(CustomGraphPass):
-    """fusewire's passes, as what Inductor calls on every post-grad graph.
-
-    Stateless but for its configuration, since Inductor copies and pickles it. Can also be called on a graph by hand.
-
-    Args:
-        config: the options; defaults if None.
-        account_key: names the place where the account of this compilation is kept. As part of the cache's key it makes
-            sure that whoever finds a compiled graph in the cache finds the account of it too.
-    """
-
-    def __init__(self, config: PassConfig | None = None, account_key: str = "") -> None:
-        self.config = config if config is not None else PassConfig()
-        self.account_key = account_key
-
-    def __call__(self, graph: Graph) -> None:
-        run_passes(graph, self.config)
-
-    def uuid(self) -> Any:
-        """Enters the compile cache's key."""
-        return f"fusewire-{cache_key(self.config)}-{self.account_key}"
+def _groups() -> list[str]:
+    """The process groups of this process with their sizes: the checks ask for a group's size, graphs hold its name."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return []
+    known = torch.distributed.distributed_c10d._world.pg_map
+    return sorted(f"group {group.group_name}: {group.size()} ranks" for group in known)
 
 
 def run_passes(graph: Graph, config: PassConfig | None = None) -> GraphAccount:
@@ -92,9 +79,13 @@ def run_passes(graph: Graph, config: PassConfig | None = None) -> GraphAccount:
         The account of this graph, which `fusewire.report()` has from now on too.
 
     Raises:
+        ConfigError: `disabled_passes` names a pass that does not exist.
         ExpectationError: the count of fused all-reduces is not what `expect_fused` asks for.
     """
     config = config if config is not None else PassConfig()
+    for name in config.disabled_passes:
+        if name not in pass_names():
+            raise ConfigError(f"disabled_passes: {unknown_name('pass', name, pass_names())}")
     if disabled_by_environment():
         return GraphAccount(-1, "disabled")
     start = time.perf_counter()

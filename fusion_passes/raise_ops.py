@@ -60,7 +60,7 @@ class _Raiser:
             for site in self.all_reduces
             if (site.value is not site.node or not site.spelling.waits) and not site.spelling.in_place
         }
-        self.paths = PathFinder(usable, self.config.allow_reassociation)
+        self.paths = PathFinder(usable, self.config)
         self.taken: set[str] = set()
 
     def run(self) -> bool:

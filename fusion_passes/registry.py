@@ -68,10 +68,10 @@ def register_pass(
         before, after: the name of the pass to stand next to; by default it stands just before `lower_ops`, where the
             graph holds the IR operators.
         source: a text that changes whenever the pass does; it enters the compile cache's key. By default the source
-            code of `run`.
+            code of `run`, which says all only if `run` is a plain function: for a closure or a method give the text.
 
     Raises:
-        ConfigError: the name is taken, a neighbour does not exist, or the source of `run` cannot be found.
+        ConfigError: the name is taken, a neighbour does not exist, or `source` must be given.
     """
     if name in pass_names():
         raise ConfigError(f"there is already a pass named {name!r}; the passes are: {', '.join(pass_names())}")
@@ -80,20 +80,29 @@ def register_pass(
     neighbour = before or after or "lower_ops"
     if neighbour not in pass_names():
         raise ConfigError(f"there is no pass {neighbour!r}; the passes are: {', '.join(pass_names())}")
-    if source is None:
-        try:
-            source = inspect.getsource(run)
-        except (OSError, TypeError) as error:
-            raise ConfigError(
-                f"the source code of pass {name!r} cannot be found ({error}); pass source=..., a text that changes "
-                "whenever the pass does, so that compiled graphs are not taken from the cache wrongly"
-            ) from error
+    source = source if source is not None else _source_of(name, run)
 
     def adapted(graph: Graph, context: RunContext) -> bool:
         return bool(run(graph, context.config))
 
     index = pass_names().index(neighbour) + (after is not None)
     _PASSES.insert(index, RegisteredPass(name, adapted, source=source, user=True))
+
+
+def _source_of(name: str, run: UserPass) -> str:
+    """The source code of a pass, if that is all it depends on."""
+    try:
+        source = inspect.getsource(run)
+    except (OSError, TypeError) as error:
+        problem = f"the source code of pass {name!r} cannot be found ({error})"
+    else:
+        if not inspect.ismethod(run) and not getattr(run, "__closure__", None):
+            return source
+        problem = f"pass {name!r} depends on more than its source code, since it is a closure or a method"
+    raise ConfigError(
+        f"{problem}; pass source=..., a text that changes whenever the pass does, so that compiled graphs are not taken "
+        "from the cache wrongly"
+    )
 
 
 def unregister_pass(name: str) -> None:

@@ -178,6 +178,21 @@ def test_bias_and_scale_are_carried():
     assert "allow_reassociation" in kept.reasons()[0]
 
 
+def test_embedding_scale_is_carried():
+    """Gemma multiplies the vocabulary-parallel embedding by a 0-d buffer; norm and residual read the product."""
+
+    def block(x, residual, w, scale):
+        embedded = reduce_functional(x) * scale
+        return NORMS["G"](embedded, w, 1e-5), embedded + residual
+
+    inputs = [*tensors(), torch.tensor(8.0, dtype=torch.bfloat16)]
+    captured = capture(block, *inputs)
+    assert captured.verdicts() == [("fused", "")]
+    for got, want in zip(captured.result, block(*inputs), strict=True):
+        assert torch.equal(got, want)
+    assert capture(block, *inputs, assume_replicated_scales=False).verdicts() == [("refused", "match")]
+
+
 def test_all_reduce_read_by_norm_and_residual():
     """A vocabulary-parallel embedding: the fused op returns the sum, which the residual stream reads."""
 
