@@ -1,8 +1,8 @@
 """What may stand between an all-reduce and its norm, and how it moves out of the way.
 
-Views move before the all-reduce (it works elementwise). A bias joins the residual; a scale moves before the
-all-reduce (a sum of multiples is the multiple of the sum): both round elsewhere than the source did, so they are
-carried only with PassConfig.allow_reassociation.
+Views move before the all-reduce (it works elementwise). A bias, or any other addend, joins the residual; a scale moves
+before the all-reduce (a sum of multiples is the multiple of the sum): both round elsewhere than the source did, so they
+are carried only with PassConfig.allow_reassociation.
 
 A scale may move only if it is the same on every rank. A number in the program is; of a tensor the graph does not say.
 A one-element parameter, buffer or input (Gemma's embedding scale, a layer scale) is taken to be replicated, as all of
@@ -11,6 +11,7 @@ a tensor-parallel model's unsharded parameters are, unless PassConfig.assume_rep
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,108 +28,125 @@ from fusewire.fusion_passes.graph_tools import (
     last_size,
     plain_add,
     plain_mul,
+    same_shape,
     same_size,
     value_of,
 )
 from fusewire.patterns.all_reduce import AllReduce, read_all_reduce
 
+VIEW, CAST, SCALE, ADDEND = "view", "cast", "scale", "addend"
+_LIMIT = 12
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node on the way; `value` is the factor of a scale, or what an add adds."""
+
+    kind: str
+    node: Node
+    value: Any = None
+
 
 @dataclass(frozen=True)
 class Path:
-    """The way from an all-reduce's value to the value that is added or normalised.
-
-    Attributes:
-        all_reduce: where it starts.
-        steps: the nodes on the way, first the one that reads the all-reduce's value.
-        end: its last node (the all-reduce's value itself if nothing stands between).
-        views, scales, biases: of the steps, those that move before the all-reduce, or join the residual.
-        problem: why the way cannot be cleared, or "".
-    """
+    """The way from an all-reduce's value to `end`, the value that is normalised or that a residual is added to."""
 
     all_reduce: AllReduce
-    steps: tuple[Node, ...]
+    steps: tuple[Step, ...]
     end: Node
-    views: tuple[Node, ...] = ()
-    scales: tuple[Any, ...] = ()
-    biases: tuple[Node, ...] = ()
-    problem: str = ""
 
+    def of_kind(self, *kinds: str) -> tuple[Step, ...]:
+        """The steps of these kinds, from the all-reduce on."""
+        return tuple(step for step in self.steps if step.kind in kinds)
 
-class PathFinder:
-    """Finds the way back from a node to the all-reduce that it comes from."""
+    def views_after(self, step: Step) -> tuple[Node, ...]:
+        """The views between a step and the end of the way."""
+        later = self.steps[self.steps.index(step) + 1 :]
+        return tuple(other.node for other in later if other.kind == VIEW)
 
-    def __init__(self, by_value: dict[Node, Node], config: PassConfig) -> None:
-        self.by_value = by_value
-        self.allow_reassociation = config.allow_reassociation
-        self.assume_replicated_scales = config.assume_replicated_scales
+    @property
+    def other_readers(self) -> int:
+        """How often values on the way, the all-reduce's among them, are read by something else."""
+        return sum(len(node.users) - 1 for node in (self.all_reduce.value, *(s.node for s in self.steps)))
 
-    def find(self, node: Any, limit: int = 12) -> Path | None:
-        """The way from an all-reduce to this node through steps that can be carried, or None."""
-        steps: list[Node] = []
-        views: list[Node] = []
-        scales: list[Any] = []
-        biases: list[Node] = []
-        problem = ""
-        current = node
-        while isinstance(current, Node) and current not in self.by_value and len(steps) < limit:
-            hidden = last_size(current)
-            following: Any = None
-            if current.target in VIEWS:
-                following = current.args[0]
-                views.append(current)
-                if not same_size(hidden, last_size(following)):
-                    problem = "a view between the all-reduce and the norm changes the last dimension"
-            elif (source := cast_source(current)) is not None:
-                following = source
-                if dtype_of(source) != dtype_of(current):
-                    problem = (
-                        f"a cast from {dtype_of(source)} to {dtype_of(current)} stands between the all-reduce and the "
-                        "norm; reduce in the dtype that the norm takes"
-                    )
-            elif (scaled := self._scaled(current)) is not None:
-                following, factor = scaled
-                scales.append(factor)
-            elif (biased := self._biased(current, hidden)) is not None:
-                following, bias = biased
-                biases.append(bias)
-                if scales:
-                    problem = "a scale after a bias stands between the all-reduce and the norm"
-            else:
-                return None
-            steps.append(current)
-            current = following
-        reduce = self.by_value.get(current) if isinstance(current, Node) else None
-        found = None if reduce is None else read_all_reduce(reduce)
-        if found is None:
-            return None
-        if (scales or biases) and not self.allow_reassociation:
-            problem = problem or (
+    def problem(self, allow_reassociation: bool) -> str:
+        """Why this way cannot be cleared, or ""."""
+        for index, step in enumerate(self.steps):
+            source = step.node.args[0]
+            if step.kind == VIEW and not same_size(last_size(step.node), last_size(source)):
+                return "a view between the all-reduce and the norm changes the last dimension"
+            if step.kind == CAST and dtype_of(source) != dtype_of(step.node):
+                return (
+                    f"a cast from {dtype_of(source)} to {dtype_of(step.node)} stands between the all-reduce and the "
+                    "norm; reduce in the dtype that the norm takes"
+                )
+            if step.kind == SCALE and any(earlier.kind == ADDEND for earlier in self.steps[:index]):
+                return "a scale after a bias stands between the all-reduce and the norm"
+        if self.of_kind(SCALE, ADDEND) and not allow_reassociation:
+            return (
                 "a scale or a bias stands between the all-reduce and the norm; moving it rounds elsewhere, which "
                 "allow_reassociation=False forbids"
             )
-        return Path(
-            found,
-            tuple(reversed(steps)),
-            node,
-            tuple(reversed(views)),
-            tuple(reversed(scales)),
-            tuple(reversed(biases)),
-            problem,
-        )
+        return ""
 
-    def _scaled(self, node: Node) -> tuple[Any, Any] | None:
-        factors = plain_mul(node)
-        if factors is None:
+
+class PathFinder:
+    """Finds the way back from a node to the all-reduce that it comes from.
+
+    Args:
+        by_value: the all-reduces by the nodes that are their finished values.
+        config: the options.
+    """
+
+    def __init__(self, by_value: dict[Node, Node], config: PassConfig) -> None:
+        self.by_value = by_value
+        self.config = config
+
+    def find(self, node: Any) -> Path | None:
+        """A way from an all-reduce to this node through steps that can be carried, or None."""
+        if not isinstance(node, Node):
             return None
-        for value, factor in (factors, factors[::-1]):
-            if isinstance(value, Node) and (is_number(factor) or self._is_replicated_scale(factor, value)):
-                return value, factor
+        way = self._walk(node, set(), _LIMIT)
+        if way is None:
+            return None
+        start, steps = way
+        found = read_all_reduce(self.by_value[start])
+        return None if found is None else Path(found, tuple(steps), node)
+
+    def _walk(self, node: Any, seen: set[Node], limit: int) -> tuple[Node, list[Step]] | None:
+        if not isinstance(node, Node) or node in seen:
+            return None
+        if node in self.by_value:
+            return node, []
+        if limit == 0:
+            return None
+        seen.add(node)
+        for source, step in self._back(node):
+            way = self._walk(source, seen, limit - 1)
+            if way is not None:
+                way[1].append(step)
+                return way
         return None
+
+    def _back(self, node: Node) -> Iterator[tuple[Any, Step]]:
+        """The nodes one step before this one, with the step."""
+        if node.target in VIEWS:
+            yield node.args[0], Step(VIEW, node)
+        elif (source := cast_source(node)) is not None:
+            yield source, Step(CAST, node)
+        elif (factors := plain_mul(node)) is not None:
+            for value, factor in (factors, factors[::-1]):
+                if isinstance(value, Node) and (is_number(factor) or self._is_replicated_scale(factor, value)):
+                    yield value, Step(SCALE, node, factor)
+        elif (operands := plain_add(node)) is not None:
+            for value, addend in (operands, operands[::-1]):
+                if _is_addend(addend, value, node):
+                    yield value, Step(ADDEND, node, addend)
 
     def _is_replicated_scale(self, factor: Any, value: Node) -> bool:
         tensor, scaled = value_of(factor), value_of(value)
         return (
-            self.assume_replicated_scales
+            self.config.assume_replicated_scales
             and tensor is not None
             and scaled is not None
             and factor.op in ("placeholder", "get_attr")
@@ -137,12 +155,9 @@ class PathFinder:
             and torch.result_type(scaled, tensor) == scaled.dtype
         )
 
-    def _biased(self, node: Node, hidden: Any) -> tuple[Any, Node] | None:
-        operands = plain_add(node)
-        if operands is None:
-            return None
-        a, b = operands
-        for value, bias in ((a, b), (b, a)):
-            if is_vector(bias, hidden) and not is_vector(value, hidden) and dtype_of(bias) == dtype_of(node):
-                return value, bias
-        return None
+
+def _is_addend(addend: Any, value: Any, node: Node) -> bool:
+    """Whether an add adds a vector over the last dimension, or a tensor of the value's own shape, in its dtype."""
+    if dtype_of(addend) is None or not dtype_of(addend) == dtype_of(value) == dtype_of(node):
+        return False
+    return same_shape(value, node) and (same_shape(addend, node) or is_vector(addend, last_size(node)))

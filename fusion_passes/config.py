@@ -97,6 +97,11 @@ class PassConfig:
         True,
         "Let a bias or a scale between the all-reduce and the norm move across the sum, which rounds elsewhere.",
     )
+    merge_allreduces: bool = _doc(
+        True,
+        "Replace a sum of two all-reduces over one group by the all-reduce of the sum (one collective fewer); rounds "
+        "elsewhere, so it needs allow_reassociation.",
+    )
     assume_replicated_scales: bool = _doc(
         True,
         "Take a one-element parameter, buffer or input that multiplies an all-reduced value (Gemma's embedding scale) "

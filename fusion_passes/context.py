@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fusewire.fusion_passes.config import PassConfig
 
 MATCH, SUPPORTED, PROVIDER = "match", "supported", "provider"
+MERGED = "merged into"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class RunContext:
         excluded: all-reduces to leave as they are, refused by an earlier run over a copy of this graph.
         fused, refused: the verdicts so far.
         origin: for nodes made by the raise pass, the all-reduce they stand for.
+        merged: all-reduces that are no more, since they became one with another; with which one.
         spelling: per raised all-reduce, how its norm was written.
         changes: the passes that changed the graph.
     """
@@ -45,6 +47,7 @@ class RunContext:
     fused: dict[str, Fused] = field(default_factory=dict)
     refused: dict[str, Refused] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
+    merged: dict[str, str] = field(default_factory=dict)
     spelling: dict[str, str] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
 

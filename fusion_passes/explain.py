@@ -36,18 +36,20 @@ def explain_unfused(site: AllReduce, graph: Graph, fused_sums: set[str]) -> Refu
             "compile with fullgraph=True to see what breaks the graph",
         )
     norms = {norm.source for norm in find_norms(graph)}
-    reached = _reach(site.value)
+    reached = _reach(site.value, norms)
     return Refused(MATCH, _say(site, reached, norms, fused_sums))
 
 
-def _reach(start: Node) -> list[Node]:
-    """The nodes that read a value, through elementwise steps, nearest first."""
+def _reach(start: Node, norms: set[Node]) -> list[Node]:
+    """The nodes that read a value, through elementwise steps, nearest first, as far as the first norm."""
     seen, pending = [], list(start.users)
     while pending and len(seen) < _STEPS:
         node = pending.pop(0)
         if node in seen:
             continue
         seen.append(node)
+        if node in norms:
+            continue
         if node.target in VIEWS | CASTS or plain_add(node) is not None or plain_mul(node) is not None:
             pending.extend(node.users)
     return seen
@@ -55,20 +57,23 @@ def _reach(start: Node) -> list[Node]:
 
 def _say(site: AllReduce, reached: list[Node], norms: set[Node], fused_sums: set[str]) -> str:
     names = [op_name(node) for node in reached]
+    gate = next((node for node in reached if node not in norms and plain_mul(node) is not None), None)
+    if gate is not None and any(node in norms or node.name in fused_sums for node in reached):
+        return (
+            f"it is multiplied by a tensor ({gate.name}) before the norm; the product of a sum is the sum of products "
+            "only if that tensor is the same on every rank, which the graph does not prove"
+        )
     for node in reached:
         if node.name in fused_sums:
             return (
                 f"it is added to another all-reduce ({node.name}), and a sum can be fused with one of its two "
                 "all-reduces only; the other becomes the residual"
             )
-    if any(name in _LAYER_NORMS for name in names):
+    if any(name in _LAYER_NORMS for name in names) or {"aten::mean", "aten::sub"} <= set(names):
         return "a LayerNorm follows, which subtracts the mean; only RMSNorm has a fused kernel"
     for node in reached:
         if op_name(node) in OTHER_COLLECTIVES:
             return f"{OTHER_COLLECTIVES[op_name(node)]} follows, not a norm"
-    between = [node for node in reached if node not in norms and plain_mul(node) is not None]
-    if norms & set(reached) and between:
-        return f"a multiplication by a tensor ({between[0].name}) stands between the all-reduce and the norm"
     if norms & set(reached):
         return "an operation between the all-reduce and the norm cannot be carried over it"
     first = names[0] or str(reached[0].target)

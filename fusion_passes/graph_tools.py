@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, map_arg
+
+from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -167,3 +170,25 @@ def copy_origin(source: Node, new: Node) -> None:
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "custom"):
         if key in source.meta:
             new.meta[key] = source.meta[key]
+
+
+def new_call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: Any, origin: Node) -> Node:
+    """A new call node with its fake value, in the place that `origin` has in the user's program."""
+    node = graph.call_function(target, args, dict(kwargs))
+    copy_origin(origin, node)
+    node.meta["val"] = _infer(node)
+    return node
+
+
+def _infer(node: Node) -> Any:
+    """The fake value of a new node, from those of its inputs."""
+    args = map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
+    target: Any = node.target
+    mode = next((m for n in node.all_input_nodes if (m := getattr(value_of(n), "fake_mode", None)) is not None), None)
+    with mode if mode is not None else contextlib.nullcontext():
+        if target in (rms_norm.torch_op, fused_add_rms_norm.torch_op):
+            # These keep x's metadata; an epsilon that is a tensor must get as far as the check that refuses it.
+            x = args[0]
+            return x.new_empty(x.shape) if target is rms_norm.torch_op else (x.new_empty(x.shape), x.new_empty(x.shape))
+        return target(*args, **kwargs)

@@ -83,11 +83,11 @@ def run_passes(graph: Graph, config: PassConfig | None = None) -> GraphAccount:
         ExpectationError: the count of fused all-reduces is not what `expect_fused` asks for.
     """
     config = config if config is not None else PassConfig()
+    if disabled_by_environment():
+        return GraphAccount(-1, "disabled")
     for name in config.disabled_passes:
         if name not in pass_names():
             raise ConfigError(f"disabled_passes: {unknown_name('pass', name, pass_names())}")
-    if disabled_by_environment():
-        return GraphAccount(-1, "disabled")
     start = time.perf_counter()
     run = _Run(graph, config)
     account = run.run()
@@ -211,7 +211,7 @@ class _Run:
             for user in value.users
         }
         for site in self.sites:
-            if site.name not in context.fused and site.name not in context.refused:
+            if site.name not in {**context.fused, **context.refused, **context.merged}:
                 if not self.config.fuse_allreduce_rms:
                     context.refuse(site.name, MATCH, "fuse_allreduce_rms=False switches the fusion off")
                     continue
@@ -221,6 +221,8 @@ class _Run:
 
     def _entry(self, name: str, context: RunContext) -> Any:
         entry = self.entries[name]
+        if name in context.merged:
+            return dataclasses.replace(entry, status=FUSED, fusion=context.merged[name])
         fused = context.fused.get(name)
         if fused is not None:
             return dataclasses.replace(

@@ -15,16 +15,18 @@ from torch.fx import Graph, Node
 
 from fusewire.custom_ops.ir import NATIVE, get_op, parse_policy
 from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
-from fusewire.fusion_passes.carriers import Path, PathFinder
+from fusewire.fusion_passes.carriers import ADDEND, SCALE, VIEW, Path, PathFinder
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import MATCH, RunContext
 from fusewire.fusion_passes.graph_tools import (
     aten,
-    copy_origin,
     depends_on,
     erase_unused,
     getitem,
+    is_vector,
+    last_size,
     mutation_regions,
+    new_call,
     plain_add,
     same_shape,
     value_of,
@@ -88,21 +90,23 @@ class _Raiser:
         if site is None:
             return False
         path, residual = site
-        name = path.all_reduce.name
+        name = self.context.origin.get(path.all_reduce.name, path.all_reduce.name)
         if name in self.context.excluded or name in self.taken:
             return False
-        problem = norm.problem or path.problem or self._obstacle(norm, path, residual)
+        problem = (
+            norm.problem
+            or path.problem(self.config.allow_reassociation)
+            or self._obstacle(norm, path, residual)
+        )
         if problem:
             self.context.refuse(name, MATCH, problem)
             return False
         self.taken.add(name)
         self.context.spelling[name] = norm.spelling
+        self.context.refused.pop(name, None)  # another norm may have been tried before, by a longer way
         summed = self._cleared(norm, path)
         self.context.origin[summed.args[0].name] = name  # type: ignore[union-attr]
-        if residual is None:
-            self._place_norm(norm, path, summed)
-        else:
-            self._place_add_norm(norm, path, summed, residual)
+        self._place(norm, path, summed, residual)
         return True
 
     def _site_of(self, norm: Norm) -> tuple[Path, Any] | None:
@@ -110,23 +114,18 @@ class _Raiser:
         if norm.residual is not None:
             path = self.paths.find(norm.source)
             return None if path is None else (path, norm.residual)
-        direct = self.paths.find(norm.source)
-        if direct is not None:
-            return direct, None
+        found: list[tuple[Path, Any]] = []
         operands = plain_add(norm.source)
-        if operands is None:
-            return None
-        found = []
-        for addend, residual in (operands, operands[::-1]):
-            path = self.paths.find(addend)
-            if path is not None and isinstance(residual, Node):
-                found.append((path, residual))
-        # Of two all-reduces, the one that only this sum reads can be fused; the other is then the residual.
-        found.sort(key=lambda item: self._other_readers(item[0]))
-        return found[0] if found else None
-
-    def _other_readers(self, path: Path) -> int:
-        return sum(len(node.users) - 1 for node in (path.all_reduce.value, *path.steps))
+        if operands is not None:
+            for addend, residual in (operands, operands[::-1]):
+                path = self.paths.find(addend)
+                if path is not None and isinstance(residual, Node):
+                    found.append((path, residual))
+        if not found:
+            direct = self.paths.find(norm.source)
+            return None if direct is None else (direct, None)
+        # Of two all-reduces, the nearer one that only this sum reads is fused; the other becomes the residual.
+        return min(found, key=lambda item: (item[0].other_readers, len(item[0].steps)))
 
     def _obstacle(self, norm: Norm, path: Path, residual: Any) -> str:
         """Why the nodes between cannot be rewritten, or ""."""
@@ -134,7 +133,7 @@ class _Raiser:
             return "an operation that writes in place stands between the all-reduce and the norm"
         # Without a residual the fused operator returns the value that is normalised, so its last node may be shared.
         # An all-reduce that stays where it is is left to the check of the fusion.
-        inner = [path.all_reduce.value, *path.steps]
+        inner = [path.all_reduce.value, *(step.node for step in path.steps)]
         if residual is None:
             inner.remove(path.end)
         if not path.steps and self._stays(path):
@@ -145,17 +144,18 @@ class _Raiser:
                 f"{shared.name}, between the all-reduce and the norm, is also read elsewhere, and the fused operator "
                 "does not return it"
             )
-        if residual is not None and depends_on(norm.weight, path.all_reduce.node, self.order):
+        adds = residual is not None or bool(path.of_kind(ADDEND))
+        if adds and depends_on(norm.weight, path.all_reduce.node, self.order):
             return "the norm's weight is computed from the all-reduce's own result"
         if residual is not None and not same_shape(path.end, norm.source):
             return "the all-reduce's result is broadcast when the residual is added"
-        if path.biases and residual is not None and not same_shape(residual, path.end):
+        if path.of_kind(ADDEND) and residual is not None and not same_shape(residual, path.end):
             return "a bias stands before the add, and the residual has another shape"
         return ""
 
     def _stays(self, path: Path) -> bool:
         """Whether the all-reduce is in its one form already and nothing has to move before it."""
-        return not path.views and not path.scales and path.all_reduce.node.target is ALL_REDUCE
+        return not path.of_kind(VIEW, SCALE) and path.all_reduce.node.target is ALL_REDUCE
 
     def _cleared(self, norm: Norm, path: Path) -> Node:
         """The all-reduce's value with views and scales moved before it; the all-reduce itself if there are none."""
@@ -164,48 +164,46 @@ class _Raiser:
             return site.value
         with self.graph.inserting_before(norm.out):
             x = site.x
-            for step in path.views:
-                x = self._call(step.target, (x, *step.args[1:]), step.kwargs, step)
-            for factor in path.scales:
-                x = self._call(aten.mul.Tensor, (x, factor), {}, site.node)
+            for step in path.of_kind(VIEW, SCALE):
+                if step.kind == VIEW:
+                    x = self._call(step.node.target, (x, *step.node.args[1:]), step.node.kwargs, step.node)
+                else:
+                    x = self._call(aten.mul.Tensor, (x, step.value), {}, step.node)
             reduced = self._call(ALL_REDUCE, (x, site.reduction, site.group), {}, site.node)
             return self._call(WAIT, (reduced,), {}, site.value)
 
-    def _place_norm(self, norm: Norm, path: Path, summed: Node) -> None:
-        if path.biases:
-            with self.graph.inserting_before(norm.out):
-                bias = path.biases[0]
-                shape = self._call(aten.expand_as.default, (bias, summed), {}, norm.out)
-            self._place_add_norm(norm, path, summed, shape, path.biases[1:])
-            return
-        with self.graph.inserting_before(norm.out):
-            new = self._call(
-                rms_norm.torch_op,
-                (summed, norm.weight, norm.eps, norm.weight_bias, norm.form),
-                {},
-                norm.out,
-            )
-        self._replace(norm.out, new)
-        if path.end is not summed:
-            self._replace(path.end, summed)
-            if not path.all_reduce.value._erased and not path.all_reduce.value.users:
-                self._drop(path.all_reduce)
+    def _residual(self, path: Path, residual: Any, summed: Node) -> Any:
+        """The residual with every addend on the way, in the order in which they were added."""
+        for step in path.of_kind(ADDEND):
+            addend = step.value
+            if not is_vector(addend, last_size(summed)) or same_shape(addend, step.node):
+                for view in path.views_after(step):
+                    addend = self._call(view.target, (addend, *view.args[1:]), view.kwargs, view)
+            if residual is not None:
+                residual = self._call(aten.add.Tensor, (residual, addend), {}, step.node)
+            elif same_shape(addend, summed):
+                residual = addend
+            else:
+                residual = self._call(aten.expand_as.default, (addend, summed), {}, step.node)
+        return residual
 
-    def _place_add_norm(
-        self, norm: Norm, path: Path, summed: Node, residual: Any, biases: tuple[Node, ...] | None = None
-    ) -> None:
+    def _place(self, norm: Norm, path: Path, summed: Node, residual: Any) -> None:
+        """Put the IR operator in the norm's place, and its sum in the place of the value that was normalised."""
         with self.graph.inserting_before(norm.out):
-            for bias in path.biases if biases is None else biases:
-                residual = self._call(aten.add.Tensor, (residual, bias), {}, path.end)
-            arguments = (summed, residual, norm.weight, norm.eps, norm.weight_bias, norm.form)
-            both = self._call(fused_add_rms_norm.torch_op, arguments, {}, norm.out)
-            new, sum_out = getitem(self.graph, both, 0), getitem(self.graph, both, 1)
+            residual = self._residual(path, residual, summed)
+            options = (norm.weight, norm.eps, norm.weight_bias, norm.form)
+            if residual is None:
+                new = self._call(rms_norm.torch_op, (summed, *options), {}, norm.out)
+                sum_out = summed
+            else:
+                both = self._call(fused_add_rms_norm.torch_op, (summed, residual, *options), {}, norm.out)
+                new, sum_out = getitem(self.graph, both, 0), getitem(self.graph, both, 1)
         self._replace(norm.out, new)
         if norm.residual is None:
             self._replace(norm.source, sum_out)
         elif norm.sum_out is not None:
             self._replace(norm.sum_out, sum_out)
-        if not sum_out.users:
+        if residual is not None and not sum_out.users:
             self.graph.erase_node(sum_out)
         if summed is not path.all_reduce.value:
             self._drop(path.all_reduce)
@@ -233,9 +231,7 @@ class _Raiser:
     # Graph surgery
 
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: Any, origin: Node) -> Node:
-        node = self.graph.call_function(target, args, dict(kwargs))
-        copy_origin(origin, node)
-        node.meta["val"] = _infer(node)
+        node = new_call(self.graph, target, args, kwargs, origin)
         self.regions[node] = self.regions.get(origin, 0)
         return node
 
@@ -254,24 +250,3 @@ class _Raiser:
                 for source in inputs:
                     if source.target is not ALL_REDUCE:
                         erase_unused(source)
-
-
-def _infer(node: Node) -> Any:
-    """The fake value of a new node, from those of its inputs."""
-    from torch.fx import map_arg
-
-    args = map_arg(node.args, lambda n: n.meta["val"])
-    kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
-    fake_mode = next(
-        (v.fake_mode for n in node.all_input_nodes if (v := value_of(n)) is not None and hasattr(v, "fake_mode")),
-        None,
-    )
-    if fake_mode is None:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-    if node.target in (rms_norm.torch_op, fused_add_rms_norm.torch_op):
-        # These two have no more than x's metadata; an epsilon that is a tensor must reach the check that refuses it.
-        x = args[0]
-        with fake_mode:
-            return x.new_empty(x.shape) if node.target is rms_norm.torch_op else (x.new_empty(x.shape), x.new_empty(x.shape))
-    with fake_mode:
-        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -14,6 +14,7 @@ from fusewire.fusion_passes.context import RunContext
 from fusewire.fusion_passes.eliminate_noops import eliminate_noops
 from fusewire.fusion_passes.fuse_all_reduce import fuse_all_reduce
 from fusewire.fusion_passes.lower_ops import lower_ops
+from fusewire.fusion_passes.merge_all_reduces import merge_all_reduces
 from fusewire.fusion_passes.raise_ops import raise_ops
 
 PassFunction = Callable[[Graph, RunContext], bool]
@@ -40,6 +41,7 @@ class RegisteredPass:
 
 _PASSES: list[RegisteredPass] = [
     RegisteredPass("eliminate_noops", eliminate_noops, "eliminate_noops"),
+    RegisteredPass("merge_all_reduces", merge_all_reduces, "merge_allreduces"),
     RegisteredPass("raise_ops", raise_ops),
     RegisteredPass("fuse_all_reduce", fuse_all_reduce, "fuse_allreduce_rms"),
     RegisteredPass("lower_ops", lower_ops),

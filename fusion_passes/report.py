@@ -20,7 +20,7 @@ from fusewire.patterns.all_reduce import AllReduce
 FUSED, REFUSED = "fused", "refused"
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 # Frames of the machinery that issues the collective; the user looks for the call in the model.
-_MACHINERY = re.compile(r"[/\\](torch|accelerate)[/\\]|(integrations|distributed)[/\\]tensor_parallel|<eval_with_key>|<string>")
+_MACHINERY = re.compile(r"[/\\](torch|accelerate)[/\\]|(integrations|distributed)[/\\](tensor_parallel|parallel_utils)|<eval_with_key>|<string>")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ def _describe_graph(graph: GraphAccount) -> Iterable[str]:
     for (fusion, spelling, provider, reason), count in groups.items():
         served = f", provider {provider}" if provider else ""
         why = f" ({reason})" if reason else ""
-        yield f"  {count:4d} x {fusion}, norm spelled {spelling}{served}{why}"
+        how = f", norm spelled {spelling}" if spelling else ""
+        yield f"  {count:4d} x {fusion}{how}{served}{why}"
     for entry in refused:
         where = " ".join(part for part in (entry.module, entry.location) if part) or entry.node
         yield f"  refused: {where} [{entry.shape} {entry.dtype}]"
@@ -240,6 +241,6 @@ def module_path(node: Node) -> str:
     """The path of the innermost module that the node comes from, or ""."""
     stack = node.meta.get("nn_module_stack") or {}
     for path, _ in reversed(list(stack.values())):
-        path = re.sub(r"^L\['self'\]\.?|^L__self___?", "", str(path))
+        path = re.sub(r"^L\['self'\]|^L__self___?", "", str(path))
         return re.sub(r"\._modules\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]", r".\1\2", path).lstrip(".")
     return ""

@@ -278,3 +278,47 @@ def test_functional_collective_spellings():
         return NORMS["L"](functional.all_reduce(x, "sum", mesh_free) + r, w, 1e-5)
 
     assert capture(block, *tensors()).verdicts() == [("fused", "")]
+
+
+def test_sum_of_two_all_reduces_becomes_one():
+    """Mixture of experts: routed experts (rank 2, reshaped) and the shared expert are reduced over the same group."""
+
+    def block(x, residual, w):
+        routed = reduce_functional(x.reshape(-1, HIDDEN)).reshape(residual.shape)
+        shared = reduce_functional(x * 0.5)
+        total = residual + (routed + shared)
+        return NORMS["L"](total, w, 1e-5), total
+
+    inputs = tensors(shape=(2, 3))
+    captured = capture(block, *inputs)
+    assert captured.verdicts() == [("fused", "")] * 2
+    assert captured.count(ALL_REDUCE) == 1
+    assert [entry.fusion for entry in captured.account.entries][1].startswith("merged into")
+    for got, want in zip(captured.result, block(*inputs), strict=True):
+        torch.testing.assert_close(got, want, atol=0.04, rtol=0.02)
+    apart = capture(block, *inputs, merge_allreduces=False)
+    assert apart.count(ALL_REDUCE) == 2
+    assert sorted(apart.verdicts()) == [("fused", ""), ("refused", "match")]
+
+
+def test_merged_all_reduces_that_cannot_fuse_stay_apart():
+    def block(x, residual, w):
+        total = residual + (reduce_functional(x) + reduce_functional(x * 0.5))
+        return NORMS["F"](total, w.float(), 1e-5)
+
+    captured = capture(block, *tensors())
+    assert [status for status, _ in captured.verdicts()] == ["refused", "refused"]
+    assert captured.count(ALL_REDUCE) == 2
+
+
+def test_addend_before_the_residual():
+    def block(x, residual, w):
+        inner = (reduce_functional(x.reshape(-1, HIDDEN)) + residual.reshape(-1, HIDDEN) * 2).reshape(residual.shape)
+        total = residual + inner
+        return NORMS["L"](total, w, 1e-5), total
+
+    inputs = tensors(shape=(2, 3))
+    captured = capture(block, *inputs)
+    assert captured.verdicts() == [("fused", "")]
+    for got, want in zip(captured.result, block(*inputs), strict=True):
+        torch.testing.assert_close(got, want, atol=0.04, rtol=0.02)

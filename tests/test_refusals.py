@@ -291,7 +291,7 @@ def test_tensor_scale_between():
         return NORMS["L"](reduce_functional(x) * gate + r, w, 1e-5)
 
     x, r, w = tensors()
-    refused(block, x, r, w, torch.rand_like(x), gate="match", says="a multiplication by a tensor")
+    refused(block, x, r, w, torch.rand_like(x), gate="match", says="multiplied by a tensor")
 
 
 def test_norm_that_stays_in_fp32():
