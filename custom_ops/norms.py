@@ -71,6 +71,8 @@ def normalize(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, 
 
 def add_residual(x: Tensor, residual: Tensor) -> Tensor:
     """x + residual, taken in the wider of their dtypes (fp32 at least) and rounded once to x's dtype."""
+    if residual.dtype == x.dtype:
+        return x + residual  # rounds once too, and is what models write, so that Inductor sees the same graph
     wide = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
     return (x.to(wide) + residual.to(wide)).to(x.dtype)
 

@@ -22,6 +22,11 @@ def fused_calls(captured):
     return [node for node in captured.graph.nodes if node.target is FUSED_OP]
 
 
+def collectives(captured):
+    """All-reduces left in the graph; Inductor turns some of them into their in-place form."""
+    return captured.count(ALL_REDUCE) + captured.count(torch.ops._c10d_functional.all_reduce_.default)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", list(NORMS))
 def test_every_norm_fuses_with_and_without_residual(kind, dtype):
@@ -292,23 +297,24 @@ def test_sum_of_two_all_reduces_becomes_one():
     inputs = tensors(shape=(2, 3))
     captured = capture(block, *inputs)
     assert captured.verdicts() == [("fused", "")] * 2
-    assert captured.count(ALL_REDUCE) == 1
+    assert collectives(captured) == 1
     assert [entry.fusion for entry in captured.account.entries][1].startswith("merged into")
     for got, want in zip(captured.result, block(*inputs), strict=True):
         torch.testing.assert_close(got, want, atol=0.04, rtol=0.02)
     apart = capture(block, *inputs, merge_allreduces=False)
-    assert apart.count(ALL_REDUCE) == 2
+    assert collectives(apart) == 2
     assert sorted(apart.verdicts()) == [("fused", ""), ("refused", "match")]
 
 
 def test_merged_all_reduces_that_cannot_fuse_stay_apart():
     def block(x, residual, w):
         total = residual + (reduce_functional(x) + reduce_functional(x * 0.5))
-        return NORMS["F"](total, w.float(), 1e-5)
+        return NORMS["F"](total, w, 1e-5)
 
-    captured = capture(block, *tensors())
+    x, residual, w = tensors()
+    captured = capture(block, x, residual, w.float())
     assert [status for status, _ in captured.verdicts()] == ["refused", "refused"]
-    assert captured.count(ALL_REDUCE) == 2
+    assert collectives(captured) == 2
 
 
 def test_addend_before_the_residual():
