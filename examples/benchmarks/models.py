@@ -1,0 +1,262 @@
+"""Real model shapes on GPUs: prefill and decode with plain torch.compile + NCCL against backend="fusewire".
+
+    torchrun --nproc-per-node 4 examples/benchmarks/models.py --models llama-8b,gemma3-27b --layers 4 --out results
+
+Widths are the real ones, layers fewer, weights random, so times per layer are those of the real model. Every time is
+of a CUDA graph's replay (median over replays, maximum over ranks), both variants in the same process, one after the
+other. Logits are compared with the same sharded model run eagerly in fp32: fused must be no farther than the baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import fusewire
+
+SHAPES = {
+    "llama-8b": ("Llama", {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}),
+    "llama-70b": ("Llama", {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}),
+    "qwen3-32b": (
+        "Qwen3",
+        {"hidden_size": 5120, "intermediate_size": 25600, "num_attention_heads": 64, "head_dim": 128},
+    ),
+    "gemma3-27b": (
+        "Gemma3",
+        {
+            "hidden_size": 5376,
+            "intermediate_size": 21504,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "head_dim": 128,
+            "query_pre_attn_scalar": 168,
+        },
+    ),
+}
+CLASSES = {
+    "Llama": ("LlamaForCausalLM", "LlamaConfig"),
+    "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config"),
+    "Gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig"),
+}
+VOCABULARY = 32768
+CONTEXT = 128
+
+
+@dataclasses.dataclass
+class Row:
+    """One measurement; times in milliseconds."""
+
+    model: str
+    world_size: int
+    phase: str
+    tokens: int
+    baseline_ms: float
+    fused_ms: float
+    fused: int
+    found: int
+    baseline_error: float
+    fused_error: float
+
+    @property
+    def ratio(self) -> float:
+        """Fused time over baseline time; below 1 is faster."""
+        return self.fused_ms / self.baseline_ms
+
+
+def build(name: str, layers: int) -> torch.nn.Module:
+    """The model sharded over all ranks with transformers' own plan, with the same random weights everywhere."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    family, shape = SHAPES[name]
+    model_class, config_class = (getattr(transformers, cls) for cls in CLASSES[family])
+    config = config_class(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=layers,
+        max_position_embeddings=16384,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **{"num_key_value_heads": 8, **shape},
+    )
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.manual_seed(0)
+    torch.cuda.manual_seed(0)
+    with torch.device(device):
+        whole = model_class(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for key, parameter in whole.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3 if "embed" in key else parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    weights = whole.state_dict()
+    model = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=torch.bfloat16,
+        tp_plan="auto",
+        attn_implementation="sdpa",
+    )
+    return model.eval()
+
+
+def replay_ms(step: Callable[[], object], replays: int = 20) -> float:
+    """Median time of one replay of a CUDA graph of `step`, in milliseconds, maximum over ranks."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times = []
+    for _ in range(replays + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        dist.barrier()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    worst = torch.tensor(statistics.median(times[3:]), device="cuda")
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    del graph
+    return float(worst)
+
+
+def compiled(model: torch.nn.Module, backend: str) -> torch.nn.Module:
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend, dynamic=False)
+
+
+def prefill(
+    model: torch.nn.Module, backend: str, ids: torch.Tensor, timed: bool
+) -> tuple[torch.Tensor, float]:
+    """Logits of one forward pass without a cache, and its time."""
+    run = compiled(model, backend)
+    logits = run(ids, use_cache=False).logits.float().clone()
+    return logits, replay_ms(lambda: run(ids, use_cache=False)) if timed else 0.0
+
+
+def decode(model: torch.nn.Module, backend: str, batch: int, seed: int = 1) -> tuple[torch.Tensor, float]:
+    """Logits of one decode step after a context of CONTEXT tokens in a static KV cache, and its time."""
+    from transformers import StaticCache
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (batch, CONTEXT + 1), generator=generator).cuda()
+    context, last = ids[:, :CONTEXT].contiguous(), ids[:, CONTEXT:].contiguous()
+    cache = StaticCache(config=model.config, max_cache_len=CONTEXT * 2)
+    model(context, past_key_values=cache, use_cache=True)
+    run = compiled(model, backend)
+    logits = run(last, past_key_values=cache, use_cache=True).logits.float().clone()
+    return logits, replay_ms(lambda: run(last, past_key_values=cache, use_cache=True))
+
+
+def relative(a: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((a - reference).norm() / reference.norm())
+
+
+def measure(name: str, arguments: argparse.Namespace) -> list[Row]:
+    """All rows of one model."""
+    world_size = dist.get_world_size()
+    model = build(name, arguments.layers)
+    exact = copy.deepcopy(model).float()
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    for phase, tokens in [
+        *(("prefill", t) for t in arguments.prefill),
+        *(("decode", b) for b in arguments.decode),
+    ]:
+        if phase == "prefill":
+            ids = torch.randint(3, VOCABULARY, (1, tokens), generator=generator).cuda()
+            want = exact(ids, use_cache=False).logits if tokens <= 1024 else None
+            base, base_ms = prefill(model, "inductor", ids, True)
+            fusewire.clear_report()
+            got, fused_ms = prefill(model, "fusewire", ids, True)
+        else:
+            want = None
+            base, base_ms = decode(model, "inductor", tokens)
+            fusewire.clear_report()
+            got, fused_ms = decode(model, "fusewire", tokens)
+        report = fusewire.report()
+        errors = (
+            (relative(base, want), relative(got, want)) if want is not None else (0.0, relative(got, base))
+        )
+        rows.append(
+            Row(name, world_size, phase, tokens, base_ms, fused_ms, report.fused, report.found, *errors)
+        )
+        say(show(rows[-1]))
+        if report.fused != report.found:
+            say(str(report))
+    return rows
+
+
+def show(row: Row) -> str:
+    return (
+        f"{row.model:12s} {row.world_size} GPUs {row.phase:8s}{row.tokens:6d}  baseline {row.baseline_ms:8.3f} ms  "
+        f"fused {row.fused_ms:8.3f} ms  ratio {row.ratio:.3f}  all-reduces {row.fused}/{row.found}  "
+        f"error {row.baseline_error:.4f} -> {row.fused_error:.4f}"
+    )
+
+
+def say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default="llama-8b,qwen3-32b,gemma3-27b", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048], help="tokens of the prefill")
+    parser.add_argument(
+        "--decode", type=int, nargs="*", default=[1, 32], help="batch sizes of the decode step"
+    )
+    parser.add_argument("--out", type=Path, help="directory for models.json")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("this benchmark needs GPUs: times on a CPU would say nothing about them", file=sys.stderr)
+        return 2
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    say(
+        f"{torch.cuda.get_device_name()} x {dist.get_world_size()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    )
+    rows: list[Row] = []
+    with torch.no_grad():
+        for name in arguments.models.split(","):
+            try:
+                rows += measure(name, arguments)
+            except Exception as error:
+                say(f"{name}: {type(error).__name__}: {error}")
+                raise
+            torch.cuda.empty_cache()
+    if arguments.out and dist.get_rank() == 0:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "models.json").write_text(
+            json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+        )
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
