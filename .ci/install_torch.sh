@@ -4,27 +4,25 @@
 set -eu
 python=$1
 torch=${TORCH:-torch==2.13.0}
-cpu_wheels=https://download.pytorch.org/whl/cpu
+index=${TORCH_INDEX_URL:-}
 
 has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 
-# Whether pip, as the user has set it up, already prefers a CPU build of that version. Reads index pages only:
+# Whether pip, as the user has set it up, finds a CPU build of that version. This reads index pages only:
 # a dry run of pip install would fetch the wheels themselves.
-pip_gives_cpu() { "$python" -m pip index versions torch 2>/dev/null | grep -qF " ${torch#torch==}+cpu"; }
+pip_finds_cpu() { "$python" -m pip index versions torch 2>/dev/null | grep -qF " ${torch#torch==}+cpu"; }
 
-if [ -n "${TORCH_INDEX_URL:-}" ]; then
-    set -- --extra-index-url "$TORCH_INDEX_URL" "$torch"
-elif has_gpu || [ "$(uname -s)" != Linux ] || pip_gives_cpu; then
-    set -- "$torch"
-else
+if [ "$(uname -s)" = Linux ] && ! has_gpu; then
+    if [ -z "$index" ] && ! pip_finds_cpu; then
+        index=https://download.pytorch.org/whl/cpu
+    fi
     case $torch in
-        torch==*+*) set -- "$torch" ;;
-        torch==*) set -- --extra-index-url "$cpu_wheels" "$torch+cpu" ;; # +cpu, or none: never the CUDA build
-        *) set -- --extra-index-url "$cpu_wheels" "$torch" ;;
+        torch==*+*) ;;                # the user has named a build
+        torch==*) torch="$torch+cpu" ;; # this build or none: never CUDA by accident
     esac
 fi
-echo "pip install $*"
-"$python" -m pip install "$@" || {
-    echo "error: PyTorch could not be installed; TORCH_INDEX_URL=URL names another place to find its wheels" >&2
+echo "installing $torch${index:+ with the help of $index}"
+"$python" -m pip install ${index:+--extra-index-url "$index"} "$torch" || {
+    echo "error: $torch could not be installed; TORCH_INDEX_URL=URL names another place to find its wheels" >&2
     exit 1
 }

@@ -103,7 +103,7 @@ def all_reduce_rms_norm(
         ProcessGroupError: there is no such group.
         TrainingError: in backward; the operator is for inference.
     """
-    if not torch.compiler.is_compiling() and type(x) is Tensor:
+    if not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter):
         resolve_group(group_name)
     summed = all_reduce_sum(x, group_name)
     if residual is not None:

@@ -1,21 +1,23 @@
 """Which provider serves a call of `all_reduce_rms_norm`, by its number of tokens, at run time.
 
-A policy such as "flashinfer,native;max_size_mb=4" names the providers that may serve, by priority, and options:
+A policy such as "flashinfer,native;max_size_mb=4" names the providers that may serve, by priority, and
+options:
 
 - providers after `native` are never reached, since native serves everything;
-- of those before it that are in the plan (fusewire.custom_ops.plans), the fastest at this size serves; one that is not
-  in the plan serves wherever it comes first;
+- of those before it that are in the plan (fusewire.custom_ops.plans), the fastest at this size serves; one
+  that is not in the plan serves wherever it comes first;
 - `max_size_mb` replaces the plan's word on FlashInfer: it serves inputs up to so many MiB and none above;
 - a policy of one provider forces it.
 
-Ranks that chose differently would wait for each other for ever. So a choice follows from nothing but the shapes and
-dtypes of the call, the policy, and what the ranks voted on once (fusewire.custom_ops.workspace); never from a pointer or
-from one rank's memory. It is made once for each shape and then looked up.
+Ranks that chose differently would wait for each other for ever. So a choice follows from nothing but the
+shapes and dtypes of the call, the policy, and what the ranks voted on once (fusewire.custom_ops.workspace);
+never from a pointer or from one rank's memory. It is made once for each shape and then looked up.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +27,15 @@ import torch
 import torch.distributed as dist
 
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
-from fusewire.custom_ops.ir import NATIVE, IrOp, Provider, Refusal, parse_policy, unknown_provider
+from fusewire.custom_ops.ir import (
+    NATIVE,
+    IrOp,
+    Provider,
+    Refusal,
+    _machine_support,
+    parse_policy,
+    unknown_provider,
+)
 from fusewire.custom_ops.plans import Plan, find_plan
 from fusewire.custom_ops.workspace import PROVIDERS, REGISTRY, Entry, WorkspaceKey, WorkspaceProvider
 from fusewire.errors import ConfigError, NoProviderError
@@ -34,7 +44,6 @@ from fusewire.errors import ConfigError, NoProviderError
 DEFAULT_WORKSPACE_BYTES = 512 << 20
 _LIMITED_BY_SIZE = "flashinfer"
 _MAX_DECISIONS = 1 << 15
-_NEVER = range(0)
 
 
 class Shape(NamedTuple):
@@ -96,11 +105,13 @@ def read_policy(op: IrOp, policy: str) -> Policy:
         try:
             limit = float(value)
         except ValueError:
-            raise ConfigError(f"the policy {policy!r}: max_size_mb={value!r} is not a number of MiB") from None
+            raise ConfigError(
+                f"the policy {policy!r}: max_size_mb={value!r} is not a number of MiB"
+            ) from None
     return Policy(names, limit)
 
 
-# --- The choice, free of side effects ---------------------------------------------------------------------------------
+# --- The choice, free of side effects -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,9 @@ class Room:
     reason: str = ""
 
 
-def pick(shape: Shape, policy: Policy, plan: Plan, rooms: Mapping[str, Room], reasons: Mapping[str, str]) -> Pick:
+def pick(
+    shape: Shape, policy: Policy, plan: Plan, rooms: Mapping[str, Room], reasons: Mapping[str, str]
+) -> Pick:
     """The choice for one shape.
 
     Args:
@@ -119,35 +132,25 @@ def pick(shape: Shape, policy: Policy, plan: Plan, rooms: Mapping[str, Room], re
         reasons: for each provider that cannot serve such a call, why.
     """
     refusals: list[Refusal] = []
-    measured: list[Candidate] = []
-    last: Candidate | None = None
+    known: list[Candidate] = []
     for name in policy.names:
         if name in reasons:
             refusals.append(Refusal(name, reasons[name]))
             continue
-        found = _candidates(name, shape, policy, rooms, refusals)
-        known = [c for c in found if policy.forced or _in_plan(c, plan, policy)]
-        if known:
-            measured += known
-            if policy.max_size_mb is not None and name == _LIMITED_BY_SIZE:
-                break
-        elif found and not measured:
-            last = found[0]
+        found = _candidates(name, shape, policy, plan, rooms, refusals)
+        sized = policy.max_size_mb is not None and name == _LIMITED_BY_SIZE
+        planned = name == NATIVE or name in PROVIDERS or any(c.label in plan.costs for c in found)
+        if found and not known and (sized or not planned):
+            known = found
             break
-    if measured:
-        return _fastest(measured, shape, plan, policy, refusals)
-    if last is not None:
-        return Pick(last, "first by priority", tuple(refusals))
-    return Pick(None, "nothing can serve", tuple(refusals))
-
-
-def _in_plan(candidate: Candidate, plan: Plan, policy: Policy) -> bool:
-    sized = policy.max_size_mb is not None and candidate.name == _LIMITED_BY_SIZE
-    return sized or candidate.label in plan.costs or candidate.label in plan.limits or candidate.name in PROVIDERS
+        known += found
+    if not known:
+        return Pick(None, "nothing can serve", tuple(refusals))
+    return _fastest(known, shape, plan, policy, refusals)
 
 
 def _candidates(
-    name: str, shape: Shape, policy: Policy, rooms: Mapping[str, Room], refusals: list[Refusal]
+    name: str, shape: Shape, policy: Policy, plan: Plan, rooms: Mapping[str, Room], refusals: list[Refusal]
 ) -> list[Candidate]:
     keeper = PROVIDERS.get(name)
     if keeper is None:
@@ -156,20 +159,42 @@ def _candidates(
     if room.reason:
         refusals.append(Refusal(name, room.reason))
         return []
-    if policy.max_size_mb is not None and name == _LIMITED_BY_SIZE and shape.nbytes > policy.max_size_mb * 2**20:
+    if (
+        policy.max_size_mb is not None
+        and name == _LIMITED_BY_SIZE
+        and shape.nbytes > policy.max_size_mb * 2**20
+    ):
         refusals.append(Refusal(name, f"the input is larger than max_size_mb={policy.max_size_mb:g}"))
         return []
-    spans = {v: keeper.token_limit(v, shape.hidden, shape.dtype, shape.world_size, room.max_tokens) for v in keeper.variants}
-    found = [Candidate(name, label) for label, span in spans.items() if shape.tokens in span]
+    found = _variants(keeper, shape, room.max_tokens)
     if not found:
-        refusals.append(
-            Refusal(
-                name,
-                f"{shape.tokens} tokens; its workspace takes up to {room.max_tokens} (fusewire.prepare(..., "
-                "max_tokens=...) on every rank, before the first call, sets the size)",
-            )
-        )
+        refusals.append(Refusal(name, _too_small(keeper, shape, policy, plan, room)))
     return found
+
+
+def _variants(keeper: WorkspaceProvider, shape: Shape, max_tokens: int) -> list[Candidate]:
+    return [
+        Candidate(keeper.name, label)
+        for label in keeper.variants
+        if shape.tokens in keeper.token_limit(label, shape.hidden, shape.dtype, shape.world_size, max_tokens)
+    ]
+
+
+def _too_small(keeper: WorkspaceProvider, shape: Shape, policy: Policy, plan: Plan, room: Room) -> str:
+    """Why a workspace does not take a call: not meant to, made too small, or beyond what there can be."""
+    cap = keeper.max_tokens(shape.hidden, shape.dtype, shape.world_size)
+    larger = _variants(keeper, shape, cap)
+    if not larger:
+        return f"{shape.tokens} tokens; it takes at most {cap} at this hidden size"
+    native = plan.cost(NATIVE, shape.nbytes)
+    costs = [cost for c in larger if (cost := plan.cost(c.label, shape.nbytes)) is not None]
+    if not policy.forced and not (native and costs and min(costs) < native):
+        return f"not the fastest for {shape.tokens} tokens"
+    return (
+        f"{shape.tokens} tokens; its workspace takes up to {room.max_tokens} (fusewire.prepare(..., "
+        "max_tokens=...) on "
+        "every rank, before the first call, makes a larger one)"
+    )
 
 
 def _fastest(
@@ -183,16 +208,16 @@ def _fastest(
         why = f"{timed[best.label]:.1f} us" + (f" ({rest})" if rest else "") + f"; {plan.source}"
         return Pick(best, why, tuple(refusals))
     within = [c for c in found if shape.nbytes <= plan.limits.get(c.label, 0)]
-    fallback = [c for c in found if c.name not in PROVIDERS]
-    if policy.forced or (policy.max_size_mb is not None and found[0].name == _LIMITED_BY_SIZE):
-        best = (within or found)[0]
-        return Pick(best, "asked for by the policy", tuple(refusals))
-    best = (within or fallback or found)[0]
-    return Pick(best, plan.source, tuple(refusals))
+    others = [c for c in found if c.name not in PROVIDERS]
+    if others and not within:
+        return Pick(others[0], plan.source if len(found) > 1 else "first by priority", tuple(refusals))
+    if policy.forced or policy.max_size_mb is not None:
+        return Pick((within or found[-1:])[0], "asked for by the policy", tuple(refusals))
+    return Pick((within or found)[0], plan.source, tuple(refusals))
 
 
 def wanted_tokens(keeper: WorkspaceProvider, shape: Shape, policy: Policy, plan: Plan) -> int:
-    """How many tokens a workspace made at the first call should take: as many as calls will bring to it, or 0."""
+    """How many tokens a workspace made at the first call should take: all that calls will bring, or 0."""
     hidden, dtype, world_size = shape.hidden, shape.dtype, shape.world_size
     cap = keeper.max_tokens(hidden, dtype, world_size)
     if policy.max_size_mb is not None and keeper.name == _LIMITED_BY_SIZE:
@@ -210,7 +235,7 @@ def wanted_tokens(keeper: WorkspaceProvider, shape: Shape, policy: Policy, plan:
 
 
 def _last(holds: Callable[[int], bool], end: int, start: int = 0) -> int:
-    """The last number in (start, end] for which `holds`, given that it holds up to somewhere; 0 if for none."""
+    """The last number in (start, end] for which `holds`, which holds up to somewhere; 0 if for none."""
     low, high = start, end
     while low < high:
         middle = (low + high + 1) // 2
@@ -220,10 +245,10 @@ def _last(holds: Callable[[int], bool], end: int, start: int = 0) -> int:
 
 def _octaves(end: int) -> list[tuple[int, int]]:
     edges = [0, *(1 << power for power in range(end.bit_length())), end]
-    return [(low, high) for low, high in zip(edges, edges[1:], strict=False) if low < high]
+    return [(low, high) for low, high in itertools.pairwise(edges) if low < high]
 
 
-# --- The selector -----------------------------------------------------------------------------------------------------
+# --- The selector -------------------------------------------------------------------------------------------
 
 
 class _Decision(NamedTuple):
@@ -234,11 +259,12 @@ class _Decision(NamedTuple):
 
 _decisions: dict[tuple[Any, ...], _Decision] = {}
 _version = 0
-_resolve = dist.distributed_c10d._resolve_process_group
+_resolve: Callable[[str], Any] = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined,assignment]
 
 
 def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
-    """The provider for a call, its `fn` bound to the workspace and the variant. Installed as the op's selector.
+    """The provider for a call, its `fn` bound to the workspace and the variant. Installed as the op's
+    selector.
 
     Raises:
         NoProviderError: the policy names nothing that can serve; the message has each one's reason.
@@ -279,7 +305,10 @@ def _holds(decision: _Decision, op: IrOp, group_name: str) -> bool:
     for name, provider in decision.snapshot:
         if op.providers.get(name) is not provider:
             return False
-    return decision.group is None or decision.group() is _resolve(group_name)
+    try:
+        return decision.group is None or decision.group() is _resolve(group_name)
+    except (RuntimeError, ValueError):  # the group is gone; deciding again says so
+        return False
 
 
 def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[_Decision, bool]:
@@ -290,7 +319,7 @@ def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[_Decision, bo
             raise ConfigError(unknown_provider(op, name))
     snapshot = tuple((name, op.providers[name]) for name in read.names)
     x = args[0]
-    if x.device.type != "cuda" and not _serves_cpu(read.names):
+    if not _on_gpu(x):
         chosen = op.choose(*args, policy=",".join(read.names)).provider
         return _Decision(chosen, snapshot, None), True
     group = resolve_group(args[6])
@@ -299,7 +328,8 @@ def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[_Decision, bo
     if found.candidate is None:
         listed = "\n".join(f"  - {refusal}" for refusal in found.refusals)
         raise NoProviderError(
-            f"no provider of fusewire::{op.name} can serve {shape.tokens} tokens of hidden size {shape.hidden}; tried:\n"
+            f"no provider of fusewire::{op.name} can serve {shape.tokens} tokens of hidden size "
+            f"{shape.hidden}; tried:\n"
             f"{listed}\nAdd {NATIVE!r} to the priority list to fall back to plain PyTorch."
         )
     name, label = found.candidate.name, found.candidate.label
@@ -311,9 +341,8 @@ def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[_Decision, bo
     return _Decision(provider, snapshot, weakref.ref(group)), keep
 
 
-def _serves_cpu(names: Sequence[str]) -> bool:
-    """Providers that keep workspaces are for GPUs; a test may let one serve on the CPU."""
-    return any(getattr(PROVIDERS.get(name), "any_device", False) for name in names)
+def _on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda
 
 
 def _look(
@@ -339,7 +368,7 @@ def _look(
             entries[name] = entry
             gpu = gpu or common_gpu(entry.facts)
             rooms[name] = Room(entry.workspace.max_tokens if entry.workspace else 0, entry.reason)
-    plan = find_plan(gpu, shape.world_size, shape.hidden, shape.dtype)
+    plan = find_plan(gpu or "these GPUs", shape.world_size, shape.hidden, shape.dtype)
     return pick(shape, policy, plan, rooms, reasons), entries, keep
 
 
@@ -356,8 +385,14 @@ def _open(
     plan = find_plan(common_gpu(machine.facts), shape.world_size, shape.hidden, shape.dtype)
     tokens = wanted_tokens(keeper, shape, policy, plan)
     if tokens < 1:
-        return dataclasses.replace(machine, reason=f"slower than the others at every size: {plan.source}")
+        return dataclasses.replace(machine, reason=_no_use(policy, plan))
     return REGISTRY.open(keeper, group, shape.dtype, shape.hidden, device, lambda _: tokens)
+
+
+def _no_use(policy: Policy, plan: Plan) -> str:
+    if policy.max_size_mb is not None:
+        return f"max_size_mb={policy.max_size_mb:g} is less than one token"
+    return f"not the fastest at any size ({plan.source})"
 
 
 def _capturing() -> bool:
@@ -370,7 +405,7 @@ def common_gpu(facts: Sequence[Mapping[str, Any]]) -> str:
     return names[0] if len(names) == 1 else " + ".join(names)
 
 
-# --- Explaining it ----------------------------------------------------------------------------------------------------
+# --- Explaining it ------------------------------------------------------------------------------------------
 
 
 class PlanRow(NamedTuple):
@@ -391,7 +426,8 @@ def explain_plan(
     policy: str = "",
     gpu: str | None = None,
 ) -> list[PlanRow]:
-    """Which provider serves how many tokens. Asks no other rank: where there was no vote yet, what it would bring.
+    """Which provider serves how many tokens. Asks no other rank: where there was no vote yet, what it would
+    bring.
 
     Args:
         group: a process group, its name, or a world size for which to show the plan.
@@ -414,7 +450,7 @@ def explain_plan(
         if provider is None:
             raise ConfigError(unknown_provider(op, provider_name))
         keeper = PROVIDERS.get(provider_name)
-        machine = provider.supported()
+        machine = _machine_support(provider)
         if gpu is None and not machine:
             reasons[provider_name] = machine.reason
         elif keeper is not None:
@@ -436,10 +472,12 @@ def _room(
         return Room(0, static.reason)
     if not isinstance(group, int):
         entry = REGISTRY.entries.get(WorkspaceKey(keeper.name, group.group_name, shape.dtype, shape.hidden))
-        if entry is not None and entry.serves(group):
-            return Room(entry.workspace.max_tokens if entry.workspace else 0, entry.reason)
+        machine = REGISTRY.machines.get((keeper.name, group.group_name))
+        for voted in (entry, machine):
+            if voted is not None and voted.serves(group) and (voted.workspace or voted.reason):
+                return Room(voted.workspace.max_tokens if voted.workspace else 0, voted.reason)
     tokens = wanted_tokens(keeper, shape, policy, plan)
-    return Room(tokens, "" if tokens else f"slower than the others at every size: {plan.source}")
+    return Room(tokens, "" if tokens else _no_use(policy, plan))
 
 
 def _gpu_name(device: torch.device | None) -> str:
@@ -463,7 +501,7 @@ def _rows(at: Callable[[int], tuple[str, str]], last: int) -> list[PlanRow]:
         split(middle, high)
 
     edges = sorted({1 << power for power in range(last.bit_length())} | {last})
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         split(low, high)
     ends = [*(start - 1 for start in starts[1:]), None]
     return [PlanRow(first, end, *at(first)) for first, end in zip(starts, ends, strict=True)]

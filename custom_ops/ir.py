@@ -215,6 +215,11 @@ class IrOp:
             support = provider.check_static(*args) if static else provider.check(*args)
             if support:
                 return Choice(provider, tuple(refusals))
+            if not isinstance(support, Support):
+                raise SchemaError(
+                    f"provider {name!r} of {self.name} refuses with {support!r}, which has no reason; its checks "
+                    "must return YES or Support.no(reason)"
+                )
             refusals.append(Refusal(name, support.reason))
         listed = "\n".join(f"  - {refusal}" for refusal in refusals) or "  (the priority list is empty)"
         raise NoProviderError(
@@ -233,6 +238,8 @@ def unknown_provider(op: IrOp, name: str) -> str:
 
 def check_priority(op: IrOp, providers: Sequence[str]) -> tuple[str, ...]:
     """The names as a tuple, or ConfigError if one is unknown, repeated, or the list is empty."""
+    if isinstance(providers, str):
+        raise ConfigError(f"the priority list of {op.name} is the text {providers!r}; give a list of names")
     names = tuple(providers)
     if not names:
         raise ConfigError(f"the priority list of {op.name} is empty; name at least one provider")

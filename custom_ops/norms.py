@@ -21,15 +21,19 @@ from fusewire.errors import ArgumentError
 SCALE_THEN_ROUND = "scale_then_round"
 ROUND_THEN_SCALE = "round_then_scale"
 FORMS = (SCALE_THEN_ROUND, ROUND_THEN_SCALE)
+# Not fp8, which promotes with nothing: without a scale beside them its values are not numbers to add.
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_DTYPE_NAMES = "bfloat16, float16, float32 or float64"
 
 
 def check_norm_args(
     x: Tensor, weight: Tensor | None, eps: Any, weight_bias: Any, form: str, residual: Tensor | None = None
 ) -> None:
     """Raise ArgumentError if these cannot be a norm's arguments, whoever computes it."""
-    if x.dim() == 0 or not x.is_floating_point():
+    if x.dim() == 0 or x.dtype not in _DTYPES:
         raise ArgumentError(
-            f"x must be a floating-point tensor of shape (..., hidden), not {x.dtype} {list(x.shape)}"
+            f"x must be a floating-point tensor ({_DTYPE_NAMES}) of shape (..., hidden), not {x.dtype} "
+            f"{list(x.shape)}"
         )
     if form not in FORMS:
         raise ArgumentError(f"form is {form!r}; it must be one of {', '.join(map(repr, FORMS))}")
@@ -41,15 +45,15 @@ def check_norm_args(
                 f"the weight has shape {list(weight.shape)}; for x of shape {list(x.shape)} it must be "
                 f"[{x.shape[-1]}], one number per hidden unit"
             )
-        if not weight.is_floating_point():
-            raise ArgumentError(f"the weight must be floating-point, not {weight.dtype}")
+        if weight.dtype not in _DTYPES:
+            raise ArgumentError(f"the weight must be floating-point ({_DTYPE_NAMES}), not {weight.dtype}")
     if residual is not None:
         if residual.shape != x.shape:
             raise ArgumentError(
                 f"the residual has shape {list(residual.shape)} but x has {list(x.shape)}; they must be equal"
             )
-        if not residual.is_floating_point():
-            raise ArgumentError(f"the residual must be floating-point, not {residual.dtype}")
+        if residual.dtype not in _DTYPES:
+            raise ArgumentError(f"the residual must be floating-point ({_DTYPE_NAMES}), not {residual.dtype}")
     for name, other in (("weight", weight), ("residual", residual)):
         if other is not None and other.device != x.device:
             raise ArgumentError(

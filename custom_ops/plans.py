@@ -1,8 +1,8 @@
 """The shipped tables: what one call costs, by provider and size, on GPUs that were measured.
 
-A cost is microseconds per call by bytes of x (tokens x hidden x element size): the work is moving bytes, so one hidden
-size stands for its neighbours. Measured with CUDA-graph replay, the slowest rank, NCCL without NVLink multicast; "native"
-is NCCL's all-reduce and Inductor's add + RMSNorm in one kernel.
+A cost is microseconds per call by bytes of x (tokens x hidden x element size): the work is moving bytes, so
+one hidden size stands for its neighbours. Measured with CUDA-graph replay, the slowest rank, NCCL without
+NVLink multicast; "native" is NCCL's all-reduce and Inductor's add + RMSNorm in one kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Points = tuple[tuple[int, float], ...]
 class Plan:
     """Costs of the variants on one kind of GPU, for one world size, hidden size and dtype.
 
-    Where nothing was measured, `costs` is empty and `limits` says up to how many bytes of x a variant is worth it.
+    Where nothing was measured, `costs` is empty and `limits` says up to how many bytes of x a variant is
+    worth it.
     """
 
     source: str
@@ -32,7 +33,7 @@ class Plan:
     limits: Mapping[str, int] = field(default_factory=dict)
 
     def cost(self, variant: str, nbytes: int) -> float | None:
-        """Microseconds per call, between measured points by straight lines; None if the variant was not measured."""
+        """Microseconds per call, by straight lines between measured points; None if not measured."""
         points = self.costs.get(variant)
         if not points:
             return None
@@ -59,7 +60,10 @@ class _Measured:
         row = self.hidden * self.dtype.itemsize
         return Plan(
             self.source + note,
-            {variant: tuple((tokens * row, cost) for tokens, cost in found) for variant, found in self.tokens.items()},
+            {
+                variant: tuple((tokens * row, cost) for tokens, cost in found)
+                for variant, found in self.tokens.items()
+            },
         )
 
 
@@ -119,8 +123,9 @@ _TABLES = (
             ),
         },
     ),
-    # Below 1024 tokens nothing was measured on 8: one-shot's cost over its latency grows with the ranks it sends to
-    # (7 against 3), the others' with what 8 GPUs took against 4 at 1024 tokens (1.11 and 1.42 times).
+    # Below 1024 tokens nothing was measured on 8: one-shot's cost over its latency grows with the ranks it
+    # sends to (7 against 3), the others' with what 8 GPUs took against 4 at 1024 tokens (1.11 and 1.42
+    # times).
     _Measured(
         _H200,
         8,
@@ -128,7 +133,15 @@ _TABLES = (
         torch.bfloat16,
         "measured on 8 H200s from 1024 tokens on, below that scaled from 4",
         {
-            NATIVE: ((1, 22.1), (16, 26.5), (64, 33.5), (128, 45.5), (1024, 164.6), (4096, 528.0), (8192, 1005.3)),
+            NATIVE: (
+                (1, 22.1),
+                (16, 26.5),
+                (64, 33.5),
+                (128, 45.5),
+                (1024, 164.6),
+                (4096, 528.0),
+                (8192, 1005.3),
+            ),
             ONE_SHOT: ((1, 6.9), (16, 13.9), (64, 30.2), (128, 53.3), (1024, 437.9)),
             TWO_SHOT: ((16, 48.9), (128, 48.4), (1024, 172.9), (4096, 609.5)),
         },
@@ -139,12 +152,14 @@ _CAUTIOUS_LIMITS = {2: 1 << 20, 4: 512 << 10, 8: 256 << 10, 16: 128 << 10}
 
 
 def find_plan(gpu: str, world_size: int, hidden: int, dtype: torch.dtype) -> Plan:
-    """The plan for a GPU by the name CUDA gives it: the nearest measured hidden size, else a cautious default."""
+    """The plan for a GPU, by CUDA's name for it: the nearest measured hidden size, or a cautious default."""
     tables = [table for table in _TABLES if gpu in table.gpus and table.world_size == world_size]
     if not tables:
         limit = _CAUTIOUS_LIMITS.get(world_size, 0)
         where = f"{world_size} x {gpu}"
-        return Plan(f"nothing was measured on {where}: one-shot up to {limit >> 10} KiB", limits={ONE_SHOT: limit})
+        return Plan(
+            f"nothing was measured on {where}: one-shot up to {limit >> 10} KiB", limits={ONE_SHOT: limit}
+        )
     nearest = min(
         tables,
         key=lambda table: (max(table.hidden, hidden) / min(table.hidden, hidden), table.dtype != dtype),

@@ -1,13 +1,13 @@
 """Workspaces: symmetric buffers that the ranks of a group make, prove and use together.
 
-Kernels that read and write peers' memory need buffers that every rank has made alike, and a kernel that waits for a
-rank which took another path waits for ever. So nothing here is decided by one rank: each step of making a workspace
-(may this machine, is there room, allocate, prove with a call of known answer) ends in a vote of the group's ranks, and
-one "no" makes all of them do without, with the same reason. The ranks talk over the store that their process group was
-made with, never over the GPUs, and every wait ends.
+Kernels that read and write peers' memory need buffers that every rank has made alike, and a kernel that waits
+for a rank which took another path waits for ever. So nothing here is decided by one rank: each step of making
+a workspace (may this machine, is there room, allocate, prove with a call of known answer) ends in a vote of
+the group's ranks, and one "no" makes all of them do without, with the same reason. The ranks talk over the
+store that their process group was made with, never over the GPUs, and every wait ends.
 
-A provider of a fused operator that needs such buffers subclasses `WorkspaceProvider` and is added to `PROVIDERS`;
-fusewire.custom_ops.dispatch does the rest.
+A provider of a fused operator that needs such buffers subclasses `WorkspaceProvider` and is added to
+`PROVIDERS`; fusewire.custom_ops.dispatch does the rest.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import abc
 import atexit
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -56,7 +57,7 @@ def say(text: str) -> None:
     print(f"[fusewire] {text}", file=sys.stderr, flush=True)
 
 
-# --- The side channel -------------------------------------------------------------------------------------------------
+# --- The side channel ---------------------------------------------------------------------------------------
 
 
 class Channel:
@@ -65,44 +66,57 @@ class Channel:
     Also fits where FlashInfer asks for a `CommBackend` (Get_rank, Get_size, allgather, bcast, barrier).
     """
 
-    _opened: dict[tuple[str, str], int] = {}  # noqa: RUF012 - shared on purpose: counts the channels of this process
-
     def __init__(self, group: dist.ProcessGroup, label: str, wait_s: float | None = None) -> None:
         self.rank = group.rank()
         self.size = group.size()
         self.global_ranks = dist.get_process_group_ranks(group)
         self.wait_s = timeout_s() if wait_s is None else wait_s
         self._store = dist.distributed_c10d._get_process_group_store(group)
-        # A store can outlive a process group and keep the keys of an earlier channel of the same name.
-        count = Channel._opened.get((group.group_name, label), 0)
-        Channel._opened[group.group_name, label] = count + 1
-        self._prefix = f"fusewire/{label}/{count}"
+        # The same label comes again (after a close, say), and the store keeps the keys of the time before.
+        arrivals = self._store.add(f"fusewire/{label}/arrivals", 1)
+        self._prefix = f"fusewire/{label}/{(arrivals - 1) // self.size}"
         self.label = label
         self._step = 0
+        self._beats = 0
 
     def post(self, key: str, value: bytes) -> None:
-        self._store.set(f"{self._prefix}/{key}", value)
+        self._store.set(f"{self._prefix}/{key}", value)  # type: ignore[arg-type]
+
+    def beat(self) -> None:
+        """Tell ranks that wait for this one that it is at work, so that they go on waiting."""
+        self._beats += 1
+        self.post(f"beat of rank {self.global_ranks[self.rank]}", str(self._beats).encode())
 
     def collect(self, keys: Sequence[str], wait_s: float, abortable: bool = False) -> list[bytes | None]:
-        """The values of the keys, None for each that did not come in time.
+        """The values of the keys, None for each that did not come within wait_s seconds of the ranks' last
+        beat.
 
-        Raises WorkspaceError with another rank's words if `abortable` and that rank aborted.
+        If `abortable`, beats do not count, and a rank that aborts makes this raise WorkspaceError with its
+        words.
         """
         names = [f"{self._prefix}/{key}" for key in keys]
         abort = f"{self._prefix}/abort"
-        start, pause, said = time.monotonic(), 0.001, False
+        start = last_sign = next_look = time.monotonic()
+        pause, said, beats = 0.001, False, self._heard()
         while not self._store.check(names):
             if abortable and self._store.check([abort]):
                 raise WorkspaceError(self._store.get(abort).decode())
-            waited = time.monotonic() - start
-            if waited > wait_s:
+            now = time.monotonic()
+            if not abortable and now - next_look > min(2.0, wait_s / 4):
+                next_look, heard = now, self._heard()
+                last_sign, beats = (now, heard) if heard != beats else (last_sign, beats)
+            if now - last_sign > wait_s:
                 break
-            if waited > _SAY_AFTER_S and not said and self.rank == 0:
+            if now - start > _SAY_AFTER_S and not said and self.rank == 0:
                 said = True
-                missing = [key for key, name in zip(keys, names, strict=True) if not self._store.check([name])]
-                say(f"{self.label}: waiting for {', '.join(missing)} for {waited:.0f} s (at most {wait_s:.0f} s)")
+                missing = [key for key, at in zip(keys, names, strict=True) if not self._store.check([at])]
+                say(f"{self.label}: waiting for {', '.join(missing)}, {wait_s:.0f} s without a beat")
             time.sleep(pause)
             pause = min(pause * 1.5, 0.05)
+        return [self._store.get(name) if self._store.check([name]) else None for name in names]
+
+    def _heard(self) -> list[bytes | None]:
+        names = [f"{self._prefix}/beat of rank {rank}" for rank in self.global_ranks]
         return [self._store.get(name) if self._store.check([name]) else None for name in names]
 
     def abort(self, reason: str) -> None:
@@ -110,7 +124,7 @@ class Channel:
         self.post("abort", reason.encode())
 
     def allgather(self, data: Any) -> tuple[Any, ...]:
-        """Every rank's object, by rank. Raises PeerTimeoutError if one does not come, WorkspaceError on an abort."""
+        """Every rank's object. Raises PeerTimeoutError if one is late, WorkspaceError on an abort."""
         self._step += 1
         keys = [f"step {self._step} of rank {rank}" for rank in self.global_ranks]
         self.post(keys[self.rank], pickle.dumps(data))
@@ -175,26 +189,30 @@ def agree(
 
     Args:
         topic: names the vote; the same on every rank.
-        work: this rank's share. What it returns are facts for the others (JSON types); what it raises is a "no".
-        work_s: run the work in a thread and give it up after so many seconds (None: wait for it, in this thread).
-        release_peers: the work talks over the channel itself: if it fails here, peers that wait in it are freed.
+        work: this rank's share. What it returns are facts for the others (JSON types); what it raises is a
+            "no".
+        work_s: run the work in a thread and give it up after so many seconds (None: wait for it, in this
+            thread).
+        release_peers: the work talks over the channel itself: if it fails here, peers that wait in it are
+            freed.
 
     Raises:
         PeerTimeoutError: on every rank, if one did not vote in time or its work ran out of time on the GPU.
     """
     ballot: dict[str, Any] = {"reason": "", "facts": {}, "fatal": False}
     try:
-        ballot["facts"] = dict((work() if work_s is None else _in_thread(work, work_s, topic)) or {})
+        ballot["facts"] = dict((work() if work_s is None else _in_thread(work, work_s, topic, channel)) or {})
     except Exception as error:
         ballot["reason"] = describe(error)
         ballot["fatal"] = isinstance(error, PeerTimeoutError) and not release_peers
         if release_peers:
             channel.abort(f"rank {channel.global_ranks[channel.rank]} gave up: {describe(error)}")
-    return _vote(channel, topic, ballot, channel.wait_s + (work_s or 0.0))
+    return _vote(channel, topic, ballot)
 
 
-def _vote(channel: Channel, topic: str, ballot: Mapping[str, Any], wait_s: float) -> Verdict:
-    """Post a ballot; the group's first rank publishes all of them, so that no two ranks see different outcomes."""
+def _vote(channel: Channel, topic: str, ballot: Mapping[str, Any]) -> Verdict:
+    """Post a ballot; the group's first rank publishes them all, so that no two ranks see different ones."""
+    wait_s = channel.wait_s
     topic_key = f"vote on {topic}"
     keys = [f"{topic_key} of rank {rank}" for rank in channel.global_ranks]
     channel.post(keys[channel.rank], json.dumps(ballot).encode())
@@ -205,15 +223,18 @@ def _vote(channel: Channel, topic: str, ballot: Mapping[str, Any], wait_s: float
     outcome = channel.collect([f"outcome of the {topic_key}"], wait_s * 1.25 + 10.0)[0]
     if outcome is None:
         raise PeerTimeoutError(
-            f"{channel.label}: rank {channel.global_ranks[0]} did not publish the outcome of {topic!r} in time; has it "
+            f"{channel.label}: rank {channel.global_ranks[0]} did not publish the outcome of {topic!r} in "
+            "time; has it "
             f"died, or does it run another program? ({TIMEOUT_VARIABLE} sets how long to wait)"
         )
     ballots = json.loads(outcome)
     missing = [str(rank) for rank, b in zip(channel.global_ranks, ballots, strict=True) if b is None]
     if missing:
         raise PeerTimeoutError(
-            f"{channel.label}: no vote on {topic!r} from rank(s) {', '.join(missing)} within {wait_s:.0f} s; every rank "
-            f"of the group must make the same calls in the same order ({TIMEOUT_VARIABLE} sets how long to wait)"
+            f"{channel.label}: no vote on {topic!r} from rank(s) {', '.join(missing)} within {wait_s:.0f} "
+            "s; every rank "
+            f"of the group must make the same calls in the same order ({TIMEOUT_VARIABLE} sets how long to "
+            "wait)"
         )
     verdict = Verdict(
         tuple(b["reason"] for b in ballots), tuple(b["facts"] for b in ballots), tuple(channel.global_ranks)
@@ -223,8 +244,12 @@ def _vote(channel: Channel, topic: str, ballot: Mapping[str, Any], wait_s: float
     return verdict
 
 
-def _in_thread(work: Callable[[], Any], limit_s: float, topic: str) -> Any:
-    """work(), given up after limit_s seconds: libraries called in there may wait for a peer without an end."""
+def _in_thread(work: Callable[[], Any], limit_s: float, topic: str, channel: Channel) -> Any:
+    """work() in a thread, given up after limit_s seconds: a library may wait for a peer for ever.
+
+    The thread has another use. While Inductor's CUDA graphs warm up, this thread allocates from a pool
+    that the graphs will overwrite; buffers made in another thread lie outside it.
+    """
     result: list[Any] = []
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
@@ -237,7 +262,10 @@ def _in_thread(work: Callable[[], Any], limit_s: float, topic: str) -> Any:
 
     thread = threading.Thread(target=run, name=f"fusewire {topic}", daemon=True)
     thread.start()
-    thread.join(limit_s)
+    start = time.monotonic()
+    while thread.is_alive() and time.monotonic() - start < limit_s:
+        thread.join(min(5.0, channel.wait_s / 4, limit_s))
+        channel.beat()
     if not result:
         raise WorkspaceError(f"{topic} did not end within {limit_s:.0f} s")
     value, error = result[0]
@@ -250,10 +278,14 @@ def describe(error: BaseException) -> str:
     """An exception in one line, with its class where the message alone would be a riddle."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 400 else text[:400] + "..."
-    return text if isinstance(error, WorkspaceError | PeerTimeoutError) and text else f"{type(error).__name__}: {text}"
+    return (
+        text
+        if isinstance(error, WorkspaceError | PeerTimeoutError) and text
+        else f"{type(error).__name__}: {text}"
+    )
 
 
-# --- Workspaces -------------------------------------------------------------------------------------------------------
+# --- Workspaces ---------------------------------------------------------------------------------------------
 
 
 class WorkspaceKey(NamedTuple):
@@ -279,12 +311,15 @@ class Workspace(abc.ABC):
         self.closed = False
 
     def check_call(self, tokens: int, device: torch.device) -> None:
-        """Raise WorkspaceError if a call does not fit. Limits that ranks could see differently end here, loudly."""
+        """Raise WorkspaceError if a call does not fit. What ranks could see differently ends here, loudly."""
         if self.closed:
-            raise WorkspaceError(f"the workspace ({self.key}) is closed; call fusewire.prepare(...) to make a new one")
+            raise WorkspaceError(
+                f"the workspace ({self.key}) is closed; call fusewire.prepare(...) to make a new one"
+            )
         if tokens > self.max_tokens:
             raise WorkspaceError(
-                f"{tokens} tokens do not fit the workspace ({self.key}), made for {self.max_tokens}; close it with "
+                f"{tokens} tokens do not fit the workspace ({self.key}), made for {self.max_tokens}; close "
+                "it with "
                 f"fusewire.close() and call fusewire.prepare(..., max_tokens={tokens})"
             )
         if device != self.device:
@@ -294,7 +329,7 @@ class Workspace(abc.ABC):
             )
 
     def close(self) -> None:
-        """Wait for the device and free the buffers. Safe to call twice; CUDA graphs captured with it become invalid."""
+        """Wait for the device and free the buffers. Idempotent. CUDA graphs captured with it are invalid."""
         if not self.closed:
             self.closed = True
             if self.device.type == "cuda" and torch.cuda.is_initialized():
@@ -317,7 +352,7 @@ class Request:
 
 
 class WorkspaceProvider(abc.ABC):
-    """What a provider with workspaces tells the dispatcher. Nothing in here but `create` and `prove` communicates."""
+    """What a provider with workspaces tells the dispatcher. Only `create` and `prove` communicate."""
 
     name: str
     # Ways to compute one call, as fusewire.custom_ops.plans names their costs ("flashinfer/oneshot", ...).
@@ -345,7 +380,9 @@ class WorkspaceProvider(abc.ABC):
         """Whether such calls can be served for some number of tokens."""
 
     @abc.abstractmethod
-    def token_limit(self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> range:
+    def token_limit(
+        self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int
+    ) -> range:
         """The numbers of tokens that a variant takes on a workspace for max_tokens."""
 
     @abc.abstractmethod
@@ -358,11 +395,11 @@ class WorkspaceProvider(abc.ABC):
 
     @abc.abstractmethod
     def create(self, request: Request, channel: Channel) -> Workspace:
-        """Make the workspace, with all ranks; over the channel alone, so that a rank that fails frees the others."""
+        """Make the workspace with all ranks, over the channel alone: a rank that fails frees the others."""
 
     @abc.abstractmethod
     def prove(self, workspace: Workspace, stage: str) -> None:
-        """Raise unless calls give known answers. Stage "alone": this rank only; "together": a true collective."""
+        """Raise unless calls are right. Stage "alone": without other ranks; "together": a true collective."""
 
     @abc.abstractmethod
     def bind(self, workspace: Workspace, variant: str) -> Callable[..., Any]:
@@ -377,7 +414,9 @@ def device_facts(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {"host": _host(), "gpu": device.type, "capability": None, "uuid": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts.update(gpu=properties.name, capability=[properties.major, properties.minor], uuid=str(properties.uuid))
+        facts.update(
+            gpu=properties.name, capability=[properties.major, properties.minor], uuid=str(properties.uuid)
+        )
     return facts
 
 
@@ -414,9 +453,7 @@ class WorkspaceRegistry:
     version: int = 0  # changes when an entry goes: decisions cached elsewhere are void then
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def machine(
-        self, provider: WorkspaceProvider, group: dist.ProcessGroup, device: torch.device
-    ) -> Entry:
+    def machine(self, provider: WorkspaceProvider, group: dist.ProcessGroup, device: torch.device) -> Entry:
         """The vote on whether the ranks' machines can serve at all: once per provider and group.
 
         Raises:
@@ -451,7 +488,8 @@ class WorkspaceRegistry:
         """The workspace for a key, made by all ranks together at the first call, or why there is none.
 
         Args:
-            tokens: says from the machines' entry for how many tokens to make it; the smallest of the ranks' counts.
+            tokens: says from the machines' entry for how many tokens to make it; the smallest of the ranks'
+                counts.
 
         Raises:
             CaptureError, PeerTimeoutError: as `machine`.
@@ -471,7 +509,12 @@ class WorkspaceRegistry:
             return entry
 
     def _make(
-        self, entry: Entry, provider: WorkspaceProvider, group: dist.ProcessGroup, device: torch.device, asked: int
+        self,
+        entry: Entry,
+        provider: WorkspaceProvider,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        asked: int,
     ) -> None:
         key, channel = entry.key, Channel(group, str(entry.key))
         cap = provider.max_tokens(key.hidden, key.dtype, group.size())
@@ -488,9 +531,15 @@ class WorkspaceRegistry:
         if verdict.ok:
             agreed = min(facts["tokens"] for facts in verdict.facts)
             verdict = agree(channel, "create", create, work_s=channel.wait_s, release_peers=True)
-        for stage in ("alone", "together"):
-            if verdict.ok:
-                verdict = agree(channel, f"prove {stage}", lambda stage=stage: provider.prove(made[0], stage))  # type: ignore[misc]
+        try:
+            for stage in ("alone", "together"):
+                if verdict.ok:
+                    verdict = agree(
+                        channel, f"prove {stage}", functools.partial(provider.prove, made[0], stage)
+                    )
+        except PeerTimeoutError:
+            _ABANDONED.extend(made)
+            raise
         if verdict.ok:
             entry.workspace = made[0]
             return
@@ -517,14 +566,18 @@ class WorkspaceRegistry:
 
 
 REGISTRY = WorkspaceRegistry()
+# Workspaces with a kernel in them that never ends: freeing them would wait for it.
+_ABANDONED: list[Workspace] = []
 
 
 def refuse_capture(provider: str, what: str) -> None:
     """Raise CaptureError if a CUDA graph is being captured on the current stream."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise CaptureError(
-            f"{provider} has no workspace yet ({what}) and cannot make one while a CUDA graph is captured; call "
-            "fusewire.prepare(group, hidden, dtype, max_tokens=...) on every rank, or run the model once, before capture"
+            f"{provider} has no workspace yet ({what}) and cannot make one while a CUDA graph is captured; "
+            "call "
+            "fusewire.prepare(group, hidden, dtype, max_tokens=...) on every rank, or run the model once, "
+            "before capture"
         )
 
 
@@ -538,7 +591,8 @@ def check_memory(nbytes: int, device: torch.device, spare: int = 64 << 20) -> No
         free, total = torch.cuda.mem_get_info(device)
     if free < nbytes + spare:
         raise WorkspaceError(
-            f"{device} has {free >> 20} MiB of {total >> 20} free and the workspace needs {(nbytes >> 20) + 1}; leave it "
+            f"{device} has {free >> 20} MiB of {total >> 20} free and the workspace needs "
+            f"{(nbytes >> 20) + 1}; leave it "
             "more memory (gpu_memory_utilization and the like), or ask fusewire.prepare for fewer tokens"
         )
 
@@ -546,9 +600,10 @@ def check_memory(nbytes: int, device: torch.device, spare: int = 64 << 20) -> No
 class StreamOrder:
     """Keeps calls on one device one after another, whatever streams they are on.
 
-    Kernels that wait for their peers take the whole GPU: two at once, in different order on two ranks, wait for each
-    other for ever. A call on another stream than the last waits for what that one holds. Captured calls are ordered
-    by their graph, so capture is left alone; replays on a stream of their own are the caller's to order.
+    Kernels that wait for their peers take the whole GPU: two at once, in different order on two ranks, wait
+    for each other for ever. A call on another stream than the last waits for what that one holds. Captured
+    calls are ordered by their graph, so capture is left alone; replays on a stream of their own are the
+    caller's to order.
     """
 
     _by_device: dict[int, StreamOrder] = {}  # noqa: RUF012 - one per device for the process
@@ -572,14 +627,23 @@ class StreamOrder:
 
 
 @contextlib.contextmanager
-def announced(text: str, every_s: float = 30.0, detail: Callable[[], str] = str) -> Iterator[None]:
-    """Say on stderr that something long goes on, at once and then every so often, and how long it took."""
-    start, done = time.monotonic(), threading.Event()
-    say(f"{text} since {time.strftime('%H:%M:%S')}{detail()}")
+def announced(
+    text: str, *, after_s: float = 0.0, every_s: float = 30.0, detail: Callable[[], str] = str
+) -> Iterator[None]:
+    """Say on stderr that something long goes on, every so often, and how long it took.
+
+    What ends within after_s seconds is not worth a word.
+    """
+    start, since, done, said = time.monotonic(), time.strftime("%H:%M:%S"), threading.Event(), after_s <= 0
+    if said:
+        say(f"{text}, since {since}{detail()}")
 
     def tick() -> None:
-        while not done.wait(every_s):
-            say(f"{text}: {time.monotonic() - start:.0f} s{detail()}")
+        nonlocal said
+        while not done.wait(every_s if said else after_s):
+            what = text.partition(":")[0] if said else text
+            said = True
+            say(f"{what}, since {since}, for {time.monotonic() - start:.0f} s{detail()}")
 
     ticker = threading.Thread(target=tick, name="fusewire progress", daemon=True)
     ticker.start()
@@ -588,10 +652,11 @@ def announced(text: str, every_s: float = 30.0, detail: Callable[[], str] = str)
     finally:
         done.set()
         ticker.join()
-        say(f"{text}: ended after {time.monotonic() - start:.0f} s")
+        if said:
+            say(f"{text.partition(':')[0]}: ended after {time.monotonic() - start:.0f} s")
 
 
-# --- For users --------------------------------------------------------------------------------------------------------
+# --- For users ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -620,16 +685,18 @@ def workspaces() -> list[WorkspaceInfo]:
 def prepare(
     group: dist.ProcessGroup | str | None, hidden: int, dtype: torch.dtype, *, max_tokens: int
 ) -> list[WorkspaceInfo]:
-    """Make the workspaces for one hidden size ahead of the first call. A collective: every rank calls it alike.
+    """Make the workspaces for one hidden size ahead of the first call. A collective: every rank calls it
+    alike.
 
-    Needed before capturing a CUDA graph by hand, and to choose the size: a workspace made at the first call is sized
-    by the plan for this GPU. What failed before is tried again.
+    Needed before capturing a CUDA graph by hand, and to choose the size: a workspace made at the first call
+    is sized by the plan for this GPU. What failed before is tried again.
 
     Args:
         group: the process group or its name; None means the default group.
         hidden: the hidden size, in elements.
         dtype: of the activations.
-        max_tokens: the largest number of tokens (rows) of a call to serve; at most what the provider can hold.
+        max_tokens: the largest number of tokens (rows) of a call to serve; at most what the provider can
+            hold.
 
     Returns:
         For each provider that keeps workspaces, its size on this rank, or the reason why there is none.
@@ -646,7 +713,11 @@ def prepare(
     load_providers()
     found = dist.group.WORLD if group is None and dist.is_initialized() else group
     pg = found if isinstance(found, dist.ProcessGroup) else resolve_group(found or "the default group")
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     return [_prepare_one(provider, pg, hidden, dtype, device, max_tokens) for provider in PROVIDERS.values()]
 
 
@@ -670,7 +741,8 @@ def _prepare_one(
             REGISTRY.machines.pop((provider.name, group.group_name), None)
         elif existing.workspace.max_tokens < wanted:
             raise WorkspaceError(
-                f"the workspace ({key}) holds {existing.workspace.max_tokens} tokens, {wanted} are asked for; "
+                f"the workspace ({key}) holds {existing.workspace.max_tokens} tokens, {wanted} are asked "
+                "for; "
                 "fusewire.close() it first on every rank (CUDA graphs captured with it become invalid)"
             )
     entry = REGISTRY.open(provider, group, dtype, hidden, device, lambda machine: wanted)
@@ -679,9 +751,11 @@ def _prepare_one(
 
 
 def close(group: dist.ProcessGroup | str | None = None) -> None:
-    """Free all workspaces, or those of one group. Idempotent; runs at exit by itself. Every rank calls it alike.
+    """Free all workspaces, or those of one group. Idempotent; runs at exit by itself. Every rank calls it
+    alike.
 
-    CUDA graphs captured with a workspace must not be replayed afterwards. The next call makes a new workspace.
+    CUDA graphs captured with a workspace must not be replayed afterwards. The next call makes a new
+    workspace.
     """
     REGISTRY.close(group.group_name if isinstance(group, dist.ProcessGroup) else group)
 

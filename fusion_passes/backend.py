@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import hashlib
 import logging
@@ -60,6 +61,9 @@ class FusewirePass(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         run_passes(graph, self.config)
+        keeper = _KEEPER.get()
+        if keeper is not None:
+            keeper.save()
 
     def uuid(self) -> Any:
         """Enters the compile cache's key."""
@@ -171,6 +175,9 @@ def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConf
     Args:
         config: the options; or give single fields as keywords.
 
+    The report's accounts are those of graphs compiled in the block; of graphs that Inductor's compile cache held it
+    says no more than how many there were.
+
     Raises:
         ConfigError: an option is unknown or has a value that cannot be used.
     """
@@ -181,7 +188,7 @@ def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConf
         yield chosen
         return
     hook = chained_hook(chosen, getattr(inductor_config, _HOOK))
-    with inductor_config.patch({_HOOK: hook}), torch._dynamo.config.patch(specialize_float=True):
+    with inductor_config.patch({_HOOK: hook}), torch._dynamo.config.patch(specialize_float=True), _hits_noted():
         yield chosen
 
 
@@ -227,39 +234,83 @@ def _reaches_rsqrt(node: Node, depth: int = 4) -> bool:
 # Accounts of graphs that come from the compile cache
 
 
+class _Keeper:
+    """Keeps the accounts of one compilation in a file beside Inductor's cache."""
+
+    def __init__(self, key: str) -> None:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        self.file = Path(cache_dir()) / "fusewire" / f"{key}.json"
+        self.before = len(report().graphs)
+
+    def save(self) -> None:
+        """Write what there is so far.
+
+        Called by the passes, so before Inductor puts the graph into its cache: another rank may find it there at once.
+        """
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.file.with_suffix(f".{os.getpid()}")
+            temporary.write_text(accounts_to_json(report().graphs[self.before :]))
+            temporary.replace(self.file)
+        except OSError as error:
+            log.warning("the account of a graph could not be kept beside the compile cache: %s", error)
+
+    def restore(self) -> None:
+        """Bring the accounts back if a warm cache skipped the passes."""
+        if len(report().graphs) == self.before:
+            for account in self._read():
+                add_account(dataclasses.replace(account, cached=True, pass_seconds=0.0))
+
+    def _read(self) -> list[GraphAccount]:
+        try:
+            return accounts_from_json(self.file.read_text())
+        except FileNotFoundError:
+            why = "no account was kept when it was made"
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            why = f"its account cannot be read ({error})"
+        return [_unaccounted(f"the compile cache held this graph, and {why}")]
+
+
+_KEEPER: contextvars.ContextVar[_Keeper | None] = contextvars.ContextVar("fusewire_keeper", default=None)
+
+
 @contextlib.contextmanager
 def _accounts_kept(key: str) -> Iterator[None]:
-    """Keep the accounts of graphs beside Inductor's cache, and bring them back when a warm cache skips the passes."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    file = Path(cache_dir()) / "fusewire" / f"{key}.json"
-    before = len(report().graphs)
-    yield
-    new = report().graphs[before:]
+    """Keep the accounts of a compilation, or bring them back from an earlier one."""
+    keeper = _Keeper(key)
+    token = _KEEPER.set(keeper)
     try:
-        if new:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(f".{os.getpid()}")
-            temporary.write_text(accounts_to_json(new))
-            temporary.replace(file)
-        elif file.exists():
-            for account in accounts_from_json(file.read_text()):
-                _add_cached(account)
-        else:
-            add_account(
-                GraphAccount(
-                    -1,
-                    "inference",
-                    notes=("the compile cache held this graph, and no account was kept when it was made",),
-                    cached=True,
-                )
+        yield
+    finally:
+        _KEEPER.reset(token)
+    keeper.restore()
+
+
+def _unaccounted(note: str) -> GraphAccount:
+    return GraphAccount(-1, "inference", notes=(note,), cached=True)
+
+
+@contextlib.contextmanager
+def _hits_noted() -> Iterator[None]:
+    """Say in the report that graphs came from the compile cache, of which no accounts are kept."""
+    from torch._dynamo.utils import counters
+
+    def unaccounted() -> int:
+        cached = sum(graph.cached for graph in report().graphs)
+        return int(counters["inductor"]["fxgraph_cache_hit"]) - cached
+
+    before = unaccounted()
+    yield
+    hits = unaccounted() - before
+    if hits > 0:
+        note = "graph" if hits == 1 else "graphs"
+        add_account(
+            _unaccounted(
+                f"the compile cache held {hits} {note}, rewritten as they were when they were made; with "
+                "backend='fusewire' their accounts are kept too"
             )
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        log.warning("the account of a graph could not be kept beside the compile cache: %s", error)
-
-
-def _add_cached(account: GraphAccount) -> None:
-    add_account(dataclasses.replace(account, cached=True, pass_seconds=0.0))
+        )
 
 
 def _account_key(model: GraphModule, example_inputs: Sequence[Any], config: PassConfig) -> str:

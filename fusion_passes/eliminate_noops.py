@@ -1,4 +1,4 @@
-"""Drop views and casts that change nothing, so that fewer nodes stand between an all-reduce and its norm."""
+"""Drop views, casts and waits that change nothing, so that fewer nodes stand between an all-reduce and its norm."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch.fx import Graph, Node
 
 from fusewire.fusion_passes.context import RunContext
 from fusewire.fusion_passes.graph_tools import CASTS, VIEWS, aten, same_shape, value_of, writes_in_place
+from fusewire.patterns.all_reduce import WAIT
 
 _RESHAPES = VIEWS | {aten.expand.default}
 
@@ -14,7 +15,7 @@ def eliminate_noops(graph: Graph, context: RunContext) -> bool:
     """Replace each node that returns its input unchanged by that input; says whether any was found."""
     changed = False
     # Where something is written in place, a cast that changes nothing may be the copy that keeps the old value.
-    removable = _RESHAPES if any(map(writes_in_place, graph.nodes)) else _RESHAPES | CASTS
+    removable = {WAIT} | (_RESHAPES if any(map(writes_in_place, graph.nodes)) else _RESHAPES | CASTS)
     for node in graph.nodes:
         if node.op == "call_function" and node.target in removable and _changes_nothing(node):
             source = node.args[0]
@@ -26,6 +27,8 @@ def eliminate_noops(graph: Graph, context: RunContext) -> bool:
 
 def _changes_nothing(node: Node) -> bool:
     source = node.args[0] if node.args else None
+    if node.target is WAIT:
+        return isinstance(source, Node) and source.target is WAIT
     if not isinstance(source, Node) or not _same_layout(node, source):
         return False
     if any(user.op == "output" for user in node.users):

@@ -76,7 +76,7 @@ def check_group(captures: Captures) -> Support:
 def check_epsilon(captures: Captures) -> Support:
     eps = captures["eps"]
     if is_number(eps):
-        return YES
+        return Support.all_of((eps >= 0, f"epsilon is {eps}; the operators take zero or a positive number"))
     return Support.no(
         f"epsilon is not a number but a value of the graph ({eps}), because dynamic=True made it an input; compile with "
         "backend='fusewire' or torch._dynamo.config.specialize_float=True, which keep it a number"
@@ -158,6 +158,8 @@ class _Fuser:
         """The extra check; a refusal is recorded with its reason and leaves the graph alone."""
         reduce = self._node(nodes, ALL_REDUCE)
         name = self.context.origin.get(reduce.name, reduce.name)
+        if name in self.context.excluded:
+            return Support.no(self.context.excluded[name].reason)
         support = YES
         for clause in CLAUSES:
             support = support and clause(captures)

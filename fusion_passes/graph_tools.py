@@ -79,6 +79,18 @@ def same_shape(a: Any, b: Any) -> bool:
     )
 
 
+def is_row_major(node: Any) -> bool:
+    """Whether a node's tensor is known to be contiguous, without adding a guard."""
+    value, expected = value_of(node), 1
+    if value is None:
+        return False
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if not (isinstance(size, int) and size <= 1) and not same_size(stride, expected):
+            return False
+        expected = expected * (max(size, 1) if isinstance(size, int) else size)
+    return True
+
+
 def cast_source(node: Any) -> Node | None:
     """What a cast converts, or None if the node is no plain cast."""
     if not isinstance(node, Node) or node.target not in CASTS:

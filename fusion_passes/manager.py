@@ -18,12 +18,13 @@ import fusewire
 from fusewire.custom_ops.ir import _machine_support, all_ops, op_of_target, parse_policy
 from fusewire.errors import ConfigError, ExpectationError
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment, unknown_name
-from fusewire.fusion_passes.context import MATCH, Refused, RunContext
+from fusewire.fusion_passes.context import MATCH, MERGED, Refused, RunContext
 from fusewire.fusion_passes.explain import explain_unfused
+from fusewire.fusion_passes.html import Album
 from fusewire.fusion_passes.matcher import graph_kind
 from fusewire.fusion_passes.raise_ops import computes_norms_itself
 from fusewire.fusion_passes.registry import RegisteredPass, pass_names, registered_passes
-from fusewire.fusion_passes.report import FUSED, GraphAccount, Report, add_account, entry_of
+from fusewire.fusion_passes.report import FUSED, Entry, GraphAccount, Report, add_account, entry_of
 from fusewire.patterns.all_reduce import AllReduce, read_all_reduce
 from fusewire.patterns.norms import NORM_OPS
 
@@ -119,6 +120,7 @@ class _Run:
         self.config = config
         self.passes = [item for item in registered_passes() if self._enabled(item)]
         self.notes: list[str] = []
+        self.album = Album()
         found = [read_all_reduce(node) for node in graph.nodes if node.op == "call_function"]
         self.sites: list[AllReduce] = [site for site in found if site is not None]
         self.entries = {site.name: entry_of(site) for site in self.sites}
@@ -137,10 +139,14 @@ class _Run:
             context.refused = {site.name: Refused(MATCH, reason) for site in self.sites}
         elif self._has_work():
             original = _copy(self.graph)
+            self.album = Album(original if self.sites else None)
             context = self._attempt(original)
             self._explain_rest(context, original)
-        entries = tuple(self._entry(site.name, context) for site in self.sites)
-        return GraphAccount(-1, kind, entries, 0.0, before, before, tuple(self.notes))
+        entries = tuple(self._pictured(self._entry(site.name, context), context) for site in self.sites)
+        if self.album.problem:
+            self.notes.append(self.album.problem)
+        notes, pictures = tuple(self.notes), self.album.pictures
+        return GraphAccount(-1, kind, entries, 0.0, before, before, notes, pictures=pictures)
 
     def _has_work(self) -> bool:
         if self.sites or any(item.user for item in self.passes) or computes_norms_itself(self.config):
@@ -199,6 +205,8 @@ class _Run:
                 raise
             if changed:
                 context.changes.append(item.name)
+            if not trial_run and item.name == "fuse_all_reduce":
+                self.album.see_fused(graph)
         if not trial_run:
             self._dump(graph, "99_after")
 
@@ -219,7 +227,7 @@ class _Run:
                 assert copied is not None
                 context.refused[site.name] = explain_unfused(copied, original, fused_sums)
 
-    def _entry(self, name: str, context: RunContext) -> Any:
+    def _entry(self, name: str, context: RunContext) -> Entry:
         entry = self.entries[name]
         if name in context.merged:
             return dataclasses.replace(entry, status=FUSED, fusion=context.merged[name])
@@ -235,6 +243,10 @@ class _Run:
             )
         refused = context.refused[name]
         return dataclasses.replace(entry, gate=refused.gate, reason=refused.reason)
+
+    def _pictured(self, entry: Entry, context: RunContext) -> Entry:
+        shown = context.merged.get(entry.node, entry.node).removeprefix(f"{MERGED} ")
+        return dataclasses.replace(entry, picture=self.album.number(shown, entry.reason if entry.gate else ""))
 
     def _dump(self, graph: Graph, name: str) -> None:
         if self.config.dump_graphs is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -99,12 +100,25 @@ def _norms_of_root(root: Node, shifted: Any) -> Iterator[Norm]:
     if wide is None or not _over_last_dimension(mean, wide):
         return
     source = cast_source(wide)
-    if source is None or dtype_of(wide) not in _WIDE:
+    if source is None or dtype_of(wide) != _computed_in(source):
         source = wide
+    problem = ""
+    if dtype_of(wide) != _computed_in(source):
+        problem = (
+            f"the norm is computed in {dtype_of(wide)}, where the fused operator computes in torch.float32; convert its "
+            "input to float32 first, as torch.nn.RMSNorm does"
+        )
     for scaled in list(root.users):
         factors = plain_mul(scaled)
         if factors is not None and wide in factors and root in factors:
-            yield from _tails(source, scaled, eps)
+            for norm in _tails(source, scaled, eps):
+                yield dataclasses.replace(norm, problem=problem or norm.problem)
+
+
+def _computed_in(node: Any) -> torch.dtype | None:
+    """The dtype that the IR operators compute the norm of this node in."""
+    dtype = dtype_of(node)
+    return None if dtype is None or not dtype.is_floating_point else torch.promote_types(dtype, torch.float32)
 
 
 def _is_mean(node: Any) -> bool:
@@ -212,8 +226,10 @@ def _weight_of(user: Node, value: Node, hidden: Any) -> tuple[Node, Any, str] | 
             inner, bias = a, b
         elif is_number(a) and is_vector(b, hidden):
             inner, bias = b, a
+    if bias and dtype_of(inner) != dtype_of(value):
+        inner, bias = vector, 0.0  # the sum was rounded, which the IR operators do not do: it is itself the weight
     raw = cast_source(inner)
-    widened = raw is not None and dtype_of(inner) in _WIDE and is_vector(raw, hidden)
+    widened = raw is not None and is_vector(raw, hidden) and dtype_of(inner) == dtype_of(value) in _WIDE
     if not widened:
         raw = inner
     text = "wide(w)" if widened else "w"

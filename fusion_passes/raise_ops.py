@@ -23,6 +23,7 @@ from fusewire.fusion_passes.graph_tools import (
     depends_on,
     erase_unused,
     getitem,
+    is_row_major,
     is_vector,
     last_size,
     mutation_regions,
@@ -121,9 +122,10 @@ class _Raiser:
                 path = self.paths.find(addend)
                 if path is not None and isinstance(residual, Node):
                     found.append((path, residual))
-        if not found:
-            direct = self.paths.find(norm.source)
-            return None if direct is None else (direct, None)
+        if not any(same_shape(residual, norm.source) for _, residual in found):
+            direct = self.paths.find(norm.source)  # what is added may be a bias
+            if direct is not None or not found:
+                return None if direct is None else (direct, None)
         # Of two all-reduces, the nearer one that only this sum reads is fused; the other becomes the residual.
         return min(found, key=lambda item: (item[0].other_readers, len(item[0].steps)))
 
@@ -145,8 +147,14 @@ class _Raiser:
                 "does not return it"
             )
         adds = residual is not None or bool(path.of_kind(ADDEND))
-        if adds and depends_on(norm.weight, path.all_reduce.node, self.order):
-            return "the norm's weight is computed from the all-reduce's own result"
+        for what in ("weight", "eps", "weight_bias") if adds else ():
+            if depends_on(getattr(norm, what), path.all_reduce.node, self.order):
+                return f"the norm's {what} is computed from the all-reduce's own result"
+        added = () if self._stays(path) else (residual, *(step.value for step in path.of_kind(ADDEND)))
+        if any(depends_on(value, path.all_reduce.node, self.order) for value in added):
+            return "what is added to the all-reduce's result is computed from that result"
+        if not (is_row_major(norm.out) and is_row_major(norm.source)):
+            return "the value that is normalised is not contiguous, as the fused operator's results are"
         if residual is not None and not same_shape(path.end, norm.source):
             return "the all-reduce's result is broadcast when the residual is added"
         if path.of_kind(ADDEND) and residual is not None and not same_shape(residual, path.end):
@@ -184,7 +192,9 @@ class _Raiser:
             elif same_shape(addend, summed):
                 residual = addend
             else:
-                residual = self._call(aten.expand_as.default, (addend, summed), {}, step.node)
+                # In the shape of what is reduced: to read the sum itself would be one more reader of it.
+                like = summed.args[0].args[0]  # type: ignore[union-attr]
+                residual = self._call(aten.expand_as.default, (addend, like), {}, step.node)
         return residual
 
     def _place(self, norm: Norm, path: Path, summed: Node, residual: Any) -> None:
@@ -216,7 +226,7 @@ class _Raiser:
         value, source = value_of(norm.out), value_of(norm.source)
         if value is None or source is None or value.dtype != source.dtype or not isinstance(norm.eps, float):
             return False
-        if norm.residual is not None:
+        if norm.residual is not None or norm.eps < 0 or not is_row_major(norm.out):
             return False
         with self.graph.inserting_before(norm.out):
             new = self._call(

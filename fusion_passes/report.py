@@ -40,6 +40,7 @@ class Entry:
         provider: who computes it, where that is known at compile time.
         group: the process group's name.
         shape, dtype: of the all-reduce's input.
+        picture: which of the graph's pictures shows it; -1 if none does.
     """
 
     graph: int
@@ -55,6 +56,32 @@ class Entry:
     group: str = ""
     shape: str = ""
     dtype: str = ""
+    picture: int = -1
+
+
+@dataclass(frozen=True)
+class Box:
+    """One box of a drawing: what it says, what it is (see fusewire.fusion_passes.html), and a second line."""
+
+    label: str
+    role: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Boxes, and edges as (from, to, what flows), which give positions in `boxes`."""
+
+    boxes: tuple[Box, ...]
+    edges: tuple[tuple[int, int, str], ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The subgraph around an all-reduce as it arrived, and with the fused operator (None where nothing changed)."""
+
+    before: Drawing
+    after: Drawing | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +94,7 @@ class GraphAccount:
         notes: anything else the user should know (a pass that failed, a graph taken from the compile cache).
         cached: the passes did not run, since the compile cache held the finished graph; the account is the one kept
             when it was made.
+        pictures: the different subgraphs around the all-reduces, for the HTML report.
     """
 
     number: int
@@ -77,6 +105,7 @@ class GraphAccount:
     nodes_after: int = 0
     notes: tuple[str, ...] = ()
     cached: bool = False
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,9 +232,26 @@ def add_account(account: GraphAccount) -> GraphAccount:
 def accounts_from_json(text: str) -> list[GraphAccount]:
     """Accounts kept beside the compile cache."""
     return [
-        GraphAccount(**{**data, "entries": tuple(Entry(**e) for e in data["entries"]), "notes": tuple(data["notes"])})
+        GraphAccount(
+            **{
+                **data,
+                "entries": tuple(Entry(**e) for e in data["entries"]),
+                "notes": tuple(data["notes"]),
+                "pictures": tuple(_picture_from(p) for p in data["pictures"]),
+            }
+        )
         for data in json.loads(text)
     ]
+
+
+def _picture_from(data: Any) -> Picture:
+    return Picture(*(_drawing_from(data[key]) for key in ("before", "after")))  # type: ignore[arg-type]
+
+
+def _drawing_from(data: Any) -> Drawing | None:
+    if data is None:
+        return None
+    return Drawing(tuple(Box(**box) for box in data["boxes"]), tuple((a, b, text) for a, b, text in data["edges"]))
 
 
 def accounts_to_json(accounts: Iterable[GraphAccount]) -> str:

@@ -8,6 +8,7 @@ failure the processes are killed and the next call starts fresh ones.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import importlib.util
@@ -43,6 +44,8 @@ _PRELOAD = (
     "transformers.modeling_utils",
 )
 _STACKS_GRACE_S = 1.0
+_EXIT_GRACE_S = 5.0
+_DEATH_GRACE_S = 0.3
 
 
 class RankFailure(RuntimeError):
@@ -113,6 +116,7 @@ class RankPool:
         self._connections: list[Connection] = []
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._jobs = 0
+        self._failed = False
 
     def __enter__(self) -> RankPool:
         return self
@@ -141,18 +145,26 @@ class RankPool:
             return results
         except BaseException:
             # Ranks that wait in a collective for the one that failed cannot be asked to stop.
+            self._failed = True
             self.close()
             raise
 
     def close(self) -> None:
-        """Kill the processes and whatever they started. Safe to call twice; `run` starts new ones."""
-        for process in self._processes:
-            _kill(process)
+        """End the processes and whatever they started. Safe to call twice; `run` starts new ones."""
+        if self._failed:
+            for process in self._processes:
+                _kill(process)
+        # The end of its connection tells a worker that waits for a job to end by itself.
         for connection in self._connections:
             connection.close()
+        deadline = time.monotonic() + _EXIT_GRACE_S
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            _kill(process)
+            process.close()
         if self._directory is not None:
             self._directory.cleanup()
-        self._processes, self._connections, self._directory = [], [], None
+        self._processes, self._connections, self._directory, self._failed = [], [], None, False
 
     def _start(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="fusewire-ranks-")
@@ -160,7 +172,7 @@ class RankPool:
         context.set_forkserver_preload([name for name in _PRELOAD if _importable(name)])
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            args = (rank, self.world_size, theirs, self._path(f"stacks{rank}"))
+            args = (rank, self.world_size, theirs, self._path(f"stacks{rank}"), "nccl" in self.backend)
             process = context.Process(target=_worker, args=args, daemon=True, name=f"rank{rank}")
             process.start()
             theirs.close()
@@ -193,17 +205,25 @@ class RankPool:
 
     def _receive(self, rank: int) -> Any:
         try:
-            kind, payload, details = pickle.loads(self._connections[rank].recv_bytes())
+            message = self._connections[rank].recv_bytes()
         except (EOFError, OSError):
-            self._processes[rank].join(_STACKS_GRACE_S)
-            died = f"the process died with exit code {self._processes[rank].exitcode}"
-            raise RankFailure(rank, died) from None
+            raise self._death(rank) from None
+        kind, payload, details = pickle.loads(message)
         if kind == "result":
             return pickle.loads(payload)
+        # A rank that dies makes its peers fail: name the one that died.
+        sentinels = {process.sentinel: number for number, process in enumerate(self._processes)}
+        dead = multiprocessing.connection.wait(list(sentinels), timeout=_DEATH_GRACE_S)
+        if dead:
+            raise self._death(sentinels[dead[0]])  # type: ignore[index]
         cause = RankFailure(rank, details)
         if payload is None:
             raise cause
         raise pickle.loads(payload) from cause
+
+    def _death(self, rank: int) -> RankFailure:
+        self._processes[rank].join(_STACKS_GRACE_S)
+        return RankFailure(rank, f"the process died with exit code {self._processes[rank].exitcode}")
 
     def _describe_timeout(self, timeout_s: float, results: dict[int, Any]) -> str:
         stuck = [rank for rank in range(self.world_size) if rank not in results]
@@ -225,7 +245,6 @@ def _kill(process: Any) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.join()
-    process.close()
 
 
 def _importable(name: str) -> bool:
@@ -235,13 +254,16 @@ def _importable(name: str) -> bool:
         return False
 
 
-def _worker(rank: int, world_size: int, connection: Connection, stacks: str) -> None:
+def _worker(rank: int, world_size: int, connection: Connection, stacks: str, gpu: bool) -> None:
     os.setpgid(0, 0)
     _die_with_parent()
     with open(stacks, "w") as stacks_file:
         faulthandler.register(signal.SIGUSR1, file=stacks_file, all_threads=False)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
+        if not gpu:
+            # transformers puts a model on whatever accelerator it sees.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.set_num_threads(1)
         inductor_config.compile_threads = 1
         with contextlib.suppress(EOFError):
@@ -278,7 +300,10 @@ def _run_job(job: _Job, connection: Connection, rank: int, world_size: int) -> N
     except EOFError:
         raise
     except BaseException as error:
-        connection.send_bytes(_failure(error))
+        try:
+            connection.send_bytes(_failure(error))
+        except BrokenPipeError:
+            raise EOFError from None
 
 
 def _answer(job: _Job) -> bytes:
@@ -325,7 +350,7 @@ def _process_group(job: _Job, rank: int, world_size: int) -> Iterator[None]:
         torch.cuda.set_device(rank)
     dist.init_process_group(
         job.backend,
-        store=dist.FileStore(job.store, world_size),
+        store=dist.FileStore(job.store, world_size),  # type: ignore[attr-defined]
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=job.timeout_s),
@@ -363,7 +388,10 @@ _SHARED: dict[tuple[int, str], RankPool] = {}
 
 def shared_pool(world_size: int, backend: str = "gloo") -> RankPool:
     """The one pool of this size for the whole test process; it ends with the process."""
-    return _SHARED.setdefault((world_size, backend), RankPool(world_size, backend=backend))
+    if (world_size, backend) not in _SHARED:
+        pool = _SHARED[world_size, backend] = RankPool(world_size, backend=backend)
+        atexit.register(pool.close)
+    return _SHARED[world_size, backend]
 
 
 __all__: Sequence[str] = ("RankFailure", "RankPool", "RankTimeout", "fake_group", "run_ranks", "shared_pool")

@@ -1,9 +1,13 @@
 """Arithmetic of the `symm_mem` kernels on packed 32-bit words.
 
-A packet of 16 bytes holds eight bf16 or fp16 numbers, or four fp32 ones, as four int32 tensors. KIND says which; of a
-word, `low` and `high` give the two halves in fp32 (fp32 words have only the low one). Nothing here touches memory but
-`load_weight`.
+A packet of 16 bytes holds eight bf16 or fp16 numbers, or four fp32 ones, as four int32 tensors. KIND says
+which; of a word, `low` and `high` give the two halves in fp32 (fp32 words have only the low one). Nothing
+here touches memory but `load_weight`.
 """
+
+# In Triton a tuple grows by addition, and its type with it.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -61,11 +65,7 @@ def _bits16(value: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
 @triton.jit
 def packed(lo: tl.tensor, hi: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     """Round two fp32 tensors to KIND and pack them into words."""
-    if KIND == FP32:
-        word = lo.to(tl.int32, bitcast=True)
-    else:
-        word = _bits16(lo, KIND) | (_bits16(hi, KIND) << 16)
-    return word
+    return lo.to(tl.int32, bitcast=True) if KIND == FP32 else _bits16(lo, KIND) | (_bits16(hi, KIND) << 16)
 
 
 @triton.jit
@@ -94,7 +94,9 @@ def sum_of_squares(words: tl.tuple, KIND: tl.constexpr) -> tl.tensor:
 def load_weight(
     base: tl.tensor, packet: tl.tensor, mask: tl.tensor, KIND: tl.constexpr, WKIND: tl.constexpr
 ) -> tl.tuple:
-    """The weight's words that belong to packets of KIND: 4, 8 (16-bit activations, fp32 weight) or 2 (the reverse)."""
+    """The weight's words that belong to packets of KIND: 4, 8 (16-bit activations, fp32 weight) or 2 (the
+    reverse).
+    """
     if WKIND == NONE:
         words = (mask,)
     elif KIND == FP32 and WKIND != FP32:
@@ -120,8 +122,7 @@ def _weight_low(words: tl.tuple, K: tl.constexpr, KIND: tl.constexpr, WKIND: tl.
 
 @triton.jit
 def _weight_high(words: tl.tuple, K: tl.constexpr, KIND: tl.constexpr, WKIND: tl.constexpr) -> tl.tensor:
-    value = low(words[2 * K + 1], WKIND) if (KIND != FP32 and WKIND == FP32) else high(words[K], WKIND)
-    return value
+    return low(words[2 * K + 1], WKIND) if (KIND != FP32 and WKIND == FP32) else high(words[K], WKIND)
 
 
 @triton.jit
@@ -151,7 +152,9 @@ def normalized(
     WKIND: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
 ) -> tl.tuple:
-    """A packet's numbers times rstd, scaled by the weight and rounded: "scale_then_round", or "round_then_scale"."""
+    """A packet's numbers times rstd, scaled by the weight and rounded: "scale_then_round", or
+    "round_then_scale".
+    """
     out = ()
     for k in tl.static_range(4):
         lo = low(words[k], KIND) * rstd
@@ -160,7 +163,7 @@ def normalized(
             lo = _scaled(lo, _weight_low(weight, k, KIND, WKIND), bias, KIND, WKIND, ROUND_FIRST)
             if KIND != FP32:
                 hi = _scaled(hi, _weight_high(weight, k, KIND, WKIND), bias, KIND, WKIND, ROUND_FIRST)
-        out = out + (packed(lo, hi, KIND),)  # noqa: RUF005 (Triton adds tuples, it does not unpack them)
+        out = out + (packed(lo, hi, KIND),)
     return out
 
 

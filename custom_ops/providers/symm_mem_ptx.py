@@ -2,24 +2,30 @@
 
 Everything that ranks say to each other goes through this file, in one of three ways:
 
-* **data as flag.** A packet is 16 bytes, four 32-bit words. Its destination holds `SENTINEL` (all ones, a NaN in bf16,
-  fp16 and fp32) in every word before it arrives, and the reader polls until no word is the sentinel. Each word vouches
-  for itself, so nothing is asked of the memory system but that 32-bit stores are not torn. Writers turn the one NaN
-  that equals the sentinel into the NaN next to it (`sanitize`): every value arrives, -0.0 and NaN included.
-* **tagged word.** One 64-bit relaxed store of an fp32 value and a 32-bit tag that names the call. Scalar 64-bit
-  accesses are single-copy atomic, and the tag makes clearing needless.
-* **flag.** A 64-bit word that holds the number of the call, written by st.release.sys after a barrier of the block and
-  read by ld.acquire.sys before one. A release at system scope is cumulative over the barrier, so it covers the stores
-  of the whole block; an acquire drops what L1 holds, so weak loads after the barrier cannot be stale.
+* **data as flag.** A packet is 16 bytes, four 32-bit words. Its destination holds `SENTINEL` (all ones, a NaN
+  in bf16, fp16 and fp32) in every word before it arrives, and the reader polls until no word is the sentinel.
+  Each word vouches for itself, so nothing is asked of the memory system but that 32-bit stores are not torn.
+  Writers turn the one NaN that equals the sentinel into the NaN next to it (`sanitize`): every value arrives,
+  -0.0 and NaN included.
+* **tagged word.** One 64-bit relaxed store of an fp32 value and a 32-bit tag that names the call. Scalar
+  64-bit accesses are single-copy atomic, and the tag makes clearing needless.
+* **flag.** A 64-bit word that holds the number of the call, written behind a system-scope fence after a
+  barrier of the block and read by ld.acquire.sys before one. A fence is cumulative over the barrier, so it
+  covers the stores of the whole block; an acquire drops what L1 holds, so loads after the barrier cannot be
+  stale.
 
-Every tensor operand has at least as many elements as the block has threads, in the default layout (element i belongs
-to thread i modulo the number of threads). So no element belongs to two threads, and a reader may reset a packet which
-it has seen arrive; tests/test_symm_mem_compile.py holds the compiled layouts to it.
+Every tensor operand has at least as many elements as the block has threads, in the default layout (element i
+belongs to thread i modulo the number of threads). So no element belongs to two threads, and a reader may
+reset a packet which it has seen arrive; tests/test_symm_mem_compile.py holds the compiled layouts to it.
 
-Waits are bounded. After every 256 fruitless polls a wait looks at the error word of the control block and gives up at
-once if another one has; past the control block's time limit it writes there, and to the host's copy, which rank it
-waited for, and ends.
+Waits are bounded. After every 256 fruitless polls a wait looks at the error word of the control block and
+gives up at once if another one has; past the control block's time limit it writes there, and to the host's
+copy, which rank it waited for, and ends.
 """
+
+# In Triton a tuple grows by addition, and its type with it.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -28,41 +34,50 @@ from typing import Any
 import triton
 import triton.language as tl
 
-# Control block, in 64-bit words.
-CTL_ONE_SHOT = tl.constexpr(0)  # launch counters, one per protocol
-CTL_DATA = tl.constexpr(1)
-CTL_FLAGS = tl.constexpr(2)
-CTL_ERROR = tl.constexpr(3)  # 0, or (what was waited for << 32) + rank + 1
-CTL_HOST_ERROR = tl.constexpr(4)  # address of a pinned host word that gets the same, or 0
-CTL_LIMIT_NS = tl.constexpr(5)
-CTL_PEERS = tl.constexpr(8)  # base address of each rank's symmetric buffer, own included
-CTL_ZEROS = tl.constexpr(16)  # 16 bytes that stay zero: where masked lanes poll
-CTL_WORDS = 32
+from fusewire.custom_ops.providers import symm_mem_workspace as workspace
+
+CTL_ONE_SHOT = tl.constexpr(workspace.CTL_ONE_SHOT)
+CTL_DATA = tl.constexpr(workspace.CTL_DATA)
+CTL_FLAGS = tl.constexpr(workspace.CTL_FLAGS)
+CTL_ERROR = tl.constexpr(workspace.CTL_ERROR)
+CTL_HOST_ERROR = tl.constexpr(workspace.CTL_HOST_ERROR)
+CTL_LIMIT_NS = tl.constexpr(workspace.CTL_LIMIT_NS)
+CTL_PEERS = tl.constexpr(workspace.CTL_PEERS)
+CTL_ZEROS = tl.constexpr(workspace.CTL_ZEROS)
+
+WAIT_ONE_SHOT = tl.constexpr(workspace.WAIT_ONE_SHOT)
+WAIT_PARTIAL_DATA = tl.constexpr(workspace.WAIT_PARTIAL_DATA)
+WAIT_RESULT_DATA = tl.constexpr(workspace.WAIT_RESULT_DATA)
+WAIT_PARTIAL_FLAG = tl.constexpr(workspace.WAIT_PARTIAL_FLAG)
+WAIT_RESULT_FLAG = tl.constexpr(workspace.WAIT_RESULT_FLAG)
+WAIT_SLICE = tl.constexpr(workspace.WAIT_SLICE)
 
 SENTINEL = tl.constexpr(-1)
 # What every launch adds to its counter in total; so at most this many programs (as a power of two).
 COUNTER_LOG2 = tl.constexpr(16)
 
-WAIT_ONE_SHOT = tl.constexpr(1)
-WAIT_PARTIAL_DATA = tl.constexpr(2)
-WAIT_RESULT_DATA = tl.constexpr(3)
-WAIT_PARTIAL_FLAG = tl.constexpr(4)
-WAIT_RESULT_FLAG = tl.constexpr(5)
-WAIT_SLICE = tl.constexpr(6)
+_BEGIN = [
+    "{",
+    ".reg .pred p;",
+    ".reg .b32 m, s, n;",
+    ".reg .b64 t, t0, e, u;",
+    "mov.b32 n, 0;",
+    "mov.b64 t0, 0;",
+]
 
-_BEGIN = ["{", ".reg .pred p;", ".reg .b32 m, s, n;", ".reg .b64 t, t0, e, u;", "mov.b32 n, 0;", "mov.b64 t0, 0;"]
 
-
+@triton.constexpr_function
 def _max_of(first: int, count: int) -> list[str]:
     """PTX that leaves the unsigned maximum of `count` operands from `$first` on in register m."""
     return [f"max.u32 m, ${first}, ${first + 1};"] + [f"max.u32 m, m, ${first + k};" for k in range(2, count)]
 
 
+@triton.constexpr_function
 def _slow_path(ctl: str, code: str, late: bool, blame: list[str]) -> list[str]:
     """PTX run after a fruitless poll: count, and now and then look at the error word and the clock.
 
-    Goes to label `again`, or to `done` if it gives up. `blame` leaves the rank waited for in register s. A `late` wait
-    allows a quarter more time, so that the wait nearest to the cause is the one that reports.
+    Goes to label `again`, or to `done` if it gives up. `blame` leaves the rank waited for in register s. A
+    `late` wait allows a quarter more time, so that the wait nearest to the cause is the one that reports.
     """
     return [
         "add.u32 n, n, 1;",
@@ -97,7 +112,9 @@ def _slow_path(ctl: str, code: str, late: bool, blame: list[str]) -> list[str]:
 
 @triton.constexpr_function
 def _poll_asm(n: int, step: int, late: bool) -> str:
-    """Load n packets until none holds the sentinel. Operands: 4n words out, n addresses, control block, code, rank."""
+    """Load n packets until none holds the sentinel. Operands: 4n words out, n addresses, control block, code,
+    rank.
+    """
     ctl, code, rank = f"${5 * n}", f"${5 * n + 1}", f"${5 * n + 2}"
     loads, blame = [], [f"mov.b32 s, {rank};"]
     for j in range(n):
@@ -111,7 +128,9 @@ def _poll_asm(n: int, step: int, late: bool) -> str:
 
 @triton.constexpr_function
 def _poll_tagged_asm(n: int, late: bool) -> str:
-    """Load n tagged words until all carry the tag. Operands: n values out, n addresses, tag, control block, code, rank."""
+    """Load n tagged words until all carry the tag. Operands: n values out, n addresses, tag, control block,
+    code, rank.
+    """
     tag, ctl, code, rank = f"${2 * n}", f"${2 * n + 1}", f"${2 * n + 2}", f"${2 * n + 3}"
     body = [".reg .b32 g;", "again:", "mov.b32 m, 0;"]
     for j in range(n):
@@ -124,7 +143,9 @@ def _poll_tagged_asm(n: int, late: bool) -> str:
 
 @triton.constexpr_function
 def _wait_flag_asm(late: bool) -> str:
-    """Wait until a flag holds a value; $0 is 1 if it gave up. Operands: address, value, mask, control block, code, rank."""
+    """Wait until a flag holds a value; $0 is 1 if it gave up. Operands: address, value, mask, control block,
+    code, rank.
+    """
     body = ["mov.b32 $0, 0;", "setp.eq.u32 p, $3, 0;", "@p bra end;", "again:"]
     body += ["ld.acquire.sys.global.b64 u, [$1];", "setp.eq.b64 p, u, $2;", "@p bra end;"]
     slow = _slow_path("$4", "$5", late, ["mov.b32 s, $6;"])
@@ -150,7 +171,9 @@ def _load_asm(op: str) -> str:
 
 @triton.jit
 def load16(addr: tl.tensor, mask: tl.tensor, COHERENT: tl.constexpr) -> tl.tuple:
-    """16 bytes at each address as four int32 tensors, zeros where masked. COHERENT: written by a peer, never from L1."""
+    """16 bytes at each address as four int32 tensors, zeros where masked. COHERENT: written by a peer, never
+    from L1.
+    """
     return tl.inline_asm_elementwise(
         _load_asm("ld.relaxed.sys.global" if COHERENT else "ld.global"),
         "=&r,=&r,=&r,=&r,l,r",
@@ -165,7 +188,8 @@ def load16(addr: tl.tensor, mask: tl.tensor, COHERENT: tl.constexpr) -> tl.tuple
 def load8(addr: tl.tensor, mask: tl.tensor) -> tl.tuple:
     """8 bytes at each address as two int32 tensors, zeros where masked."""
     return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.v2.b32 {$0, $1}, [$2]; }",
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
+        "@p ld.global.v2.b32 {$0, $1}, [$2]; }",
         "=&r,=&r,l,r",
         (addr, mask.to(tl.int32)),
         dtype=_int32s(2),
@@ -189,12 +213,16 @@ def load_i64(addr: tl.tensor, mask: tl.tensor) -> tl.tensor:
 
 @triton.constexpr_function
 def _store_asm(op: str) -> str:
-    return f"{{ .reg .pred p; setp.ne.b32 p, $6, 0; @p {op}.v4.b32 [$1], {{$2, $3, $4, $5}}; mov.b32 $0, 0; }}"
+    return (
+        f"{{ .reg .pred p; setp.ne.b32 p, $6, 0; @p {op}.v4.b32 [$1], {{$2, $3, $4, $5}}; mov.b32 $0, 0; }}"
+    )
 
 
 @triton.jit
 def store16(addr: tl.tensor, words: tl.tuple, mask: tl.tensor, POLLED: tl.constexpr) -> None:
-    """Store four int32 tensors as 16 bytes at each address. POLLED: a peer polls it, so relaxed at system scope."""
+    """Store four int32 tensors as 16 bytes at each address. POLLED: a peer polls it, so relaxed at system
+    scope.
+    """
     tl.inline_asm_elementwise(
         _store_asm("st.relaxed.sys.global" if POLLED else "st.global"),
         "=r,l,r,r,r,r,r",
@@ -211,7 +239,7 @@ def sanitize(words: tl.tuple) -> tl.tuple:
     out = ()
     for k in tl.static_range(4):
         word = tl.minimum(words[k].to(tl.uint32, bitcast=True), 0xFFFFFFFE)
-        out = out + (word.to(tl.int32, bitcast=True),)  # noqa: RUF005 (Triton adds tuples, it does not unpack them)
+        out = out + (word.to(tl.int32, bitcast=True),)
     return out
 
 
@@ -227,13 +255,13 @@ def poll16(
 ) -> tl.tuple:
     """Wait for the packets at N tensors of addresses; their 4N words, packet by packet.
 
-    A wait that gives up reports rank + j * RANK_STEP, j the first packet missing, and returns what it saw: the
-    sentinel, a NaN.
+    A wait that gives up reports rank + j * RANK_STEP, j the first packet missing, and returns what it saw:
+    the sentinel, a NaN.
     """
     return tl.inline_asm_elementwise(
         _poll_asm(N, RANK_STEP, LATE),
         _constraints(4 * N, N, "l,r,r"),
-        addrs + (ctl, code, rank),  # noqa: RUF005
+        addrs + (ctl, code, rank),
         dtype=_int32s(4 * N),
         is_pure=False,
         pack=1,
@@ -264,11 +292,13 @@ def poll_tagged(
     N: tl.constexpr,
     LATE: tl.constexpr,
 ) -> tl.tuple:
-    """Wait until the tagged words at N addresses carry the tag; the bits of their N values, NaN if the wait gave up."""
+    """Wait until the tagged words at N addresses carry the tag; the bits of their N values, NaN if the wait
+    gave up.
+    """
     return tl.inline_asm_elementwise(
         _poll_tagged_asm(N, LATE),
         _constraints(N, N, "r,l,r,r"),
-        addrs + (tag, ctl, code, rank),  # noqa: RUF005
+        addrs + (tag, ctl, code, rank),
         dtype=_int32s(N),
         is_pure=False,
         pack=1,
@@ -276,12 +306,18 @@ def poll_tagged(
 
 
 @triton.jit
-def set_flag(addr: tl.tensor, value: tl.tensor, mask: tl.tensor) -> None:
-    """Release: whoever acquires the flag sees all that this block stored before its last barrier."""
+def set_flags(a: tl.tensor, at_a: tl.tensor, b: tl.tensor, at_b: tl.tensor, value: tl.tensor) -> None:
+    """Release two flags, each where its mask says: who acquires one sees all that the block stored before its
+    last barrier.
+
+    One fence for both: a second one would wait until the peer has confirmed the first flag.
+    """
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.release.sys.global.b64 [$1], $2; mov.b32 $0, 0; }",
-        "=r,l,l,r",
-        (addr, value, mask.to(tl.int32)),
+        "{ .reg .pred p, q, r; setp.ne.b32 p, $1, 0; setp.ne.b32 q, $3, 0; or.pred r, p, q; "
+        "@r fence.acq_rel.sys; @p st.relaxed.sys.global.b64 [$2], $5; "
+        "@q st.relaxed.sys.global.b64 [$4], $5; mov.b32 $0, 0; }",
+        "=r,r,l,r,l,l",
+        (a.to(tl.int32), at_a, b.to(tl.int32), at_b, value),
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -340,7 +376,9 @@ def grid_dependency_wait() -> None:
 
 @triton.jit
 def grid_dependency_launch() -> None:
-    """Programmatic dependent launch: the next kernel may start once all blocks of this one have come this far."""
+    """Programmatic dependent launch: the next kernel may start once all blocks of this one have come this
+    far.
+    """
     tl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", (), dtype=tl.int32, is_pure=False, pack=1
     )

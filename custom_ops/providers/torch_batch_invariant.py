@@ -1,45 +1,24 @@
-"""Batch-invariant norms in plain PyTorch, for any device, and the order of summation that all of them share.
+"""Batch-invariant norms in plain PyTorch, for any device.
 
 A row's bits must not depend on the rows beside it. Libraries choose how to split a reduction by the shape of
 the whole batch, so here the sum of squares is a fixed tree of elementwise additions, a function of the hidden
-size alone. Every operation used is one that IEEE 754 requires to be correctly rounded (+, *, square root,
-1/x, conversions), so its result for an element depends neither on vector width, thread or position nor on the
-device: this provider and the Triton kernel, which follows the same tree, agree bit for bit (the sign and
-payload of a NaN aside).
+size alone (`fusewire.custom_ops.providers.triton_norm.reduction_tree`). Up to fp32 every operation used is
+correctly rounded (+, *, 1/x, conversions, and a square root made so), so its result for an element depends
+neither on vector width, thread or position nor on the device: this provider and the Triton kernel agree bit
+for bit (the sign and payload of a NaN aside).
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fusewire.custom_ops.ir import Support
 from fusewire.custom_ops.norms import ROUND_THEN_SCALE, add_residual, fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.providers.triton_norm import reduction_tree
 
 PROVIDER = "torch_batch_invariant"
-MAX_TILE = 16384
-_LANES_PER_WARP = 256  # 32 threads, 8 values each: what one warp reads in one 16-byte access per thread
-
-
-class ReductionTree(NamedTuple):
-    """How a row's squares are summed. A row is cut into chunks of `tile`, the last filled up with zeros.
-
-    Within a chunk, while it is wider than `lanes`, its upper half is added to its lower half; then neighbours
-    are added, pair by pair, down to one number. Chunks are added from left to right. The shape suits a GPU:
-    halves meet within one thread, the first neighbours too, then the lanes of a warp, and warps last.
-    """
-
-    tile: int
-    lanes: int
-
-
-def reduction_tree(hidden: int) -> ReductionTree:
-    """The tree for rows of `hidden` values: of the hidden size alone, never of the number of rows."""
-    tile = min(1 << max(hidden - 1, 0).bit_length(), MAX_TILE)
-    warps = 8 if tile >= 8192 else 4
-    return ReductionTree(tile, min(tile, warps * _LANES_PER_WARP))
 
 
 def sum_of_squares(wide: Tensor) -> Tensor:
@@ -59,6 +38,15 @@ def sum_of_squares(wide: Tensor) -> Tensor:
     return total
 
 
+def inverse_square_root(v: Tensor) -> Tensor:
+    """1 / sqrt(v), elementwise: for fp32 both steps correctly rounded; for fp64 whatever rsqrt gives."""
+    if v.dtype == torch.float64:
+        return torch.rsqrt(v)
+    # With MKL on a CPU, torch.sqrt is one bit off for a fifth of all fp32 numbers. In fp64 such an error does
+    # no harm: the root of a 24-bit number stays 4 units of fp64 away from every tie between fp32 numbers.
+    return torch.reciprocal(torch.sqrt(v.double()).float())
+
+
 def normalize_batch_invariant(
     x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str
 ) -> Tensor:
@@ -68,8 +56,7 @@ def normalize_batch_invariant(
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # CUDA divides by a number by multiplying with its inverse and the CPU does not: multiply on both.
     mean = sum_of_squares(wide) * (1.0 / x.shape[-1])
-    # Not torch.rsqrt, which is an approximation on some devices.
-    normed = wide * torch.reciprocal(torch.sqrt(mean + eps))
+    normed = wide * inverse_square_root(mean + eps)
     if weight is None:
         return normed.to(x.dtype)
     if form == ROUND_THEN_SCALE:
@@ -78,12 +65,24 @@ def normalize_batch_invariant(
     return (normed * (scale + weight_bias if weight_bias else scale)).to(x.dtype)
 
 
-@rms_norm.register_impl(PROVIDER, batch_invariant=True)
+def _supports(x: Tensor) -> Support:
+    return Support.all_of((x.device.type != "mps", "Metal has no float64, which the exact square root needs"))
+
+
+@rms_norm.register_impl(
+    PROVIDER,
+    supports_args=lambda x, weight, eps, weight_bias, form: _supports(x),
+    batch_invariant=True,
+)
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
     return normalize_batch_invariant(x.contiguous(), weight, eps, weight_bias, form)
 
 
-@fused_add_rms_norm.register_impl(PROVIDER, batch_invariant=True)
+@fused_add_rms_norm.register_impl(
+    PROVIDER,
+    supports_args=lambda x, residual, weight, eps, weight_bias, form: _supports(x),
+    batch_invariant=True,
+)
 def _fused_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str
 ) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
 """Batch-invariant RMSNorm and add + RMSNorm on GPUs: one Triton kernel for both.
 
-The kernel writes the sum of squares out as the tree of `fusewire.custom_ops.providers.torch_batch_invariant`,
-addition by addition, instead of calling a reduction whose order the compiler derives from the data's layout.
-So a row's bits depend on the row alone: not on the other rows, nor on alignment, the number of warps, the
-residual's dtype or Triton's version. Fused multiply-adds are off for the same reason. The order costs little:
-the tree's levels fall within a thread first, then within a warp, and cross the warps once.
+The kernel writes the sum of squares out as a tree (`reduction_tree`), addition by addition, instead of
+calling a reduction whose order the compiler derives from the layout of the data. So a row's bits depend on
+the row alone: not on the other rows, nor on alignment, the number of warps, the residual's dtype or
+Triton's version. Fused multiply-adds are off for the same reason. The order costs little: the tree's levels
+fall within a thread first, then within a warp, and cross the warps once.
 
 Triton is imported at the first use.
 """
@@ -12,6 +12,7 @@ Triton is imported at the first use.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +26,35 @@ from fusewire.custom_ops.norms import (
     fused_add_rms_norm,
     rms_norm,
 )
-from fusewire.custom_ops.providers.torch_batch_invariant import reduction_tree
 from fusewire.errors import NoProviderError, TrainingError
 
 PROVIDER = "triton_batch_invariant"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
+_MAX_TILE = 16384
+_LANES_PER_WARP = 256  # 32 threads, 8 values each: what one warp reads in one 16-byte access per thread
 _TILE_PER_PROGRAM = 1024  # narrower rows share a program, each reduced by itself
+_LOCK = threading.Lock()
 tl: Any = None  # triton.language, from the first call of `kernel` on
+
+
+class ReductionTree(NamedTuple):
+    """How a row's squares are summed. A row is cut into chunks of `tile`, the last filled up with zeros.
+
+    Within a chunk, while it is wider than `lanes`, its upper half is added to its lower half; then neighbours
+    are added, pair by pair, down to one number. Chunks are added from left to right. The shape suits a GPU:
+    halves meet within one thread, the first neighbours too, then the lanes of a warp, and warps last.
+    """
+
+    tile: int
+    lanes: int
+
+
+def reduction_tree(hidden: int) -> ReductionTree:
+    """The tree for rows of `hidden` values: of the hidden size alone, never of the number of rows."""
+    tile = min(1 << max(hidden - 1, 0).bit_length(), _MAX_TILE)
+    warps = 8 if tile >= 8192 else 4
+    return ReductionTree(tile, min(tile, warps * _LANES_PER_WARP))
 
 
 def _tree_sum(
@@ -123,7 +145,7 @@ def _rms_norm_rows(
             tl.store(summed_ptr + at, value, mask=mask)
         wide = value.to(tl.float32)
         total = total + _tree_sum(wide * wide, ROWS, TILE, LANES, GATHER)
-    # Exact operations instead of the approximate rsqrt: PyTorch on a CPU gets the same bits.
+    # Correctly rounded, unlike rsqrt, so that PyTorch gets the same bits on any device.
     rstd = tl.div_rn(1.0, tl.sqrt_rn(total * (1.0 / HIDDEN) + eps))
     for start in range(0, HIDDEN, TILE):
         at = start + column
@@ -142,12 +164,17 @@ def kernel() -> Any:
     import triton
     import triton.language
 
-    # Triton looks the names that a kernel uses up in its module.
+    # The functions are decorated here, not above: importing this module must not import Triton. They go
+    # back under their own names, since Triton looks up the names that a kernel uses in its module.
     scope = globals()
-    scope["tl"] = triton.language
-    for function in (_tree_sum, _load_summed, _scaled):
-        scope[function.__name__] = triton.jit(function)
-    return triton.jit(_rms_norm_rows, do_not_specialize=["x_stride", "residual_stride", "n_rows"])
+    with _LOCK:
+        if tl is None:
+            for function in (_tree_sum, _load_summed, _scaled):
+                scope[function.__name__] = triton.jit(function)
+            unspecialized = ["x_stride", "residual_stride", "n_rows"]
+            scope["_rms_norm_rows"] = triton.jit(_rms_norm_rows, do_not_specialize=unspecialized)
+            scope["tl"] = triton.language
+    return _rms_norm_rows
 
 
 class _Plan(NamedTuple):
@@ -161,7 +188,7 @@ class _Plan(NamedTuple):
 def _plan(hidden: int) -> _Plan:
     """How the kernel is cut for a hidden size. The number of rows has no say, so nothing is tuned on it."""
     tile, lanes = reduction_tree(hidden)
-    return _Plan(tile, lanes, max(1, _TILE_PER_PROGRAM // tile), max(4, lanes // 256))
+    return _Plan(tile, lanes, max(1, _TILE_PER_PROGRAM // tile), max(4, lanes // _LANES_PER_WARP))
 
 
 @functools.cache
@@ -172,7 +199,8 @@ def _interpreted() -> bool:
     return not isinstance(kernel(), triton.JITFunction)
 
 
-def _supported() -> Support:
+def availability() -> Support:
+    """Whether this machine can run the kernel."""
     try:
         interpreted = _interpreted()
     except Exception as error:  # a broken installation raises more than ImportError
@@ -266,7 +294,7 @@ def rms_norm_batch_invariant(
         TrainingError: a gradient would be needed; `fusewire.rms_norm` has one.
     """
     check_norm_args(x, weight, eps, weight_bias, form, residual)
-    support = _supported() and _supports(x, residual, weight)
+    support = availability() and _supports(x, residual, weight)
     if not support:
         raise NoProviderError(
             f"rms_norm_batch_invariant cannot run: {support.reason}. fusewire.rms_norm and "
@@ -283,7 +311,7 @@ def rms_norm_batch_invariant(
 
 @rms_norm.register_impl(
     PROVIDER,
-    supported=_supported,
+    supported=availability,
     supports_args=lambda x, weight, eps, weight_bias, form: _supports(x, None, weight),
     batch_invariant=True,
 )
@@ -293,7 +321,7 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, 
 
 @fused_add_rms_norm.register_impl(
     PROVIDER,
-    supported=_supported,
+    supported=availability,
     supports_args=lambda x, residual, weight, eps, weight_bias, form: _supports(x, residual, weight),
     batch_invariant=True,
 )

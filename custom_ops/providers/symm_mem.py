@@ -1,0 +1,398 @@
+"""Provider `symm_mem`: all-reduce + residual + RMSNorm in one Triton kernel over torch's symmetric memory.
+
+    norm, residual_out = one_shot(workspace, x, residual, weight, eps, weight_bias, form)  # few tokens
+    norm, residual_out = two_shot(workspace, ...)  # more tokens
+    norm, residual_shard = two_shot_sharded(workspace, ...)  # the residual stays sharded by rows
+
+What they compute, for x of shape (..., hidden) on each rank of the workspace's group (T tokens, R ranks): s =
+sum over ranks in rank order in fp32, rounded to x's dtype; r = round(s + residual), or s without a residual;
+norm = RMSNorm(r) (Zhang and Sennrich, 2019, arXiv:1910.07467) in one of the forms of
+`fusewire.custom_ops.norms`. Results are deterministic and equal bit for bit across ranks. Every rank must
+make the same calls in the same order, with equal shapes, dtypes and options, one call at a time (not on two
+streams at once).
+
+Triton is imported and kernels are compiled at the first call, so call once before capturing a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusewire.custom_ops.norms import ROUND_THEN_SCALE, check_norm_args
+from fusewire.custom_ops.providers.symm_mem_plan import (
+    Plan,
+    check_plan,
+    plan_one_shot,
+    plan_two_shot_data,
+    plan_two_shot_flags,
+)
+from fusewire.custom_ops.providers.symm_mem_workspace import SymmMemWorkspace, owned_rows, shard_rows
+from fusewire.errors import ArgumentError, WorkspaceError
+
+DATA = "data"  # data as flag: lower latency
+FLAGS = "flags"  # one flag a row: more throughput
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_NO_WEIGHT = -1
+
+_compiled: dict[Any, Any] = {}
+
+
+def one_shot(
+    ws: SymmMemWorkspace,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    norm_out: Tensor | None = None,
+    residual_out: Tensor | None = None,
+    *,
+    need_residual: bool = True,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """All ranks push all rows to all peers, in one hop: lowest latency, (R - 1) T H numbers out of each rank.
+
+    Args:
+        ws: the workspace, of x's hidden size and dtype.
+        x: this rank's partial sums, (..., hidden), at most `ws.layout.one_shot_tokens` rows.
+        residual: of x's shape and dtype, equal on all ranks, or None.
+        weight: (hidden,), any floating dtype, or None.
+        eps: added to the mean square.
+        weight_bias: added to the weight (Gemma: 1.0). Ignored without a weight.
+        form: "scale_then_round" or "round_then_scale".
+        norm_out: where the norm goes, of x's shape and dtype, contiguous and not x itself; made if None.
+        residual_out: likewise for r; may be `residual` itself.
+        need_residual: False leaves r out; the second result is then None.
+        plan: launch parameters, equal on all ranks; by default `plan_one_shot`.
+
+    Returns:
+        The norm and r, of x's shape and dtype.
+
+    Raises:
+        ArgumentError: arguments that do not fit each other or the workspace.
+        PeerTimeoutError: an earlier call waited for a peer in vain.
+        WorkspaceError: the workspace is closed.
+    """
+    rows, tokens = _prepare(ws, x, weight, eps, weight_bias, form, ws.layout.one_shot_tokens, "one-shot")
+    residual = _like(residual, x, "residual")
+    norm_out = _output(norm_out, x, x, "norm_out")
+    residual_out = _output(residual_out, x, x, "residual_out") if need_residual else None
+    if tokens == 0:
+        return norm_out, residual_out
+    plan = plan or plan_one_shot(tokens, ws.layout.packets, ws.multiprocessors)
+    layout, at = ws.layout, ws.layout.offsets
+    source = layout.one_shot_tokens * layout.row_bytes
+    _launch(
+        ws,
+        "one_shot_kernel",
+        plan,
+        (ws.ctl, rows, residual, _weight(weight), norm_out, residual_out, tokens, ws.rank),
+        (at["one_shot_slots"], ws.world_size * source, source, at["one_shot_slices"], eps, weight_bias),
+        (form == ROUND_THEN_SCALE, plan.slices, plan.block, plan.threads, plan.pdl),
+    )
+    return norm_out, residual_out
+
+
+def two_shot(
+    ws: SymmMemWorkspace,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    norm_out: Tensor | None = None,
+    residual_out: Tensor | None = None,
+    *,
+    need_residual: bool = True,
+    protocol: str | None = None,
+    output: int | None = None,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Rows are summed by their owner, who pushes r and 1 / rms; every rank scales all rows: 2 (R - 1) / R T H
+    numbers out.
+
+    Arguments, results and errors as `one_shot`, but up to `ws.layout.max_tokens` rows, and
+
+    Args:
+        protocol: "data" (up to `ws.layout.data_tokens` rows) or "flags"; by default "data" while it fits.
+        output: a number of one of the workspace's output buffers: r is left there, without a copy, and
+            residual_out must be None. Only with "flags". See `SymmMemWorkspace.output` for how long it lives.
+    """
+    if output is not None and (residual_out is not None or not need_residual):
+        raise ArgumentError(
+            "output names the buffer of the residual: leave residual_out None and need_residual True"
+        )
+    rows, tokens = _prepare(ws, x, weight, eps, weight_bias, form, ws.layout.max_tokens, "two-shot")
+    residual = _like(residual, x, "residual")
+    norm_out = _output(norm_out, x, x, "norm_out")
+    if output is not None:
+        residual_out = _output(ws.output(output, tokens).view(x.shape), x, x, "the output buffer")
+    elif need_residual:
+        residual_out = _output(residual_out, x, x, "residual_out")
+    if tokens:
+        _two_shot(
+            ws,
+            rows,
+            residual,
+            weight,
+            eps,
+            weight_bias,
+            form,
+            norm_out,
+            residual_out,
+            True,
+            protocol,
+            output,
+            plan,
+        )
+    return norm_out, residual_out
+
+
+def two_shot_sharded(
+    ws: SymmMemWorkspace,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    norm_out: Tensor | None = None,
+    residual_out: Tensor | None = None,
+    *,
+    need_residual: bool = True,
+    protocol: str | None = None,
+    output: int | None = None,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `two_shot`, but each rank adds and normalises only its own rows and pushes them; the residual stays
+    sharded.
+
+    Rank r owns rows r * S to min((r + 1) * S, T) of the flattened x, S = `shard_rows(T, R)` = ceil(T / R).
+
+    Args:
+        residual: this rank's rows, (S, hidden) or only the `owned_rows(T, R, rank)` first of them; rows past
+            the owned ones are not read.
+        norm_out: the complete norm, of x's shape.
+        residual_out: (S, hidden), made if None; rows past the owned ones are not written (and are zeros if
+            made here).
+        output: the norm is left in that output buffer, without a copy; norm_out must then be None.
+
+    Returns:
+        The norm, of x's shape, complete on every rank; and this rank's rows of r, (S, hidden), or None.
+    """
+    if output is not None and norm_out is not None:
+        raise ArgumentError("output names the buffer of the norm: leave norm_out None")
+    rows, tokens = _prepare(ws, x, weight, eps, weight_bias, form, ws.layout.max_tokens, "two-shot")
+    shard, owned = shard_rows(tokens, ws.world_size), owned_rows(tokens, ws.world_size, ws.rank)
+    residual = _shard_of(residual, x, shard, owned, ws)
+    if need_residual and residual_out is None:
+        residual_out = x.new_empty((shard, ws.hidden))
+        if owned < shard:
+            residual_out[owned:].zero_()
+    elif need_residual:
+        residual_out = _output(
+            residual_out, x.new_empty((shard, ws.hidden), device="meta"), x, "residual_out"
+        )
+    else:
+        residual_out = None
+    if output is not None:
+        norm_out = ws.output(output, tokens).view(x.shape)
+    norm_out = _output(norm_out, x, x, "norm_out")
+    if tokens:
+        _two_shot(
+            ws,
+            rows,
+            residual,
+            weight,
+            eps,
+            weight_bias,
+            form,
+            norm_out,
+            residual_out,
+            False,
+            protocol,
+            output,
+            plan,
+        )
+    return norm_out, residual_out
+
+
+def _two_shot(
+    ws: SymmMemWorkspace,
+    rows: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    norm_out: Tensor,
+    residual_out: Tensor | None,
+    full: bool,
+    protocol: str | None,
+    output: int | None,
+    plan: Plan | None,
+) -> None:
+    tokens, layout, at = rows.shape[0], ws.layout, ws.layout.offsets
+    protocol = protocol or (DATA if tokens <= layout.data_tokens and output is None else FLAGS)
+    if protocol not in (DATA, FLAGS):
+        raise ArgumentError(f"protocol is {protocol!r}; it must be {DATA!r}, {FLAGS!r} or None")
+    if protocol == DATA and (tokens > layout.data_tokens or output is not None):
+        raise ArgumentError(
+            f'protocol "data" takes at most {layout.data_tokens} tokens in this workspace, and no output '
+            f'buffer; x has {tokens} tokens and output is {output}. Use "flags", or make the workspace with '
+            "more data_tokens"
+        )
+    shard = shard_rows(tokens, ws.world_size)
+    tensors = (ws.ctl, rows, residual, _weight(weight), norm_out, residual_out, tokens, shard, ws.rank)
+    rounding = form == ROUND_THEN_SCALE
+    if protocol == DATA:
+        plan = plan or plan_two_shot_data(shard, layout.packets, ws.world_size, ws.multiprocessors)
+        source = layout.data_shard * layout.row_bytes
+        slots = (at["data_slots"], ws.world_size * source, source)
+        numbers = (*slots, at["data_results"], at["data_rstds"], at["data_slices"], eps, weight_bias)
+        tiles = (rounding, full, plan.slices, plan.block, plan.unroll, plan.threads, plan.pdl)
+        _launch(ws, "two_shot_data_kernel", plan, tensors, numbers, tiles)
+    else:
+        plan = plan or plan_two_shot_flags(shard, layout.packets, ws.multiprocessors)
+        results = at["results"] if output is None else at[f"output{output}"]
+        areas = (at["inbox"], layout.flags_shard * layout.row_bytes, results, at["flags_rstds"])
+        flags = (at["partial_flags"], at["result_flags"], 8 * layout.flags_shard)
+        _launch(
+            ws,
+            "two_shot_flags_kernel",
+            plan,
+            tensors,
+            (plan.ahead, plan.lag, *areas, *flags, eps, weight_bias),
+            (rounding, full, output is not None, plan.block, plan.threads, plan.pdl),
+        )
+
+
+def _launch(
+    ws: SymmMemWorkspace,
+    name: str,
+    plan: Plan,
+    tensors: tuple[Any, ...],
+    numbers: tuple[Any, ...],
+    options: tuple[Any, ...],
+) -> None:
+    """Launch a kernel: its tensors and counts, its offsets and scalars, and its last constants.
+
+    The constants between those follow from the tensors. A compiled kernel depends on nothing else (integers
+    are not specialised, tensors are aligned), so after the first time Triton's argument analysis is skipped.
+    """
+    residual, weight, residual_out = tensors[2], tensors[3], tensors[5]
+    weight_kind = _NO_WEIGHT if weight is None else _KINDS[weight.dtype]
+    kinds = (
+        ws.world_size,
+        ws.hidden,
+        _KINDS[ws.dtype],
+        weight_kind,
+        residual is not None,
+        residual_out is not None,
+    )
+    key = (name, ws.device.index, plan.warps, kinds, options)
+    args = (*tensors, *numbers, *kinds, *options)
+    if ws.device.index is not None and torch.cuda.current_device() != ws.device.index:
+        with torch.cuda.device(ws.device):
+            _run(key, name, ws, plan, args)
+    else:
+        _run(key, name, ws, plan, args)
+
+
+def _run(key: Any, name: str, ws: SymmMemWorkspace, plan: Plan, args: tuple[Any, ...]) -> None:
+    compiled = _compiled.get(key)
+    reason = check_plan(plan, ws.layout.packets, ws.multiprocessors) if compiled is None else None
+    if reason:
+        raise ArgumentError(f"this plan cannot be used: {reason}")
+    grid = (plan.programs, 1, 1)
+    if compiled is not None:
+        compiled[grid](*args)
+        return
+    from fusewire.custom_ops.providers import symm_mem_flags, symm_mem_kernels
+
+    kernel = getattr(symm_mem_flags if hasattr(symm_mem_flags, name) else symm_mem_kernels, name)
+    launched = kernel[grid](*args, num_warps=plan.warps, maxnreg=plan.registers, launch_pdl=plan.pdl)
+    if hasattr(launched, "__getitem__"):
+        _compiled[key] = launched
+
+
+def _prepare(
+    ws: SymmMemWorkspace,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    capacity: int,
+    kind: str,
+) -> tuple[Tensor, int]:
+    """Check what all forms share; x as contiguous, aligned rows, and their number."""
+    if ws.closed:
+        raise WorkspaceError("the workspace is closed; make a new one")
+    ws.check()
+    check_norm_args(x, weight, eps, weight_bias, form)
+    if x.dtype != ws.dtype or x.shape[-1] != ws.hidden or x.device != ws.device:
+        raise ArgumentError(
+            f"x is {x.dtype} (..., {x.shape[-1]}) on {x.device}, but the workspace is for {ws.dtype} "
+            f"(..., {ws.hidden}) on {ws.device}; make one for x"
+        )
+    tokens = x.numel() // ws.hidden
+    if tokens > capacity:
+        raise ArgumentError(
+            f"x has {tokens} tokens, but this workspace takes at most {capacity} in a {kind} call; make a "
+            "larger one"
+        )
+    return _aligned(x).view(tokens, ws.hidden), tokens
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """t, contiguous and on a 16-byte boundary; a copy if need be."""
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % 16 else t
+
+
+def _like(t: Tensor | None, x: Tensor, name: str) -> Tensor | None:
+    if t is None:
+        return None
+    if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
+        raise ArgumentError(
+            f"{name} is {t.dtype} {list(t.shape)} on {t.device}; it must be like x: {x.dtype} "
+            f"{list(x.shape)} on {x.device}"
+        )
+    return _aligned(t)
+
+
+def _shard_of(t: Tensor | None, x: Tensor, shard: int, owned: int, ws: SymmMemWorkspace) -> Tensor | None:
+    if t is None:
+        return None
+    fits = t.dim() == 2 and owned <= t.shape[0] <= shard and t.shape[1] == ws.hidden
+    if not fits or t.dtype != x.dtype or t.device != x.device:
+        raise ArgumentError(
+            f"the residual is {t.dtype} {list(t.shape)} on {t.device}; rank {ws.rank}'s shard for x "
+            f"{list(x.shape)} must be {x.dtype} [{shard}, {ws.hidden}] on {x.device} (its rows "
+            f"{ws.rank * shard} to {ws.rank * shard + owned})"
+        )
+    return _aligned(t)
+
+
+def _output(t: Tensor | None, like: Tensor, x: Tensor, name: str) -> Tensor:
+    if t is None:
+        return torch.empty(like.shape, dtype=x.dtype, device=x.device)
+    if t.shape != like.shape or t.dtype != x.dtype or t.device != x.device:
+        raise ArgumentError(
+            f"{name} must be {x.dtype} {list(like.shape)} on {x.device}, not {t.dtype} {list(t.shape)}"
+        )
+    if not t.is_contiguous() or t.data_ptr() % 16 or t.data_ptr() == x.data_ptr():
+        raise ArgumentError(f"{name} must be contiguous, on a 16-byte boundary, and not x itself")
+    return t
+
+
+def _weight(weight: Tensor | None) -> Tensor | None:
+    if weight is None:
+        return None
+    return _aligned(weight if weight.dtype in _KINDS else weight.float())

@@ -1,0 +1,127 @@
+"""How to launch the `symm_mem` kernels: grids, warps and tiles for a token count. Pure arithmetic, the same
+on all ranks.
+
+Every number is a default that a caller may replace (`dataclasses.replace`) to tune; results do not depend on
+them but for the order in which a row's squares are added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_SLICES = 8  # blocks that may share a row
+MAX_PROGRAMS = 1 << 16
+_REGISTERS = 65536
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch.
+
+    Attributes:
+        programs: blocks in the grid; all must fit on the GPU at once.
+        warps: per block, a power of two. Blocks of up to 8 warps may go two to a multiprocessor.
+        block: packets of 16 bytes that a block takes of a row, a power of two, at least 32 * warps.
+        slices: blocks that share a row (one-shot and data-as-flag two-shot).
+        unroll: packets per thread and tile of the flat copies (data-as-flag two-shot).
+        ahead: strides by which partial rows run ahead of results (two-shot with flags), at least 1.
+        lag: strides by which a rank's reading of the peers' results lags behind its own (two-shot with
+            flags).
+        pdl: programmatic dependent launch.
+    """
+
+    programs: int
+    warps: int
+    block: int
+    slices: int = 1
+    unroll: int = 1
+    ahead: int = 1
+    lag: int = 0
+    pdl: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Threads per block."""
+        return 32 * self.warps
+
+    @property
+    def registers(self) -> int:
+        """The cap on registers per thread: 128 keeps two blocks of 256 threads, or one of 512, on a
+        multiprocessor.
+        """
+        return min(128, _REGISTERS // self.threads)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def check_plan(plan: Plan, packets: int, multiprocessors: int) -> str | None:
+    """Why a plan cannot be launched for rows of `packets` packets, or None."""
+    per_multiprocessor = 2 if plan.warps <= 8 else 1
+    if plan.warps not in (1, 2, 4, 8, 16, 32):
+        return f"warps is {plan.warps}; it must be a power of two, at most 32"
+    if plan.block != _power_of_two(plan.block) or plan.block < plan.threads:
+        return f"block is {plan.block}; it must be a power of two, at least {plan.threads}, the threads"
+    if not 1 <= plan.slices <= MAX_SLICES or plan.block * plan.slices < packets:
+        return f"{plan.slices} slices (1 to {MAX_SLICES}) of {plan.block} do not cover {packets} packets"
+    if not plan.slices <= plan.programs <= min(MAX_PROGRAMS, multiprocessors * per_multiprocessor):
+        return (
+            f"{plan.programs} programs of {plan.warps} warps do not all fit on {multiprocessors} "
+            f"multiprocessors at once (or are fewer than the {plan.slices} slices)"
+        )
+    if plan.unroll not in (1, 2, 4, 8) or plan.ahead < 1 or plan.lag < 0:
+        return (
+            f"unroll {plan.unroll} (1, 2, 4, 8), ahead {plan.ahead} (>= 1) or lag {plan.lag} (>= 0) is out "
+            "of range"
+        )
+    return None
+
+
+def _slices(rows: int, packets: int, multiprocessors: int) -> int:
+    """As many blocks a row as there are idle multiprocessors, while each has 96 packets or more to do."""
+    slices = MAX_SLICES
+    while slices > 1 and (rows * slices > multiprocessors or packets < 96 * slices):
+        slices //= 2
+    return slices
+
+
+def plan_one_shot(tokens: int, packets: int, multiprocessors: int) -> Plan:
+    """One packet a thread if the row allows, several blocks a row while multiprocessors are idle."""
+    slices = _slices(tokens, packets, multiprocessors)
+    block = max(32, _power_of_two(_ceil_div(packets, slices)))
+    groups = max(1, min(tokens, multiprocessors // slices))
+    return Plan(programs=groups * slices, warps=min(16, block // 32), block=block, slices=slices)
+
+
+def plan_two_shot_data(shard: int, packets: int, world_size: int, multiprocessors: int) -> Plan:
+    """Flat copies over all multiprocessors; rows as in one-shot."""
+    slices = _slices(shard, packets, multiprocessors)
+    block = max(32, _power_of_two(_ceil_div(packets, slices)))
+    warps = min(16, block // 32)
+    copies = _ceil_div(shard * packets, 32 * warps) * (world_size - 1)
+    unroll = 1
+    while unroll < 8 and copies > unroll * multiprocessors:
+        unroll *= 2
+    rows = min(shard, multiprocessors // slices) * slices
+    programs = max(slices, rows, min(multiprocessors, _ceil_div(copies, unroll)))
+    return Plan(programs=programs, warps=warps, block=block, slices=slices, unroll=unroll)
+
+
+def plan_two_shot_flags(shard: int, packets: int, multiprocessors: int) -> Plan:
+    """One block a multiprocessor, a row at a time; as few blocks as make equally many strides, so that none
+    idles.
+    """
+    block = max(32, _power_of_two(packets))
+    strides = _ceil_div(shard, multiprocessors)
+    return Plan(
+        programs=_ceil_div(shard, strides),
+        warps=min(16 if packets <= 2048 else 32, max(1, block // 32)),
+        block=block,
+        ahead=min(2, strides),
+        lag=min(1, strides - 1),
+    )

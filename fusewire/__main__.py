@@ -1,0 +1,56 @@
+"""The command line: `python -m fusewire COMMAND`, or `fusewire COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fusewire.errors import FusewireError
+
+
+class Command(NamedTuple):
+    """One command: its module has `add_arguments(parser)` and `run(arguments) -> exit status`."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "doctor": Command("fusewire.doctor", "print what this machine offers, and which provider serves what"),
+    "prebuild": Command("fusewire.prebuild", "compile FlashInfer's all-reduce kernels ahead of time"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser for all commands. Each command's module is imported: none of them costs much."""
+    top = argparse.ArgumentParser(prog="fusewire", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        module = importlib.import_module(command.module)
+        sub = commands.add_parser(name, help=command.help, description=module.__doc__)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns its exit status: 0, or 1 after an error of fusewire's own (2: a wrong call)."""
+    parsed = parser().parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+        sys.stdout.flush()
+    except FusewireError as error:
+        print(f"fusewire: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `... | head`: who read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Print what this machine offers: torch, GPUs and links, FlashInfer, providers, the plan by token count."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+import fusewire
+from fusewire.custom_ops.dispatch import explain_plan
+from fusewire.custom_ops.ir import _machine_support, all_ops, ir_op_priority, parse_priorities
+from fusewire.custom_ops.providers import flashinfer as provider
+from fusewire.custom_ops.providers import load_providers
+from fusewire.custom_ops.workspace import describe
+
+PLAN_HIDDEN_SIZES = (2048, 4096, 5120, 8192)
+_VARIABLES = ("FUSEWIRE_", "FLASHINFER_", "NCCL_", "TORCH_SYMM_MEM", "CUDA_", "TORCH_NCCL_")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--ir-op-priority",
+        action="append",
+        default=[],
+        metavar="OP=PROVIDER[,PROVIDER...]",
+        help="show the plan with these providers, in this order; may be given several times",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    load_providers()
+    with ir_op_priority(parse_priorities(arguments.ir_op_priority)):
+        found = examine()
+    print(json.dumps(found, indent=2) if arguments.json else as_text(found))
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """Everything the command prints, as JSON types. Communicates with nobody and compiles nothing."""
+    return {
+        "versions": _versions(),
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_VARIABLES)},
+        "gpus": _gpus(),
+        "peer_access": _peer_access(),
+        "links": _links(),
+        "flashinfer": _flashinfer(),
+        "operators": _operators(),
+        "plans": _plans(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {
+        "fusewire": fusewire.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "torch": torch.__version__,
+        "torch's CUDA": torch.version.cuda or "none: this torch is built without CUDA",
+        "CUDA driver": _driver(),
+    }
+    if torch.cuda.is_available():
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    for package in ("triton", "transformers"):
+        found[package] = _package_version(package)
+    return found
+
+
+def _package_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _driver() -> str:
+    answer = _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return answer.splitlines()[0].strip() if answer else "none found (nvidia-smi did not answer)"
+
+
+def _ask(*command: str) -> str:
+    """What a program prints; empty if it is missing, fails or does not answer."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def _gpus() -> list[dict[str, Any]]:
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "index": index,
+                "name": properties.name,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "multiprocessors": properties.multi_processor_count,
+            }
+        )
+    return gpus
+
+
+def _peer_access() -> list[list[bool]]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [[a == b or torch.cuda.can_device_access_peer(a, b) for b in range(count)] for a in range(count)]
+
+
+def _links() -> str:
+    return _ask("nvidia-smi", "topo", "-m")
+
+
+def _flashinfer() -> dict[str, str]:
+    library = provider.library()
+    found = {
+        "version": library.version or _package_version("flashinfer-python"),
+        "usable": library.reason or "yes",
+    }
+    try:
+        kernels = provider.kernels()
+        found["kernels"] = f"{kernels.state}: {kernels.path}"
+        if kernels.state == "missing":
+            found["kernels"] += (
+                " (compiled at first use, minutes; `python -m fusewire prebuild` does it ahead)"
+            )
+    except Exception as error:
+        found["kernels"] = f"unknown: {describe(error)}"
+    found["compiler"] = provider.find_nvcc() or provider.no_nvcc()
+    return found
+
+
+def _operators() -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, op in sorted(all_ops().items()):
+        answers = {key: _machine_support(each) for key, each in op.providers.items()}
+        found[name] = {
+            "priority": list(op.priority),
+            "providers": {
+                key: {
+                    "available": bool(answer),
+                    "reason": answer.reason,
+                    "batch_invariant": op.providers[key].batch_invariant,
+                }
+                for key, answer in answers.items()
+            },
+        }
+    return found
+
+
+def _plans() -> list[dict[str, Any]]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # Without GPUs there is one answer, whatever the world size; with them, that of each group that fits here.
+    sizes = [size for size in (2, 4, 8, 16) if size <= count] or [2]
+    return [
+        {
+            "world_size": size,
+            "hidden": hidden,
+            "dtype": "bfloat16",
+            "rows": [row._asdict() for row in explain_plan(size, hidden, torch.bfloat16)],
+        }
+        for size in sizes
+        for hidden in PLAN_HIDDEN_SIZES
+    ]
+
+
+# --- As text ------------------------------------------------------------------------------------------------
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """The same, for people."""
+    lines = [*_pairs("Versions", found["versions"]), *_pairs("Environment", found["environment"])]
+    lines += ["", "GPUs"]
+    lines += [
+        f"  {gpu['index']}: {gpu['name']}, compute capability {gpu['compute_capability']}, "
+        f"{gpu['memory_gib']} GiB, {gpu['multiprocessors']} multiprocessors"
+        for gpu in found["gpus"]
+    ] or ["  none"]
+    if len(found["gpus"]) > 1:
+        lines += ["", "Peer access (row reads column)"]
+        lines += ["  " + " ".join("yes" if cell else " no" for cell in row) for row in found["peer_access"]]
+    if found["links"]:
+        lines += ["", "Links", *("  " + line for line in found["links"].splitlines())]
+    lines += _pairs("FlashInfer", found["flashinfer"])
+    for name, op in found["operators"].items():
+        lines += ["", f"Operator {name}, tried in the order {', '.join(op['priority'])}"]
+        lines += _table(
+            (
+                key,
+                "batch-invariant" * each["batch_invariant"],
+                "yes" if each["available"] else f"no: {each['reason']}",
+            )
+            for key, each in op["providers"].items()
+        )
+    for plan in found["plans"]:
+        lines += ["", f"Plan for {plan['world_size']} ranks, hidden size {plan['hidden']}, {plan['dtype']}"]
+        lines += _table((_span(row), row["provider"], row["reason"]) for row in plan["rows"])
+    return "\n".join(lines).strip()
+
+
+def _span(row: Mapping[str, Any]) -> str:
+    if row["last"] is None:
+        return f"{row['first']} tokens and more"
+    return f"{row['first']} to {row['last']} tokens"
+
+
+def _pairs(title: str, pairs: Mapping[str, str]) -> list[str]:
+    return ["", title, *(_table(pairs.items()) or ["  none"])]
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Rows as aligned columns; the last one is as wide as it likes."""
+    kept = list(rows)
+    widths = [max(map(len, column)) for column in list(zip(*kept, strict=True))[:-1]]
+    return [
+        ("  " + "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]])).rstrip()
+        for row in kept
+    ]

@@ -1,0 +1,365 @@
+"""What the HTML report draws of each all-reduce: the subgraph around it, before fusewire's passes and after.
+
+Pictures hold words and no sizes or names of layers, so that the same site in every layer gives the same picture, which
+the account of a graph keeps once.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.fusion_passes.graph_tools import CASTS, VIEWS, aten, dtype_of, is_number, plain_add, plain_mul, value_of
+from fusewire.fusion_passes.norm_reader import Norm, find_norms
+from fusewire.fusion_passes.report import Box, Drawing, Picture
+from fusewire.patterns.all_reduce import WAIT, AllReduce, op_name, positional, read_all_reduce
+
+log = logging.getLogger("fusewire")
+# The roles of boxes, which the page gives colours.
+COLLECTIVE, NORM, FUSED, STEP, OBSTACLE, INPUT, READER = (
+    "collective",
+    "norm",
+    "fused",
+    "step",
+    "obstacle",
+    "input",
+    "reader",
+)
+_FAR, _FEW = 24, 8
+_WORDS = {
+    "aten::mm": "matrix product",
+    "aten::addmm": "matrix product",
+    "aten::bmm": "matrix product",
+    "aten::baddbmm": "matrix product",
+    "aten::_scaled_mm": "matrix product",
+    "aten::embedding": "embedding lookup",
+    "aten::add": "add",
+    "aten::sub": "subtract",
+    "aten::mul": "multiply",
+    "aten::mean": "mean",
+    "aten::rsqrt": "1 / √",
+    "aten::var_mean": "LayerNorm (mean, variance)",
+    "aten::native_layer_norm": "LayerNorm",
+    "_c10d_functional::reduce_scatter_tensor": "reduce-scatter",
+    "_c10d_functional::all_gather_into_tensor": "all-gather",
+}
+
+
+def words(node: Node) -> str:
+    """What a node does, in a word or two."""
+    if node.op == "output":
+        return "result of the graph"
+    if node.op != "call_function":
+        return "input"
+    if read_all_reduce(node) is not None or node.target is WAIT:
+        return "all-reduce"
+    if node.target in VIEWS:
+        return "reshape"
+    if node.target in CASTS:
+        return f"to {str(dtype_of(node)).removeprefix('torch.')}"
+    if node.target is aten.pow.Tensor_Scalar:
+        return {2: "square", -0.5: "1 / √"}.get(node.args[1], f"power {node.args[1]}")  # type: ignore[call-overload]
+    for sign, operands in (("+", plain_add(node)), ("×", plain_mul(node))):
+        number = next((value for value in operands or () if is_number(value)), None)
+        if number is not None:
+            return f"{sign} {number:.6g}"
+    factors = plain_mul(node)
+    if factors is not None and factors[0] is factors[1]:
+        return "square"
+    name = op_name(node)
+    return _WORDS.get(name) or name.rpartition("::")[2] or getattr(node.target, "__name__", str(node.target))
+
+
+class _Canvas:
+    """Boxes and edges as they are put together."""
+
+    def __init__(self) -> None:
+        self.boxes: list[Box] = []
+        self.edges: dict[tuple[int, int, str], None] = {}
+
+    def box(self, label: str, role: str, detail: str = "") -> int:
+        self.boxes.append(Box(label, role, detail))
+        return len(self.boxes) - 1
+
+    def edge(self, start: int, end: int, text: str = "") -> None:
+        if start != end:
+            self.edges[start, end, text] = None
+
+    def drawing(self) -> Drawing:
+        return Drawing(tuple(self.boxes), tuple(self.edges))
+
+
+class Album:
+    """The pictures of one graph. A picture that cannot be made is missing; it never costs the compilation.
+
+    Args:
+        original: the graph as it arrived; None for no pictures at all.
+    """
+
+    def __init__(self, original: Graph | None = None) -> None:
+        self.problem = ""
+        self.maker: _PictureMaker | None = None
+        if original is not None:
+            self._try(lambda: setattr(self, "maker", _PictureMaker(original)))
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All pictures that `number` has given positions of."""
+        return () if self.maker is None else tuple(self.maker.numbers)
+
+    def see_fused(self, graph: Graph) -> None:
+        """Keep what the fused sites look like in the rewritten graph, before operators are lowered."""
+        if self.maker is not None:
+            self._try(lambda: self.maker.see_fused(graph))  # type: ignore[union-attr]
+
+    def number(self, name: str, reason: str = "") -> int:
+        """The position in `pictures` of the picture of an all-reduce, or -1.
+
+        Args:
+            name: the all-reduce's node.
+            reason: why it was refused; nodes named in it are marked.
+        """
+        found = None if self.maker is None else self._try(lambda: self.maker.number(name, reason))  # type: ignore[union-attr]
+        return -1 if found is None else int(found)
+
+    def _try(self, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except Exception as error:
+            log.warning("fusewire could not draw a picture for its report", exc_info=True)
+            self.problem = f"pictures for the HTML report are missing: {type(error).__name__}: {error}"
+            return None
+
+
+class _PictureMaker:
+    def __init__(self, original: Graph) -> None:
+        self.nodes = {node.name: node for node in original.nodes}
+        self.order = {node: i for i, node in enumerate(original.nodes)}
+        self.norms: dict[Node, Norm] = {}
+        for norm in find_norms(original):
+            self.norms.setdefault(norm.source, norm)
+        self.after: dict[str, Drawing] = {}
+        self.numbers: dict[Picture, int] = {}
+
+    def see_fused(self, graph: Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=all_reduce_rms_norm.torch_op):
+            name = node.meta.get("fusewire_all_reduce")
+            if name in self.nodes:
+                self.after[name] = _After(self._before(name), node, set(self.nodes)).drawing
+
+    def number(self, name: str, reason: str) -> int:
+        picture = Picture(self._before(name, reason).drawing, self.after.get(name))
+        return self.numbers.setdefault(picture, len(self.numbers))
+
+    def _before(self, name: str, reason: str = "") -> _Before:
+        site = read_all_reduce(self.nodes[name])
+        assert site is not None
+        return _Before(site, self.norms, self.order, set(re.findall(r"\w+", reason)))
+
+
+class _Before:
+    """The way from an all-reduce to its norm, or to what stands where a norm should be.
+
+    Attributes:
+        labels: what boxes of nodes outside the way are called, by node name.
+        norm_readers, sum_readers: who reads the norm, and the value that is normalised.
+    """
+
+    def __init__(
+        self, site: AllReduce, norms: dict[Node, Norm], order: dict[Node, int], marked: set[str]
+    ) -> None:
+        self.site, self.norms, self.order, self.marked = site, norms, order, marked
+        self.canvas = _Canvas()
+        self.ids: dict[Node, int] = {}
+        self.labels: dict[str, str] = {}
+        way, end = self._way()
+        self.norm = norms.get(end) if end is not None else None
+        inner = {site.node, site.value, *way}
+        self.inside = self._inside(self.norm) if self.norm is not None else set()
+        inner |= self.inside
+        inner |= self._joining(inner)
+        self.inner = sorted(inner, key=lambda node: order[node])
+        for node in self.inner:
+            self._add(node)
+        for node in self.inner:
+            self._add_readers(node, inner)
+        self.norm_readers = self._readers(self.norm.out, inner) if self.norm is not None else ""
+        self.sum_readers = self._readers(end, inner) if end is not None else ""
+
+    @property
+    def drawing(self) -> Drawing:
+        return self.canvas.drawing()
+
+    def _way(self) -> tuple[list[Node], Node | None]:
+        """The nodes from the all-reduce to the nearest norm's input; without a norm, the few that come first."""
+        start = self.site.value
+        came: dict[Node, Node] = {}
+        pending, seen = [start], [start]
+        while pending and len(seen) < _FAR:
+            node = pending.pop(0)
+            if node in self.norms:
+                way = [node]
+                while way[-1] in came:
+                    way.append(came[way[-1]])
+                return way, node
+            for user in node.users:
+                passes = user.target in VIEWS | CASTS or plain_add(user) is not None or plain_mul(user) is not None
+                if passes and user not in seen:
+                    seen.append(user)
+                    came[user] = node
+                    pending.append(user)
+        return seen[:_FEW], None
+
+    def _inside(self, norm: Norm) -> set[Node]:
+        """The nodes that compute a norm from its input."""
+        inside, pending = set(), [norm.out]
+        while pending and len(inside) < _FAR:
+            node = pending.pop()
+            if node in inside or node in (norm.source, norm.weight, norm.residual) or node.op != "call_function":
+                continue
+            inside.add(node)
+            pending.extend(node.all_input_nodes)
+        return inside
+
+    def _joining(self, inner: set[Node]) -> set[Node]:
+        """Other all-reduces that are added on the way, with the steps between."""
+        found: set[Node] = set()
+        for node in inner:
+            for source in node.all_input_nodes:
+                if source not in inner and node not in (self.site.node, self.site.value):
+                    found |= set(self._back_to_all_reduce(source, 4))
+        return found - inner
+
+    def _back_to_all_reduce(self, node: Node, steps: int) -> list[Node]:
+        if node.op == "call_function" and read_all_reduce(node) is not None:
+            return [node]
+        passes = node.target is WAIT or node.target in VIEWS | CASTS or plain_mul(node) is not None
+        if steps and passes:
+            for source in node.all_input_nodes:
+                rest = self._back_to_all_reduce(source, steps - 1)
+                if rest:
+                    return [node, *rest]
+        return []
+
+    def _add(self, node: Node) -> None:
+        if node.target is WAIT or node.target is operator.getitem:
+            source = node.args[0]
+            if source in self.ids:  # shown as one with what it waits for, or takes a part of
+                self.ids[node] = self.ids[source]
+                return
+        role, detail = STEP, ""
+        if read_all_reduce(node) is not None:
+            role, detail = COLLECTIVE, str(dtype_of(node)).removeprefix("torch.")
+        elif node in self.inside:
+            role = NORM
+        if node.name in self.marked and role != COLLECTIVE:
+            role = OBSTACLE
+        sources = [self._source(node, source) for source in node.all_input_nodes]
+        self.ids[node] = self.canvas.box(words(node), role, detail)
+        for source in sources:
+            self.canvas.edge(source, self.ids[node])
+
+    def _source(self, node: Node, source: Node) -> int:
+        """The box of a node's input; a new one if it lies outside."""
+        if source not in self.ids:
+            self.labels[source.name] = self._label_of_input(node, source)
+            self.ids[source] = self.canvas.box(self.labels[source.name], INPUT)
+        return self.ids[source]
+
+    def _label_of_input(self, node: Node, source: Node) -> str:
+        if self.norm is not None and source is self.norm.weight:
+            return "weight"
+        if self.norm is not None and source is self.norm.residual:
+            return "residual"
+        return label_of_input(source, "residual" if plain_add(node) is not None else "")
+
+    def _add_readers(self, node: Node, inner: set[Node]) -> None:
+        readers = self._readers(node, inner)
+        if readers:
+            blocks = node.name in self.marked or (self.norm is None and "LayerNorm" in readers)
+            box = self.canvas.box(readers, OBSTACLE if blocks else READER)
+            self.canvas.edge(self.ids[node], box)
+
+    def _readers(self, node: Node, inner: set[Node]) -> str:
+        """What else reads a value, in words; "" if nothing does."""
+        found: dict[str, None] = {}
+        for user in node.users:
+            if user not in inner:
+                found[words(_past_views(user))] = None
+        names = sorted(found)
+        return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+
+
+class _After:
+    """The fused operator with whatever was moved before it."""
+
+    def __init__(self, before: _Before, node: Node, known: set[str]) -> None:
+        self.before, self.known = before, known
+        self.canvas = _Canvas()
+        self.ids: dict[Node, int] = {}
+        x, residual, weight = positional(node)[:3]
+        inputs = [
+            self._visit(value, role)
+            for value, role in ((x, ""), (residual, "residual"), (weight, "weight"))
+            if isinstance(value, Node)
+        ]
+        middle = "" if residual is None else " + add"
+        fused = self.canvas.box(f"all-reduce{middle} + RMSNorm", FUSED, "one operator")
+        for source in inputs:
+            self.canvas.edge(source, fused)
+        for text, readers in (("norm", before.norm_readers), ("sum", before.sum_readers)):
+            if readers:
+                self.canvas.edge(fused, self.canvas.box(readers, READER), text)
+
+    @property
+    def drawing(self) -> Drawing:
+        return self.canvas.drawing()
+
+    def _visit(self, node: Node, role: str) -> int:
+        if node in self.ids:
+            return self.ids[node]
+        new = node.op == "call_function" and node.name not in self.known
+        if new and node.target is not operator.getitem and node.target is not WAIT:
+            sources = [self._visit(source, _slot(node, source, role)) for source in node.all_input_nodes]
+            self.ids[node] = self.canvas.box(words(node), STEP)
+            for source in sources:
+                self.canvas.edge(source, self.ids[node])
+        else:
+            label = self.before.labels.get(node.name) or label_of_input(node, role)
+            self.ids[node] = self.canvas.box(label, INPUT)
+        return self.ids[node]
+
+
+def _slot(node: Node, source: Node, role: str) -> str:
+    """What an input of an add that stands for the residual is: the residual itself comes first."""
+    return role if node.args and node.args[0] is source else ""
+
+
+def label_of_input(node: Node, role: str) -> str:
+    """What a value from outside is to a person, `role` being what its place says."""
+    value = value_of(node)
+    if value is not None and value.dim() <= 1 and node.op != "call_function":
+        scalar = value.dim() == 0 or (isinstance(value.shape[0], int) and value.shape[0] == 1)
+        return "scale" if scalar else ("weight" if role == "weight" else "bias")
+    if role:
+        return role
+    return words(_before_views(node))
+
+
+def _before_views(node: Node) -> Node:
+    while node.target in VIEWS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def _past_views(node: Node) -> Node:
+    while (node.target in VIEWS or node.target is aten.expand.default) and len(node.users) == 1:
+        node = next(iter(node.users))
+    return node
+

@@ -1,0 +1,473 @@
+"""The passes are in the compile cache's key, and a warm cache runs, and reports, what a cold one made.
+
+Nothing here needs C++: the fused operator stays a call (inline_native=False), so a compilation takes a fraction of a
+second. Inductor has two caches, one of post-grad graphs ("fx") and one in front of it ("autograd"); both are tested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+import torch._inductor.config as inductor_config
+from blocks import NORMS, reduce_functional, tensors
+from distributed import fake_group, run_ranks
+from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import fresh_cache
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fusewire
+from fusewire import PassConfig
+from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ir import NATIVE, Support, _machine_support
+from fusewire.fusion_passes import backend, manager, registry
+from fusewire.fusion_passes import report as reports
+from fusewire.fusion_passes.config import BATCH_INVARIANT_VARIABLE
+
+CALLS = {"inline_native": False}
+FUSED_OP = "fusewire.all_reduce_rms_norm.default"
+CACHES = ["autograd", "fx"]
+
+
+@pytest.fixture(autouse=True)
+def _own_state():
+    passes = list(registry._PASSES)
+    with fresh_cache(), fake_group(2):
+        yield
+    registry._PASSES[:] = passes
+
+
+def block(x, r, w):
+    total = r + reduce_functional(x)
+    return NORMS["L"](total, w, 1e-5), total
+
+
+def compiled(way="backend", cache="autograd", fn=block, **options):
+    """Compile and run anew, as a new process would."""
+    torch._dynamo.reset()
+    counters.clear()
+    fusewire.clear_report()
+    options = {**CALLS, **options}
+    with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=cache == "autograd"):
+        if way == "backend":
+            result = torch.compile(fn, backend="fusewire", options=options, fullgraph=True)(*tensors())
+        else:
+            with fusewire.enable(**options):
+                result = torch.compile(fn, fullgraph=True)(*tensors())
+    return result
+
+
+def hit(way="backend", cache="autograd", **options):
+    """Compile and run anew; whether the cache had the graph. Both caches' counts must say so."""
+    compiled(way, cache, **options)
+    fx, autograd = counters["inductor"], counters["aot_autograd"]
+    found = (fx["fxgraph_cache_hit"], fx["fxgraph_cache_miss"])
+    assert found in ((1, 0), (0, 1)), found
+    front = (autograd["autograd_cache_hit"], autograd["autograd_cache_miss"])
+    assert front == (found if cache == "autograd" else (0, 0))
+    return found == (1, 0)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("way", ["backend", "enable"])
+def test_the_second_compilation_hits(way, cache):
+    assert not hit(way, cache)
+    assert hit(way, cache)
+    for got, want in zip(compiled(way, cache), block(*tensors()), strict=True):
+        assert torch.equal(got, want)
+
+
+# What must miss
+
+
+@contextlib.contextmanager
+def another_field(monkeypatch):
+    yield {"merge_allreduces": False}
+
+
+@contextlib.contextmanager
+def priority_of_the_configuration(monkeypatch):
+    yield {"ir_op_priority": {"all_reduce_rms_norm": ["rank_ordered"]}}
+
+
+@contextlib.contextmanager
+def priority_by_default(monkeypatch):
+    before = all_reduce_rms_norm.default_priority
+    all_reduce_rms_norm.set_default_priority(["rank_ordered"])
+    yield {}
+    all_reduce_rms_norm.default_priority = before
+
+
+@contextlib.contextmanager
+def priority_in_a_block(monkeypatch):
+    with fusewire.ir_op_priority({"all_reduce_rms_norm": ["rank_ordered"]}):
+        yield {}
+
+
+@contextlib.contextmanager
+def another_provider(monkeypatch):
+    all_reduce_rms_norm.register_impl("test_other")(
+        lambda x, residual, weight, eps, weight_bias, form, group_name: None
+    )
+    yield {}
+    all_reduce_rms_norm.unregister_impl("test_other")
+
+
+@contextlib.contextmanager
+def another_version_of_a_provider(monkeypatch):
+    provider = dataclasses.replace(all_reduce_rms_norm.providers[NATIVE], version="2")
+    monkeypatch.setitem(all_reduce_rms_norm.providers, NATIVE, provider)
+    yield {}
+
+
+@contextlib.contextmanager
+def a_provider_that_this_machine_lacks(monkeypatch):
+    provider = dataclasses.replace(
+        all_reduce_rms_norm.providers[all_reduce_rms_norm.priority[0]], supported=lambda: Support.no("not installed")
+    )
+    monkeypatch.setitem(all_reduce_rms_norm.providers, provider.name, provider)
+    others = [name for name in ("rank_ordered", NATIVE) if name != provider.name]
+    with fusewire.ir_op_priority({"all_reduce_rms_norm": [provider.name, *others]}):
+        yield {}
+
+
+def _does_nothing(graph, config):
+    return False
+
+
+@contextlib.contextmanager
+def a_users_pass(monkeypatch):
+    registry.register_pass("user", _does_nothing)
+    yield {}
+    registry.unregister_pass("user")
+
+
+@contextlib.contextmanager
+def a_users_pass_elsewhere(monkeypatch):
+    registry.register_pass("user", _does_nothing, before="raise_ops")
+    yield {}
+    registry.unregister_pass("user")
+
+
+@contextlib.contextmanager
+def another_source_of_a_users_pass(monkeypatch):
+    registry.register_pass("user", _does_nothing, source="version 2")
+    yield {}
+    registry.unregister_pass("user")
+
+
+@contextlib.contextmanager
+def another_source_of_fusewire(monkeypatch):
+    monkeypatch.setattr(manager, "source_hash", lambda: "another")
+    yield {}
+
+
+@contextlib.contextmanager
+def the_environment(monkeypatch):
+    monkeypatch.setenv(BATCH_INVARIANT_VARIABLE, "1")
+    yield {"ir_op_priority": {"all_reduce_rms_norm": [NATIVE]}}
+
+
+CHANGES = [
+    another_field,
+    priority_of_the_configuration,
+    priority_by_default,
+    priority_in_a_block,
+    another_provider,
+    another_version_of_a_provider,
+    a_provider_that_this_machine_lacks,
+    a_users_pass,
+    another_source_of_fusewire,
+    the_environment,
+]
+# (way in, cache): each way and each cache once
+ROUTES = [("backend", "autograd"), ("enable", "fx")]
+
+
+@pytest.mark.parametrize(("way", "cache"), ROUTES)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_misses(monkeypatch, change, way, cache):
+    assert not hit(way, cache)
+    with change(monkeypatch) as options:
+        assert not hit(way, cache, **options)
+        assert hit(way, cache, **options)  # it was the change, and not a cache that never hits
+    monkeypatch.undo()
+    assert hit(way, cache)
+
+
+@pytest.mark.parametrize("change", [a_users_pass_elsewhere, another_source_of_a_users_pass], ids=lambda c: c.__name__)
+def test_a_change_of_a_users_pass_misses(monkeypatch, change):
+    with a_users_pass(monkeypatch):
+        assert not hit()
+    with change(monkeypatch):
+        assert not hit()
+    with a_users_pass(monkeypatch):
+        assert hit()
+
+
+FIELDS = {
+    "fuse_allreduce_rms": False,
+    "eliminate_noops": False,
+    "fi_allreduce_fusion_max_size_mb": 1.5,
+    "ir_op_priority": {"rms_norm": (NATIVE,)},
+    "batch_invariant": True,
+    "inline_native": False,
+    "allow_reassociation": False,
+    "assume_replicated_scales": False,
+    "merge_allreduces": False,
+    "expect_fused": 1,
+    "disabled_passes": ("eliminate_noops",),
+    "dump_graphs": "graphs",
+}
+
+
+@pytest.mark.parametrize("name", PassConfig.field_names())
+def test_every_field_changes_the_key(name):
+    changed = PassConfig(**{name: FIELDS[name]})
+    assert backend.FusewirePass(changed).uuid() != backend.FusewirePass(PassConfig()).uuid()
+    assert backend.FusewirePass(changed).uuid() == backend.FusewirePass(PassConfig(**{name: FIELDS[name]})).uuid()
+
+
+def test_the_source_hash_covers_every_file(monkeypatch):
+    read = []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.resolve()) or real(self))
+    manager.source_hash.cache_clear()
+    first = manager.source_hash()
+    folders = [Path(module.__file__).parent for module in (fusewire, manager, registry)]
+    assert {file.resolve() for folder in folders for file in folder.rglob("*.py")} <= set(read)
+    assert {"all_reduce.py", "ir.py", "native.py", "errors.py"} - {file.name for file in read} <= {"native.py"}
+    monkeypatch.setattr(Path, "read_bytes", lambda self: real(self) + b"#" * (self.name == "norms.py"))
+    manager.source_hash.cache_clear()
+    assert manager.source_hash() != first
+    manager.source_hash.cache_clear()
+
+
+@pytest.mark.parametrize(("way", "cache"), ROUTES)
+def test_another_world_size_misses(way, cache):
+    """The checks ask for the group's size, and the graph holds no more than its name."""
+    assert not hit(way, cache)
+    torch.distributed.destroy_process_group()
+    with fake_group(4):
+        assert not hit(way, cache)
+        assert hit(way, cache)
+        assert fusewire.report().fused == (1 if way == "backend" else 0)
+    torch.distributed.init_process_group(
+        "fake", store=torch.testing._internal.distributed.fake_pg.FakeStore(), rank=0, world_size=2
+    )
+    assert hit(way, cache)
+
+
+def _scale_epsilon(graph, config):
+    for node in graph.nodes:
+        if str(node.target) == FUSED_OP:
+            node.args = (*node.args[:3], 100.0, *node.args[4:])
+    return True
+
+
+def _scale_epsilon_more(graph, config):
+    for node in graph.nodes:
+        if str(node.target) == FUSED_OP:
+            node.args = (*node.args[:3], 400.0, *node.args[4:])
+    return True
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_changed_users_pass_takes_effect(cache):
+    """The same name with another source: the graph in the cache must not be found."""
+    largest = []
+    for run in (_scale_epsilon, _scale_epsilon_more, _scale_epsilon):
+        registry.register_pass("scale", run, after="lower_ops")
+        norm, _ = compiled(cache=cache)
+        largest.append(float(norm.abs().max()))
+        registry.unregister_pass("scale")
+    assert largest[0] == largest[2]
+    assert largest[0] > 1.5 * largest[1]
+
+
+class _Theirs(CustomGraphPass):
+    def __init__(self, version):
+        self.version = version
+
+    def __call__(self, graph):
+        return
+
+    def uuid(self):
+        return self.version
+
+
+@pytest.mark.parametrize("way", ["backend", "enable"])
+def test_a_chained_pass_is_in_the_key(way):
+    for version, expected in (("1", False), ("1", True), ("2", False), ("1", True)):
+        with inductor_config.patch(post_grad_custom_post_pass=_Theirs(version)):
+            assert hit(way) is expected
+    assert not hit(way)
+
+
+@pytest.mark.parametrize("way", ["backend", "enable"])
+def test_a_plain_callable_bypasses_the_cache(way):
+    """What it does cannot be told from any key, so every compilation runs the passes."""
+    for _ in range(2):
+        with inductor_config.patch(post_grad_custom_post_pass=_Theirs("1").__call__):
+            compiled(way)
+        assert counters["inductor"]["fxgraph_cache_bypass"] == 1
+        (graph,) = fusewire.report().graphs
+        assert not graph.cached
+
+
+# Reports of cached graphs
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_account_comes_back_with_the_graph(cache):
+    compiled(cache=cache)
+    (cold,) = fusewire.report().graphs
+    assert hit(cache=cache)
+    (warm,) = fusewire.report().graphs
+    assert warm == dataclasses.replace(cold, cached=True, pass_seconds=0.0)
+    assert "from the compile cache" in str(fusewire.report())
+
+
+def test_a_refusal_comes_back_too():
+    def refused(x, r, w):
+        return reduce_functional(x @ r.t())
+
+    compiled(fn=refused)
+    (cold,) = fusewire.report().entries
+    assert hit(fn=refused)
+    assert fusewire.report().entries == (cold,)
+    assert cold.status == "refused"
+
+
+def _account_folder():
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "fusewire"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda file: file.unlink(), "no account was kept when it was made"),
+        (lambda file: file.write_text("{"), "its account cannot be read"),
+        (lambda file: file.write_text('[{"number": 0}]'), "its account cannot be read"),
+    ],
+    ids=["gone", "no JSON", "another form"],
+)
+def test_a_spoilt_account_costs_the_account_alone(spoil, says):
+    first = compiled()
+    (file,) = _account_folder().glob("*.json")
+    spoil(file)
+    second = compiled()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    (graph,) = fusewire.report().graphs
+    assert graph.cached
+    (note,) = graph.notes
+    assert says in note
+
+
+def test_the_account_is_kept_by_the_passes_themselves():
+    """Ranks that share a cache directory compile at once: who finds a graph there must find its account."""
+    with FakeTensorMode() as mode:
+        graph = make_fx(block)(*map(mode.from_tensor, tensors())).graph
+    with backend._accounts_kept("key"):
+        backend.FusewirePass(PassConfig())(graph)
+        (account,) = reports.accounts_from_json((_account_folder() / "key.json").read_text())
+    assert account.entries == fusewire.report().entries
+    assert len(account.entries) == 1
+
+
+def test_an_account_that_cannot_be_written_is_a_warning(caplog):
+    folder = _account_folder()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.write_text("a file where the folder should be")
+    result = compiled()
+    assert torch.equal(result[0], block(*tensors())[0])
+    assert "the account of a graph could not be kept beside the compile cache: " in caplog.text
+    assert fusewire.report().fused == 1
+
+
+def test_enable_says_that_graphs_came_from_the_cache():
+    compiled("enable")
+    assert fusewire.report().fused == 1
+    compiled("enable")
+    (graph,) = fusewire.report().graphs
+    assert graph.cached
+    assert "the compile cache held 1 graph" in graph.notes[0]
+    assert "backend='fusewire'" in graph.notes[0]
+
+
+def test_backend_within_enable_is_not_counted_twice():
+    compiled()
+    with fusewire.enable(**CALLS):
+        compiled()
+    (graph,) = fusewire.report().graphs
+    assert graph.cached
+    assert graph.notes == ()
+
+
+# A second process
+
+
+def _on_a_rank(cache):
+    """Compile and run on real ranks; what the process has to say."""
+    rank = torch.distributed.get_rank()
+    inputs = [tensors(seed=rank)[0], *tensors()[1:]]
+    calls = []
+    native = all_reduce_rms_norm.providers[NATIVE]
+    counted = dataclasses.replace(native, fn=lambda *args: calls.append(args) or native.fn(*args))
+    all_reduce_rms_norm.providers[NATIVE] = counted
+    counters.clear()
+    fusewire.clear_report()
+    with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=cache == "autograd"):
+        function = torch.compile(block, backend="fusewire", options={**CALLS, "expect_fused": "all"}, fullgraph=True)
+        results = [function(*inputs) for _ in range(2)]
+    section, name = {"autograd": ("aot_autograd", "autograd_cache_hit"), "fx": ("inductor", "fxgraph_cache_hit")}[cache]
+    return {
+        "misses": counters["inductor"]["fxgraph_cache_miss"],
+        "hits": counters[section][name],
+        "calls": len(calls),
+        "right": all(torch.equal(a, b) for result in results for a, b in zip(result, block(*inputs), strict=True)),
+        "norm": results[0][0],
+        "report": fusewire.report(),
+    }
+
+
+def test_a_second_process_runs_fused(tmp_path):
+    """Two gloo ranks, three times in new processes: cold, then warm by either cache."""
+    run = functools.partial(run_ranks, _on_a_rank, 2, cache_dir=tmp_path)
+    cold = run("autograd")
+    assert any(said["misses"] for said in cold)  # one rank may find what the other has just made
+    for cache in CACHES:
+        for said, made in zip(run(cache), cold, strict=True):
+            assert (said["hits"], said["misses"]) == (1, 0)
+            assert said["calls"] == 2
+            assert said["right"]
+            assert torch.equal(said["norm"], cold[0]["norm"])
+            (graph,), (first,) = said["report"].graphs, made["report"].graphs
+            assert graph.cached
+            assert graph.notes == ()
+            assert graph.entries == first.entries
+            assert [entry.status for entry in graph.entries] == ["fused"]
+
+
+def test_machine_support_is_asked_once_per_provider():
+    """The key asks whether providers can serve here, for each compilation: the answer must be kept."""
+    asked = []
+    provider = dataclasses.replace(
+        all_reduce_rms_norm.providers[NATIVE], supported=lambda: asked.append(1) or Support(True)
+    )
+    all_reduce_rms_norm.providers[NATIVE], before = provider, all_reduce_rms_norm.providers[NATIVE]
+    try:
+        for _ in range(3):
+            manager.cache_key(PassConfig(ir_op_priority={"all_reduce_rms_norm": [NATIVE]}))
+    finally:
+        all_reduce_rms_norm.providers[NATIVE] = before
+    assert asked == [1]
+    assert _machine_support(provider)

@@ -1,0 +1,540 @@
+"""Tiny tensor-parallel models of the kinds that people run, with what is known of their all-reduces.
+
+`MODELS[name].build(dtype, device)`, called on every rank inside a process group, gives the sharded model;
+`.reference(dtype, device)` gives the same weights in one piece. Weights depend on nothing but the parameters'
+names. Sizes divide by 2 and by 3; norm weights are random around what the model starts them with, so that a
+mistake in a norm's weight or weight_bias shows.
+"""
+# mypy: disable-error-code="no-any-return"
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+HIDDEN = 96
+VOCAB = 132
+HEADS = 12
+KV_HEADS = 6
+HEAD_DIM = 8
+LAYERS = 2
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model and the account of its all-reduces in one forward pass of the compiled graph.
+
+    - `all_reduces`: tensors all-reduced, counted by `count_all_reduces`. The same for 2 and 3 ranks.
+    - `fusible`: those among them that reach an RMSNorm through a bias, a scale, views, residual adds or a sum
+      with another all-reduce, so that the mathematics lets them be fused with it.
+    - `merges`: collectives that go away when a sum of two all-reduces becomes the all-reduce of the sum; the
+      all-reduces concerned are in `fusible`.
+    - `gated`: further ones that could be fused if a gate between them were known to be equal on every rank.
+    - `reduce_scatters`: collectives of sequence parallelism in place of all-reduces.
+    - `has_cache`: `prefill_and_decode` can run it. `note`: what is odd about it.
+
+    Every model compiles to one graph (`fullgraph=True`).
+    """
+
+    name: str
+    make: Callable[[torch.dtype, torch.device, bool], nn.Module]
+    all_reduces: int
+    fusible: int
+    check: Callable[[], str] = str
+    merges: int = 0
+    gated: int = 0
+    reduce_scatters: int = 0
+    has_cache: bool = True
+    note: str = ""
+
+    @property
+    def skip_reason(self) -> str:
+        """Why the model cannot be run with the packages installed here; "" if it can."""
+        return self.check()
+
+    def build(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+        """This rank's part of the model. Raises RuntimeError without a process group."""
+        if not dist.is_initialized():
+            raise RuntimeError("build() needs a process group: call it on every rank, or use reference()")
+        return self.make(dtype, torch.device(device), True)
+
+    def reference(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+        """The whole model with the same weights; dtype may be float64."""
+        return self.make(dtype, torch.device(device), False)
+
+    def inputs(
+        self, batch: int, tokens: int, device: torch.device | str = "cpu", seed: int = 0
+    ) -> torch.Tensor:
+        """Random token ids (batch, tokens), the same on every rank."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, VOCAB, (batch, tokens), generator=generator).to(device)
+
+
+def count_all_reduces(graph: torch.fx.Graph) -> int:
+    """Tensors all-reduced in a post-grad graph; a coalesced all-reduce counts each of its tensors."""
+    functional = torch.ops._c10d_functional
+    single = sum(node.target is functional.all_reduce.default for node in graph.nodes)
+    coalesced = [n for n in graph.nodes if n.target is functional.all_reduce_coalesced.default]
+    return single + sum(len(node.args[0]) for node in coalesced)
+
+
+def forward_logits(model: Callable[..., Any], ids: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, tokens, vocabulary) of one forward pass without a cache; `model` may be compiled."""
+    inner = getattr(model, "_orig_mod", model)
+    output = model(ids) if isinstance(inner, NativeModel) else model(ids, use_cache=False)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def prefill_and_decode(
+    model: Callable[..., Any],
+    ids: torch.Tensor,
+    steps: int,
+    cache: str = "static",
+    prefill: Callable[..., Any] | None = None,
+) -> list[torch.Tensor]:
+    """Logits (batch, its tokens, vocabulary) of a prefill, then of `steps` decode steps, with a KV cache.
+
+    The last `steps` of `ids` (batch, tokens) are fed one at a time, whatever the model predicted, so that
+    runs stay comparable when a rounding changes a prediction. `cache` is "static" or "dynamic". `prefill` is
+    the callable for the first step if it is not `model`: transformers' generate() runs it eagerly before a
+    compiled decode.
+    """
+    from transformers import DynamicCache, StaticCache
+
+    inner: Any = getattr(model, "_orig_mod", model)
+    if isinstance(inner, NativeModel):
+        raise ValueError("native models have no KV cache")
+    if cache not in ("static", "dynamic"):
+        raise ValueError(f"cache must be 'static' or 'dynamic', not {cache!r}")
+    tokens = ids.shape[1]
+    kv = (
+        StaticCache(inner.config, max_cache_len=tokens)
+        if cache == "static"
+        else DynamicCache(config=inner.config)
+    )
+    # Contiguous, as generate() feeds them: a view's stride would become one more dynamic size.
+    parts = [part.contiguous() for part in ids.split([tokens - steps] + [1] * steps, dim=1)]
+    runs = [prefill or model] + [model] * steps
+    return [
+        run(part, past_key_values=kv, use_cache=True).logits for run, part in zip(runs, parts, strict=True)
+    ]
+
+
+def _fill(model: nn.Module) -> nn.Module:
+    """Random weights that depend on nothing but their names; vectors stay around their initial value."""
+    done: set[int] = set()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            # Tied weights come twice: the first name counts.
+            if not tensor.is_floating_point() or tensor.data_ptr() in done:
+                continue
+            done.add(tensor.data_ptr())
+            noise = torch.randn(
+                tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            )
+            if tensor.ndim < 2:
+                tensor.add_(0.2 * noise)
+            elif "embed" in name:
+                tensor.copy_(0.3 * noise)
+            else:
+                tensor.copy_(noise / tensor.shape[-1] ** 0.5)
+    return model
+
+
+# ---------------------------------------------------------------- transformers
+
+_BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 192,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_HEAD = {"head_dim": HEAD_DIM}
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_LOCAL_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
+_SHARED_EXPERT = {**_EXPERTS, "shared_expert_intermediate_size": 48}
+_SLIDING = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+_GEMMA = {**_HEAD, **_SLIDING, "query_pre_attn_scalar": HEAD_DIM}
+_PER_LAYER = {
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 0,
+    **_HEAD,
+    **_SLIDING,
+}
+_LINEAR = {
+    "linear_num_value_heads": HEADS,
+    "linear_num_key_heads": KV_HEADS,
+    "linear_key_head_dim": HEAD_DIM,
+    "linear_value_head_dim": HEAD_DIM,
+    "layer_types": ["linear_attention", "full_attention"],
+    **_HEAD,
+}
+_ROUTED = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_MLA = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": HEAD_DIM,
+    "qk_nope_head_dim": HEAD_DIM,
+    "v_head_dim": HEAD_DIM,
+    "num_key_value_heads": HEADS,
+}
+_SCALES = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.125}
+
+
+def _make_hf(
+    classes: tuple[str, str],
+    overrides: dict[str, Any],
+    attention: str,
+    ep: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    sharded: bool,
+) -> nn.Module:
+    """Load fresh weights the way users load a checkpoint: `from_pretrained(..., tp_plan="auto")`."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    model_class, config_class = (getattr(transformers, name) for name in classes)
+    config = config_class(**{**_BASE, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = _fill(model_class(config)).state_dict()
+    options: dict[str, Any] = {"attn_implementation": attention}
+    if sharded and ep:
+        size = dist.get_world_size()
+        options["distributed_config"] = transformers.DistributedConfig(tp_size=size, ep_size=size)
+    elif sharded:
+        options |= {"tp_plan": "auto", "tp_size": dist.get_world_size()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **options)
+    if not sharded:
+        return model.to(device).eval()
+    if model.device.type != device.type:
+        raise RuntimeError(
+            f"transformers placed the model on {model.device}, not on {device}: it takes the accelerator it "
+            "sees; hide it with CUDA_VISIBLE_DEVICES='' for a CPU model"
+        )
+    return model.eval()
+
+
+def _check_hf(classes: tuple[str, str], ep: bool) -> str:
+    """Why the transformers installed here cannot shard this model, "" if it can."""
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
+    import transformers
+
+    missing = [name for name in classes if not hasattr(transformers, name)]
+    if missing:
+        return f"transformers {transformers.__version__} has no {missing[0]}"
+    model_class, config_class = (getattr(transformers, name) for name in classes)
+    if not (getattr(config_class, "base_model_tp_plan", None) or getattr(model_class, "_tp_plan", None)):
+        return f"transformers {transformers.__version__} has no tensor-parallel plan for {classes[0]}"
+    if ep and not hasattr(getattr(transformers, "DistributedConfig", None), "ep_size"):
+        return f"transformers {transformers.__version__} has no DistributedConfig(ep_size=...)"
+    return ""
+
+
+def _hf(
+    name: str,
+    stem: str,
+    overrides: dict[str, Any] | None = None,
+    all_reduces: int = 1 + 2 * LAYERS,
+    fusible: int | None = None,
+    *,
+    text: str = "",
+    attention: str = "sdpa",
+    ep: bool = False,
+    **known: Any,
+) -> ModelSpec:
+    """One row. By default the embedding and two projections a layer are all-reduced, and fusible."""
+    classes = (f"{stem}ForCausalLM", f"{stem}{text}Config")
+    make = partial(_make_hf, classes, overrides or {}, attention, ep)
+    fusible = all_reduces if fusible is None else fusible
+    return ModelSpec(name, make, all_reduces, fusible, partial(_check_hf, classes, ep), **known)
+
+
+_LAYER_NORM = "LayerNorm, not RMSNorm: nothing may fuse"
+_GATE = "experts + sigmoid(gate) * shared expert: the gate stands between the two all-reduces"
+_POST_NORM = "the embedding's all-reduce feeds projections, not a norm"
+_EP = "expert parallelism: the all-reduce adds the outputs of each rank's whole experts"
+
+_HF_MODELS = (
+    _hf("llama", "Llama"),
+    _hf(
+        "llama_bias", "Llama", {"attention_bias": True, "mlp_bias": True}, note="a bias after the all-reduce"
+    ),
+    _hf("mistral", "Mistral", {**_HEAD, "sliding_window": None}),
+    _hf("qwen2", "Qwen2", {"tie_word_embeddings": True}),
+    _hf("qwen3", "Qwen3", _HEAD),
+    _hf("smollm3", "SmolLM3"),
+    _hf("gemma1", "Gemma", _HEAD),
+    _hf("gemma2", "Gemma2", _GEMMA, attention="eager"),
+    _hf("gemma3", "Gemma3", _GEMMA, text="Text"),
+    _hf(
+        *("gemma3n", "Gemma3n", {**_PER_LAYER, "laurel_rank": 8, "activation_sparsity_pattern": None}, 5, 4),
+        text="Text",
+        note="the embedding's all-reduce feeds AltUp, not a norm; activation sparsity is off: sharded, "
+        "transformers takes its statistics over one rank's part of the MLP, which gives another model",
+    ),
+    _hf("gemma4", "Gemma4", {**_PER_LAYER, "global_head_dim": HEAD_DIM}, text="Text"),
+    _hf("qwen3_moe", "Qwen3Moe", {**_HEAD, **_EXPERTS}),
+    _hf("qwen3_moe_ep", "Qwen3Moe", {**_HEAD, **_EXPERTS}, ep=True, note=_EP),
+    _hf("qwen2_moe", "Qwen2Moe", _SHARED_EXPERT, note="the shared expert is whole on every rank"),
+    _hf("mixtral", "Mixtral", _LOCAL_EXPERTS),
+    _hf("olmoe", "Olmoe", _EXPERTS),
+    _hf("minimax_m2", "MiniMaxM2", {**_HEAD, **_LOCAL_EXPERTS, "rotary_dim": HEAD_DIM}),
+    _hf(
+        "deepseek_v3", "DeepseekV3", {**_MLA, **_ROUTED}, 4, merges=1, note="attention is whole on every rank"
+    ),
+    _hf("glm4", "Glm4", {**_HEAD, "partial_rotary_factor": 0.5}),
+    _hf("glm4_moe", "Glm4Moe", {**_HEAD, **_ROUTED}, 6, merges=1),
+    _hf("granite", "Granite", {**_SCALES, "logits_scaling": 8.0}),
+    _hf(
+        "granite_moe",
+        "GraniteMoe",
+        {**_LOCAL_EXPERTS, **_SCALES},
+        3,
+        note="the experts are whole on every rank",
+    ),
+    _hf("olmo", "Olmo", None, 5, 0, note=_LAYER_NORM),
+    _hf("olmo2", "Olmo2", None, 5, 4, note=_POST_NORM),
+    _hf("olmo3", "Olmo3", _SLIDING, 5, 4, note=_POST_NORM),
+    _hf("exaone4", "Exaone4", _SLIDING, 5, 4, note=_POST_NORM),
+    _hf("nanochat", "NanoChat", note="RMSNorm without a weight"),
+    _hf("phi", "Phi", None, 5, 0, note=_LAYER_NORM),
+    _hf("phi3", "Phi3", {"sliding_window": None}, note="Phi-4 is this class too"),
+    _hf("cohere", "Cohere", None, 5, 0, note=_LAYER_NORM),
+    _hf("cohere2", "Cohere2", _SLIDING, 5, 0, note=_LAYER_NORM),
+    _hf("gpt_neox", "GPTNeoX", None, 4, 0, note=_LAYER_NORM),
+    _hf("qwen3_next", "Qwen3Next", {**_LINEAR, **_SHARED_EXPERT}, 6, 2, gated=4, note=_GATE),
+    _hf("qwen3_5", "Qwen3_5", _LINEAR, 4, text="Text", note="linear attention ends in an all-gather"),
+    _hf("qwen3_5_moe", "Qwen3_5Moe", {**_LINEAR, **_SHARED_EXPERT}, 6, 2, text="Text", gated=4, note=_GATE),
+    _hf(
+        *("llama4", "Llama4", {**_HEAD, "intermediate_size_mlp": 192, **_LOCAL_EXPERTS}, 7, 5),
+        text="Text",
+        attention="eager",
+        note="every expert's output is all-reduced, and only then summed over the experts",
+    ),
+    _hf(
+        *("gpt_oss", "GptOss", {**_HEAD, **_SLIDING, **_LOCAL_EXPERTS}, 0),
+        attention="eager",
+        note="the plan shards the output projection only",
+    ),
+    _hf(
+        "gpt_oss_ep",
+        "GptOss",
+        {**_HEAD, **_SLIDING, **_LOCAL_EXPERTS},
+        2,
+        attention="eager",
+        ep=True,
+        note=_EP,
+    ),
+    _hf("falcon", "Falcon", None, 0),
+)
+
+# ---------------------------------------------------------------- models written with torch alone
+
+
+Norm = Callable[[int], nn.Module]
+
+
+class OwnNorm(nn.Module):
+    """RMSNorm as hand-written models spell it: rounded to the input's dtype, then scaled."""
+
+    def __init__(self, hidden: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden))
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(torch.mean(x * x, dim=-1, keepdim=True) + self.eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._norm(x.float()).type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention over however many heads this rank holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq = nn.Linear(HIDDEN, HEADS * HEAD_DIM, bias=False)
+        self.wk = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False)
+        self.wv = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False)
+        self.wo = nn.Linear(HEADS * HEAD_DIM, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (w(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(HIDDEN, 192, bias=False)
+        self.w3 = nn.Linear(HIDDEN, 192, bias=False)
+        self.w2 = nn.Linear(192, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        self.attention_norm, self.ffn_norm = norm(HIDDEN), norm(HIDDEN)
+        self.attention, self.feed_forward = Attention(), FeedForward()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class CoalescedBlock(Block):
+    """Attention and feed-forward side by side, as in GPT-J; one coalesced all-reduce adds up both."""
+
+    group: dist.ProcessGroup | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [self.attention(self.attention_norm(x)), self.feed_forward(self.ffn_norm(x))]
+        if self.group is not None:
+            parts = funcol.all_reduce_coalesced(parts, "sum", self.group)
+        return x + parts[0] + parts[1]
+
+
+class NativeModel(nn.Module):
+    """Llama-like decoder without positions; returns logits (batch, tokens, vocabulary)."""
+
+    def __init__(self, block: type[nn.Module], norm: Norm) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(VOCAB, HIDDEN)
+        self.layers = nn.ModuleList(block(norm) for _ in range(LAYERS))
+        self.norm = norm(HIDDEN)
+        self.output = nn.Linear(HIDDEN, VOCAB, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.tok_embeddings(ids)
+        for layer in self.layers:
+            h = layer(h)
+        return self.output(self.norm(h))
+
+
+_COLUMNS = ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3")
+_ROWS = ("attention.wo", "feed_forward.w2")
+
+
+def _parallelize(model: NativeModel, sequence: bool) -> None:
+    """Shard with `parallelize_module`; `sequence` also splits the norms and the residual over the tokens."""
+    residual = Shard(1) if sequence else Replicate()
+    plan: dict[str, Any] = {
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=residual),
+        "output": ColwiseParallel(input_layouts=residual, output_layouts=Replicate()),
+        **{f"layers.*.{path}": ColwiseParallel() for path in _COLUMNS},
+        **{f"layers.*.{path}": RowwiseParallel(output_layouts=residual) for path in _ROWS},
+    }
+    if sequence:
+        gather = PrepareModuleInput(input_layouts=(residual,), desired_input_layouts=(Replicate(),))
+        plan |= {"layers.*.attention": gather, "layers.*.feed_forward": gather}
+        plan |= {
+            path: SequenceParallel() for path in ("norm", "layers.*.attention_norm", "layers.*.ffn_norm")
+        }
+    mesh = init_device_mesh(model.output.weight.device.type, (dist.get_world_size(),))
+    parallelize_module(model, mesh, plan)
+
+
+def _slice_by_hand(model: NativeModel) -> None:
+    """Keep this rank's rows or columns of each projection and reduce in hooks, as hand-written models do."""
+    rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    assert group is not None
+
+    def reduce(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return funcol.all_reduce(output, "sum", group)
+
+    layer: Any
+    for layer in model.layers:
+        for dim, paths in ((0, _COLUMNS), (1, _ROWS)):
+            for path in paths:
+                linear = layer.get_submodule(path)
+                linear.weight = nn.Parameter(linear.weight.detach().chunk(size, dim)[rank].clone())
+        if isinstance(layer, CoalescedBlock):
+            layer.group = group
+        else:
+            layer.attention.register_forward_hook(reduce)
+            layer.feed_forward.register_forward_hook(reduce)
+
+
+def _make_native(
+    block: type[nn.Module],
+    norm: Norm,
+    shard: Callable[[NativeModel], None],
+    dtype: torch.dtype,
+    device: torch.device,
+    sharded: bool,
+) -> nn.Module:
+    model = NativeModel(block, norm)
+    _fill(model).to(device=device, dtype=dtype)
+    if sharded:
+        shard(model)
+    return model.eval()
+
+
+def _native(
+    name: str,
+    block: type[nn.Module],
+    norm: Norm,
+    shard: Callable[[NativeModel], None],
+    count: int,
+    **known: Any,
+) -> ModelSpec:
+    return ModelSpec(name, partial(_make_native, block, norm, shard), count, count, has_cache=False, **known)
+
+
+_RMS_NORM = partial(nn.RMSNorm, eps=1e-5)
+_NATIVE_MODELS = (
+    _native("native", Block, _RMS_NORM, partial(_parallelize, sequence=False), 5),
+    _native("native_sequence", Block, _RMS_NORM, partial(_parallelize, sequence=True), 0, reduce_scatters=5),
+    _native("hand_written", Block, OwnNorm, _slice_by_hand, 4),
+    _native(
+        "coalesced", CoalescedBlock, OwnNorm, _slice_by_hand, 4, merges=2, note="two norms read each sum"
+    ),
+)
+
+MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (*_HF_MODELS, *_NATIVE_MODELS)}
