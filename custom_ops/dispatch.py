@@ -26,7 +26,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
+from fusewire.custom_ops.all_reduce_norm import (
+    all_reduce_rms_norm,
+    all_reduce_sum,
+    resolve_group,
+)
 from fusewire.custom_ops.ir import (
     NATIVE,
     IrOp,
@@ -36,6 +40,7 @@ from fusewire.custom_ops.ir import (
     parse_policy,
     unknown_provider,
 )
+from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.plans import Plan, find_plan
 from fusewire.custom_ops.workspace import PROVIDERS, REGISTRY, Entry, WorkspaceKey, WorkspaceProvider
 from fusewire.errors import ConfigError, NoProviderError
@@ -43,6 +48,7 @@ from fusewire.errors import ConfigError, NoProviderError
 # Memory that a workspace may take on each GPU where nobody said how many tokens it is for.
 DEFAULT_WORKSPACE_BYTES = 512 << 20
 _LIMITED_BY_SIZE = "flashinfer"
+_NORM_KERNEL = "triton_batch_invariant"
 _MAX_DECISIONS = 1 << 15
 
 
@@ -338,11 +344,43 @@ def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[_Decision, bo
         workspace = entries[name].workspace
         assert workspace is not None
         provider = dataclasses.replace(provider, fn=PROVIDERS[name].bind(workspace, label))
+    elif name == NATIVE and _norm_kernel_serves(args):
+        provider = dataclasses.replace(provider, fn=_native_with_norm_kernel)
     return _Decision(provider, snapshot, weakref.ref(group)), keep
 
 
 def _on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda
+
+
+def _norm_kernel_serves(args: tuple[Any, ...]) -> bool:
+    x, residual, weight, eps, weight_bias, form, _ = args
+    fitting = x if residual is None else residual
+    kernel = fused_add_rms_norm.providers[_NORM_KERNEL]
+    return bool(kernel.check(x, fitting, weight, eps, weight_bias, form))
+
+
+def _native_with_norm_kernel(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    group_name: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Native's all-reduce, then one kernel for the rest: native called operator by operator would take ten.
+
+    Whether a rank does this is its own affair: the collective is the same.
+    """
+    summed = all_reduce_sum(x, group_name)
+    if residual is None:
+        norm = rms_norm.providers[_NORM_KERNEL].fn(summed, weight, eps, weight_bias, form)
+        return norm, summed
+    both: tuple[torch.Tensor, torch.Tensor] = fused_add_rms_norm.providers[_NORM_KERNEL].fn(
+        summed, residual, weight, eps, weight_bias, form
+    )
+    return both
 
 
 def _look(

@@ -15,6 +15,8 @@ import torch
 
 ONE_SHOT = "flashinfer/oneshot"
 TWO_SHOT = "flashinfer/twoshot"
+SYMM_ONE_SHOT = "symm_mem/oneshot"
+SYMM_TWO_SHOT = "symm_mem/twoshot"
 NATIVE = "native"
 
 Points = tuple[tuple[int, float], ...]

@@ -60,13 +60,16 @@ def rank_main(job: dict[str, Any]) -> None:
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     try:
         say(result=_with_room_for_frames(lambda: JOBS[job["name"]](job)))
+        status = 0
     except smollm2.SetupError as error:
         say(setup_error=str(error))
-        sys.exit(2)
+        status = 2
     except BaseException:
         say(error=traceback.format_exc(), at=time.time())
-        sys.stdout.flush()
-        os._exit(1)  # not sys.exit: a process group that has lost a rank can hang in its destructor
+        status = 1
+    # Not sys.exit: a process group that has lost a rank can hang in its destructor, and a process that has
+    # compiled takes seconds to take its objects apart.
+    os._exit(status)
 
 
 def _leave_with_parent() -> None:

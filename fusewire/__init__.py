@@ -7,6 +7,8 @@
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ir import ir_op_priority, register_op
 from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.providers import load_providers
+from fusewire.custom_ops.workspace import close, prepare, workspaces
 from fusewire.fusion_passes.backend import enable
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.manager import run_passes
@@ -20,12 +22,17 @@ __all__ = [
     "Report",
     "all_reduce_rms_norm",
     "clear_report",
+    "close",
     "enable",
     "fused_add_rms_norm",
     "ir_op_priority",
+    "prepare",
     "register_op",
     "register_pass",
     "report",
     "rms_norm",
     "run_passes",
+    "workspaces",
 ]
+
+load_providers()

@@ -153,6 +153,7 @@ class _Fuser:
         self.graph = graph
         self.context = context
         self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.collectives: dict[str, list[Node]] = {}  # of each group, in the graph's order
 
     def check(self, fusion: Fusion, captures: Captures, root: Node, nodes: Sequence[Node]) -> Support:
         """The extra check; a refusal is recorded with its reason and leaves the graph alone."""
@@ -190,17 +191,36 @@ class _Fuser:
         for name in ("weight", "residual"):
             if depends_on(captures.get(name), reduce, self.order):
                 return Support.no(f"the norm's {name} is computed from the all-reduce's own result")
+        collectives = self._collectives(captures["group"])
+        following = collectives[collectives.index(reduce) + 1 :][:1]
+        if following and following[0] < self._last_input(captures, reduce):
+            return Support.no(
+                f"another collective of the same group ({following[0].name}) comes before what the norm needs, and the "
+                "two would change places"
+            )
         return YES
 
+    def _collectives(self, group: str) -> list[Node]:
+        if group not in self.collectives:
+            calls = (node for node in self.graph.nodes if node.op == "call_function")
+            self.collectives[group] = [node for node in calls if group in (*node.args, *node.kwargs.values())]
+        return self.collectives[group]
+
+    def _last_input(self, captures: Captures, reduce: Node) -> Node:
+        """Where the fused call can stand at the earliest, so that collectives keep their order."""
+        return max(node for node in (reduce, captures["weight"], captures.get("residual")) if isinstance(node, Node))
+
     def rewrite(self, fusion: Fusion, captures: Captures, root: Node, nodes: Sequence[Node]) -> None:
-        """Put the fused call in the root's place."""
+        """Put the fused call in the root's place, as early as its inputs allow."""
         reduce, wait = self._node(nodes, ALL_REDUCE), self._node(nodes, WAIT)
         name = self.context.origin.get(reduce.name, reduce.name)
         arguments = tuple(None if key is None else captures[key] for key in fusion.arguments)
-        with self.graph.inserting_before(root):
+        with self.graph.inserting_before(self._last_input(captures, reduce).next):
             fused = self.graph.call_function(fusion.replacement, arguments)
             copy_origin(reduce, fused)
             fused.meta["fusewire_all_reduce"] = name
+            collectives = self._collectives(captures["group"])
+            collectives[collectives.index(reduce)] = fused
             x = captures["x"].meta["val"]
             fused.meta["val"] = self._outputs(x)
             if fusion.returns_sum:

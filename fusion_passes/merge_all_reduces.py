@@ -82,7 +82,7 @@ def _start(node: Any, limit: int = 6) -> Node | None:
 
 def _merge(graph: Graph, node: Node, pair: tuple[Path, Path], context: RunContext) -> None:
     kept, gone = pair[0].all_reduce, pair[1].all_reduce
-    with graph.inserting_before(node):
+    with graph.inserting_before(max(kept.node, gone.node)):
         inputs = []
         for path in pair:
             x = path.all_reduce.x

@@ -126,8 +126,12 @@ class _Raiser:
             direct = self.paths.find(norm.source)  # what is added may be a bias
             if direct is not None or not found:
                 return None if direct is None else (direct, None)
-        # Of two all-reduces, the nearer one that only this sum reads is fused; the other becomes the residual.
-        return min(found, key=lambda item: (item[0].other_readers, len(item[0].steps)))
+        # Of two all-reduces, the nearer one that only this sum reads is fused (the later one, so that they keep their
+        # order); the other becomes the residual.
+        return min(
+            found,
+            key=lambda item: (item[0].other_readers, len(item[0].steps), -self.order.get(item[0].all_reduce.node, 0)),
+        )
 
     def _obstacle(self, norm: Norm, path: Path, residual: Any) -> str:
         """Why the nodes between cannot be rewritten, or ""."""
@@ -170,7 +174,7 @@ class _Raiser:
         site = path.all_reduce
         if self._stays(path):
             return site.value
-        with self.graph.inserting_before(norm.out):
+        with self.graph.inserting_before(site.node):
             x = site.x
             for step in path.of_kind(VIEW, SCALE):
                 if step.kind == VIEW:

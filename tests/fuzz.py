@@ -119,6 +119,7 @@ MISSES = {
     "two all-reduces": Miss(EITHER, residual=True),
     "strided residual": Miss(EITHER, residual=True),
     "sum changed before the norm": Miss(EITHER),
+    "collective between": Miss(EITHER),
     # The norm
     "mean over tokens": Miss(REFUSED),
     "mean over everything": Miss(REFUSED),
@@ -279,7 +280,7 @@ class _Layer:
         if self.rank == 1 or 0 in self.writer.shape:
             return miss in ("other reduction", "group of one rank", "relu", "all-reduce also read", "alpha", "no norm")
         # With one token a mean over the tokens is over nothing, and a row broadcasts to nothing.
-        few = self.tokens == 1
+        few = self.writer.shape[-2] == 1
         return not (few and miss in ("broadcast residual", "slice", "mean over tokens", "epsilon per token"))
 
     # Writing
@@ -314,6 +315,8 @@ class _Layer:
             self.output(self.pick(f"{reduced} * {reduced}", f"{reduced} @ {self._matrix()}", f"{reduced}.clone()"))
             return
         value = self._between(reduced)
+        if self.miss == "collective between":
+            self.output(self._plain_reduce(self.let(f"torch.sin({self.writer.n})", "p")))
         total = self._add(value)
         normed = self._norm(total, reduced)
         self._extras(partial, value, total, normed)
@@ -334,7 +337,7 @@ class _Layer:
 
     def _all_reduces(self) -> int:
         """How many entries of the report this layer has."""
-        return {"two all-reduces": 2, "weights of each other": 2, "coalesced": 0}.get(self.miss, 1)
+        return {"two all-reduces": 2, "weights of each other": 2, "collective between": 2, "coalesced": 0}.get(self.miss, 1)
 
     # The collective
 

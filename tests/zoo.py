@@ -10,6 +10,7 @@ mistake in a norm's weight or weight_bias shows.
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 import warnings
 import zlib
 from collections.abc import Callable
@@ -226,6 +227,7 @@ def _make_hf(
     sharded: bool,
 ) -> nn.Module:
     """Load fresh weights the way users load a checkpoint: `from_pretrained(..., tp_plan="auto")`."""
+    import safetensors.torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -234,16 +236,18 @@ def _make_hf(
     config = config_class(**{**_BASE, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        weights = _fill(model_class(config)).state_dict()
+        whole = _fill(model_class(config))
     options: dict[str, Any] = {"attn_implementation": attention}
     if sharded and ep:
         size = dist.get_world_size()
         options["distributed_config"] = transformers.DistributedConfig(tp_size=size, ep_size=size)
     elif sharded:
         options |= {"tp_plan": "auto", "tp_size": dist.get_world_size()}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as directory:
         warnings.simplefilter("ignore", FutureWarning)
-        model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **options)
+        # Not save_pretrained, which writes on rank 0 only; save_model keeps one copy of tied weights.
+        safetensors.torch.save_model(whole, f"{directory}/model.safetensors", metadata={"format": "pt"})
+        model = model_class.from_pretrained(directory, config=config, dtype=dtype, **options)
     if not sharded:
         return model.to(device).eval()
     if model.device.type != device.type:

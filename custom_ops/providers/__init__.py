@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 
-_MODULES = ("torch_batch_invariant", "triton_norm", "batch_invariant", "flashinfer")
+_MODULES = ("torch_batch_invariant", "triton_norm", "batch_invariant", "flashinfer", "symm_mem_provider")
 
 
 def load_providers() -> None:

@@ -11,17 +11,28 @@ norm = RMSNorm(r) (Zhang and Sennrich, 2019, arXiv:1910.07467) in one of the for
 make the same calls in the same order, with equal shapes, dtypes and options, one call at a time (not on two
 streams at once).
 
-Triton is imported and kernels are compiled at the first call, so call once before capturing a CUDA graph.
+Triton is imported and kernels are compiled at the first call of their kind (see `compiling_only`), so call
+once before capturing a CUDA graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusewire.custom_ops.norms import ROUND_THEN_SCALE, check_norm_args
+from fusewire.custom_ops.norms import ROUND_THEN_SCALE
+from fusewire.custom_ops.providers.symm_mem_arguments import (
+    KINDS,
+    output_like,
+    prepared,
+    residual_like,
+    residual_shard,
+    weight_for,
+)
 from fusewire.custom_ops.providers.symm_mem_plan import (
     Plan,
     check_plan,
@@ -30,14 +41,29 @@ from fusewire.custom_ops.providers.symm_mem_plan import (
     plan_two_shot_flags,
 )
 from fusewire.custom_ops.providers.symm_mem_workspace import SymmMemWorkspace, owned_rows, shard_rows
-from fusewire.errors import ArgumentError, WorkspaceError
+from fusewire.errors import ArgumentError
 
 DATA = "data"  # data as flag: lower latency
 FLAGS = "flags"  # one flag a row: more throughput
-_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _NO_WEIGHT = -1
 
 _compiled: dict[Any, Any] = {}
+_compile_only = False
+
+
+@contextmanager
+def compiling_only() -> Iterator[None]:
+    """Inside, calls compile what they would launch and launch nothing; their results are uninitialised.
+
+    A rank that compiles while its peers already wait in the kernel makes them wait for the compiler, perhaps
+    past the time limit. So compile on all ranks (not thread-safe), let them meet, then call.
+    """
+    global _compile_only
+    before, _compile_only = _compile_only, True
+    try:
+        yield
+    finally:
+        _compile_only = before
 
 
 def one_shot(
@@ -77,10 +103,10 @@ def one_shot(
         PeerTimeoutError: an earlier call waited for a peer in vain.
         WorkspaceError: the workspace is closed.
     """
-    rows, tokens = _prepare(ws, x, weight, eps, weight_bias, form, ws.layout.one_shot_tokens, "one-shot")
-    residual = _like(residual, x, "residual")
-    norm_out = _output(norm_out, x, x, "norm_out")
-    residual_out = _output(residual_out, x, x, "residual_out") if need_residual else None
+    rows, tokens = prepared(ws, x, weight, eps, weight_bias, form, ws.layout.one_shot_tokens, "one-shot")
+    residual = residual_like(residual, x)
+    norm_out = output_like(norm_out, x, x, "norm_out")
+    residual_out = output_like(residual_out, x, x, "residual_out") if need_residual else None
     if tokens == 0:
         return norm_out, residual_out
     plan = plan or plan_one_shot(tokens, ws.layout.packets, ws.multiprocessors)
@@ -90,7 +116,7 @@ def one_shot(
         ws,
         "one_shot_kernel",
         plan,
-        (ws.ctl, rows, residual, _weight(weight), norm_out, residual_out, tokens, ws.rank),
+        (ws.ctl, rows, residual, weight_for(weight), norm_out, residual_out, tokens, ws.rank),
         (at["one_shot_slots"], ws.world_size * source, source, at["one_shot_slices"], eps, weight_bias),
         (form == ROUND_THEN_SCALE, plan.slices, plan.block, plan.threads, plan.pdl),
     )
@@ -127,13 +153,13 @@ def two_shot(
         raise ArgumentError(
             "output names the buffer of the residual: leave residual_out None and need_residual True"
         )
-    rows, tokens = _prepare(ws, x, weight, eps, weight_bias, form, ws.layout.max_tokens, "two-shot")
-    residual = _like(residual, x, "residual")
-    norm_out = _output(norm_out, x, x, "norm_out")
+    rows, tokens = prepared(ws, x, weight, eps, weight_bias, form, ws.layout.max_tokens, "two-shot")
+    residual = residual_like(residual, x)
+    norm_out = output_like(norm_out, x, x, "norm_out")
     if output is not None:
-        residual_out = _output(ws.output(output, tokens).view(x.shape), x, x, "the output buffer")
+        residual_out = output_like(ws.output(output, tokens).view(x.shape), x, x, "the output buffer")
     elif need_residual:
-        residual_out = _output(residual_out, x, x, "residual_out")
+        residual_out = output_like(residual_out, x, x, "residual_out")
     if tokens:
         _two_shot(
             ws,
@@ -187,22 +213,22 @@ def two_shot_sharded(
     """
     if output is not None and norm_out is not None:
         raise ArgumentError("output names the buffer of the norm: leave norm_out None")
-    rows, tokens = _prepare(ws, x, weight, eps, weight_bias, form, ws.layout.max_tokens, "two-shot")
+    rows, tokens = prepared(ws, x, weight, eps, weight_bias, form, ws.layout.max_tokens, "two-shot")
     shard, owned = shard_rows(tokens, ws.world_size), owned_rows(tokens, ws.world_size, ws.rank)
-    residual = _shard_of(residual, x, shard, owned, ws)
+    residual = residual_shard(residual, x, shard, owned, ws)
     if need_residual and residual_out is None:
         residual_out = x.new_empty((shard, ws.hidden))
         if owned < shard:
             residual_out[owned:].zero_()
     elif need_residual:
-        residual_out = _output(
+        residual_out = output_like(
             residual_out, x.new_empty((shard, ws.hidden), device="meta"), x, "residual_out"
         )
     else:
         residual_out = None
     if output is not None:
         norm_out = ws.output(output, tokens).view(x.shape)
-    norm_out = _output(norm_out, x, x, "norm_out")
+    norm_out = output_like(norm_out, x, x, "norm_out")
     if tokens:
         _two_shot(
             ws,
@@ -248,7 +274,7 @@ def _two_shot(
             "more data_tokens"
         )
     shard = shard_rows(tokens, ws.world_size)
-    tensors = (ws.ctl, rows, residual, _weight(weight), norm_out, residual_out, tokens, shard, ws.rank)
+    tensors = (ws.ctl, rows, residual, weight_for(weight), norm_out, residual_out, tokens, shard, ws.rank)
     rounding = form == ROUND_THEN_SCALE
     if protocol == DATA:
         plan = plan or plan_two_shot_data(shard, layout.packets, ws.world_size, ws.multiprocessors)
@@ -286,11 +312,11 @@ def _launch(
     are not specialised, tensors are aligned), so after the first time Triton's argument analysis is skipped.
     """
     residual, weight, residual_out = tensors[2], tensors[3], tensors[5]
-    weight_kind = _NO_WEIGHT if weight is None else _KINDS[weight.dtype]
+    weight_kind = _NO_WEIGHT if weight is None else KINDS[weight.dtype]
     kinds = (
         ws.world_size,
         ws.hidden,
-        _KINDS[ws.dtype],
+        KINDS[ws.dtype],
         weight_kind,
         residual is not None,
         residual_out is not None,
@@ -311,88 +337,16 @@ def _run(key: Any, name: str, ws: SymmMemWorkspace, plan: Plan, args: tuple[Any,
         raise ArgumentError(f"this plan cannot be used: {reason}")
     grid = (plan.programs, 1, 1)
     if compiled is not None:
-        compiled[grid](*args)
+        if not _compile_only:
+            compiled[grid](*args)
         return
     from fusewire.custom_ops.providers import symm_mem_flags, symm_mem_kernels
 
     kernel = getattr(symm_mem_flags if hasattr(symm_mem_flags, name) else symm_mem_kernels, name)
-    launched = kernel[grid](*args, num_warps=plan.warps, maxnreg=plan.registers, launch_pdl=plan.pdl)
+    options = {"num_warps": plan.warps, "maxnreg": plan.registers, "launch_pdl": plan.pdl}
+    if _compile_only:
+        kernel.warmup(*args, grid=grid, **options)
+        return
+    launched = kernel[grid](*args, **options)
     if hasattr(launched, "__getitem__"):
         _compiled[key] = launched
-
-
-def _prepare(
-    ws: SymmMemWorkspace,
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    capacity: int,
-    kind: str,
-) -> tuple[Tensor, int]:
-    """Check what all forms share; x as contiguous, aligned rows, and their number."""
-    if ws.closed:
-        raise WorkspaceError("the workspace is closed; make a new one")
-    ws.check()
-    check_norm_args(x, weight, eps, weight_bias, form)
-    if x.dtype != ws.dtype or x.shape[-1] != ws.hidden or x.device != ws.device:
-        raise ArgumentError(
-            f"x is {x.dtype} (..., {x.shape[-1]}) on {x.device}, but the workspace is for {ws.dtype} "
-            f"(..., {ws.hidden}) on {ws.device}; make one for x"
-        )
-    tokens = x.numel() // ws.hidden
-    if tokens > capacity:
-        raise ArgumentError(
-            f"x has {tokens} tokens, but this workspace takes at most {capacity} in a {kind} call; make a "
-            "larger one"
-        )
-    return _aligned(x).view(tokens, ws.hidden), tokens
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """t, contiguous and on a 16-byte boundary; a copy if need be."""
-    t = t.contiguous()
-    return t.clone() if t.data_ptr() % 16 else t
-
-
-def _like(t: Tensor | None, x: Tensor, name: str) -> Tensor | None:
-    if t is None:
-        return None
-    if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
-        raise ArgumentError(
-            f"{name} is {t.dtype} {list(t.shape)} on {t.device}; it must be like x: {x.dtype} "
-            f"{list(x.shape)} on {x.device}"
-        )
-    return _aligned(t)
-
-
-def _shard_of(t: Tensor | None, x: Tensor, shard: int, owned: int, ws: SymmMemWorkspace) -> Tensor | None:
-    if t is None:
-        return None
-    fits = t.dim() == 2 and owned <= t.shape[0] <= shard and t.shape[1] == ws.hidden
-    if not fits or t.dtype != x.dtype or t.device != x.device:
-        raise ArgumentError(
-            f"the residual is {t.dtype} {list(t.shape)} on {t.device}; rank {ws.rank}'s shard for x "
-            f"{list(x.shape)} must be {x.dtype} [{shard}, {ws.hidden}] on {x.device} (its rows "
-            f"{ws.rank * shard} to {ws.rank * shard + owned})"
-        )
-    return _aligned(t)
-
-
-def _output(t: Tensor | None, like: Tensor, x: Tensor, name: str) -> Tensor:
-    if t is None:
-        return torch.empty(like.shape, dtype=x.dtype, device=x.device)
-    if t.shape != like.shape or t.dtype != x.dtype or t.device != x.device:
-        raise ArgumentError(
-            f"{name} must be {x.dtype} {list(like.shape)} on {x.device}, not {t.dtype} {list(t.shape)}"
-        )
-    if not t.is_contiguous() or t.data_ptr() % 16 or t.data_ptr() == x.data_ptr():
-        raise ArgumentError(f"{name} must be contiguous, on a 16-byte boundary, and not x itself")
-    return t
-
-
-def _weight(weight: Tensor | None) -> Tensor | None:
-    if weight is None:
-        return None
-    return _aligned(weight if weight.dtype in _KINDS else weight.float())

@@ -7,6 +7,7 @@ them but for the order in which a row's squares are added.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 MAX_SLICES = 8  # blocks that may share a row
@@ -90,6 +91,7 @@ def _slices(rows: int, packets: int, multiprocessors: int) -> int:
     return slices
 
 
+@functools.lru_cache(maxsize=16384)
 def plan_one_shot(tokens: int, packets: int, multiprocessors: int) -> Plan:
     """One packet a thread if the row allows, several blocks a row while multiprocessors are idle."""
     slices = _slices(tokens, packets, multiprocessors)
@@ -98,6 +100,7 @@ def plan_one_shot(tokens: int, packets: int, multiprocessors: int) -> Plan:
     return Plan(programs=groups * slices, warps=min(16, block // 32), block=block, slices=slices)
 
 
+@functools.lru_cache(maxsize=16384)
 def plan_two_shot_data(shard: int, packets: int, world_size: int, multiprocessors: int) -> Plan:
     """Flat copies over all multiprocessors; rows as in one-shot."""
     slices = _slices(shard, packets, multiprocessors)
@@ -112,6 +115,7 @@ def plan_two_shot_data(shard: int, packets: int, world_size: int, multiprocessor
     return Plan(programs=programs, warps=warps, block=block, slices=slices, unroll=unroll)
 
 
+@functools.lru_cache(maxsize=16384)
 def plan_two_shot_flags(shard: int, packets: int, multiprocessors: int) -> Plan:
     """One block a multiprocessor, a row at a time; as few blocks as make equally many strides, so that none
     idles.

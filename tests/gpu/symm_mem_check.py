@@ -318,12 +318,19 @@ def precompile(run: Run, calls: list) -> None:
     finally:
         symm_mem._run = original
     start = time.monotonic()
+    errors = []
     for name, plan, args in list(found.values())[run.rank :: run.world]:
         kernel = getattr(symm_mem_flags, name, None) or getattr(symm_mem_kernels, name)
         options = {"num_warps": plan.warps, "maxnreg": plan.registers, "launch_pdl": plan.pdl}
-        kernel.warmup(*args, grid=(plan.programs,), **options)
+        try:
+            kernel.warmup(*args, grid=(plan.programs,), **options)
+        except Exception as error:
+            run.log.write(traceback.format_exc())
+            errors.append(f"{name} {plan}: {' '.join(str(error).split())[:150]}")
     run.gather(None)
     run.say(f"compiled {len(found)} kernels in {time.monotonic() - start:.0f} s")
+    if errors:
+        raise RuntimeError(f"{len(errors)} kernels do not compile: {errors[0]}")
 
 
 def correctness(run: Run) -> None:
@@ -345,12 +352,17 @@ def several(run: Run, hidden: int, dtype: torch.dtype, cases: list[Case]) -> Non
     for case in cases:
 
         def work(case: Case = case) -> tuple:
-            ws, prints = run.workspace(hidden, dtype), []
+            ws, prints, wrong = run.workspace(hidden, dtype), [], []
             for seed in (1, 2):  # what the first leaves behind must not pass for the second
                 data = draw(run, case, seed)
                 norm, kept = call(run, ws, case, data)
                 ws.check(synchronize=True)
-                prints.append(compare(run, case, data, norm, kept))
+                try:
+                    prints.append(compare(run, case, data, norm, kept))
+                except AssertionError as error:  # the peers go on, so this rank must too
+                    wrong.append(f"input {seed}: {error}")
+            if wrong:
+                raise AssertionError("; ".join(wrong))
             return tuple(prints)
 
         run.step("one call", str(case), work)
@@ -394,6 +406,7 @@ MIX = [
 def graphs(run: Run) -> tuple:
     """A CUDA graph of all kernels, replayed on new inputs."""
     ws = run.workspace(2880, BF16)
+    precompile(run, [lambda case=case: dry(run, case) for case in MIX])
     inputs = [draw(run, case, 1) for case in MIX]
     for case, data in zip(MIX, inputs, strict=True):
         call(run, ws, case, data)
@@ -402,7 +415,7 @@ def graphs(run: Run) -> tuple:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for case, data in zip(MIX, inputs, strict=True):
             results.append(call(run, ws, case, data))
-    prints = []
+    prints, wrong = [], []
     for seed in range(2, 8):
         fresh = [draw(run, case, seed) for case in MIX]
         for data, new in zip(inputs, fresh, strict=True):
@@ -412,13 +425,19 @@ def graphs(run: Run) -> tuple:
         graph.replay()
         ws.check(synchronize=True)
         for case, data, (norm, kept) in zip(MIX, fresh, results, strict=True):
-            prints.append(compare(run, case, data, norm, kept))
+            try:
+                prints.append(compare(run, case, data, norm, kept))
+            except AssertionError as error:
+                wrong.append(f"replay {seed}: {case}: {error}")
+    if wrong:
+        raise AssertionError("; ".join(wrong[:3]))
     return tuple(prints)
 
 
 def stress(run: Run, calls: int = 400) -> tuple:
     """Calls in random order, the ranks out of step by up to 0.2 ms, all results compared bit for bit."""
     ws = run.workspace(2880, BF16)
+    precompile(run, [lambda case=case: dry(run, case) for case in MIX])
     inputs = [draw(run, case, 3) for case in MIX]
     first = [call(run, ws, case, data) for case, data in zip(MIX, inputs, strict=True)]
     ws.check(synchronize=True)
@@ -445,7 +464,8 @@ def missing_rank(run: Run) -> None:
         run.drop()
         ws, data = run.workspace(2880, BF16, timeout_s=1.0), draw(run, case, 1)
         run.gather(None)
-        call(run, ws, case, data)  # compiles
+        precompile(run, [lambda case=case: dry(run, case)])
+        call(run, ws, case, data)
         ws.check(synchronize=True)
         run.gather(None)
         if run.rank != missing:
@@ -571,15 +591,16 @@ def peer_copies(run: Run, ws: SymmMemWorkspace, tokens: int, sets: list[dict]):
     rows = max(1, 2 * tokens // run.world)
     at = ws.layout.offsets["inbox"] // ws.dtype.itemsize
     peers = [r for r in range(run.world) if r != run.rank]
-    targets = [ws._handle.get_buffer(p, (rows, ws.hidden), ws.dtype, at) for p in peers]
     streams = [torch.cuda.Stream() for _ in peers]
 
     def function(i: int) -> None:
         current = torch.cuda.current_stream()
-        for stream, target in zip(streams, targets, strict=True):
+        for stream, peer in zip(streams, peers, strict=True):
+            target = ws._handle.get_buffer(peer, (rows, ws.hidden), ws.dtype, at)
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 target.copy_(sets[i % len(sets)]["x"][:rows])
+        for stream in streams:
             current.wait_stream(stream)
 
     return function
@@ -613,8 +634,8 @@ def bench_one(run: Run, hidden: int, tokens: int, fused_tail) -> list[tuple]:
     ws = run.ws
     size = tokens * hidden * 2
     # x, residual and two outputs a set; the L2 (50 MB) must not hold what the next call reads.
-    count = min(32, max(2, -(-(200 << 20) // (4 * size))))
-    calls, replays = (count, 11) if count > 8 else (8, 7)
+    count = min(128, max(2, -(-(200 << 20) // (4 * size))))
+    calls, replays = max(8, count), 9
     sets = []
     for _ in range(count):
         x = torch.randn(tokens, hidden, device=run.device).to(BF16)
@@ -636,11 +657,10 @@ def bench_one(run: Run, hidden: int, tokens: int, fused_tail) -> list[tuple]:
         s = sets[i % count]
         fused_tail(reduce(i), s["residual"], s["weight"])
 
-    base = {("NCCL", None): reduce, ("compiled", None): compiled}
-    if tokens >= run.world:
-        base["p2p copy", None] = peer_copies(run, ws, tokens, sets)
+    everything = {("NCCL", None): reduce, ("compiled", None): compiled, **found}
+    everything["p2p copy", None] = peer_copies(run, ws, tokens, sets)
     rows, best = [], {}
-    for (name, plan), function in {**base, **found}.items():
+    for (name, plan), function in everything.items():
 
         def work(name: str = name, plan: Plan | None = plan, function=function) -> None:
             us = timed(run, function, calls, replays)
@@ -648,8 +668,9 @@ def bench_one(run: Run, hidden: int, tokens: int, fused_tail) -> list[tuple]:
             rows.append((run.world, hidden, tokens, name, str(plan or ""), f"{us:.2f}"))
             best.setdefault(name, []).append((us, plan))
 
-        run.step("timing", f"{tokens}x{hidden} {name} {plan or ''}", work)
-        run.log.write(f"{rows[-1] if rows else ''}\n")
+        if not run.step("timing", f"{tokens}x{hidden} {name} {plan or ''}", work):
+            break
+        run.log.write(f"{rows[-1]}\n")
     floor = 2 * (run.world - 1) / run.world * size / 450e9 * 1e6
     texts = [f"{name} {times[0][0]:.1f}" + best_of(times) for name, times in best.items()]
     run.say(f"{tokens:5d} x {hidden}  floor {floor:.1f} | " + " | ".join(texts))
@@ -668,8 +689,9 @@ def host_overhead(run: Run) -> None:
     """Host time of a call outside CUDA graphs, queue empty before."""
     case = Case("one_shot", 1)
     ws, data = run.workspace(8192, BF16), draw(run, case, 1)
-    call(run, ws, case, data)
     for kind in KINDS[:2]:
+        precompile(run, [lambda kind=kind: dry(run, dataclasses.replace(case, kind=kind))])
+        call(run, ws, dataclasses.replace(case, kind=kind), data)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(200):

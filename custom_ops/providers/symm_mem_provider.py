@@ -1,0 +1,288 @@
+"""Provider `symm_mem` for the dispatcher: our Triton kernels over torch's symmetric memory.
+
+fusewire.custom_ops.providers.symm_mem has the calls; here is what fusewire.custom_ops.workspace and
+fusewire.custom_ops.dispatch need to know of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
+from fusewire.custom_ops.ir import NATIVE, YES, Support
+from fusewire.custom_ops.norms import FORMS, add_residual, normalize
+from fusewire.custom_ops.plans import SYMM_ONE_SHOT, SYMM_TWO_SHOT
+from fusewire.custom_ops.providers import symm_mem
+from fusewire.custom_ops.providers.symm_mem_workspace import (
+    MAX_WORLD_SIZE,
+    Layout,
+    SymmMemWorkspace,
+    unsupported_reason,
+)
+from fusewire.custom_ops.workspace import (
+    PROVIDERS,
+    Channel,
+    Request,
+    StreamOrder,
+    Workspace,
+    WorkspaceProvider,
+    device_facts,
+)
+from fusewire.errors import ProcessGroupError, WorkspaceError
+
+PROVIDER = "symm_mem"
+_FLASHINFER = "flashinfer"
+# The largest workspace that is made: all of it is mapped by every peer.
+MAX_BYTES = 1 << 30
+# Above so many tokens the one-shot and the data-as-flag protocol lose; their buffers are not made larger.
+ONE_SHOT_TOKENS, DATA_TOKENS = 128, 512
+# A kernel waits so long for a peer, in seconds: long enough for a peer that compiles its kernels first.
+PEER_TIMEOUT_S = 120.0
+
+
+def supported() -> Support:
+    """Whether this machine can run the kernels at all."""
+    if not torch.cuda.is_available():
+        return Support.no("torch finds no CUDA GPU; symm_mem's kernels run on NVIDIA GPUs")
+    if torch.version.hip is not None:
+        return Support.no("torch is built for ROCm; symm_mem's kernels are written for NVIDIA GPUs")
+    major, minor = torch.cuda.get_device_capability()
+    return Support.all_of(
+        (
+            importlib.util.find_spec("triton") is not None,
+            "Triton is not installed (it comes with PyTorch for CUDA)",
+        ),
+        (major >= 8, f"compute capability {major}.{minor}; symm_mem needs 8.0 or newer"),
+    )
+
+
+def supports_args(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    group_name: str,
+) -> Support:
+    """Whether the kernels can serve such a call. Everything in here is the same on every rank."""
+    try:
+        world_size = resolve_group(group_name).size()
+    except ProcessGroupError as error:
+        return Support.no(str(error))
+    hidden = x.shape[-1]
+    if not isinstance(hidden, int):
+        return Support.no("the hidden size is symbolic; compile with it static (torch._dynamo.mark_static)")
+    reason = unsupported_reason(world_size, hidden, x.dtype)
+    return Support.all_of(
+        (reason is None, reason or ""),
+        (x.device.type == "cuda", f"x is on {x.device.type}; symm_mem's kernels run on CUDA GPUs"),
+        (
+            residual is None or residual.dtype == x.dtype,
+            "the residual and x have different dtypes; symm_mem's kernels take one",
+        ),
+        (
+            weight is None or weight.dtype in (torch.bfloat16, torch.float16, torch.float32),
+            "the weight must be bfloat16, float16 or float32",
+        ),
+    )
+
+
+def _layout(hidden: int, dtype: torch.dtype, world_size: int, tokens: int) -> Layout:
+    return Layout(
+        world_size=world_size,
+        hidden=hidden,
+        itemsize=dtype.itemsize,
+        one_shot_tokens=min(ONE_SHOT_TOKENS, tokens),
+        data_tokens=min(DATA_TOKENS, tokens),
+        max_tokens=tokens,
+        outputs=0,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def max_tokens(hidden: int, dtype: torch.dtype, world_size: int) -> int:
+    """The largest workspace under MAX_BYTES, in tokens."""
+    low, high = 0, MAX_BYTES // (hidden * dtype.itemsize)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = _layout(hidden, dtype, world_size, middle).nbytes <= MAX_BYTES
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+class HeldWorkspace(Workspace):
+    """The kernels' workspace in the registry's terms."""
+
+    def __init__(self, request: Request, made: SymmMemWorkspace) -> None:
+        super().__init__(request.key, request.max_tokens, made.nbytes, request.device)
+        self.made = made
+        self.rank, self.world_size = made.rank, made.world_size
+        self._order = StreamOrder.of(request.device)
+
+    def run(
+        self,
+        call: Callable[..., tuple[Tensor, Tensor | None]],
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        weight_bias: float,
+        form: str,
+    ) -> tuple[Tensor, Tensor]:
+        """One call, with native's results.
+
+        Raises:
+            WorkspaceError: the workspace is closed or too small.
+            PeerTimeoutError: an earlier call waited for a peer in vain.
+        """
+        self.check_call(x.numel() // self.key.hidden, x.device)
+        self._order.enter(x.get_device())
+        norm, summed = call(self.made, x, residual, weight, eps, weight_bias, form)
+        assert summed is not None
+        return norm, summed
+
+    def release(self) -> None:
+        """Free the symmetric buffers."""
+        self.made.close()
+
+
+class SymmMemProvider(WorkspaceProvider):
+    """Our kernels for the dispatcher."""
+
+    name = PROVIDER
+    variants = (SYMM_ONE_SHOT, SYMM_TWO_SHOT)
+
+    def machine(self, group: dist.ProcessGroup, device: torch.device) -> Mapping[str, Any]:
+        support = supported()
+        if not support:
+            raise WorkspaceError(support.reason)
+        import triton
+
+        return {**device_facts(device), "triton": triton.__version__}
+
+    def judge(self, facts: Sequence[Mapping[str, Any]]) -> Support:
+        versions = sorted({str(fact.get("triton")) for fact in facts})
+        same = Support.all_of(
+            (len(versions) == 1, f"the ranks have different versions of Triton: {', '.join(versions)}")
+        )
+        return super().judge(facts) and same
+
+    def limits(self, hidden: int, dtype: torch.dtype, world_size: int) -> Support:
+        reason = unsupported_reason(world_size, hidden, dtype)
+        return YES if reason is None else Support.no(reason)
+
+    def token_limit(
+        self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int
+    ) -> range:
+        return range(min(ONE_SHOT_TOKENS, max_tokens) + 1 if variant == SYMM_ONE_SHOT else max_tokens + 1)
+
+    def max_tokens(self, hidden: int, dtype: torch.dtype, world_size: int) -> int:
+        return max_tokens(hidden, dtype, world_size) if 2 <= world_size <= MAX_WORLD_SIZE else 0
+
+    def nbytes(self, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> int:
+        return _layout(hidden, dtype, world_size, max_tokens).nbytes
+
+    def create(self, request: Request, channel: Channel) -> Workspace:
+        key = request.key
+        made = SymmMemWorkspace(
+            key.group_name,
+            key.hidden,
+            key.dtype,
+            request.max_tokens,
+            one_shot_tokens=ONE_SHOT_TOKENS,
+            data_tokens=DATA_TOKENS,
+            timeout_s=PEER_TIMEOUT_S,
+            device=request.device,
+            barrier=channel.barrier,
+        )
+        return HeldWorkspace(request, made)
+
+    def prove(self, workspace: Workspace, stage: str) -> None:
+        assert isinstance(workspace, HeldWorkspace)
+        cases = [(c, t, f) for c, t in _probes(workspace) for f in FORMS]
+        if stage == "alone":
+            # Ranks that compile while others wait in a kernel would use up those others' time limit.
+            with symm_mem.compiling_only():
+                for call, tokens, form in cases:
+                    _probe(workspace, call, tokens, form)
+            return
+        wrong = [_probe(workspace, call, tokens, form) for call, tokens, form in cases]
+        workspace.made.check(synchronize=True)
+        if any(bool(flag) for flag in wrong):
+            raise WorkspaceError(
+                "a call with a known answer came out wrong; leave symm_mem out of the priority list, and report it"
+            )
+
+    def bind(self, workspace: Workspace, variant: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        assert isinstance(workspace, HeldWorkspace)
+        run = workspace.run
+        call = symm_mem.one_shot if variant == SYMM_ONE_SHOT else symm_mem.two_shot
+
+        def bound(
+            x: Tensor,
+            residual: Tensor | None,
+            weight: Tensor | None,
+            eps: float,
+            weight_bias: float,
+            form: str,
+            group_name: str,
+        ) -> tuple[Tensor, Tensor]:
+            return run(call, x, residual, weight, eps, weight_bias, form)
+
+        return bound
+
+
+def _probes(workspace: HeldWorkspace) -> list[tuple[Callable[..., Any], int]]:
+    """Calls whose answers are known, for each protocol and for tokens that ranks do and do not share evenly."""
+    limits = (ONE_SHOT_TOKENS, DATA_TOKENS, workspace.max_tokens)
+    probes = [(symm_mem.one_shot, 1), (symm_mem.two_shot, workspace.world_size + 1)]
+    probes += [(symm_mem.two_shot, DATA_TOKENS + 1)] if limits[2] > DATA_TOKENS else []
+    return [(call, tokens) for call, tokens in probes if tokens <= workspace.max_tokens]
+
+
+def _probe(workspace: HeldWorkspace, call: Callable[..., Any], tokens: int, form: str) -> Tensor:
+    """Make one call whose sums are exact in every dtype; a tensor that says whether it came out wrong."""
+    hidden, dtype, device = workspace.key.hidden, workspace.key.dtype, workspace.device
+    index = torch.arange(tokens * hidden, device=device).view(tokens, hidden)
+
+    def eighths(seed: int) -> Tensor:
+        return (((index * (2 * seed + 1) + seed) % 9 - 4) / 8).to(dtype)
+
+    parts = [eighths(3 * rank + 1) for rank in range(workspace.world_size)]
+    residual, weight = eighths(50), eighths(51)[0]
+    norm, summed = workspace.run(call, parts[workspace.rank], residual, weight, 0.25, 1.0, form)
+    total = add_residual(torch.stack(parts).float().sum(0).to(dtype), residual)
+    expected = normalize(total, weight, 0.25, 1.0, form).float()
+    off = (norm.float() - expected).abs() > expected.abs() * 4 * torch.finfo(dtype).eps + 1e-30
+    return off.any() | (summed != total).any()
+
+
+@all_reduce_rms_norm.register_impl(PROVIDER, supported=supported, supports_args=supports_args)
+def all_reduce_rms_norm_symm_mem(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    """One call without the dispatcher's table: as `all_reduce_rms_norm` with the policy "symm_mem"."""
+    from fusewire.custom_ops import dispatch
+
+    args = (x, residual, weight, eps, weight_bias, form, group_name)
+    result: tuple[Tensor, Tensor] = dispatch.select(all_reduce_rms_norm, args, PROVIDER).fn(*args)
+    return result
+
+
+PROVIDERS[PROVIDER] = SymmMemProvider()
+if all_reduce_rms_norm.default_priority == (_FLASHINFER, NATIVE):
+    all_reduce_rms_norm.set_default_priority((PROVIDER, _FLASHINFER, NATIVE))

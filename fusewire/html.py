@@ -1,0 +1,457 @@
+"""The report as one self-contained HTML page: nothing is loaded from anywhere, and it works without a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+
+from fusewire.fusion_passes.report import FUSED, Box, Drawing, Entry, GraphAccount, Picture, Report
+
+GAP_X, GAP_Y, MARGIN = 18, 26, 8
+LINE, PADDING, CHARACTER = 15, 8, 6.9
+_SWEEPS = 12
+
+Kinds = dict[tuple[Picture | None, str, str, str], list[Entry]]
+
+
+def page(
+    report: Report,
+    title: str,
+    facts: Sequence[tuple[str, str]] = (),
+    notices: Sequence[str] = (),
+    graph_breaks: Mapping[str, int] | None = None,
+) -> str:
+    """The page.
+
+    Args:
+        report: the account of every all-reduce.
+        title: what was run.
+        facts: further lines for the head of the page, as (name, value).
+        notices: what the reader should see first: errors, advice.
+        graph_breaks: reasons for which Dynamo broke graphs, with how often.
+    """
+    kinds = _kinds(report)
+    letters = {key: _letter(i) for i, key in enumerate(kinds)}
+    parts = [
+        _head(report, title, facts),
+        *(f'<p class="notice">{escape(text)}</p>' for text in notices),
+        _filters(report),
+        _cards(kinds, letters),
+        '<h2>Every all-reduce</h2><p class="empty" hidden>No all-reduce is left to show.</p>',
+        *(_graph(graph, report, letters) for graph in report.graphs if graph.entries),
+        _without(report),
+        _breaks(graph_breaks or {}),
+    ]
+    # "<" is escaped, so that no text can end the script element.
+    data = json.dumps(report.to_dict()).replace("<", "\\u003c")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # Without an icon of its own a page makes the browser ask the server for one.
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{escape(title)}: fusewire</title><style>{_STYLE}</style></head>\n"
+        f'<body data-show="all"><main>{"".join(filter(None, parts))}</main>\n'
+        f'<script type="application/json" id="report">{data}</script>\n<script>{_SCRIPT}</script></body></html>\n'
+    )
+
+
+def _kinds(report: Report) -> Kinds:
+    """The all-reduces by what happened to them: those refused first, then by number."""
+    found: Kinds = {}
+    for graph in report.graphs:
+        for entry in graph.entries:
+            found.setdefault(_kind(graph, entry), []).append(entry)
+    return dict(sorted(found.items(), key=lambda item: (item[0][1] != FUSED, -len(item[1]))))
+
+
+def _kind(graph: GraphAccount, entry: Entry) -> tuple[Picture | None, str, str, str]:
+    picture = graph.pictures[entry.picture] if entry.picture >= 0 else None
+    return picture, entry.status, entry.fusion if picture is None else "", entry.spelling
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index) if index < 26 else str(index + 1)
+
+
+# --- The parts of the page ----------------------------------------------------------------------------------
+
+
+def _head(report: Report, title: str, facts: Sequence[tuple[str, str]]) -> str:
+    share = 100 * report.fused / report.found if report.found else 0
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
+    return (
+        f'<header><p class="brand">fusewire explain</p><h1>{escape(title)}</h1>'
+        f'<p class="count"><b>{report.fused}</b> of <b>{report.found}</b> all-reduces fused</p>'
+        f'<div class="bar" role="img" aria-label="{share:.0f}% fused"><i style="width:{share:.1f}%"></i></div>'
+        f'<p class="summary">{escape(report.summary)}</p><dl>{rows}</dl></header>'
+    )
+
+
+def _filters(report: Report) -> str:
+    if not report.found:
+        return ""
+    counts = (("all", report.found), ("fused", report.fused), ("refused", report.refused))
+    buttons = "".join(
+        f'<button type="button" data-filter="{name}" aria-pressed="{str(name == "all").lower()}">'
+        f"{name.capitalize()} <span>{count}</span></button>"
+        for name, count in counts
+    )
+    return (
+        f'<nav aria-label="Filter">{buttons}<input type="search" id="search" '
+        'placeholder="module, source line, reason …" aria-label="Search"></nav>'
+    )
+
+
+def _cards(kinds: Kinds, letters: Mapping[object, str]) -> str:
+    if not kinds:
+        return ""
+    legend = "".join(
+        f'<li><i class="{role}"></i>{text}</li>'
+        for role, text in (
+            ("collective", "communication"),
+            ("norm", "RMSNorm, step by step"),
+            ("fused", "fused operator"),
+            ("step", "step between"),
+            ("input", "what comes in"),
+            ("reader", "what reads the result"),
+            ("obstacle", "what stands in the way"),
+        )
+    )
+    cards = "".join(_card(letters[key], key, entries) for key, entries in kinds.items())
+    return f'<h2>What happened</h2><ul class="legend">{legend}</ul><div class="cards">{cards}</div>'
+
+
+def _card(letter: str, key: tuple[Picture | None, str, str, str], entries: list[Entry]) -> str:
+    picture, status = key[0], key[1]
+    first = entries[0]
+    if status == FUSED:
+        fusions = list(dict.fromkeys(e.fusion for e in entries if not e.fusion.startswith("merged")))
+        title = ", ".join(fusions) or first.fusion
+        served = [f"served by {name}" for name in dict.fromkeys(e.provider for e in entries) if name]
+        spelled = [f"norm spelled {first.spelling}"] if first.spelling else []
+        words = "; ".join([*spelled, *served])
+        if any(e.provider == "native" for e in entries):
+            words += ": the operator in plain PyTorch, which Inductor compiles with the rest of the graph"
+    else:
+        title, words = "not fused", "; ".join(dict.fromkeys(e.reason for e in entries))
+    drawings = ""
+    if picture is not None:
+        after = picture.after
+        drawings = _figure("before" if after else "left as it is", picture.before)
+        drawings += _figure("after", after) if after else ""
+    return (
+        f'<section class="card" id="kind-{letter}" data-status="{status}"><h3><a class="letter {status}" '
+        f'href="#kind-{letter}">{letter}</a> {len(entries)} × {escape(title)}</h3>'
+        f"<p>{escape(words)}</p>"
+        f'<div class="pair">{drawings}</div></section>'
+    )
+
+
+def _figure(caption: str, drawing: Drawing) -> str:
+    return f"<figure><figcaption>{caption}</figcaption>{draw(drawing, caption)}</figure>"
+
+
+_COLUMNS = ("", "status", "module", "source line", "gate", "reason", "spelling", "provider", "input")
+
+
+def _graph(graph: GraphAccount, report: Report, letters: Mapping[object, str]) -> str:
+    fused = sum(entry.status == FUSED for entry in graph.entries)
+    origin = ", from the compile cache" if graph.cached else f", passes {1000 * graph.pass_seconds:.0f} ms"
+    nodes = "" if graph.cached else f", {graph.nodes_before} nodes before and {graph.nodes_after} after"
+    notes = "".join(f'<p class="notice">{escape(note)}</p>' for note in graph.notes)
+    head = "".join(f"<th scope=col>{name}</th>" for name in _COLUMNS)
+    rows = "".join(_row(entry, letters[_kind(graph, entry)]) for entry in graph.entries)
+    return (
+        f'<section class="graph" id="graph-{graph.number}"><h3>Graph {graph.number} <small>{graph.kind}: '
+        f"{len(graph.entries)} all-reduces, {fused} fused{nodes}{origin}</small></h3>{notes}"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>'
+    )
+
+
+def _row(entry: Entry, letter: str) -> str:
+    cells = (
+        f'<a class="letter {entry.status}" href="#kind-{letter}" title="picture {letter}">{letter}</a>',
+        f'<span class="status {entry.status}">{entry.status}</span>',
+        f"<code>{_breakable(entry.module or entry.node)}</code>",
+        f"<code>{_breakable(entry.location)}</code>",
+        escape(entry.gate),
+        escape(entry.reason if entry.status != FUSED else ""),
+        escape(entry.spelling),
+        escape(entry.provider or ("" if not entry.fusion.startswith("merged") else entry.fusion))
+        + (f"<small>{escape(entry.reason)}</small>" if entry.status == FUSED and entry.reason else ""),
+        f"<code>{escape(f'{entry.shape} {entry.dtype}')}</code>",
+    )
+    return f'<tr data-status="{entry.status}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _breakable(text: str) -> str:
+    """A path that may wrap at its separators."""
+    return escape(text).replace(".", ".<wbr>").replace("/", "/<wbr>")
+
+
+def _without(report: Report) -> str:
+    graphs = [graph for graph in report.graphs if not graph.entries]
+    if not graphs:
+        return ""
+    items = "".join(
+        f"<li>graph {graph.number} ({graph.kind}, {graph.nodes_before} nodes){escape(_joined(graph.notes))}</li>"
+        for graph in graphs
+    )
+    return f"<h2>Graphs without an all-reduce</h2><ul>{items}</ul>"
+
+
+def _joined(notes: Iterable[str]) -> str:
+    return "".join(f": {note}" for note in notes)
+
+
+def _breaks(graph_breaks: Mapping[str, int]) -> str:
+    if not graph_breaks:
+        return ""
+    items = "".join(f"<li>{count} × {escape(reason)}</li>" for reason, count in graph_breaks.items())
+    return f"<h2>Graph breaks</h2><p>Nothing fuses across these.</p><ul>{items}</ul>"
+
+
+# --- Pictures -----------------------------------------------------------------------------------------------
+
+
+def draw(drawing: Drawing, label: str) -> str:
+    """A drawing as inline SVG, its boxes in layers from top to bottom, so that every edge points down."""
+    slots, edges = _slots(drawing)
+    tops, heights = _rows(slots)
+    _order(slots, edges)
+    xs = _columns(slots, edges)
+    width = max(x + slot.width / 2 for slot, x in zip(slots, xs, strict=True)) + MARGIN
+    height = tops[-1] + heights[-1] + MARGIN
+    lines = "".join(_edge(slots, xs, tops, heights, chain, text) for chain, text in edges)
+    boxes = "".join(
+        _box(slot.box, x, tops[slot.layer] + heights[slot.layer] / 2)
+        for slot, x in zip(slots, xs, strict=True)
+        if slot.box is not None
+    )
+    return (
+        f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'width="{width:.0f}" height="{height:.0f}">{lines}{boxes}</svg>'
+    )
+
+
+class _Slot:
+    """A place in a layer: of a box, or of an edge on its way past."""
+
+    def __init__(self, layer: int, box: Box | None) -> None:
+        self.layer, self.box = layer, box
+        self.place = 0
+        texts = (box.label, box.detail) if box else ()
+        self.width = max((CHARACTER * len(text) + 2 * PADDING for text in texts), default=6.0)
+        self.height = _height(box) if box else 0.0
+
+
+def _height(box: Box) -> float:
+    return PADDING + LINE * (2 if box.detail else 1) + PADDING / 2
+
+
+def _slots(drawing: Drawing) -> tuple[list[_Slot], list[tuple[list[int], str]]]:
+    """Slots, those of the boxes first, and each edge as the chain of slots that it runs through."""
+    layers = [0] * len(drawing.boxes)
+    for start, end, _ in sorted(drawing.edges, key=lambda edge: edge[1]):  # boxes come after their inputs
+        layers[end] = max(layers[end], layers[start] + 1)
+    fed = {end for _, end, _ in drawing.edges}
+    for index in range(len(layers)):
+        below = [layers[end] for start, end, _ in drawing.edges if start == index]
+        if index not in fed and below:
+            layers[index] = min(below) - 1
+    slots = [_Slot(layer, box) for layer, box in zip(layers, drawing.boxes, strict=True)]
+    edges = []
+    for start, end, text in drawing.edges:
+        chain = [start]
+        for layer in range(layers[start] + 1, layers[end]):
+            slots.append(_Slot(layer, None))
+            chain.append(len(slots) - 1)
+        edges.append(([*chain, end], text))
+    return slots, edges
+
+
+def _rows(slots: list[_Slot]) -> tuple[list[float], list[float]]:
+    """Top and height of each layer."""
+    tops, heights, top = [], [], float(MARGIN)
+    for layer in range(max(slot.layer for slot in slots) + 1):
+        heights.append(max((slot.height for slot in slots if slot.layer == layer), default=0.0))
+        tops.append(top)
+        top += heights[-1] + GAP_Y
+    return tops, heights
+
+
+def _neighbours(slots: list[_Slot], edges: list[tuple[list[int], str]]) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in slots]
+    for chain, _ in edges:
+        for a, b in zip(chain, chain[1:], strict=False):
+            found[a].append(b)
+            found[b].append(a)
+    return found
+
+
+def _layers(slots: list[_Slot]) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in range(max(slot.layer for slot in slots) + 1)]
+    for index, slot in enumerate(slots):
+        found[slot.layer].append(index)
+    return [sorted(layer, key=lambda index: slots[index].place) for layer in found]
+
+
+def _order(slots: list[_Slot], edges: list[tuple[list[int], str]]) -> None:
+    """Give each slot its place in its layer: near the mean place of its neighbours, so that few edges cross."""
+    neighbours = _neighbours(slots, edges)
+    layers = _layers(slots)
+    for layer in layers:
+        for place, index in enumerate(layer):
+            slots[index].place = place
+    for sweep in range(_SWEEPS):
+        for layer in layers if sweep % 2 == 0 else layers[::-1]:
+            side = slots[layer[0]].layer + (-1 if sweep % 2 == 0 else 1)
+
+            def wanted(index: int, side: int = side) -> float:
+                places = [slots[n].place for n in neighbours[index] if slots[n].layer == side]
+                return sum(places) / len(places) if places else slots[index].place
+
+            for place, index in enumerate(sorted(layer, key=wanted)):
+                slots[index].place = place
+
+
+def _columns(slots: list[_Slot], edges: list[tuple[list[int], str]]) -> list[float]:
+    """The middle of each slot: as near to its neighbours' as the others in its layer allow."""
+    neighbours, layers = _neighbours(slots, edges), _layers(slots)
+    xs = [0.0] * len(slots)
+    for _ in range(4 * _SWEEPS):
+        for layer in layers:
+            wanted = [
+                sum(xs[n] for n in neighbours[i]) / len(neighbours[i]) if neighbours[i] else xs[i] for i in layer
+            ]
+            for index, x in zip(layer, _spread(wanted, [slots[i].width for i in layer]), strict=True):
+                xs[index] = x
+    left = min(x - slot.width / 2 for x, slot in zip(xs, slots, strict=True))
+    return [x - left + MARGIN for x in xs]
+
+
+def _spread(wanted: list[float], widths: list[float]) -> list[float]:
+    """Positions in this order that keep their distances and are nearest to the wanted ones (least squares)."""
+    offsets = [0.0]
+    for a, b in zip(widths, widths[1:], strict=False):
+        offsets.append(offsets[-1] + (a + b) / 2 + GAP_X)
+    # With the distances taken off, the positions must not decrease: merge neighbours that would.
+    blocks: list[tuple[float, int]] = []
+    for value in (w - o for w, o in zip(wanted, offsets, strict=True)):
+        blocks.append((value, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, m), (b, n) = blocks[-2:]
+            blocks[-2:] = [((a * m + b * n) / (m + n), m + n)]
+    flat = [value for value, count in blocks for _ in range(count)]
+    return [value + offset for value, offset in zip(flat, offsets, strict=True)]
+
+
+def _edge(
+    slots: list[_Slot], xs: list[float], tops: list[float], heights: list[float], chain: list[int], text: str
+) -> str:
+    def middle(index: int) -> float:
+        return tops[slots[index].layer] + heights[slots[index].layer] / 2
+
+    first, last = chain[0], chain[-1]
+    x, y = xs[first], middle(first) + slots[first].height / 2
+    path = f"M{x:.1f} {y:.1f}"
+    for index in chain[1:]:
+        end = middle(index) - (slots[index].height / 2 + 5 if index == last else 0)
+        bend = (y + end) / 2
+        path += f"C{x:.1f} {bend:.1f} {xs[index]:.1f} {bend:.1f} {xs[index]:.1f} {end:.1f}"
+        x, y = xs[index], end
+    tip = f'<path class="tip" d="M{x - 4:.1f} {y:.1f}h8l-4 6z"/>'
+    note = ""
+    if text:
+        across = (xs[first] + xs[chain[1]]) / 2
+        side = "end" if xs[chain[1]] < xs[first] else "start"
+        shift = -6 if side == "end" else 6
+        down = middle(first) + slots[first].height / 2 + GAP_Y / 2
+        note = f'<text class="flow" text-anchor="{side}" x="{across + shift:.1f}" y="{down:.1f}">{escape(text)}</text>'
+    return f'<path class="wire" d="{path}"/>{tip}{note}'
+
+
+def _box(box: Box, x: float, y: float) -> str:
+    width = max(CHARACTER * len(text) for text in (box.label, box.detail)) + 2 * PADDING
+    height = _height(box)
+    first = y + 4.5 - (LINE / 2 if box.detail else 0)
+    second = (
+        f'<text class="detail" x="{x:.1f}" y="{first + LINE:.1f}">{escape(box.detail)}</text>' if box.detail else ""
+    )
+    return (
+        f'<g class="{box.role}"><rect x="{x - width / 2:.1f}" y="{y - height / 2:.1f}" width="{width:.1f}" '
+        f'height="{height:.1f}" rx="6"/><text x="{x:.1f}" y="{first:.1f}">{escape(box.label)}</text>{second}</g>'
+    )
+
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1c2530;--soft:#5b6774;--line:#d7dde4;--page:#f6f8fa;--card:#fff;--wire:#8a96a3;
+--good:#12784a;--goodbg:#d9f2e4;--bad:#b3261e;--badbg:#fbe1de;--com:#b45309;--combg:#fdebd0;--norm:#1d5fb0;--normbg:#dceafb}
+@media (prefers-color-scheme:dark){:root{--ink:#e4e9ef;--soft:#9aa7b4;--line:#333d48;--page:#12171d;--card:#1a2129;
+--wire:#74818e;--good:#58d096;--goodbg:#153b2a;--bad:#ff8a80;--badbg:#4a1f1c;--com:#f5b25c;--combg:#44300f;
+--norm:#84b6f7;--normbg:#17314f}}
+*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
+main{max-width:1360px;margin:0 auto;padding:24px 20px 60px}
+h1{margin:0;font-size:22px;overflow-wrap:anywhere}h2{margin:34px 0 10px;font-size:19px}h3{margin:0 0 6px;font-size:16px}
+h3 small{font-weight:400;color:var(--soft)}.brand{margin:0;color:var(--soft);font-weight:600;letter-spacing:.04em}
+.count{margin:14px 0 6px;font-size:26px}.count b{color:var(--good)}.summary{color:var(--soft);margin:8px 0}
+.bar{height:10px;border-radius:5px;background:var(--badbg);overflow:hidden}.bar i{display:block;height:100%;background:var(--good)}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 14px;margin:10px 0;color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+.notice{border-left:4px solid var(--com);background:var(--combg);padding:8px 12px;border-radius:0 6px 6px 0;white-space:pre-wrap}
+nav{position:sticky;top:0;z-index:1;display:flex;flex-wrap:wrap;gap:8px;padding:12px 0;margin-top:12px;background:var(--page)}
+button,input{font:inherit;color:inherit;background:var(--card);border:1px solid var(--line);border-radius:18px;padding:5px 14px}
+button{cursor:pointer}button span{color:var(--soft)}input{flex:1;min-width:180px;max-width:380px}
+button[aria-pressed=true]{background:var(--ink);color:var(--page);border-color:var(--ink)}
+button[aria-pressed=true] span{color:inherit}:focus-visible{outline:2px solid var(--norm);outline-offset:2px}
+body[data-show=fused] [data-status=refused],body[data-show=refused] [data-status=fused],[hidden]{display:none!important}
+.legend{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:0 0 12px;padding:0;color:var(--soft);font-size:13px}
+.legend i{display:inline-block;width:14px;height:14px;margin-right:6px;border-radius:4px;vertical-align:-2px;border:1.5px solid}
+.cards{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,560px),1fr))}
+.card,.graph{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px;min-width:0}
+.card{scroll-margin-top:64px}.card:target{border-color:var(--norm);box-shadow:0 0 0 2px var(--normbg)}.card p{margin:0 0 8px;color:var(--soft)}
+.graph{margin-bottom:16px}.pair{display:flex;flex-wrap:wrap;gap:12px;justify-content:space-evenly}
+figure{margin:0;min-width:0;max-width:100%;display:flex;flex-direction:column;align-items:center}
+figcaption{font-size:12px;font-weight:600;letter-spacing:.08em;text-transform:uppercase;color:var(--soft);margin-bottom:4px}
+svg{max-width:100%;height:auto}svg text{font:12px ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;
+text-anchor:middle;fill:var(--ink)}svg text.detail{fill:var(--soft);font-size:11px}svg text.flow{fill:var(--soft);font-size:11px;text-anchor:inherit}
+rect{fill:var(--card);stroke:var(--wire);stroke-width:1.2}.wire{fill:none;stroke:var(--wire);stroke-width:1.4}.tip{fill:var(--wire)}
+.collective rect,i.collective{fill:var(--combg);stroke:var(--com);background:var(--combg);border-color:var(--com)}
+.norm rect,i.norm{fill:var(--normbg);stroke:var(--norm);background:var(--normbg);border-color:var(--norm)}
+.fused rect,i.fused{fill:var(--goodbg);stroke:var(--good);background:var(--goodbg);border-color:var(--good);stroke-width:2}
+.obstacle rect,i.obstacle{fill:var(--badbg);stroke:var(--bad);background:var(--badbg);border-color:var(--bad);stroke-width:2}
+.input rect{fill:none;stroke:none}.input text{fill:var(--soft)}i.input{border:none!important;background:var(--line)}
+.reader rect{fill:none;stroke-dasharray:4 3}i.reader{border-style:dashed!important;border-color:var(--wire)}i.step{border-color:var(--wire)}
+.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:14px}
+th{text-align:left;color:var(--soft);font-weight:600;font-size:13px}th,td{padding:5px 10px 5px 0;border-top:1px solid var(--line);vertical-align:top}
+thead th{border-top:none;white-space:nowrap}tbody tr:hover{background:var(--page)}td small{display:block;color:var(--soft);max-width:34em}
+code{font:13px ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace}
+td:nth-child(4) code,td:last-child code{white-space:nowrap}td:nth-child(6){min-width:16em}
+.status,.letter{border-radius:10px;padding:1px 9px;font-weight:600;font-size:13px;text-decoration:none}
+.status.fused,.letter.fused{background:var(--goodbg);color:var(--good)}.status.refused,.letter.refused{background:var(--badbg);color:var(--bad)}
+"""
+
+_SCRIPT = """
+'use strict';
+const buttons = [...document.querySelectorAll('[data-filter]')], search = document.getElementById('search');
+const rows = [...document.querySelectorAll('tbody tr')], empty = document.querySelector('.empty');
+function update() {
+  const show = document.body.dataset.show, text = search ? search.value.trim().toLowerCase() : '';
+  for (const button of buttons) button.setAttribute('aria-pressed', button.dataset.filter === show);
+  for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(text);
+  const shown = (row) => !row.hidden && (show === 'all' || row.dataset.status === show);
+  for (const graph of document.querySelectorAll('.graph'))
+    graph.hidden = ![...graph.querySelectorAll('tbody tr')].some(shown);
+  if (empty) empty.hidden = !rows.length || rows.some(shown);
+}
+for (const button of buttons) button.addEventListener('click', () => {
+  document.body.dataset.show = button.dataset.filter;
+  history.replaceState(null, '', '#' + button.dataset.filter);
+  update();
+});
+if (search) search.addEventListener('input', update);
+const wanted = location.hash.slice(1);
+if (buttons.some((button) => button.dataset.filter === wanted)) document.body.dataset.show = wanted;
+update();
+"""
