@@ -25,7 +25,7 @@ def resolve_group(group_name: str) -> dist.ProcessGroup:
             "process; call torch.distributed.init_process_group first"
         )
     try:
-        return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+        return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type,attr-defined]
     except Exception as error:
         raise ProcessGroupError(
             f"there is no process group named {group_name!r} in this process ({error}); pass the group_name of a "

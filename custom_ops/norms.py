@@ -178,7 +178,7 @@ def _backward_of(native: Any) -> Any:
                 called[i] = tensor
             return native(*called[:-1])  # the last input is the policy, which native does not take
 
-        outputs, vjp = torch.func.vjp(of_wanted, *(values[i] for i in wanted))
+        outputs, vjp = torch.func.vjp(of_wanted, *(values[i] for i in wanted))  # type: ignore[misc]
         full = tuple(
             torch.zeros_like(out) if grad is None else grad
             for out, grad in zip(outputs if isinstance(outputs, tuple) else (outputs,), grads, strict=True)

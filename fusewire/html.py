@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from fusewire.fusion_passes.context import MERGED
 from fusewire.fusion_passes.report import FUSED, Box, Drawing, Entry, GraphAccount, Picture, Report
+from fusewire.patterns.norms import TAILS
 
-GAP_X, GAP_Y, MARGIN = 18, 26, 8
-LINE, PADDING, CHARACTER = 15, 8, 6.9
-_SWEEPS = 12
+GAP_X, GAP_Y, MARGIN = 18, 23, 8
+LINE, PADDING, CHARACTER = 15, 9, 7.3
+_SWEEPS, _STRAIGHT = 12, 6.0
+_WHO = {tail.name: f"{tail.who} ({tail.name})" for tail in TAILS}
 
-Kinds = dict[tuple[Picture | None, str, str, str], list[Entry]]
+Kind = tuple["Picture | None", str, str]
 
 
 def page(
@@ -56,18 +61,25 @@ def page(
     )
 
 
-def _kinds(report: Report) -> Kinds:
+def _kinds(report: Report) -> dict[Kind, list[tuple[Entry, Picture | None]]]:
     """The all-reduces by what happened to them: those refused first, then by number."""
-    found: Kinds = {}
+    found: dict[Kind, list[tuple[Entry, Picture | None]]] = {}
     for graph in report.graphs:
         for entry in graph.entries:
-            found.setdefault(_kind(graph, entry), []).append(entry)
-    return dict(sorted(found.items(), key=lambda item: (item[0][1] != FUSED, -len(item[1]))))
+            found.setdefault(_kind(graph, entry), []).append((entry, _picture(graph, entry)))
+    return dict(sorted(found.items(), key=lambda item: (item[0][1] == FUSED, -len(item[1]))))
 
 
-def _kind(graph: GraphAccount, entry: Entry) -> tuple[Picture | None, str, str, str]:
-    picture = graph.pictures[entry.picture] if entry.picture >= 0 else None
-    return picture, entry.status, entry.fusion if picture is None else "", entry.spelling
+def _kind(graph: GraphAccount, entry: Entry) -> Kind:
+    """Equal for all-reduces that one card explains: refused ones by the reason, fused ones by the picture."""
+    if entry.status != FUSED:
+        return None, entry.status, re.sub(r"\b([a-z]\w*?)_\d+\b", r"\1", entry.reason)
+    picture = _picture(graph, entry)
+    return picture, entry.status, entry.fusion if picture is None else ""
+
+
+def _picture(graph: GraphAccount, entry: Entry) -> Picture | None:
+    return graph.pictures[entry.picture] if entry.picture >= 0 else None
 
 
 def _letter(index: int) -> str:
@@ -103,7 +115,7 @@ def _filters(report: Report) -> str:
     )
 
 
-def _cards(kinds: Kinds, letters: Mapping[object, str]) -> str:
+def _cards(kinds: Mapping[Kind, list[tuple[Entry, Picture | None]]], letters: Mapping[Kind, str]) -> str:
     if not kinds:
         return ""
     legend = "".join(
@@ -118,24 +130,18 @@ def _cards(kinds: Kinds, letters: Mapping[object, str]) -> str:
             ("obstacle", "what stands in the way"),
         )
     )
-    cards = "".join(_card(letters[key], key, entries) for key, entries in kinds.items())
+    cards = "".join(_card(letters[key], key[1], found) for key, found in kinds.items())
     return f'<h2>What happened</h2><ul class="legend">{legend}</ul><div class="cards">{cards}</div>'
 
 
-def _card(letter: str, key: tuple[Picture | None, str, str, str], entries: list[Entry]) -> str:
-    picture, status = key[0], key[1]
-    first = entries[0]
-    if status == FUSED:
-        fusions = list(dict.fromkeys(e.fusion for e in entries if not e.fusion.startswith("merged")))
-        title = ", ".join(fusions) or first.fusion
-        served = [f"served by {name}" for name in dict.fromkeys(e.provider for e in entries) if name]
-        spelled = [f"norm spelled {first.spelling}"] if first.spelling else []
-        words = "; ".join([*spelled, *served])
-        if any(e.provider == "native" for e in entries):
-            words += ": the operator in plain PyTorch, which Inductor compiles with the rest of the graph"
-    else:
-        title, words = "not fused", "; ".join(dict.fromkeys(e.reason for e in entries))
-    drawings = ""
+def _card(letter: str, status: str, found: list[tuple[Entry, Picture | None]]) -> str:
+    entries = [entry for entry, _ in found]
+    title, words = _told(entries) if status == FUSED else ("not fused", entries[0].reason)
+    picture = Counter(picture for _, picture in found).most_common(1)[0][0]
+    drawings, details = "", ""
+    passed = _distinct(e.reason for e in entries if e.status == FUSED)
+    if passed:
+        details = f"<details><summary>providers passed over</summary>{escape(passed)}</details>"
     if picture is not None:
         after = picture.after
         drawings = _figure("before" if after else "left as it is", picture.before)
@@ -143,9 +149,27 @@ def _card(letter: str, key: tuple[Picture | None, str, str, str], entries: list[
     return (
         f'<section class="card" id="kind-{letter}" data-status="{status}"><h3><a class="letter {status}" '
         f'href="#kind-{letter}">{letter}</a> {len(entries)} × {escape(title)}</h3>'
-        f"<p>{escape(words)}</p>"
+        f"<p>{escape(words)}</p>{details}"
         f'<div class="pair">{drawings}</div></section>'
     )
+
+
+def _told(entries: list[Entry]) -> tuple[str, str]:
+    """Title and explanation of fused all-reduces."""
+    own = [entry for entry in entries if not entry.fusion.startswith(MERGED)]
+    words = [f"Norm spelled as in {_WHO.get(s, s)}." for s in dict.fromkeys(e.spelling for e in own) if s]
+    if len(own) < len(entries):
+        words.append(f"{len(entries) - len(own)} merged into another all-reduce: one collective fewer each.")
+    for provider in dict.fromkeys(entry.provider for entry in own):
+        if provider == "native":
+            words.append("Served by native, plain PyTorch, which Inductor compiles with the rest of the graph.")
+        elif provider:
+            words.append(f"Served by {provider}.")
+    return _distinct(entry.fusion for entry in own or entries), " ".join(words)
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(filter(None, texts)))
 
 
 def _figure(caption: str, drawing: Drawing) -> str:
@@ -155,7 +179,7 @@ def _figure(caption: str, drawing: Drawing) -> str:
 _COLUMNS = ("", "status", "module", "source line", "gate", "reason", "spelling", "provider", "input")
 
 
-def _graph(graph: GraphAccount, report: Report, letters: Mapping[object, str]) -> str:
+def _graph(graph: GraphAccount, report: Report, letters: Mapping[Kind, str]) -> str:
     fused = sum(entry.status == FUSED for entry in graph.entries)
     origin = ", from the compile cache" if graph.cached else f", passes {1000 * graph.pass_seconds:.0f} ms"
     nodes = "" if graph.cached else f", {graph.nodes_before} nodes before and {graph.nodes_after} after"
@@ -178,7 +202,7 @@ def _row(entry: Entry, letter: str) -> str:
         escape(entry.gate),
         escape(entry.reason if entry.status != FUSED else ""),
         escape(entry.spelling),
-        escape(entry.provider or ("" if not entry.fusion.startswith("merged") else entry.fusion))
+        escape(entry.provider or ("" if not entry.fusion.startswith(MERGED) else entry.fusion))
         + (f"<small>{escape(entry.reason)}</small>" if entry.status == FUSED and entry.reason else ""),
         f"<code>{escape(f'{entry.shape} {entry.dtype}')}</code>",
     )
@@ -255,11 +279,9 @@ def _slots(drawing: Drawing) -> tuple[list[_Slot], list[tuple[list[int], str]]]:
     layers = [0] * len(drawing.boxes)
     for start, end, _ in sorted(drawing.edges, key=lambda edge: edge[1]):  # boxes come after their inputs
         layers[end] = max(layers[end], layers[start] + 1)
-    fed = {end for _, end, _ in drawing.edges}
-    for index in range(len(layers)):
+    for index in reversed(range(len(layers))):  # as late as possible: what joins later is drawn there
         below = [layers[end] for start, end, _ in drawing.edges if start == index]
-        if index not in fed and below:
-            layers[index] = min(below) - 1
+        layers[index] = min(below, default=layers[index] + 1) - 1
     slots = [_Slot(layer, box) for layer, box in zip(layers, drawing.boxes, strict=True)]
     edges = []
     for start, end, text in drawing.edges:
@@ -320,15 +342,22 @@ def _columns(slots: list[_Slot], edges: list[tuple[list[int], str]]) -> list[flo
     """The middle of each slot: as near to its neighbours' as the others in its layer allow."""
     neighbours, layers = _neighbours(slots, edges), _layers(slots)
     xs = [0.0] * len(slots)
-    for _ in range(4 * _SWEEPS):
+    for _ in range(10 * _SWEEPS):
         for layer in layers:
-            wanted = [
-                sum(xs[n] for n in neighbours[i]) / len(neighbours[i]) if neighbours[i] else xs[i] for i in layer
-            ]
+            wanted = [_mean_place(slots, xs, i, neighbours) for i in layer]
             for index, x in zip(layer, _spread(wanted, [slots[i].width for i in layer]), strict=True):
                 xs[index] = x
     left = min(x - slot.width / 2 for x, slot in zip(xs, slots, strict=True))
     return [x - left + MARGIN for x in xs]
+
+
+def _mean_place(slots: list[_Slot], xs: list[float], index: int, linked: list[list[int]]) -> float:
+    """Where a slot would stand by its neighbours; plain chains and edges on their way past are kept straight."""
+    own = linked[index]
+    if not own:
+        return xs[index]
+    weights = [_STRAIGHT if len(own) == 2 and len(linked[n]) == 2 else 1.0 for n in own]
+    return sum(w * xs[n] for w, n in zip(weights, own, strict=True)) / sum(weights)
 
 
 def _spread(wanted: list[float], widths: list[float]) -> list[float]:
@@ -408,14 +437,14 @@ button[aria-pressed=true] span{color:inherit}:focus-visible{outline:2px solid va
 body[data-show=fused] [data-status=refused],body[data-show=refused] [data-status=fused],[hidden]{display:none!important}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:0 0 12px;padding:0;color:var(--soft);font-size:13px}
 .legend i{display:inline-block;width:14px;height:14px;margin-right:6px;border-radius:4px;vertical-align:-2px;border:1.5px solid}
-.cards{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,560px),1fr))}
+.cards{columns:2 560px;column-gap:16px}.card{break-inside:avoid;margin-bottom:16px}
 .card,.graph{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px;min-width:0}
 .card{scroll-margin-top:64px}.card:target{border-color:var(--norm);box-shadow:0 0 0 2px var(--normbg)}.card p{margin:0 0 8px;color:var(--soft)}
-.graph{margin-bottom:16px}.pair{display:flex;flex-wrap:wrap;gap:12px;justify-content:space-evenly}
+.card details{color:var(--soft);font-size:13px;margin-bottom:8px}.graph{margin-bottom:16px}.pair{display:flex;flex-wrap:wrap;gap:12px;justify-content:space-evenly}
 figure{margin:0;min-width:0;max-width:100%;display:flex;flex-direction:column;align-items:center}
 figcaption{font-size:12px;font-weight:600;letter-spacing:.08em;text-transform:uppercase;color:var(--soft);margin-bottom:4px}
 svg{max-width:100%;height:auto}svg text{font:12px ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;
-text-anchor:middle;fill:var(--ink)}svg text.detail{fill:var(--soft);font-size:11px}svg text.flow{fill:var(--soft);font-size:11px;text-anchor:inherit}
+text-anchor:middle;fill:var(--ink)}svg text.detail{fill:var(--soft);font-size:11px}svg text.flow{fill:var(--soft);font-size:11px;text-anchor:inherit;paint-order:stroke;stroke:var(--card);stroke-width:4px}
 rect{fill:var(--card);stroke:var(--wire);stroke-width:1.2}.wire{fill:none;stroke:var(--wire);stroke-width:1.4}.tip{fill:var(--wire)}
 .collective rect,i.collective{fill:var(--combg);stroke:var(--com);background:var(--combg);border-color:var(--com)}
 .norm rect,i.norm{fill:var(--normbg);stroke:var(--norm);background:var(--normbg);border-color:var(--norm)}

@@ -11,7 +11,7 @@ a tensor-parallel model's unsharded parameters are, unless PassConfig.assume_rep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ class Path:
     @property
     def other_readers(self) -> int:
         """How often values on the way, the all-reduce's among them, are read by something else."""
-        return sum(len(node.users) - 1 for node in (self.all_reduce.value, *(s.node for s in self.steps)))
+        return _other_readers(self.all_reduce.value, self.steps)
 
     def problem(self, allow_reassociation: bool) -> str:
         """Why this way cannot be cleared, or ""."""
@@ -121,12 +121,13 @@ class PathFinder:
         if limit == 0:
             return None
         seen.add(node)
+        ways = []
         for source, step in self._back(node):
             way = self._walk(source, seen, limit - 1)
             if way is not None:
-                way[1].append(step)
-                return way
-        return None
+                ways.append((way[0], [*way[1], step]))
+        # Of several all-reduces, one that nothing else reads, and the last of these, so that they keep their order.
+        return max(ways, key=lambda way: (-_other_readers(way[0], way[1]), way[0]), default=None)
 
     def _back(self, node: Node) -> Iterator[tuple[Any, Step]]:
         """The nodes one step before this one, with the step."""
@@ -154,6 +155,10 @@ class PathFinder:
             and scaled.dim() > 0
             and torch.result_type(scaled, tensor) == scaled.dtype
         )
+
+
+def _other_readers(value: Node, steps: Sequence[Step]) -> int:
+    return sum(len(node.users) - 1 for node in (value, *(step.node for step in steps)))
 
 
 def _is_addend(addend: Any, value: Any, node: Node) -> bool:

@@ -1,7 +1,7 @@
 """What the HTML report draws of each all-reduce: the subgraph around it, before fusewire's passes and after.
 
-Pictures hold words and no sizes or names of layers, so that the same site in every layer gives the same picture, which
-the account of a graph keeps once.
+Pictures hold words and no sizes or names of layers, so that the same site in every layer gives the same picture,
+which the account of a graph keeps once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ COLLECTIVE, NORM, FUSED, STEP, OBSTACLE, INPUT, READER = (
     "input",
     "reader",
 )
-_FAR, _FEW = 24, 8
+OTHER = "another all-reduce"
+_FAR, _FEW = 24, 5
 _WORDS = {
     "aten::mm": "matrix product",
     "aten::addmm": "matrix product",
@@ -43,6 +44,7 @@ _WORDS = {
     "aten::sub": "subtract",
     "aten::mul": "multiply",
     "aten::mean": "mean",
+    "aten::index_put": "masked write",
     "aten::rsqrt": "1 / √",
     "aten::var_mean": "LayerNorm (mean, variance)",
     "aten::native_layer_norm": "LayerNorm",
@@ -144,12 +146,16 @@ class _PictureMaker:
         self.norms: dict[Node, Norm] = {}
         for norm in find_norms(original):
             self.norms.setdefault(norm.source, norm)
+        self.seen: dict[str, _Before] = {}
+        self.fused: set[str] = set()
         self.after: dict[str, Drawing] = {}
         self.numbers: dict[Picture, int] = {}
 
     def see_fused(self, graph: Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=all_reduce_rms_norm.torch_op):
-            name = node.meta.get("fusewire_all_reduce")
+        found = graph.find_nodes(op="call_function", target=all_reduce_rms_norm.torch_op)
+        sites = {node.meta.get("fusewire_all_reduce"): node for node in found}
+        self.fused = set(sites)
+        for name, node in sites.items():
             if name in self.nodes:
                 self.after[name] = _After(self._before(name), node, set(self.nodes)).drawing
 
@@ -158,9 +164,16 @@ class _PictureMaker:
         return self.numbers.setdefault(picture, len(self.numbers))
 
     def _before(self, name: str, reason: str = "") -> _Before:
+        if not reason and name in self.seen:
+            return self.seen[name]
         site = read_all_reduce(self.nodes[name])
         assert site is not None
-        return _Before(site, self.norms, self.order, set(re.findall(r"\w+", reason)))
+        # Another all-reduce that is fused by itself is a residual like any other here.
+        apart = set() if reason else self.fused
+        found = _Before(site, self.norms, self.order, set(re.findall(r"\w+", reason)), apart)
+        if not reason:
+            self.seen[name] = found
+        return found
 
 
 class _Before:
@@ -168,13 +181,14 @@ class _Before:
 
     Attributes:
         labels: what boxes of nodes outside the way are called, by node name.
+        joined: names of the nodes by which other all-reduces join the way.
         norm_readers, sum_readers: who reads the norm, and the value that is normalised.
     """
 
     def __init__(
-        self, site: AllReduce, norms: dict[Node, Norm], order: dict[Node, int], marked: set[str]
+        self, site: AllReduce, norms: dict[Node, Norm], order: dict[Node, int], marked: set[str], apart: set[str]
     ) -> None:
-        self.site, self.norms, self.order, self.marked = site, norms, order, marked
+        self.site, self.norms, self.order, self.marked, self.apart = site, norms, order, marked, apart
         self.canvas = _Canvas()
         self.ids: dict[Node, int] = {}
         self.labels: dict[str, str] = {}
@@ -183,12 +197,15 @@ class _Before:
         inner = {site.node, site.value, *way}
         self.inside = self._inside(self.norm) if self.norm is not None else set()
         inner |= self.inside
-        inner |= self._joining(inner)
+        joining = self._joining(inner)
+        self.joined = {node.name for node in joining}
+        inner |= joining
         self.inner = sorted(inner, key=lambda node: order[node])
         for node in self.inner:
             self._add(node)
         for node in self.inner:
-            self._add_readers(node, inner)
+            if node not in joining:
+                self._add_readers(node, inner)
         self.norm_readers = self._readers(self.norm.out, inner) if self.norm is not None else ""
         self.sum_readers = self._readers(end, inner) if end is not None else ""
 
@@ -197,10 +214,11 @@ class _Before:
         return self.canvas.drawing()
 
     def _way(self) -> tuple[list[Node], Node | None]:
-        """The nodes from the all-reduce to the nearest norm's input; without a norm, the few that come first."""
+        """The nodes from the all-reduce to the nearest norm's input; without a norm, those up to what stops it."""
         start = self.site.value
         came: dict[Node, Node] = {}
-        pending, seen = [start], [start]
+        pending, seen, stopped = [start], [start], False
+        few = 0
         while pending and len(seen) < _FAR:
             node = pending.pop(0)
             if node in self.norms:
@@ -208,13 +226,15 @@ class _Before:
                 while way[-1] in came:
                     way.append(came[way[-1]])
                 return way, node
+            few += not stopped
             for user in node.users:
-                passes = user.target in VIEWS | CASTS or plain_add(user) is not None or plain_mul(user) is not None
-                if passes and user not in seen:
+                if not _passes(user):
+                    stopped = True
+                elif user not in seen:
                     seen.append(user)
                     came[user] = node
                     pending.append(user)
-        return seen[:_FEW], None
+        return seen[: min(few, _FEW)], None
 
     def _inside(self, norm: Norm) -> set[Node]:
         """The nodes that compute a norm from its input."""
@@ -238,9 +258,8 @@ class _Before:
 
     def _back_to_all_reduce(self, node: Node, steps: int) -> list[Node]:
         if node.op == "call_function" and read_all_reduce(node) is not None:
-            return [node]
-        passes = node.target is WAIT or node.target in VIEWS | CASTS or plain_mul(node) is not None
-        if steps and passes:
+            return [] if node.name in self.apart else [node]
+        if steps and (node.target is WAIT or (_passes(node) and plain_add(node) is None)):
             for source in node.all_input_nodes:
                 rest = self._back_to_all_reduce(source, steps - 1)
                 if rest:
@@ -261,7 +280,10 @@ class _Before:
         if node.name in self.marked and role != COLLECTIVE:
             role = OBSTACLE
         sources = [self._source(node, source) for source in node.all_input_nodes]
-        self.ids[node] = self.canvas.box(words(node), role, detail)
+        label = words(node) if role != COLLECTIVE or node is self.site.node else OTHER
+        if role == NORM and node.args and _is_epsilon(node):
+            label = "+ epsilon"
+        self.ids[node] = self.canvas.box(label, role, detail)
         for source in sources:
             self.canvas.edge(source, self.ids[node])
 
@@ -277,23 +299,22 @@ class _Before:
             return "weight"
         if self.norm is not None and source is self.norm.residual:
             return "residual"
-        return label_of_input(source, "residual" if plain_add(node) is not None else "")
+        last = plain_add(node) is not None and (self.norm is None or node is self.norm.source)
+        return label_of_input(source, "residual" if last else "")
 
     def _add_readers(self, node: Node, inner: set[Node]) -> None:
-        readers = self._readers(node, inner)
-        if readers:
-            blocks = node.name in self.marked or (self.norm is None and "LayerNorm" in readers)
-            box = self.canvas.box(readers, OBSTACLE if blocks else READER)
-            self.canvas.edge(self.ids[node], box)
+        """Boxes for what else reads a value; what stands where a norm should be is marked."""
+        outside = [user for user in node.users if user not in inner]
+        stops = [user for user in outside if self.norm is None and not _passes(user)]
+        if node.name in self.marked:
+            stops = outside
+        for users, role in (([u for u in outside if u not in stops], READER), (stops, OBSTACLE)):
+            if users:
+                self.canvas.edge(self.ids[node], self.canvas.box(_named(users), role))
 
     def _readers(self, node: Node, inner: set[Node]) -> str:
         """What else reads a value, in words; "" if nothing does."""
-        found: dict[str, None] = {}
-        for user in node.users:
-            if user not in inner:
-                found[words(_past_views(user))] = None
-        names = sorted(found)
-        return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+        return _named([user for user in node.users if user not in inner])
 
 
 class _After:
@@ -324,16 +345,33 @@ class _After:
     def _visit(self, node: Node, role: str) -> int:
         if node in self.ids:
             return self.ids[node]
+        if node.target is WAIT and isinstance(node.args[0], Node) and node.args[0].name in self.before.joined:
+            self.ids[node] = self._visit(node.args[0], role)
+            return self.ids[node]
         new = node.op == "call_function" and node.name not in self.known
-        if new and node.target is not operator.getitem and node.target is not WAIT:
+        if node.name in self.before.joined or (new and node.target not in (operator.getitem, WAIT)):
+            other = read_all_reduce(node) is not None
             sources = [self._visit(source, _slot(node, source, role)) for source in node.all_input_nodes]
-            self.ids[node] = self.canvas.box(words(node), STEP)
+            label, kind = (OTHER, COLLECTIVE) if other else (words(node), STEP)
+            self.ids[node] = self.canvas.box(label, kind)
             for source in sources:
                 self.canvas.edge(source, self.ids[node])
         else:
             label = self.before.labels.get(node.name) or label_of_input(node, role)
             self.ids[node] = self.canvas.box(label, INPUT)
         return self.ids[node]
+
+
+def _named(users: list[Node]) -> str:
+    names = sorted({words(reader) for user in users for reader in _past_views(user, 4)})
+    if {"mean", "subtract"} <= set(names):
+        return "LayerNorm"
+    return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+
+
+def _passes(node: Node) -> bool:
+    """Whether a node is one of the steps that may stand between an all-reduce and its norm."""
+    return node.target in VIEWS | CASTS or plain_add(node) is not None or plain_mul(node) is not None
 
 
 def _slot(node: Node, source: Node, role: str) -> str:
@@ -352,14 +390,24 @@ def label_of_input(node: Node, role: str) -> str:
     return words(_before_views(node))
 
 
+def _is_epsilon(node: Node) -> bool:
+    """Whether a step of a norm adds epsilon to the mean."""
+    operands = plain_add(node)
+    return operands is not None and any(_target(value) is aten.mean.dim for value in operands)
+
+
+def _target(value: Any) -> Any:
+    return value.target if isinstance(value, Node) else None
+
+
 def _before_views(node: Node) -> Node:
-    while node.target in VIEWS and isinstance(node.args[0], Node):
+    while node.target in VIEWS | CASTS and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
 
-def _past_views(node: Node) -> Node:
-    while (node.target in VIEWS or node.target is aten.expand.default) and len(node.users) == 1:
-        node = next(iter(node.users))
-    return node
-
+def _past_views(node: Node, steps: int) -> list[Node]:
+    """Who reads a value, behind views of it."""
+    if steps == 0 or not node.users or node.target not in VIEWS | {aten.expand.default}:
+        return [node]
+    return [reader for user in node.users for reader in _past_views(user, steps - 1)]

@@ -212,6 +212,7 @@ class _Raiser:
             else:
                 both = self._call(fused_add_rms_norm.torch_op, (summed, residual, *options), {}, norm.out)
                 new, sum_out = getitem(self.graph, both, 0), getitem(self.graph, both, 1)
+                self.order.update(dict.fromkeys((new, sum_out), self.order[both]))
         self._replace(norm.out, new)
         if norm.residual is None:
             self._replace(norm.source, sum_out)
@@ -247,6 +248,7 @@ class _Raiser:
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: Any, origin: Node) -> Node:
         node = new_call(self.graph, target, args, kwargs, origin)
         self.regions[node] = self.regions.get(origin, 0)
+        self.order[node] = self.order.get(origin, 0)
         return node
 
     def _replace(self, old: Node, new: Node) -> None:

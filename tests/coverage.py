@@ -132,7 +132,8 @@ model of `tests/zoo.py`, and with other versions. It needs neither a GPU nor sev
 random weights, {layers} layers) is compiled as one rank of {world} over a process group that communicates with nobody.
 
 - **all-reduces**: in the compiled graphs of one forward pass, counted without fusewire's help.
-- **fusible**: those that the mathematics allows to fuse with an RMSNorm (`tests/zoo.py` says of each model why not all).
+- **fusible**: those that the mathematics allows to fuse with an RMSNorm (`tests/zoo.py` says of each model why not all);
+  `?` where that is not known for these versions.
 - **fused**: by fusewire. In brackets: of these, collectives that are gone, since a sum of two all-reduces became one.
 - **breaks**: graph breaks in the model's forward pass under torch.compile, without `fullgraph`.
 """
@@ -144,8 +145,9 @@ def as_markdown(rows: Iterable[Coverage]) -> str:
     kept = list(rows)
     ran = [row for row in kept if not row.failed]
     total = {key: sum(getattr(row, key) for row in ran) for key in ("all_reduces", "fused", "merged")}
-    fusible = sum(row.spec.fusible for row in ran)
-    complete = sum(row.fused == row.spec.fusible for row in ran)
+    known = [row for row in ran if row.spec.counted]
+    fusible = sum(row.spec.fusible for row in known)
+    complete = sum(row.fused == row.spec.fusible for row in known)
     head = _HEAD.format(
         date=datetime.date.today().isoformat(),
         fusewire=fusewire.__version__,
@@ -156,8 +158,8 @@ def as_markdown(rows: Iterable[Coverage]) -> str:
     )
     lines = [
         head,
-        f"In {len(ran)} models there are {total['all_reduces']} all-reduces; {fusible} are fusible and "
-        f"{total['fused']} were fused. In {complete} of the {len(ran)} models every fusible one was.",
+        f"In {len(ran)} models there are {total['all_reduces']} all-reduces; {fusible} are fusible, and {total['fused']} "
+        f"were fused. Of the {len(known)} models whose fusible ones are known for these versions, {complete} fuse all.",
         "",
         _COLUMNS,
         *(_line(row) for row in ran),
@@ -179,12 +181,13 @@ def _line(row: Coverage) -> str:
         remarks.append(f"sequence parallelism: {row.reduce_scatters} reduce-scatters in place of all-reduces")
     if row.reported != row.all_reduces:
         remarks.append(f"fusewire's report knows {row.reported} of the {row.all_reduces} all-reduces only")
-    if row.fused < row.spec.fusible:
+    fusible = str(row.spec.fusible) if row.spec.counted else "?"
+    if row.spec.counted and row.fused < row.spec.fusible:
         remarks.append(f"**{row.spec.fusible - row.fused} fusible ones are not fused**")
     remarks += row.notes
     gone = f" ({row.merged})" if row.merged else ""
     breaks = sum(row.graph_breaks.values())
-    cells = (row.spec.name, row.all_reduces, row.spec.fusible, f"{row.fused}{gone}", breaks, "; ".join(remarks))
+    cells = (row.spec.name, row.all_reduces, fusible, f"{row.fused}{gone}", breaks, "; ".join(remarks))
     return "| " + " | ".join(map(str, cells)) + " |"
 
 

@@ -1,7 +1,8 @@
-"""The three ways in, with Inductor's real code generation: backend="fusewire", enable(), run_passes(); and users' passes.
+"""The three ways in, with Inductor's real code generation: backend="fusewire", enable(), run_passes(); and
+users' passes.
 
-Generating and compiling C++ costs seconds, so most tests keep the fused operator as a call (inline_native=False), for
-which Inductor generates Python alone.
+Generating and compiling C++ costs seconds, so most tests keep the fused operator as a call
+(inline_native=False), for which Inductor generates Python alone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ _VERSIONS = itertools.count()
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_cache():
-    """A compile cache of this module's own: nothing comes from earlier runs, and C++ headers are compiled once."""
+    """A compile cache of this module's own: nothing comes from earlier runs, and C++ headers are compiled
+    once."""
     with fresh_cache():
         yield
 
@@ -56,7 +58,7 @@ def _fresh_state():
 
 @pytest.fixture
 def native_calls(monkeypatch):
-    """The calls of the fused operator's native provider while the test runs; inlined arithmetic is no call."""
+    """The calls of the fused operator's native provider; inlined arithmetic is none."""
     calls = []
     provider = all_reduce_rms_norm.providers[NATIVE]
 
@@ -74,7 +76,8 @@ def block(x, r, w):
 
 
 def _new_source():
-    """A pass with another source than any before: no graph comes from the compile cache, and the pass does run."""
+    """A pass with another source than any before: no graph comes from the compile cache, and the pass does
+    run."""
     return f"version {next(_VERSIONS)}"
 
 
@@ -92,7 +95,8 @@ def equal(got, want):
 
 
 def test_backend_generates_code_that_computes_what_inductors_does():
-    """bf16, native inlined into generated C++: the bits of plain Inductor with the same options, and eager's numbers."""
+    """bf16, native inlined into generated C++: the bits of plain Inductor with the same options, and eager's
+    numbers."""
     inputs = tensors()
     options = {"emulate_precision_casts": True}
     got = compiled(block, *inputs, backend="fusewire", options={**options, "expect_fused": "all"})
@@ -140,7 +144,13 @@ def seen():
 
 def test_options_of_fusewire_and_of_inductor(seen):
     """A field of ours, a nested option (CUDA graphs), a hyphen, and an alias of another module's option."""
-    options = {**CALLS, "expect_fused": 1, "triton.cudagraphs": True, "max-autotune": True, "force_disable_caches": True}
+    options = {
+        **CALLS,
+        "expect_fused": 1,
+        "triton.cudagraphs": True,
+        "max-autotune": True,
+        "force_disable_caches": True,
+    }
     inputs = tensors()
     assert equal(compiled(block, *inputs, backend="fusewire", options=options), block(*inputs))
     (saw,) = seen
@@ -152,7 +162,8 @@ def test_options_of_fusewire_and_of_inductor(seen):
 
 
 def test_names_that_inductor_has_too_are_ours():
-    """`options` is one mapping for both. A name that joins this list takes an option of Inductor's from our users."""
+    """`options` is one mapping for both. A name that joins this list takes an option of Inductor's from our
+    users."""
     known = inductor_config.get_config_copy()
     both = {name for name in PassConfig.field_names() if name in known}
     assert both <= {"disabled_passes", "batch_invariant"}
@@ -182,7 +193,9 @@ def test_bad_option(option, says):
 )
 def test_mode(seen, native_calls, mode, cudagraphs, max_autotune):
     inputs = tensors()
-    with fusewire.ir_op_priority({"all_reduce_rms_norm": ["rank_ordered"]}):  # not inlined, as native would be
+    with fusewire.ir_op_priority(
+        {"all_reduce_rms_norm": ["rank_ordered"]}
+    ):  # not inlined, as native would be
         got = compiled(block, *inputs, backend="fusewire", mode=mode)
     assert got[0].shape == inputs[0].shape
     (saw,) = seen
@@ -243,7 +256,9 @@ def test_epsilon_of_a_module_under_dynamic(native_calls):
             return NORMS["L"](r + reduce_functional(x), w, self.eps), r
 
     inputs = tensors()
-    got = compiled(Norm(), *inputs, backend="fusewire", options={**CALLS, "expect_fused": "all"}, dynamic=True)
+    got = compiled(
+        Norm(), *inputs, backend="fusewire", options={**CALLS, "expect_fused": "all"}, dynamic=True
+    )
     assert equal(got, Norm()(*inputs))
     assert native_calls[0][3] == pytest.approx(3e-4)
 
@@ -283,7 +298,9 @@ def test_training_gives_right_gradients():
         fn(*inputs).square().sum().backward()
         return [value.grad for value in inputs]
 
-    got = gradients(torch.compile(trained, backend="fusewire", fullgraph=True, options={"expect_fused": "all"}))
+    got = gradients(
+        torch.compile(trained, backend="fusewire", fullgraph=True, options={"expect_fused": "all"})
+    )
     for gradient, wanted in zip(got, gradients(trained), strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
     assert {graph.kind for graph in fusewire.report().graphs} == {"training"}
@@ -319,14 +336,21 @@ class _Theirs(CustomGraphPass):
     """A pass that the user has set already; says what it sees, so that the order shows."""
 
     def __call__(self, graph):
-        ORDER.append(("theirs", sum(str(node.target) == "fusewire.all_reduce_rms_norm.default" for node in graph.nodes)))
+        ORDER.append(
+            (
+                "theirs",
+                sum(str(node.target) == "fusewire.all_reduce_rms_norm.default" for node in graph.nodes),
+            )
+        )
 
     def uuid(self):
         return "theirs"
 
 
 def _see_fused(graph, config):
-    ORDER.append(("ours", sum(str(node.target) == "fusewire.all_reduce_rms_norm.default" for node in graph.nodes)))
+    ORDER.append(
+        ("ours", sum(str(node.target) == "fusewire.all_reduce_rms_norm.default" for node in graph.nodes))
+    )
 
 
 @pytest.fixture
@@ -516,7 +540,9 @@ def test_a_users_pass_is_in_the_compiled_graph():
     got = compiled(lambda x, r, w: x + r, x, r, w, backend="fusewire")
     torch.testing.assert_close(got, x - r)
     torch._dynamo.reset()
-    got = compiled(lambda x, r, w: x + r, x, r, w, backend="fusewire", options={"disabled_passes": ["subtract"]})
+    got = compiled(
+        lambda x, r, w: x + r, x, r, w, backend="fusewire", options={"disabled_passes": ["subtract"]}
+    )
     torch.testing.assert_close(got, x + r)
 
 
@@ -570,7 +596,9 @@ def test_a_failing_users_pass_fails_the_compilation_with_its_own_error():
 
 def test_names_and_places_that_cannot_be():
     registry.register_pass("visit", _visit)
-    with pytest.raises(ConfigError, match="there is already a pass named 'visit'; the passes are: eliminate_noops"):
+    with pytest.raises(
+        ConfigError, match="there is already a pass named 'visit'; the passes are: eliminate_noops"
+    ):
         registry.register_pass("visit", _visit)
     with pytest.raises(ConfigError, match="there is already a pass named 'lower_ops'"):
         registry.register_pass("lower_ops", _visit)

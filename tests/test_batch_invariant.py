@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import run_ranks
 from gpu.batch_invariant_check import (
     DTYPES,
     Case,
@@ -31,6 +30,7 @@ from gpu.batch_invariant_check import (
     ulps,
 )
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm, sum_in_rank_order
 from fusewire.custom_ops.ir import all_ops
@@ -39,6 +39,8 @@ from fusewire.custom_ops.providers import batch_invariant, torch_batch_invariant
 from fusewire.custom_ops.providers.triton_norm import reduction_tree, rms_norm_batch_invariant
 from fusewire.errors import ArgumentError, NoProviderError, TrainingError
 from fusewire.fusion_passes.config import BATCH_INVARIANT_VARIABLE, PassConfig
+
+from distributed import run_ranks
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -146,6 +148,21 @@ def test_sum_of_squares_follows_the_tree(hidden: int) -> None:
     squares = np.square(x.numpy())
     want = [_tree_by_hand(row, *reduction_tree(hidden)) for row in squares]
     assert torch_batch_invariant.sum_of_squares(x).flatten().tolist() == want
+
+
+def test_no_operation_reduces() -> None:
+    """All the provider calls is elementwise, or moves data: nothing that a library may split by the batch."""
+    arguments = (torch.randn(3, 3000), torch.randn(3, 3000).half(), torch.randn(3000))
+
+    def call(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+        provider = fused_add_rms_norm.providers[torch_batch_invariant.PROVIDER]
+        return provider.fn(x, residual, weight, 1e-6, 1.0, "round_then_scale")
+
+    graph = make_fx(call)(*arguments).graph
+    used = {node.target.overloadpacket.__name__ for node in graph.nodes if node.op == "call_function"}
+    elementwise = {"add", "mul", "sqrt", "reciprocal", "_to_copy"}
+    assert used - elementwise <= {"new_zeros", "slice", "constant_pad_nd", "alias"}
+    assert elementwise <= used
 
 
 def test_tree_is_a_function_of_the_hidden_size() -> None:
@@ -443,7 +460,7 @@ def compiled(case: Case, aligned: bool = True) -> str:
         if aligned and signature[name].startswith("*")
     }
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": plan.warps, "enable_fp_fusion": False}
+    options = {"num_warps": plan.warps, **triton_norm.COMPILE_OPTIONS}
     program = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return str(program.asm["ptx"])
 

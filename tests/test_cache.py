@@ -1,7 +1,8 @@
 """The passes are in the compile cache's key, and a warm cache runs, and reports, what a cold one made.
 
-Nothing here needs C++: the fused operator stays a call (inline_native=False), so a compilation takes a fraction of a
-second. Inductor has two caches, one of post-grad graphs ("fx") and one in front of it ("autograd"); both are tested.
+Nothing here needs C++: the fused operator stays a call (inline_native=False), so a compilation takes a
+fraction of a second. Inductor has two caches, one of post-grad graphs ("fx") and one in front of it
+("autograd"); both are tested.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def another_version_of_a_provider(monkeypatch):
 @contextlib.contextmanager
 def a_provider_that_this_machine_lacks(monkeypatch):
     provider = dataclasses.replace(
-        all_reduce_rms_norm.providers[all_reduce_rms_norm.priority[0]], supported=lambda: Support.no("not installed")
+        all_reduce_rms_norm.providers[all_reduce_rms_norm.priority[0]],
+        supported=lambda: Support.no("not installed"),
     )
     monkeypatch.setitem(all_reduce_rms_norm.providers, provider.name, provider)
     others = [name for name in ("rank_ordered", NATIVE) if name != provider.name]
@@ -201,7 +203,9 @@ def test_a_change_misses(monkeypatch, change, way, cache):
     assert hit(way, cache)
 
 
-@pytest.mark.parametrize("change", [a_users_pass_elsewhere, another_source_of_a_users_pass], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "change", [a_users_pass_elsewhere, another_source_of_a_users_pass], ids=lambda c: c.__name__
+)
 def test_a_change_of_a_users_pass_misses(monkeypatch, change):
     with a_users_pass(monkeypatch):
         assert not hit()
@@ -231,7 +235,10 @@ FIELDS = {
 def test_every_field_changes_the_key(name):
     changed = PassConfig(**{name: FIELDS[name]})
     assert backend.FusewirePass(changed).uuid() != backend.FusewirePass(PassConfig()).uuid()
-    assert backend.FusewirePass(changed).uuid() == backend.FusewirePass(PassConfig(**{name: FIELDS[name]})).uuid()
+    assert (
+        backend.FusewirePass(changed).uuid()
+        == backend.FusewirePass(PassConfig(**{name: FIELDS[name]})).uuid()
+    )
 
 
 def test_the_source_hash_covers_every_file(monkeypatch):
@@ -242,7 +249,9 @@ def test_the_source_hash_covers_every_file(monkeypatch):
     first = manager.source_hash()
     folders = [Path(module.__file__).parent for module in (fusewire, manager, registry)]
     assert {file.resolve() for folder in folders for file in folder.rglob("*.py")} <= set(read)
-    assert {"all_reduce.py", "ir.py", "native.py", "errors.py"} - {file.name for file in read} <= {"native.py"}
+    assert {"all_reduce.py", "ir.py", "native.py", "errors.py"} - {file.name for file in read} <= {
+        "native.py"
+    }
     monkeypatch.setattr(Path, "read_bytes", lambda self: real(self) + b"#" * (self.name == "norms.py"))
     manager.source_hash.cache_clear()
     assert manager.source_hash() != first
@@ -426,14 +435,21 @@ def _on_a_rank(cache):
     counters.clear()
     fusewire.clear_report()
     with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=cache == "autograd"):
-        function = torch.compile(block, backend="fusewire", options={**CALLS, "expect_fused": "all"}, fullgraph=True)
+        function = torch.compile(
+            block, backend="fusewire", options={**CALLS, "expect_fused": "all"}, fullgraph=True
+        )
         results = [function(*inputs) for _ in range(2)]
-    section, name = {"autograd": ("aot_autograd", "autograd_cache_hit"), "fx": ("inductor", "fxgraph_cache_hit")}[cache]
+    section, name = {
+        "autograd": ("aot_autograd", "autograd_cache_hit"),
+        "fx": ("inductor", "fxgraph_cache_hit"),
+    }[cache]
     return {
         "misses": counters["inductor"]["fxgraph_cache_miss"],
         "hits": counters[section][name],
         "calls": len(calls),
-        "right": all(torch.equal(a, b) for result in results for a, b in zip(result, block(*inputs), strict=True)),
+        "right": all(
+            torch.equal(a, b) for result in results for a, b in zip(result, block(*inputs), strict=True)
+        ),
         "norm": results[0][0],
         "report": fusewire.report(),
     }

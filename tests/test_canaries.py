@@ -1,7 +1,9 @@
-"""One canary for each private part of PyTorch that fusewire relies on, and for public parts whose details it relies on.
+"""One canary for each private part of PyTorch that fusewire relies on, and for public parts whose details it
+relies on.
 
-A canary that fails names, in its docstring, what to change in fusewire. `test_every_private_name_has_a_canary` reads
-our sources and fails when they use a private name that no canary here watches.
+A canary that fails names, in its docstring, what to change in fusewire.
+`test_every_private_name_has_a_canary` reads our sources and fails when they use a private name that no canary
+here watches.
 """
 
 from __future__ import annotations
@@ -78,13 +80,18 @@ def _matched(pattern, graph, check=lambda match: True):
 def _sin_clamp(users=1):
     inner = pattern_matcher.CallFunction(aten.sin.default, pattern_matcher.KeywordArg("x"), _users=users)
     return pattern_matcher.CallFunction(
-        aten.clamp.default, inner, pattern_matcher.KeywordArg("low"), pattern_matcher.KeywordArg("high"), _users=1
+        aten.clamp.default,
+        inner,
+        pattern_matcher.KeywordArg("low"),
+        pattern_matcher.KeywordArg("high"),
+        _users=1,
     )
 
 
 @canary("torch._inductor.pattern_matcher")
 def test_pattern_matcher_captures_nodes_numbers_and_none():
-    """FusionMatcher and _tree in matcher.py: captures by keyword, root and nodes of a match, the count that apply returns."""
+    """FusionMatcher and _tree in matcher.py: captures by keyword, root and nodes of a match, the count that
+    apply returns."""
     graph = graph_of((aten.sin.default, ([0],)), (aten.clamp.default, ([1], None, 2.5)))
     x, sin, clamp, _ = graph.nodes
     ((captures, kwargs, root, nodes),) = _matched(_sin_clamp(), graph)
@@ -94,7 +101,8 @@ def test_pattern_matcher_captures_nodes_numbers_and_none():
 
 
 def test_pattern_matcher_extra_check_leaves_the_graph():
-    """FusionMatcher.add: a check that says no must keep the handler from being called, and the graph as it was."""
+    """FusionMatcher.add: a check that says no must keep the handler from being called, and the graph as it
+    was."""
     graph = graph_of((aten.sin.default, ([0],)), (aten.clamp.default, ([1], None, 2.5)))
     before = str(graph)
     seen = []
@@ -105,7 +113,8 @@ def test_pattern_matcher_extra_check_leaves_the_graph():
 
 @pytest.mark.parametrize(("users", "count"), [(1, 0), (pattern_matcher.MULTIPLE, 1)])
 def test_pattern_matcher_users_of_inner_nodes(users, count):
-    """_tree in matcher.py: `_users=1` refuses inner nodes read elsewhere, MULTIPLE (patterns.fusions' `shared`) takes them."""
+    """_tree in matcher.py: `_users=1` refuses inner nodes read elsewhere, MULTIPLE (patterns.fusions'
+    `shared`) takes them."""
     graph = graph_of((aten.sin.default, ([0],)), (aten.clamp.default, ([1], None, 2.5)))
     sin, clamp = list(graph.nodes)[1:3]
     with graph.inserting_after(clamp):
@@ -125,8 +134,8 @@ def test_stable_topological_sort():
 
 @canary("torch._inductor.decomposition.select_decomp_table", "torch.fx.experimental.proxy_tensor.make_fx")
 def test_tracing_native_gives_post_grad_operators():
-    """trace in matcher.py, _copy_in in lower_ops.py: make_fx with Inductor's decompositions gives primitive operators with
-    values; the casts among them must be in graph_tools.CASTS."""
+    """trace in matcher.py, _copy_in in lower_ops.py: make_fx with Inductor's decompositions gives primitive
+    operators with values; the casts among them must be in graph_tools.CASTS."""
     with FakeTensorMode() as mode:
         values = [mode.from_tensor(value) for value in tensors()]
     graph = matcher.trace(lambda x, r, w: torch.nn.functional.rms_norm(x, (64,), w, 1e-5), values[:3]).graph
@@ -139,7 +148,8 @@ def test_tracing_native_gives_post_grad_operators():
 
 @canary("torch._guards.TracingContext.try_get")
 def test_names_of_graphs_tell_training_from_inference():
-    """graph_kind in matcher.py reads the tracing context's aot_graph_name, whose last part ends in what the graph is."""
+    """graph_kind in matcher.py reads the tracing context's aot_graph_name, whose last part ends in what the
+    graph is."""
     kinds = []
 
     def compiler(graph_module, inputs):
@@ -154,7 +164,11 @@ def test_names_of_graphs_tell_training_from_inference():
     torch._dynamo.reset()
     names, said = zip(*kinds, strict=True)
     assert said == ("inference", "training", "training")
-    assert [name.rstrip("_0123456789").rsplit("_", 1)[-1] for name in names] == ["inference", "forward", "backward"]
+    assert [name.rstrip("_0123456789").rsplit("_", 1)[-1] for name in names] == [
+        "inference",
+        "forward",
+        "backward",
+    ]
     assert matcher.graph_kind() == "inference"  # no context, as in run_passes on a graph by hand
 
 
@@ -163,8 +177,8 @@ def test_names_of_graphs_tell_training_from_inference():
 
 @canary("torch._inductor.config")
 def test_inductors_configuration():
-    """split_options, _inductor_type and enable in backend.py: types of options by name, nested ones and aliases among
-    them, KeyError for others; a copy of all options; patching."""
+    """split_options, _inductor_type and enable in backend.py: types of options by name, nested ones and
+    aliases among them, KeyError for others; a copy of all options; patching."""
     assert inductor_config.get_type("max_autotune") is bool
     assert inductor_config.get_type("triton.cudagraphs") is bool
     assert inductor_config.get_type("force_disable_caches") is bool  # stands for torch.compiler.config's
@@ -175,6 +189,19 @@ def test_inductors_configuration():
     assert inductor_config.post_grad_custom_post_pass is None
     with inductor_config.patch({"triton.cudagraphs": True}):
         assert inductor_config.triton.cudagraphs
+
+
+@canary("torch._functorch.config.patch")
+def test_switches_of_the_compile_caches():
+    """The explain command in fusewire/explain.py switches all four caches off, so that there is something to
+    explain."""
+    with inductor_config.patch({"fx_graph_cache": False, "fx_graph_remote_cache": False}):
+        assert inductor_config.fx_graph_cache is False
+    with torch._functorch.config.patch(
+        {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
+    ):
+        assert torch._functorch.config.enable_autograd_cache is False
+    assert torch._functorch.config.enable_autograd_cache is True
 
 
 class _Pass(CustomGraphPass):
@@ -196,8 +223,8 @@ class _Pass(CustomGraphPass):
 @canary("torch._inductor.custom_graph_pass", "torch._inductor.compile_fx.compile_fx")
 @pytest.mark.parametrize("key", ["key", None])
 def test_compile_fx_takes_a_custom_pass_as_a_patch(key):
-    """fusewire_backend and the two pass classes in backend.py: compile_fx(model, inputs, config_patches=...) calls the hook
-    with the graph alone, asks for its uuid, and does not cache without one."""
+    """fusewire_backend and the two pass classes in backend.py: compile_fx(model, inputs, config_patches=...)
+    calls the hook with the graph alone, asks for its uuid, and does not cache without one."""
     from torch._dynamo.utils import counters
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.utils import fresh_cache
@@ -218,8 +245,8 @@ def test_compile_fx_takes_a_custom_pass_as_a_patch(key):
 
 
 def test_custom_pass_is_left_out_of_the_pickled_configuration():
-    """FusewirePass in backend.py enters the cache's key by its uuid alone; pickled with the configuration it would enter a
-    second time, by its attributes, and would have to be picklable."""
+    """FusewirePass in backend.py enters the cache's key by its uuid alone; pickled with the configuration it
+    would enter a second time, by its attributes, and would have to be picklable."""
     with inductor_config.patch(post_grad_custom_post_pass=_Pass("key")):
         saved = inductor_config.save_config_portable(ignore_private_configs=False)
     assert "post_grad_custom_post_pass" not in saved
@@ -229,7 +256,8 @@ def test_custom_pass_is_left_out_of_the_pickled_configuration():
 
 
 def test_inference_aware_passes_and_lists_of_passes_come_together():
-    """ChainedPass in backend.py gives CustomInferenceAwareGraphPass its second argument; chained_hook takes lists."""
+    """ChainedPass in backend.py gives CustomInferenceAwareGraphPass its second argument; chained_hook takes
+    lists."""
     aware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
     assert (aware is None) == (not hasattr(custom_graph_pass, "get_custom_graph_passes"))
     if aware is not None:
@@ -248,7 +276,8 @@ def test_options_of_modes():
 
 @canary("torch._inductor.runtime.cache_dir_utils.cache_dir")
 def test_cache_directory(monkeypatch, tmp_path):
-    """_Keeper in backend.py keeps accounts in Inductor's cache directory, which follows the environment at any time."""
+    """_Keeper in backend.py keeps accounts in Inductor's cache directory, which follows the environment at
+    any time."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -257,21 +286,29 @@ def test_cache_directory(monkeypatch, tmp_path):
 
 @canary("torch._dynamo.utils.counters", "torch._dynamo.config.patch")
 def test_dynamos_counters_and_switch():
-    """_hits_noted and enable in backend.py (the counts themselves: tests/test_cache.py)."""
+    """_hits_noted and enable in backend.py (the counts themselves: tests/test_cache.py); the explain command
+    counts graph breaks."""
     from torch._dynamo.utils import counters
 
     assert counters["inductor"]["no such count"] == 0
+    counters["graph_break"].clear()
+    torch.compile(lambda x: torch._dynamo.graph_break() or x + 1, backend="eager")(torch.ones(2))
+    torch._dynamo.reset()
+    assert sum(counters["graph_break"].values()) == 1
     assert torch._dynamo.config.specialize_float is False
     with torch._dynamo.config.patch(specialize_float=True):
         assert torch._dynamo.config.specialize_float is True
 
 
 @canary(
-    "torch._dynamo.exc.TensorifyScalarRestartAnalysis", "torch._dynamo.symbolic_convert.TensorifyState", "_expr"
+    "torch._dynamo.exc.TensorifyScalarRestartAnalysis",
+    "torch._dynamo.symbolic_convert.TensorifyState",
+    "_expr",
 )
 def test_restart_that_makes_a_float_input_a_number():
-    """specialize_epsilons in backend.py: under dynamic=True a float is a 0-d input whose item has a symbol's name; a backend
-    that raises TensorifyScalarRestartAnalysis after TensorifyState.specialize(name) is called again with a number."""
+    """specialize_epsilons in backend.py: under dynamic=True a float is a 0-d input whose item has a symbol's
+    name; a backend that raises TensorifyScalarRestartAnalysis after TensorifyState.specialize(name) is called
+    again with a number."""
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
     from torch._dynamo.symbolic_convert import TensorifyState
 
@@ -300,7 +337,9 @@ def test_restart_that_makes_a_float_input_a_number():
         def forward(self, x):
             return x * self.factor
 
-    assert torch.equal(torch.compile(Scaled(), backend=backend, dynamic=True)(torch.ones(2)), torch.full((2,), 2.5))
+    assert torch.equal(
+        torch.compile(Scaled(), backend=backend, dynamic=True)(torch.ones(2)), torch.full((2,), 2.5)
+    )
     torch._dynamo.reset()
     (first, second) = calls
     assert len(first) == 1
@@ -337,7 +376,7 @@ def test_copied_graphs_keep_names_and_have_metadata_of_their_own():
 
 @canary("_erased")
 def test_erased_nodes_say_so():
-    """erase_unused in graph_tools.py, norms_at in norm_reader.py and others skip nodes that are gone already."""
+    """erase_unused in graph_tools.py, norms_at in norm_reader.py and others skip nodes that are gone."""
     graph = graph_of((aten.sin.default, ([0],)))
     extra = graph.call_function(aten.cos.default, (next(iter(graph.nodes)),))
     assert extra._erased is False
@@ -346,7 +385,8 @@ def test_erased_nodes_say_so():
 
 
 def test_waits_are_impure():
-    """erase_unused in graph_tools.py leaves collectives' waits alone; _drop in raise_ops.py erases those it has moved."""
+    """erase_unused in graph_tools.py leaves collectives' waits alone; _drop in raise_ops.py erases those it
+    has moved."""
     graph = graph_of((spellings.WAIT, ([0],)), (aten.relu.default, ([1],)))
     _, wait, relu, _ = graph.nodes
     assert wait.is_impure()
@@ -355,12 +395,17 @@ def test_waits_are_impure():
 
 @canary("torch._ops.OpOverload", "_schema")
 def test_schemas_of_operators():
-    """positional and op_name in patterns/all_reduce.py, writes_in_place in graph_tools.py, op_of_target in ir.py."""
+    """positional and op_name in patterns/all_reduce.py, writes_in_place in graph_tools.py, op_of_target in
+    ir.py."""
     add = aten.add.Tensor
     assert isinstance(add, torch._ops.OpOverload)
     assert add.namespace == "aten"
     assert add._schema.name == "aten::add"
-    assert [(a.name, a.default_value) for a in add._schema.arguments] == [("self", None), ("other", None), ("alpha", 1)]
+    assert [(a.name, a.default_value) for a in add._schema.arguments] == [
+        ("self", None),
+        ("other", None),
+        ("alpha", 1),
+    ]
     assert not add._schema.is_mutable
     assert aten.add_.Tensor._schema.is_mutable
 
@@ -375,13 +420,15 @@ def test_sizes_are_symbols_with_expressions():
 
 
 def test_fake_tensors_know_their_mode():
-    """new_call in graph_tools.py and others compute the values of new nodes under the mode of their inputs' values."""
+    """new_call in graph_tools.py and others compute the values of new nodes under the mode of their inputs'
+    values."""
     with FakeTensorMode() as mode:
         assert mode.from_tensor(torch.empty(2)).fake_mode is mode
 
 
 def test_metadata_of_post_grad_nodes(fake_world):
-    """report.py reads stack_trace and nn_module_stack, copy_origin in graph_tools.py hands them on, everything reads val."""
+    """report.py reads stack_trace and nn_module_stack, copy_origin in graph_tools.py hands them on,
+    everything reads val."""
 
     class Inner(torch.nn.Module):
         def forward(self, x):
@@ -395,7 +442,9 @@ def test_metadata_of_post_grad_nodes(fake_world):
         def forward(self, x):
             return self.inner(x)
 
-    (node,) = capture(Outer(), torch.ones(2)).graph.find_nodes(op="call_function", target=spellings.ALL_REDUCE)
+    (node,) = capture(Outer(), torch.ones(2)).graph.find_nodes(
+        op="call_function", target=spellings.ALL_REDUCE
+    )
     assert f'File "{__file__}", line ' in node.meta["stack_trace"]
     assert ", in forward" in node.meta["stack_trace"]
     paths = [path for path, _ in node.meta["nn_module_stack"].values()]
@@ -419,8 +468,8 @@ def test_metadata_of_post_grad_nodes(fake_world):
     ],
 )
 def test_schemas_of_collectives(op, names, mutable):
-    """SPELLINGS, OTHER_COLLECTIVES, ALL_REDUCE and WAIT in patterns/all_reduce.py; all_reduce_sum and sum_in_rank_order in
-    custom_ops/all_reduce_norm.py."""
+    """SPELLINGS, OTHER_COLLECTIVES, ALL_REDUCE and WAIT in patterns/all_reduce.py; all_reduce_sum and
+    sum_in_rank_order in custom_ops/all_reduce_norm.py."""
     schema = getattr(c10d, op).default._schema
     assert [argument.name for argument in schema.arguments] == names
     if mutable is not None:
@@ -429,7 +478,8 @@ def test_schemas_of_collectives(op, names, mutable):
 
 @pytest.mark.parametrize("spelling", ["functional", "in place"])
 def test_all_reduces_arrive_in_one_form(fake_world, spelling):
-    """read_all_reduce in patterns/all_reduce.py: whatever the program writes, all_reduce(x, 'sum', name) and one wait."""
+    """read_all_reduce in patterns/all_reduce.py: whatever the program writes, all_reduce(x, 'sum', name) and
+    one wait."""
 
     def fn(x):
         if spelling == "functional":
@@ -447,8 +497,8 @@ def test_all_reduces_arrive_in_one_form(fake_world, spelling):
 
 @canary("_to_copy", "_unsafe_view")
 def test_casts_and_views_of_post_grad_graphs():
-    """CASTS and VIEWS in graph_tools.py: how Inductor writes conversions and reshapes at our hook, and how plain make_fx
-    does, whose graphs run_passes takes too."""
+    """CASTS and VIEWS in graph_tools.py: how Inductor writes conversions and reshapes at our hook, and how
+    plain make_fx does, whose graphs run_passes takes too."""
 
     def fn(x):
         return (x.to(torch.float32) * 2).reshape(-1).unsqueeze(0)
@@ -470,7 +520,9 @@ def test_casts_and_views_of_post_grad_graphs():
 def test_inferred_schemas():
     """_register in ir.py writes native's schema, with one argument more, from what infer_schema returns."""
 
-    def native(x: torch.Tensor, w: torch.Tensor | None, eps: float = 1e-6, form: str = "a") -> tuple[torch.Tensor, torch.Tensor]:
+    def native(
+        x: torch.Tensor, w: torch.Tensor | None, eps: float = 1e-6, form: str = "a"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
 
     native.__annotations__ = {
@@ -515,7 +567,8 @@ def test_raw_stream_of_a_device():
 @canary("torch.distributed._symmetric_memory", "_SymmetricMemory")
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
 def test_symmetric_memory():
-    """SymmMemWorkspace in custom_ops/providers/symm_mem_workspace.py: memory outside torch's pool, met by group name."""
+    """SymmMemWorkspace in custom_ops/providers/symm_mem_workspace.py: memory outside torch's pool, met by
+    group name."""
     from torch.distributed import _symmetric_memory as symm_mem
 
     assert callable(symm_mem._SymmetricMemory.empty_strided_p2p)
@@ -544,13 +597,16 @@ def _folder(name):
 
 
 def _private_names(tree):
-    """Private names of torch that a module uses: dotted for those reached from torch, bare for other objects' attributes."""
+    """Private names of torch that a module uses: dotted for those reached from torch, bare for other objects'
+    attributes."""
     modules = {"torch": "torch"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules.update({alias.asname: alias.name for alias in node.names if alias.asname})
         elif isinstance(node, ast.ImportFrom) and node.module:
-            modules.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+            modules.update(
+                {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            )
 
     def dotted(node):
         if isinstance(node, ast.Attribute):
@@ -613,7 +669,9 @@ def test_every_private_name_has_a_canary():
     used = {name: file.name for file, tree in trees.items() for name in _private_names(tree)}
     private = {name: file for name, file in used.items() if _is_private(name) and name not in own}
     assert {name: file for name, file in private.items() if not _is_watched(name)} == {}
-    assert {"torch._guards.TracingContext.try_get", "_erased", "_schema"} <= set(private)  # the scan does find them
+    assert {"torch._guards.TracingContext.try_get", "_erased", "_schema"} <= set(
+        private
+    )  # the scan does find them
 
 
 def test_every_canary_watches_something_that_is_used():

@@ -69,7 +69,9 @@ def test_every_field_is_documented(field):
     assert text[0].isupper()
     assert text.endswith(".")
     assert len(text.split()) > 4
-    shown = [line for line in PassConfig.describe().splitlines() if line.startswith(f"{field.name} (default ")]
+    shown = [
+        line for line in PassConfig.describe().splitlines() if line.startswith(f"{field.name} (default ")
+    ]
     assert len(shown) == 1
     assert text in shown[0]
     assert f"(default {getattr(PassConfig(), field.name)!r})" in shown[0]
@@ -101,10 +103,12 @@ def test_does_not_follow_changes_of_what_it_was_made_from():
 
 def test_equal_configurations_are_one_key():
     one = PassConfig(
-        ir_op_priority={"rms_norm": [NATIVE], "fused_add_rms_norm": [NATIVE]}, fi_allreduce_fusion_max_size_mb=64
+        ir_op_priority={"rms_norm": [NATIVE], "fused_add_rms_norm": [NATIVE]},
+        fi_allreduce_fusion_max_size_mb=64,
     )
     other = PassConfig(
-        ir_op_priority={"fused_add_rms_norm": (NATIVE,), "rms_norm": (NATIVE,)}, fi_allreduce_fusion_max_size_mb=64.0
+        ir_op_priority={"fused_add_rms_norm": (NATIVE,), "rms_norm": (NATIVE,)},
+        fi_allreduce_fusion_max_size_mb=64.0,
     )
     assert one == other
     assert hash(one) == hash(other)
@@ -171,7 +175,11 @@ def test_a_switch_is_a_bool(name, value):
         ("expect_fused", -1, "is -1; a count cannot be negative"),
         ("dump_graphs", 3, "is 3; it must be the path of a directory, or None"),
         ("disabled_passes", "lower_ops", "is 'lower_ops'; it must be a list of names of passes"),
-        ("ir_op_priority", [("rms_norm", "native")], "it must be a mapping of operators to lists of providers"),
+        (
+            "ir_op_priority",
+            [("rms_norm", "native")],
+            "it must be a mapping of operators to lists of providers",
+        ),
     ],
 )
 def test_bad_value(name, value, says):
@@ -240,7 +248,9 @@ def test_unknown_pass_suggests_the_nearest():
 
     graph = torch.fx.Graph()
     graph.output(graph.placeholder("x"))
-    with pytest.raises(ConfigError, match="disabled_passes: unknown pass 'lower_op'; did you mean 'lower_ops'"):
+    with pytest.raises(
+        ConfigError, match="disabled_passes: unknown pass 'lower_op'; did you mean 'lower_ops'"
+    ):
         run_passes(graph, PassConfig(disabled_passes=("lower_op",)))
 
 
@@ -290,7 +300,9 @@ def test_priority_of_the_configuration_wins(providers):
 def test_batch_invariant_keeps_invariant_providers_alone(providers):
     invariant = {name for name, p in providers.providers.items() if p.batch_invariant}
     assert "test_steady" in invariant
-    named = PassConfig(batch_invariant=True, ir_op_priority={"rms_norm": ("test_fast", "test_steady", NATIVE)})
+    named = PassConfig(
+        batch_invariant=True, ir_op_priority={"rms_norm": ("test_fast", "test_steady", NATIVE)}
+    )
     first, *others = named.policy("rms_norm").split(",")
     assert first == "test_steady"
     assert {first, *others} == invariant
@@ -315,7 +327,16 @@ def test_largest_size_is_part_of_the_fused_operators_policy_alone():
 
 @pytest.mark.parametrize(
     ("value", "on"),
-    [("1", True), ("true", True), ("YES", True), (" on ", True), ("0", False), ("False", False), ("no", False), ("", False)],
+    [
+        ("1", True),
+        ("true", True),
+        ("YES", True),
+        (" on ", True),
+        ("0", False),
+        ("False", False),
+        ("no", False),
+        ("", False),
+    ],
 )
 def test_environment_switches(monkeypatch, value, on):
     monkeypatch.setenv(config.BATCH_INVARIANT_VARIABLE, value)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import fake_group, run_ranks
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
@@ -39,6 +38,8 @@ from fusewire.errors import (
     SchemaError,
     TrainingError,
 )
+
+from distributed import fake_group, run_ranks
 
 FORMS = ("scale_then_round", "round_then_scale")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -241,6 +242,8 @@ def test_priority_default_scope_and_policy(scale):
             assert scale(x, 2.0, "three,one") == 3
             assert scale(x, policy="one") == 1
         assert scale(x) == 3
+        with ir_op_priority({"rms_norm": [NATIVE]}):
+            assert scale(x) == 3
         with contextlib.suppress(ZeroDivisionError), ir_op_priority({scale.name: ["one"]}):
             raise ZeroDivisionError
         assert scale(x) == 3

@@ -61,8 +61,13 @@ def test_fp16_weight_with_bf16_input():
         return (NORMS["weightless"](r + reduce_functional(x), w, 1e-5).float() * w.float()).to(x.dtype)
 
     captured = capture(block, x, r, w.half())
-    assert captured.verdicts() == [("fused", "")]  # the weightless norm fuses; the foreign weight stays outside
-    assert torch.equal(captured.result, block(x, r, w.half()))
+    if captured.before[0].count("convert_element_type.default") == 5:
+        assert captured.verdicts() == [("fused", "")]  # the weightless norm fuses; the foreign weight stays outside
+        assert torch.equal(captured.result, block(x, r, w.half()))
+    else:
+        # Up to torch 2.11 Inductor drops the rounding between, which leaves one norm with the foreign weight.
+        assert captured.verdicts() == [("refused", "supported")]
+        assert "store the weight in torch.bfloat16" in captured.reasons()[0]
 
 
 def test_residual_of_another_dtype():

@@ -104,9 +104,12 @@ def test_account_of_a_graph():
     assert account.kind == "inference"
     assert not account.cached
     assert account.notes == ()
-    assert account.nodes_before == captured.before[0].count("%") - sum(
-        line.split(" = ", 1)[-1].count("%") for line in captured.before[0].splitlines()
-    ) + 1  # the output node has no name of its own
+    assert (
+        account.nodes_before
+        == captured.before[0].count("%")
+        - sum(line.split(" = ", 1)[-1].count("%") for line in captured.before[0].splitlines())
+        + 1
+    )  # the output node has no name of its own
     assert account.nodes_after == len(captured.graph.nodes)
 
 
@@ -115,10 +118,20 @@ def test_text_of_a_report():
     fused = Entry(0, "a", "fused", spelling="L", fusion="all_reduce + rms_norm", provider="native")
     slow = dataclasses.replace(fused, node="b", reason="flashinfer: not installed")
     refused = Entry(
-        0, "c", "refused", "match", "a LayerNorm follows", "model/block.py:7", "layers.0.mlp", shape="[5,64]", dtype="float32"
+        0,
+        "c",
+        "refused",
+        "match",
+        "a LayerNorm follows",
+        "model/block.py:7",
+        "layers.0.mlp",
+        shape="[5,64]",
+        dtype="float32",
     )
     nameless = dataclasses.replace(refused, node="all_reduce_9", location="", module="")
-    account = GraphAccount(0, "inference", (fused, fused, slow, refused, nameless), 1.5, notes=("a word more",))
+    account = GraphAccount(
+        0, "inference", (fused, fused, slow, refused, nameless), 1.5, notes=("a word more",)
+    )
     cached = GraphAccount(1, "training", cached=True)
     assert str(Report((account, cached))) == "\n".join(
         [
@@ -145,7 +158,9 @@ def test_json():
     assert data["pass_seconds"] == found.pass_seconds
     (graph,) = data["graphs"]
     assert set(graph) == {field.name for field in dataclasses.fields(GraphAccount)}
-    assert [set(entry) for entry in graph["entries"]] == [{field.name for field in dataclasses.fields(Entry)}] * 2
+    assert [set(entry) for entry in graph["entries"]] == [
+        {field.name for field in dataclasses.fields(Entry)}
+    ] * 2
     assert [entry["reason"] for entry in graph["entries"]] == [entry.reason for entry in found.entries]
     assert data == json.loads(json.dumps(found.to_dict()))
 
@@ -217,7 +232,10 @@ def _frames(*places):
 @pytest.mark.parametrize(
     ("places", "expected"),
     [
-        ([("/home/u/model/block.py", 3, "forward"), ("/x/torch/nn/linear.py", 9, "forward")], "model/block.py:3"),
+        (
+            [("/home/u/model/block.py", 3, "forward"), ("/x/torch/nn/linear.py", 9, "forward")],
+            "model/block.py:3",
+        ),
         (
             [
                 ("/home/u/model/mlp.py", 8, "forward"),
@@ -321,19 +339,20 @@ def test_expectation_is_not_asked_of_training_graphs():
     assert captured.verdicts() == [("refused", "match")]
 
 
-def _inner(error):
-    return getattr(error, "inner_exception", error)
+def _by_backend():
+    return torch.compile(both, backend="fusewire", options={"expect_fused": "all"})(*tensors())
 
 
-@pytest.mark.parametrize("way", ["backend", "enable"])
+def _by_enable():
+    with fusewire.enable(expect_fused="all"):
+        return torch.compile(both)(*tensors())
+
+
+@pytest.mark.parametrize("way", [_by_backend, _by_enable])
 def test_expectation_fails_torch_compile_with_the_report(way):
     with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as error:
-        if way == "backend":
-            torch.compile(both, backend="fusewire", options={"expect_fused": "all"})(*tensors())
-        else:
-            with fusewire.enable(expect_fused="all"):
-                torch.compile(both)(*tensors())
-    assert isinstance(_inner(error.value), ExpectationError)
+        way()
+    assert isinstance(error.value.inner_exception, ExpectationError)
     text = str(error.value)
     assert "expect_fused='all', but 1 of 2 all-reduces were fused." in text
     assert "graph 0 (inference): 2 all-reduces, 1 fused" in text
@@ -395,7 +414,10 @@ def _gathered(x, r, w):
 @pytest.mark.parametrize(
     ("block", "says"),
     [
-        (_broken, "the norm lies beyond a graph break, or outside the compiled part; compile with fullgraph=True"),
+        (
+            _broken,
+            "the norm lies beyond a graph break, or outside the compiled part; compile with fullgraph=True",
+        ),
         (_layer_norm, "a LayerNorm follows, which subtracts the mean"),
         (_matmul, "a matrix product follows, not a norm"),
         (_leaves, "its result leaves the graph without an RMSNorm after it"),
@@ -413,8 +435,8 @@ def test_explanation(block, says):
 
 def test_explanation_of_a_sum_of_two():
     assert reason(_two_all_reduces, merge_allreduces=False) == (
-        "it is added to another all-reduce (add), and a sum can be fused with one of its two all-reduces only; the other "
-        "becomes the residual"
+        "it is added to another all-reduce (add), and a sum can be fused with one of its two all-reduces only; "
+        "the other becomes the residual"
     )
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import RankFailure, RankPool, RankTimeout, fake_group, shared_pool
-from tests.zoo import MODELS, forward_logits, prefill_and_decode
+from distributed import RankFailure, RankPool, RankTimeout, fake_group, shared_pool
+from zoo import MODELS, forward_logits, prefill_and_decode
 
 WORLD_SIZE = 2
 DECODE_STEPS = 3

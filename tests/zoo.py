@@ -9,7 +9,7 @@ mistake in a norm's weight or weight_bias shows.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import tempfile
 import warnings
 import zlib
@@ -53,8 +53,10 @@ class ModelSpec:
     - `gated`: further ones that could be fused if a gate between them were known to be equal on every rank.
     - `reduce_scatters`: collectives of sequence parallelism in place of all-reduces.
     - `has_cache`: `prefill_and_decode` can run it. `note`: what is odd about it.
+    - `skip_reason`: why the packages installed here cannot run it. `counted`: the numbers hold for them.
 
-    Every model compiles to one graph (`fullgraph=True`).
+    The numbers are transformers 5.23's, where every model compiles to one graph. Up to 5.17 at least, the
+    embedding of a model with untied weights is not sharded, and norms of queries and keys break the graph.
     """
 
     name: str
@@ -70,8 +72,13 @@ class ModelSpec:
 
     @property
     def skip_reason(self) -> str:
-        """Why the model cannot be run with the packages installed here; "" if it can."""
+        """Empty where the model can be run."""
         return self.check()
+
+    @property
+    def counted(self) -> bool:
+        """Whether the numbers hold for the transformers installed here."""
+        return not self.has_cache or _transformers_version() >= (5, 23)
 
     def build(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """This rank's part of the model. Raises RuntimeError without a process group."""
@@ -141,18 +148,22 @@ def prefill_and_decode(
     ]
 
 
+def _unshared(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with tied weights under their first name only."""
+    unshared: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        unshared.setdefault(tensor.data_ptr(), (name, tensor))
+    return dict(unshared.values())
+
+
 def _fill(model: nn.Module) -> nn.Module:
     """Random weights that depend on nothing but their names; vectors stay around their initial value."""
-    done: set[int] = set()
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            # Tied weights come twice: the first name counts.
-            if not tensor.is_floating_point() or tensor.data_ptr() in done:
+        for name, tensor in _unshared(model).items():
+            if not tensor.is_floating_point():
                 continue
-            done.add(tensor.data_ptr())
-            noise = torch.randn(
-                tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            )
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            noise = torch.randn(tensor.shape, generator=generator)
             if tensor.ndim < 2:
                 tensor.add_(0.2 * noise)
             elif "embed" in name:
@@ -236,7 +247,7 @@ def _make_hf(
     config = config_class(**{**_BASE, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        whole = _fill(model_class(config))
+        whole: Any = _fill(model_class(config))
     options: dict[str, Any] = {"attn_implementation": attention}
     if sharded and ep:
         size = dist.get_world_size()
@@ -245,8 +256,9 @@ def _make_hf(
         options |= {"tp_plan": "auto", "tp_size": dist.get_world_size()}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as directory:
         warnings.simplefilter("ignore", FutureWarning)
-        # Not save_pretrained, which writes on rank 0 only; save_model keeps one copy of tied weights.
-        safetensors.torch.save_model(whole, f"{directory}/model.safetensors", metadata={"format": "pt"})
+        # Not the model's save_pretrained: inside a process group it writes on rank 0 only.
+        whole.generation_config.save_pretrained(directory)
+        safetensors.torch.save_file(_unshared(whole), f"{directory}/model.safetensors", {"format": "pt"})
         model = model_class.from_pretrained(directory, config=config, dtype=dtype, **options)
     if not sharded:
         return model.to(device).eval()
@@ -258,12 +270,23 @@ def _make_hf(
     return model.eval()
 
 
-def _check_hf(classes: tuple[str, str], ep: bool) -> str:
+def _transformers_version() -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in importlib.metadata.version("transformers").split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+
+
+def _check_hf(classes: tuple[str, str], ep: bool, since: tuple[int, int]) -> str:
     """Why the transformers installed here cannot shard this model, "" if it can."""
-    if importlib.util.find_spec("transformers") is None:
+    if not _transformers_version():
         return "transformers is not installed"
     import transformers
 
+    if _transformers_version() < since:
+        return (
+            f"transformers {transformers.__version__} gets {classes[0]} wrong, {since[0]}.{since[1]} does not"
+        )
     missing = [name for name in classes if not hasattr(transformers, name)]
     if missing:
         return f"transformers {transformers.__version__} has no {missing[0]}"
@@ -285,17 +308,20 @@ def _hf(
     text: str = "",
     attention: str = "sdpa",
     ep: bool = False,
+    since: tuple[int, int] = (5, 0),
     **known: Any,
 ) -> ModelSpec:
     """One row. By default the embedding and two projections a layer are all-reduced, and fusible."""
     classes = (f"{stem}ForCausalLM", f"{stem}{text}Config")
     make = partial(_make_hf, classes, overrides or {}, attention, ep)
     fusible = all_reduces if fusible is None else fusible
-    return ModelSpec(name, make, all_reduces, fusible, partial(_check_hf, classes, ep), **known)
+    return ModelSpec(name, make, all_reduces, fusible, partial(_check_hf, classes, ep, since), **known)
 
 
 _LAYER_NORM = "LayerNorm, not RMSNorm: nothing may fuse"
-_GATE = "experts + sigmoid(gate) * shared expert: the gate stands between the two all-reduces"
+# h + (E + g * S) = (h + g * S) + E: the experts' all-reduce E fuses with g * S in its residual, whatever the gate g.
+# S could be fused, or be added to E before one all-reduce, only if g were known to be the same on every rank.
+_GATE = "experts + sigmoid(gate) * shared expert: the gate stands between the norm and the shared expert's all-reduce"
 _POST_NORM = "the embedding's all-reduce feeds projections, not a norm"
 _EP = "expert parallelism: the all-reduce adds the outputs of each rank's whole experts"
 
@@ -314,10 +340,11 @@ _HF_MODELS = (
     _hf(
         *("gemma3n", "Gemma3n", {**_PER_LAYER, "laurel_rank": 8, "activation_sparsity_pattern": None}, 5, 4),
         text="Text",
+        since=(5, 17),
         note="the embedding's all-reduce feeds AltUp, not a norm; activation sparsity is off: sharded, "
         "transformers takes its statistics over one rank's part of the MLP, which gives another model",
     ),
-    _hf("gemma4", "Gemma4", {**_PER_LAYER, "global_head_dim": HEAD_DIM}, text="Text"),
+    _hf("gemma4", "Gemma4", {**_PER_LAYER, "global_head_dim": HEAD_DIM}, text="Text", since=(5, 17)),
     _hf("qwen3_moe", "Qwen3Moe", {**_HEAD, **_EXPERTS}),
     _hf("qwen3_moe_ep", "Qwen3Moe", {**_HEAD, **_EXPERTS}, ep=True, note=_EP),
     _hf("qwen2_moe", "Qwen2Moe", _SHARED_EXPERT, note="the shared expert is whole on every rank"),
@@ -347,12 +374,13 @@ _HF_MODELS = (
     _hf("cohere", "Cohere", None, 5, 0, note=_LAYER_NORM),
     _hf("cohere2", "Cohere2", _SLIDING, 5, 0, note=_LAYER_NORM),
     _hf("gpt_neox", "GPTNeoX", None, 4, 0, note=_LAYER_NORM),
-    _hf("qwen3_next", "Qwen3Next", {**_LINEAR, **_SHARED_EXPERT}, 6, 2, gated=4, note=_GATE),
+    _hf("qwen3_next", "Qwen3Next", {**_LINEAR, **_SHARED_EXPERT}, 6, 4, gated=2, note=_GATE),
     _hf("qwen3_5", "Qwen3_5", _LINEAR, 4, text="Text", note="linear attention ends in an all-gather"),
-    _hf("qwen3_5_moe", "Qwen3_5Moe", {**_LINEAR, **_SHARED_EXPERT}, 6, 2, text="Text", gated=4, note=_GATE),
+    _hf("qwen3_5_moe", "Qwen3_5Moe", {**_LINEAR, **_SHARED_EXPERT}, 6, 4, text="Text", gated=2, note=_GATE),
     _hf(
         *("llama4", "Llama4", {**_HEAD, "intermediate_size_mlp": 192, **_LOCAL_EXPERTS}, 7, 5),
         text="Text",
+        since=(5, 17),
         attention="eager",
         note="every expert's output is all-reduced, and only then summed over the experts",
     ),

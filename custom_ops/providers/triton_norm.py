@@ -31,6 +31,7 @@ from fusewire.errors import NoProviderError, TrainingError
 PROVIDER = "triton_batch_invariant"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
+COMPILE_OPTIONS = {"enable_fp_fusion": False}
 _MAX_TILE = 16384
 _LANES_PER_WARP = 256  # 32 threads, 8 values each: what one warp reads in one 16-byte access per thread
 _TILE_PER_PROGRAM = 1024  # narrower rows share a program, each reduced by itself
@@ -259,7 +260,7 @@ def _launch(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(x):
         launcher(
-            *arguments, float(eps), float(weight_bias), *options, num_warps=plan.warps, enable_fp_fusion=False
+            *arguments, float(eps), float(weight_bias), *options, num_warps=plan.warps, **COMPILE_OPTIONS
         )
     return norm, summed
 

@@ -10,7 +10,6 @@ other. Logits are compared with the same sharded model run eagerly in fp32: fuse
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
 import os
@@ -65,6 +64,7 @@ class Row:
     fused_ms: float
     fused: int
     found: int
+    eager_error: float
     baseline_error: float
     fused_error: float
 
@@ -154,8 +154,13 @@ def prefill(
     return logits, replay_ms(lambda: run(ids, use_cache=False)) if timed else 0.0
 
 
-def decode(model: torch.nn.Module, backend: str, batch: int, seed: int = 1) -> tuple[torch.Tensor, float]:
-    """Logits of one decode step after a context of CONTEXT tokens in a static KV cache, and its time."""
+def decode(
+    model: torch.nn.Module, backend: str | None, batch: int, seed: int = 1
+) -> tuple[torch.Tensor, float]:
+    """Logits of one decode step after a context of CONTEXT tokens in a static KV cache, and its time.
+
+    Without a backend the step runs eagerly, once, untimed.
+    """
     from transformers import StaticCache
 
     generator = torch.Generator().manual_seed(seed)
@@ -163,6 +168,8 @@ def decode(model: torch.nn.Module, backend: str, batch: int, seed: int = 1) -> t
     context, last = ids[:, :CONTEXT].contiguous(), ids[:, CONTEXT:].contiguous()
     cache = StaticCache(config=model.config, max_cache_len=CONTEXT * 2)
     model(context, past_key_values=cache, use_cache=True)
+    if backend is None:
+        return model(last, past_key_values=cache, use_cache=True).logits.float(), 0.0
     run = compiled(model, backend)
     logits = run(last, past_key_values=cache, use_cache=True).logits.float().clone()
     return logits, replay_ms(lambda: run(last, past_key_values=cache, use_cache=True))
@@ -176,28 +183,28 @@ def measure(name: str, arguments: argparse.Namespace) -> list[Row]:
     """All rows of one model."""
     world_size = dist.get_world_size()
     model = build(name, arguments.layers)
-    exact = copy.deepcopy(model).float()
+    exact = build(name, arguments.layers).float()
     rows = []
     generator = torch.Generator().manual_seed(0)
     for phase, tokens in [
         *(("prefill", t) for t in arguments.prefill),
         *(("decode", b) for b in arguments.decode),
     ]:
+        fusewire.clear_report()
         if phase == "prefill":
             ids = torch.randint(3, VOCABULARY, (1, tokens), generator=generator).cuda()
-            want = exact(ids, use_cache=False).logits if tokens <= 1024 else None
+            want = exact(ids, use_cache=False).logits
+            eager = relative(model(ids, use_cache=False).logits.float(), want)
             base, base_ms = prefill(model, "inductor", ids, True)
-            fusewire.clear_report()
             got, fused_ms = prefill(model, "fusewire", ids, True)
+            errors = (eager, relative(base, want), relative(got, want))
         else:
-            want = None
+            want, _ = decode(exact, None, tokens)
+            eager, _ = decode(model, None, tokens)
             base, base_ms = decode(model, "inductor", tokens)
-            fusewire.clear_report()
             got, fused_ms = decode(model, "fusewire", tokens)
+            errors = (relative(eager, want), relative(base, want), relative(got, want))
         report = fusewire.report()
-        errors = (
-            (relative(base, want), relative(got, want)) if want is not None else (0.0, relative(got, base))
-        )
         rows.append(
             Row(name, world_size, phase, tokens, base_ms, fused_ms, report.fused, report.found, *errors)
         )
@@ -211,7 +218,7 @@ def show(row: Row) -> str:
     return (
         f"{row.model:12s} {row.world_size} GPUs {row.phase:8s}{row.tokens:6d}  baseline {row.baseline_ms:8.3f} ms  "
         f"fused {row.fused_ms:8.3f} ms  ratio {row.ratio:.3f}  all-reduces {row.fused}/{row.found}  "
-        f"error {row.baseline_error:.4f} -> {row.fused_error:.4f}"
+        f"error eager {row.eager_error:.4f} baseline {row.baseline_error:.4f} fused {row.fused_error:.4f}"
     )
 
 

@@ -1,0 +1,294 @@
+"""What fusewire's passes cost a compilation: seconds, share of the compile time, and memory, by number of layers.
+
+    python examples/benchmarks/compile_cost.py                        # 8, 16, 32, 64 layers; 32 compiled in full
+    python examples/benchmarks/compile_cost.py --full 8 32 --check    # fail if the cost is above its limits
+
+A Llama-like decoder, tensor-parallel over a process group that communicates with nobody, is compiled in this one
+process; no GPU is needed. For each number of layers the post-grad graph is taken from a compilation that is cut short,
+and the passes run over copies of it: several times for the time (the median counts), then once under tracemalloc for
+the memory (peak while they run, and what stays allocated after). Numbers of layers under --full are compiled to the
+end by Inductor, with caches off, for the share of the whole compile time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import clear_caches
+
+import fusewire
+from fusewire.fusion_passes.backend import FusewirePass
+
+VOCABULARY, HEAD_DIM = 1024, 32
+MAX_SHARE, MAX_MEGABYTES, LIMITS_AT = 0.02, 50.0, 32
+# Twice the layers may take twice the time and a little more, since clocks and garbage collection vary.
+MAX_GROWTH = 1.4
+
+
+@dataclasses.dataclass
+class Row:
+    """One measurement. Times in seconds, memory in MB (10**6 bytes); the share is of compile_seconds.
+
+    pass_seconds is processor time, which other work on the machine does not change; the share is of wall times.
+    """
+
+    layers: int
+    nodes: int
+    all_reduces: int
+    fused: int
+    pass_seconds: float
+    peak_megabytes: float
+    kept_megabytes: float
+    compile_seconds: float | None = None
+    plain_compile_seconds: float | None = None
+    share: float | None = None
+
+
+class Layer(nn.Module):
+    """A decoder layer with this rank's heads and this rank's part of the feed-forward network."""
+
+    def __init__(self, hidden: int, world_size: int) -> None:
+        super().__init__()
+        own = hidden // world_size
+        self.norms = nn.ModuleList(nn.RMSNorm(hidden, eps=1e-5) for _ in range(2))
+        self.q, self.k, self.v = (nn.Linear(hidden, own, bias=False) for _ in range(3))
+        self.o = nn.Linear(own, hidden, bias=False)
+        self.gate, self.up = (nn.Linear(hidden, 3 * own, bias=False) for _ in range(2))
+        self.down = nn.Linear(3 * own, hidden, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + reduce(self.attention(self.norms[0](x), cos, sin))
+        y = self.norms[1](x)
+        return x + reduce(self.down(F.silu(self.gate(y)) * self.up(y)))
+
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for linear in (self.q, self.k, self.v)
+        )
+        q, k = (
+            t * cos + torch.cat((-t[..., HEAD_DIM // 2 :], t[..., : HEAD_DIM // 2]), -1) * sin for t in (q, k)
+        )
+        return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int, hidden: int, world_size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, hidden)
+        self.layers = nn.ModuleList(Layer(hidden, world_size) for _ in range(layers))
+        self.norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.head = nn.Linear(hidden, VOCABULARY // world_size, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1])[:, None] * 10000.0 ** -torch.linspace(0, 1, HEAD_DIM // 2)
+        angles = torch.cat((positions, positions), -1)
+        cos, sin = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.head(self.norm(x))
+
+
+def reduce(x: Tensor) -> Tensor:
+    return funcol.all_reduce(x, "sum", dist.group.WORLD)
+
+
+class _Enough(Exception):
+    """The graph has been seen; the rest of the compilation is not needed."""
+
+
+class _Probe(CustomGraphPass):
+    """Inductor copies its configuration, so what this finds goes to `found`, which the copies share."""
+
+    def __init__(self, look: Callable[[torch.fx.Graph], Row], found: list[Row]) -> None:
+        self.look, self.found = look, found
+
+    def __deepcopy__(self, memo: object) -> _Probe:
+        return self
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.found.append(self.look(graph))
+        raise _Enough
+
+    def uuid(self) -> None:
+        return None
+
+
+def measure_passes(model: Model, ids: Tensor, repeat: int) -> Row:
+    """Time and memory of the passes over this model's post-grad graph."""
+
+    def look(graph: torch.fx.Graph) -> Row:
+        seconds = []
+        for _ in range(repeat):
+            copied = copy_of(graph)
+            gc.collect()
+            start = time.process_time()
+            fusewire.run_passes(copied)
+            seconds.append(time.process_time() - start)
+        copied = copy_of(graph)
+        gc.collect()
+        tracemalloc.start()
+        try:
+            account = fusewire.run_passes(copied)
+            gc.collect()
+            kept, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        fused = sum(entry.status == "fused" for entry in account.entries)
+        found = len(account.entries)
+        return Row(
+            len(model.layers),
+            len(graph.nodes),
+            found,
+            fused,
+            statistics.median(seconds),
+            peak / 1e6,
+            kept / 1e6,
+        )
+
+    found: list[Row] = []
+    try:
+        compile_with(_Probe(look, found), model, ids)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if not isinstance(error.inner_exception, _Enough):
+            raise
+    return found[0]
+
+
+def copy_of(graph: torch.fx.Graph) -> torch.fx.Graph:
+    copied = torch.fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    copied.owning_module = graph.owning_module
+    return copied
+
+
+def compile_with(passes: CustomGraphPass | None, model: Model, ids: Tensor) -> float:
+    """Compile and call the model with nothing in any cache; seconds of that first call."""
+    torch._dynamo.reset()
+    clear_caches()
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict("os.environ", TORCHINDUCTOR_CACHE_DIR=cache),
+        inductor_config.patch({"post_grad_custom_post_pass": passes, "fx_graph_remote_cache": False}),
+        torch.no_grad(),
+    ):
+        start = time.perf_counter()
+        torch.compile(model, fullgraph=True, dynamic=False)(ids)
+        return time.perf_counter() - start
+
+
+def measure(layers: int, arguments: argparse.Namespace) -> Row:
+    """One row; compiled to the end too if `layers` is under --full."""
+    torch.manual_seed(0)
+    model = Model(layers, arguments.hidden, arguments.world_size).to(torch.bfloat16).eval()
+    ids = torch.randint(0, VOCABULARY, (1, arguments.tokens))
+    row = measure_passes(model, ids, arguments.repeat)
+    if layers in arguments.full:
+        row.plain_compile_seconds = compile_with(None, model, ids)
+        fusewire.clear_report()
+        row.compile_seconds = compile_with(FusewirePass(), model, ids)
+        row.share = fusewire.report().pass_seconds / row.compile_seconds
+    return row
+
+
+def problems(rows: list[Row]) -> list[str]:
+    """Which limits are exceeded."""
+    said = []
+    for row in rows:
+        if row.layers <= LIMITS_AT and row.share is not None and row.share >= MAX_SHARE:
+            said.append(
+                f"{row.layers} layers: {row.share:.1%} of the compile time, the limit is {MAX_SHARE:.0%}"
+            )
+        if row.layers <= LIMITS_AT and row.peak_megabytes >= MAX_MEGABYTES:
+            said.append(
+                f"{row.layers} layers: {row.peak_megabytes:.0f} MB, the limit is {MAX_MEGABYTES:.0f} MB"
+            )
+        if row.fused != row.all_reduces:
+            said.append(f"{row.layers} layers: {row.fused} of {row.all_reduces} all-reduces fused")
+    first, last = rows[0], rows[-1]
+    growth = (last.pass_seconds / first.pass_seconds) / (last.layers / first.layers)
+    if growth > MAX_GROWTH:
+        said.append(f"from {first.layers} to {last.layers} layers the time per layer grew {growth:.2f} times")
+    return said
+
+
+def as_table(rows: list[Row]) -> str:
+    lines = [
+        "| layers | nodes | all-reduces fused | passes, s | per layer, ms | peak memory, MB | kept, MB "
+        "| compile, s | without fusewire, s | share |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        full = ["", "", ""]
+        if row.compile_seconds is not None and row.share is not None:
+            full = [f"{row.compile_seconds:.1f}", f"{row.plain_compile_seconds:.1f}", f"{row.share:.2%}"]
+        cells = [
+            row.layers,
+            row.nodes,
+            f"{row.fused} of {row.all_reduces}",
+            f"{row.pass_seconds:.3f}",
+            f"{1000 * row.pass_seconds / row.layers:.2f}",
+            f"{row.peak_megabytes:.1f}",
+            f"{row.kept_megabytes:.1f}",
+            *full,
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument(
+        "--full", type=int, nargs="*", default=[32], help="numbers of layers to compile to the end"
+    )
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--world-size", type=int, default=4)
+    parser.add_argument("--repeat", type=int, default=3, help="how often the passes run for the time")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a limit is exceeded")
+    parser.add_argument("--out", type=Path, help="file for the rows as JSON")
+    arguments = parser.parse_args()
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.world_size)
+    print(f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, {arguments.world_size} ranks", flush=True)
+    rows = []
+    measure_passes(
+        Model(1, arguments.hidden, arguments.world_size).to(torch.bfloat16), torch.zeros(1, 8).long(), 1
+    )
+    for layers in sorted({*arguments.layers, *arguments.full}):
+        rows.append(measure(layers, arguments))
+        print(f"{layers} layers: passes {rows[-1].pass_seconds:.3f} s", file=sys.stderr, flush=True)
+    dist.destroy_process_group()
+    print(as_table(rows))
+    if arguments.out:
+        arguments.out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    exceeded = problems(rows)
+    for problem in exceeded:
+        print(problem, file=sys.stderr)
+    return 1 if arguments.check and exceeded else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
