@@ -91,6 +91,13 @@ _TABLES = (
                 *((4, 39.8), (16, 18.5), (32, 18.0), (64, 19.4), (128, 20.4), (256, 26.2), (512, 50.5)),
                 *((1024, 86.2), (2048, 163.7), (8192, 617.1)),
             ),
+            SYMM_ONE_SHOT: (
+                *((1, 2.8), (2, 3.4), (4, 4.1), (8, 4.8), (16, 6.2), (32, 6.8), (64, 8.7), (128, 10.9)),
+            ),
+            SYMM_TWO_SHOT: (
+                *((1, 4.3), (2, 4.3), (4, 4.8), (8, 5.8), (16, 6.2), (32, 7.4), (64, 9.1), (128, 14.4)),
+                *((256, 18.0), (512, 30.2), (1024, 62.0), (2048, 118.9), (4096, 230.2), (8192, 469.3)),
+            ),
         },
     ),
     _Measured(
@@ -150,8 +157,8 @@ _TABLES = (
         },
     ),
 )
-# Unmeasured GPUs: one-shot where latency dominates everywhere, nothing else.
-_CAUTIOUS_LIMITS = {2: 1 << 20, 4: 512 << 10, 8: 256 << 10, 16: 128 << 10}
+# Unmeasured GPUs and world sizes: where latency dominates everywhere, nothing else.
+_CAUTIOUS_LIMITS = {2: 1 << 20, 3: 512 << 10, 4: 512 << 10, **dict.fromkeys((5, 6, 7, 8), 256 << 10), 16: 128 << 10}
 
 
 def find_plan(gpu: str, world_size: int, hidden: int, dtype: torch.dtype) -> Plan:
@@ -161,7 +168,8 @@ def find_plan(gpu: str, world_size: int, hidden: int, dtype: torch.dtype) -> Pla
         limit = _CAUTIOUS_LIMITS.get(world_size, 0)
         where = f"{world_size} x {gpu}"
         return Plan(
-            f"nothing was measured on {where}: one-shot up to {limit >> 10} KiB", limits={ONE_SHOT: limit}
+            f"nothing was measured on {where}: one kernel up to {limit >> 10} KiB",
+            limits={SYMM_ONE_SHOT: limit // 8, SYMM_TWO_SHOT: limit, ONE_SHOT: limit},
         )
     nearest = min(
         tables,

@@ -40,7 +40,6 @@ DEFAULT_TEXT = HERE / "data" / "pride_and_prejudice.txt"
 WINDOW_TOKENS, TEXT_TOKENS = 512, 4096
 # Relative difference of the two perplexities that rounding explains.
 PERPLEXITY_TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
-MARK = "\x1efusewire-demo "
 GRACE_SECONDS = 2.0
 
 
@@ -52,8 +51,10 @@ class RankError(Exception):
 
 
 def say(**event: Any) -> None:
-    """Tell the parent something."""
-    print(MARK + json.dumps(event), flush=True)
+    """Tell the parent something, over a pipe of its own: libraries write to stdout and stderr."""
+    line = json.dumps(event).encode() + b"\n"
+    while line:
+        line = line[os.write(int(os.environ["FUSEWIRE_DEMO_PIPE"]), line) :]
 
 
 def rank_main(job: dict[str, Any]) -> None:
@@ -137,9 +138,7 @@ def _measure(job: dict[str, Any], model: Any, tokenizer: Any, device: Any) -> di
             "shorten the prompt or lower --max-new-tokens"
         )
     if len(text) < 2:
-        raise smollm2.SetupError(
-            f"{job['text_file']} has too little text for a perplexity: {len(text)} tokens"
-        )
+        raise smollm2.SetupError(f"{job['text_file']} has too little text for a perplexity: {len(text)} tokens")
 
     say(stage="compiling")
     # Only the length is dynamic, by its mark: dynamic=True would turn the norms' epsilons into inputs too.
@@ -235,9 +234,11 @@ class Rank:
         self.result: Any = None
         self.error, self.setup_error, self.error_at = "", "", float("inf")
         self.tail: deque[str] = deque(maxlen=25)
+        events, pipe = os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), "--rank-job", json.dumps(job)],
-            env=environment,
+            env={**environment, "FUSEWIRE_DEMO_PIPE": str(pipe)},
+            pass_fds=(pipe,),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -245,16 +246,19 @@ class Rank:
             errors="replace",
             start_new_session=True,  # so that the compilers it starts can be ended with it
         )
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
+        os.close(pipe)
+        self.readers = [threading.Thread(target=read, daemon=True) for read in (self._read_output, self._read_events)]
+        self.events = os.fdopen(events, encoding="utf-8")
+        for reader in self.readers:
+            reader.start()
 
-    def _read(self) -> None:
+    def _read_output(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if not line.startswith(MARK):
-                self.tail.append(line.rstrip())
-                continue
-            event = json.loads(line[len(MARK) :])
+        self.tail.extend(line.rstrip() for line in self.process.stdout)
+
+    def _read_events(self) -> None:
+        for line in self.events:
+            event = json.loads(line)
             if "stage" in event:
                 self.stage, self.detail = event["stage"], ""
             self.detail = event.get("detail", self.detail)
@@ -267,25 +271,22 @@ class Rank:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.reader.join(timeout=5)
+        for reader in self.readers:
+            reader.join(timeout=5)
 
-    def obituary(self) -> str:
-        """Why it failed, in its own words."""
+    def obituary(self, lines: int) -> str:
+        """Why it failed, in its own last words."""
         status = self.process.returncode
-        if status is None:
-            how = "was still running"
-        elif status < 0:
+        if status < 0:
             how = f"was killed by {signal.Signals(-status).name}"
             how += " (out of memory?)" if -status == signal.SIGKILL else ""
         else:
             how = f"ended with status {status}"
-        said = self.error.rstrip().splitlines()[-25:] or list(self.tail)
+        said = (self.error.rstrip().splitlines() or list(self.tail))[-lines:]
         return "\n".join([f"rank {self.number} {how}, while {self.stage}", *(f"    {line}" for line in said)])
 
 
-def launch(
-    title: str, job: dict[str, Any], ranks: int, threads: int, cache: str, progress: Progress
-) -> list[Any]:
+def launch(title: str, job: dict[str, Any], ranks: int, threads: int, cache: str, progress: Progress) -> list[Any]:
     """Run a job on every rank and return their results. If one fails or time runs out, all are ended.
 
     Raises:
@@ -307,9 +308,7 @@ def launch(
                 time.sleep(GRACE_SECONDS)  # let the others tell their side
                 break
             if time.monotonic() > deadline:
-                at = "; ".join(
-                    f"rank {rank.number} was {rank.stage} {rank.detail}".rstrip() for rank in started
-                )
+                at = "; ".join(f"rank {rank.number} was {rank.stage} {rank.detail}".rstrip() for rank in started)
                 raise RankError(f"{title}: not finished after {job['timeout']:.0f} s (--timeout). {at}")
             time.sleep(0.1)
         failed = [rank for rank in started if rank.process.poll()]
@@ -324,7 +323,8 @@ def launch(
     if failed:
         # A rank that crashed says nothing, and the others then complain that it has gone: show it first.
         failed.sort(key=lambda rank: (not (rank.process.returncode or 0) < 0, rank.error_at))
-        raise RankError(f"{title} failed.\n" + "\n".join(rank.obituary() for rank in failed))
+        words = [rank.obituary(25 if rank is failed[0] else 1) for rank in failed]
+        raise RankError("\n".join([f"{title} failed.", *words]))
     return [rank.result for rank in started]
 
 
@@ -382,23 +382,24 @@ def choose_plan(ranks: int, device: str, gpus: int, cores: int) -> Plan:
 
 
 def check_compiler(device: str) -> None:
-    """Inductor writes C++ for CPUs: see that it can be compiled, before minutes have gone by.
+    """See that what torch.compile writes can be compiled (C++ on CPUs, C around Triton's kernels on GPUs).
 
     Raises:
-        SetupError: no C++ compiler, or no Python headers.
+        SetupError: no compiler, or no Python headers.
     """
-    if device != "cpu":
-        return
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
+    variable, names = ("CC", ["gcc", "clang"]) if device == "cuda" else ("CXX", ["g++"])
+    if sys.platform == "darwin":
+        names = ["clang++"]
+    names = [os.environ[variable]] if os.environ.get(variable) else names
+    if not any(shutil.which(name) for name in names):
         raise smollm2.SetupError(
-            f"no C++ compiler: {compiler} is not found, and torch.compile needs one on CPUs; install it "
-            "(Debian, Ubuntu: apt install g++) or name another in CXX"
+            f"torch.compile needs a compiler, and {' or '.join(names)} is not found; install it "
+            f"(Debian, Ubuntu: apt install g++) or name another in {variable}"
         )
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         raise smollm2.SetupError(
-            f"{header} is missing, and torch.compile needs it on CPUs; install Python's headers "
+            f"{header} is missing, and torch.compile needs it; install Python's headers "
             f"(Debian, Ubuntu: apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev)"
         )
 

@@ -63,9 +63,7 @@ def find_gguf() -> tuple[Path, str]:
     names = [file for file in wheel.files or () if file.suffix == ".gguf"]
     paths = [path for path in (Path(str(wheel.locate_file(name))) for name in names) if path.is_file()]
     if not paths:
-        raise SetupError(
-            f"{WHEEL} {wheel.version} is installed without a .gguf file; {advice} --force-reinstall"
-        )
+        raise SetupError(f"{WHEEL} {wheel.version} is installed without a .gguf file; {advice} --force-reinstall")
     return paths[0], wheel.version
 
 

@@ -171,6 +171,11 @@ class PassConfig:
         if self.batch_invariant:
             kept = [name for name in names if op.providers[name].batch_invariant]
             names = kept + [n for n, p in op.providers.items() if p.batch_invariant and n not in kept]
+            if not names:
+                raise ConfigError(
+                    f"batch_invariant=True, but no provider of {op_name} is batch-invariant; register one with "
+                    "register_impl(..., batch_invariant=True)"
+                )
         text = ",".join(names)
         if op_name == "all_reduce_rms_norm" and self.fi_allreduce_fusion_max_size_mb is not None:
             text += f";max_size_mb={self.fi_allreduce_fusion_max_size_mb:g}"

@@ -12,7 +12,15 @@ from torch.fx import Graph, Node
 
 from fusewire.fusion_passes.carriers import CAST, VIEW, Path, PathFinder
 from fusewire.fusion_passes.context import MERGED, RunContext
-from fusewire.fusion_passes.graph_tools import ADDS, aten, erase_unused, new_call, plain_add, same_shape
+from fusewire.fusion_passes.graph_tools import (
+    ADDS,
+    aten,
+    erase_unused,
+    mutation_regions,
+    new_call,
+    plain_add,
+    same_shape,
+)
 from fusewire.fusion_passes.matcher import sort_topologically
 from fusewire.patterns.all_reduce import ALL_REDUCE, SUM, WAIT, read_all_reduce
 
@@ -23,19 +31,21 @@ def merge_all_reduces(graph: Graph, context: RunContext) -> bool:
     if not config.merge_allreduces or not config.allow_reassociation:
         return False
     changed = False
+    regions = mutation_regions(graph)
     for node in list(graph.nodes):
         if node.target not in ADDS or node._erased:
             continue
-        pair = _mergeable(graph, node, context)
-        if pair is not None:
-            _merge(graph, node, pair, context)
+        pair = _mergeable(node, context)
+        # What the one all-reduce reads would be read after a write that stood behind the other.
+        if pair is not None and len({regions.get(n, 0) for n in (node, *(p.all_reduce.node for p in pair))}) == 1:
+            regions[_merge(graph, node, pair, context)] = regions[node]
             changed = True
     if changed:
         sort_topologically(graph)
     return changed
 
 
-def _mergeable(graph: Graph, node: Node, context: RunContext) -> tuple[Path, Path] | None:
+def _mergeable(node: Node, context: RunContext) -> tuple[Path, Path] | None:
     """The ways from two all-reduces to the operands of an add, if these can be merged."""
     operands = plain_add(node)
     if operands is None or not all(isinstance(operand, Node) for operand in operands):
@@ -80,7 +90,8 @@ def _start(node: Any, limit: int = 6) -> Node | None:
     return None
 
 
-def _merge(graph: Graph, node: Node, pair: tuple[Path, Path], context: RunContext) -> None:
+def _merge(graph: Graph, node: Node, pair: tuple[Path, Path], context: RunContext) -> Node:
+    """Put one all-reduce in the place of an add of two; returns it."""
     kept, gone = pair[0].all_reduce, pair[1].all_reduce
     with graph.inserting_before(max(kept.node, gone.node)):
         inputs = []
@@ -101,3 +112,4 @@ def _merge(graph: Graph, node: Node, pair: tuple[Path, Path], context: RunContex
     context.origin[reduced.name] = context.origin.pop(kept.name, kept.name)
     name = context.origin.pop(gone.name, gone.name)
     context.merged[name] = f"{MERGED} {context.origin[reduced.name]}"
+    return reduced

@@ -135,7 +135,7 @@ class _Raiser:
 
     def _obstacle(self, norm: Norm, path: Path, residual: Any) -> str:
         """Why the nodes between cannot be rewritten, or ""."""
-        if self.regions.get(norm.out) != self.regions.get(path.all_reduce.node):
+        if self.regions.get(norm.out) != self.regions.get(path.all_reduce.node) or self._spans_write(norm):
             return "an operation that writes in place stands between the all-reduce and the norm"
         # Without a residual the fused operator returns the value that is normalised, so its last node may be shared.
         # An all-reduce that stays where it is is left to the check of the fusion.
@@ -164,6 +164,17 @@ class _Raiser:
         if path.of_kind(ADDEND) and residual is not None and not same_shape(residual, path.end):
             return "a bias stands before the add, and the residual has another shape"
         return ""
+
+    def _spans_write(self, norm: Norm) -> bool:
+        """Whether something is written in place between two of the nodes that the norm consists of."""
+        region, pending = self.regions.get(norm.out, 0), [norm.out]
+        while pending and self.regions.get(norm.out, 0) > 0:
+            node = pending.pop()
+            if node.op == "call_function" and node not in (norm.source, norm.weight, norm.residual):
+                if self.regions.get(node, region) != region:
+                    return True
+                pending.extend(node.all_input_nodes)
+        return False
 
     def _stays(self, path: Path) -> bool:
         """Whether the all-reduce is in its one form already and nothing has to move before it."""
@@ -231,7 +242,7 @@ class _Raiser:
         value, source = value_of(norm.out), value_of(norm.source)
         if value is None or source is None or value.dtype != source.dtype or not isinstance(norm.eps, float):
             return False
-        if norm.residual is not None or norm.eps < 0 or not is_row_major(norm.out):
+        if norm.residual is not None or norm.eps < 0 or not is_row_major(norm.out) or self._spans_write(norm):
             return False
         with self.graph.inserting_before(norm.out):
             new = self._call(

@@ -479,9 +479,7 @@ def compiled(case: Case, aligned: bool = True) -> str:
     ],
     ids=str,
 )
-def test_kernel_compiles_to_wide_accesses(
-    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_kernel_compiles_to_wide_accesses(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every access of global memory is 16 bytes wide, the arithmetic exact, and warps meet once a chunk."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     ptx = compiled(case)

@@ -78,10 +78,7 @@ def _answers(op: Any, provider: str, answer: float, **options: Any) -> None:
 
 def test_an_operator_is_registered_with_torch(scale):
     """Its schema is native's and a policy; it is found by name and by a graph node's target."""
-    assert (
-        str(scale.torch_op._schema)
-        == f'fusewire::{scale.name}(Tensor x, float factor=2., str policy="") -> Tensor'
-    )
+    assert str(scale.torch_op._schema) == f'fusewire::{scale.name}(Tensor x, float factor=2., str policy="") -> Tensor'
     assert get_op(scale.name) is scale
     assert all_ops()[scale.name] is scale
     assert op_of_target(scale.torch_op) is scale
@@ -115,9 +112,7 @@ def test_an_operator_is_registered_once(scale):
 
 def test_unknown_operator_names_those_that_exist():
     """The error lists the operators."""
-    with pytest.raises(
-        ConfigError, match=r"no operator 'rmsnorm'; there are: .*fused_add_rms_norm.*rms_norm"
-    ):
+    with pytest.raises(ConfigError, match=r"no operator 'rmsnorm'; there are: .*fused_add_rms_norm.*rms_norm"):
         get_op("rmsnorm")
 
 
@@ -626,9 +621,7 @@ def test_no_process_group():
     """For plain tensors and parameters, with what to do; and a group needs a name."""
     for x in (X, torch.nn.Parameter(X)):
         for policy in ("native", "rank_ordered"):
-            with pytest.raises(
-                ProcessGroupError, match=r"not initialised .* call torch.distributed.init_process_g"
-            ):
+            with pytest.raises(ProcessGroupError, match=r"not initialised .* call torch.distributed.init_process_g"):
                 all_reduce_rms_norm(x, None, None, group_name="0", policy=policy)
     with pytest.raises(ArgumentError, match="group_name is empty"):
         all_reduce_rms_norm(X, None, None)
@@ -645,16 +638,12 @@ def test_unknown_process_group(one_rank):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_one_rank(one_rank, dtype, policy):
     """A sum of one: exactly the norms without it, inputs untouched, nothing aliased."""
-    for residual, weight, form in itertools.product(
-        (None, dtype, torch.float32), (None, torch.float32), FORMS
-    ):
+    for residual, weight, form in itertools.product((None, dtype, torch.float32), (None, torch.float32), FORMS):
         x, r, w = _tensors(dtype, residual, weight)
         before = x.clone()
         norm, summed = all_reduce_rms_norm(x, r, w, 1e-5, 1.0, form, one_rank, policy)
-        if r is None:
-            want = (rms_norm(x, w, 1e-5, 1.0, form), x)
-        else:
-            want = fused_add_rms_norm(x, r, w, 1e-5, 1.0, form)
+        rest = (w, 1e-5, 1.0, form)
+        want = (rms_norm(x, *rest), x) if r is None else fused_add_rms_norm(x, r, *rest)
         assert torch.equal(norm, want[0])
         assert torch.equal(summed, want[1])
         assert norm.dtype == summed.dtype == dtype
@@ -706,9 +695,7 @@ def test_training_is_refused(one_rank):
     x, r, w = (t.requires_grad_() for t in _tensors(*[torch.float32] * 3))
     norm, summed = all_reduce_rms_norm(x, r, w, group_name=one_rank)
     assert norm.requires_grad
-    with pytest.raises(
-        TrainingError, match=r"for inference and has no backward; run the model under torch.no_grad"
-    ):
+    with pytest.raises(TrainingError, match=r"for inference and has no backward; run the model under torch.no_grad"):
         (norm.sum() + summed.sum()).backward()
     with torch.no_grad():
         assert not all_reduce_rms_norm(x, r, w, group_name=one_rank)[0].requires_grad

@@ -47,9 +47,7 @@ def inverse_square_root(v: Tensor) -> Tensor:
     return torch.reciprocal(torch.sqrt(v.double()).float())
 
 
-def normalize_batch_invariant(
-    x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str
-) -> Tensor:
+def normalize_batch_invariant(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
     """RMSNorm of x (..., hidden) as `fusewire.custom_ops.norms.normalize`, by operations fixed row by row."""
     if x.numel() == 0:
         return torch.empty_like(x)

@@ -259,9 +259,7 @@ def _launch(
     launcher = kernel()[(-(-n_rows // plan.rows),)]
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(x):
-        launcher(
-            *arguments, float(eps), float(weight_bias), *options, num_warps=plan.warps, **COMPILE_OPTIONS
-        )
+        launcher(*arguments, float(eps), float(weight_bias), *options, num_warps=plan.warps, **COMPILE_OPTIONS)
     return norm, summed
 
 

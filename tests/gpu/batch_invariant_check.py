@@ -63,9 +63,7 @@ class Case(NamedTuple):
         )
 
 
-def rows(
-    n: int, hidden: int, dtype: torch.dtype, kind: str, seed: int, device: str = "cpu", reach: int = 12
-) -> Tensor:
+def rows(n: int, hidden: int, dtype: torch.dtype, kind: str, seed: int, device: str = "cpu", reach: int = 12) -> Tensor:
     """Random rows: `normal`, or `spread` over 2 * `reach` binades (fp16 has room for 12 at most)."""
     generator = torch.Generator(device).manual_seed(seed)
     values = torch.randn(n, hidden, generator=generator, device=device)
@@ -122,12 +120,8 @@ def batch_invariance_faults(
         together = tuple(torch.cat(column) for column in zip(*alone, strict=True))
         index = torch.tensor(probes, device=x.device)
         if not same_bits(together, _pick(batch, index)):
-            wrong = [
-                at for at, one in zip(probes, alone, strict=True) if not same_bits(one, _pick(batch, [at]))
-            ]
-            faults.append(
-                f"row {wrong[0]} of {n} differs from the row alone ({len(wrong)} of {len(probes)} rows)"
-            )
+            wrong = [at for at, one in zip(probes, alone, strict=True) if not same_bits(one, _pick(batch, [at]))]
+            faults.append(f"row {wrong[0]} of {n} differs from the row alone ({len(wrong)} of {len(probes)} rows)")
         for boundary in (b for b in _BOUNDARIES if b < n):
             for index in (slice(boundary, None), slice(0, boundary)):
                 if not same_bits(part(index), _pick(batch, index)):
@@ -168,9 +162,7 @@ def position_variant(weight: Tensor | None = None) -> Norm:
         wide = summed.float()
         edge = (torch.arange(len(x), device=x.device) % 8 == 7)[:, None]
         moved = torch_batch_invariant.sum_of_squares(wide.roll(3, -1))
-        out = _finish(
-            wide, torch.where(edge, moved, torch_batch_invariant.sum_of_squares(wide)), weight, x.dtype
-        )
+        out = _finish(wide, torch.where(edge, moved, torch_batch_invariant.sum_of_squares(wide)), weight, x.dtype)
         return (out,) if residual is None else (out, summed)
 
     return norm
