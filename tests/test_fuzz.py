@@ -10,14 +10,15 @@ import operator
 import os
 from collections import Counter
 
-import fuzz
 import pytest
 import torch
-from distributed import shared_pool
 
 from fusewire.fusion_passes import carriers, eliminate_noops, fuse_all_reduce, merge_all_reduces, norm_reader, raise_ops
 from fusewire.fusion_passes.graph_tools import aten
 from fusewire.patterns import norms
+
+import fuzz
+from distributed import shared_pool
 
 FIRST = int(os.environ.get("FUSEWIRE_FUZZ_SEED", "0"))
 GRAPHS, CHUNK, GLOO = 300, 50, 20
@@ -122,10 +123,8 @@ def rounded_sum_unrounded(user, value, hidden):
     return operands[0], operands[1], found[2]
 
 
-
 def scale_not_moved(path, *kinds):
     return tuple(step for step in path.steps if step.kind in kinds and step.kind != carriers.SCALE)
-
 
 
 real_weight_of = norm_reader._weight_of
@@ -135,7 +134,7 @@ MUTANTS = {
     "any weight": ("wide weight", without_clause("check_weight")),
     "any residual": ("wide residual", without_clause("check_residual")),
     "broadcast residual": ("broadcast residual", without_clause("check_residual")),
-    "any epsilon": ("epsilon subtracted", without_clause("check_epsilon")),
+    "any epsilon": ("negative epsilon", without_clause("check_epsilon")),
     "further readers ignored": ("all-reduce also read", [(fuse_all_reduce._Fuser, "_check_readers", yes)]),
     "order ignored": ("collective between", [(fuse_all_reduce._Fuser, "_check_order", yes)]),
     "own result added": ("doubled", without_obstacle("computed from that result")),
@@ -153,7 +152,10 @@ MUTANTS = {
     "any product": ("product, not square", [(norm_reader, "_squared", lambda node: node.args[0])]),
     "any mean": ("sum of squares", [(norm_reader, "_is_mean", lambda node: node.op == "call_function")]),
     "alpha ignored": ("alpha", [(raise_ops, "plain_add", lambda node: tuple(node.args[:2]))]),
-    "narrow arithmetic": ("narrow arithmetic", [(norm_reader, "_computed_in", lambda node: norm_reader.dtype_of(node))]),
+    "narrow arithmetic": (
+        "narrow arithmetic",
+        [(norm_reader, "_computed_in", norm_reader.dtype_of)],
+    ),
     "double arithmetic": ("double arithmetic", [(norm_reader, "_computed_in", lambda node: torch.float64)]),
     "scales dropped": ("", [(carriers.Path, "of_kind", scale_not_moved)]),
     "views dropped": ("", [(raise_ops, "VIEW", "nothing")]),

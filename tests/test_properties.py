@@ -6,17 +6,16 @@ its writes, in the middle of the graph, so that what may not move past them show
 
 from __future__ import annotations
 
+import os
 import re
-import string
 from dataclasses import dataclass
 from typing import Any
 
-import fuzz
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,7 +31,8 @@ from fusewire.fusion_passes.manager import run_passes
 from fusewire.fusion_passes.matcher import trace
 from fusewire.fusion_passes.norm_reader import find_norms
 from fusewire.fusion_passes.raise_ops import raise_ops
-from fusewire.patterns.all_reduce import ALL_REDUCE
+
+import fuzz
 
 HIDDEN = 8
 OPS = torch.ops._c10d_functional
@@ -44,7 +44,8 @@ pytestmark = pytest.mark.usefixtures("fake_world")
 
 def many(examples: int) -> Any:
     suppressed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=examples, deadline=None, suppress_health_check=suppressed)
+    scale = int(os.environ.get("FUSEWIRE_FUZZ_SCALE", "1"))
+    return settings(max_examples=examples * scale, deadline=None, suppress_health_check=suppressed)
 
 
 def reduced(x: Tensor, op: str = "sum") -> Tensor:
@@ -97,7 +98,7 @@ class Spelling:
 
     def __call__(self, x: Tensor, w: Tensor) -> Tensor:
         wide = x.to(torch.float32)
-        square = {"pow": lambda: wide.pow(2), "mul": lambda: wide * wide, "square": lambda: torch.square(wide)}[self.square]()
+        square = {"pow": lambda v: v.pow(2), "mul": lambda v: v * v, "square": torch.square}[self.square](wide)
         mean = square.mean(-1, keepdim=True) if self.mean == "-1" else square.mean([x.dim() - 1], True)
         shifted = mean + self.eps if self.mean == "-1" else self.eps + mean
         n = wide * {"rsqrt": torch.rsqrt, "pow": lambda s: torch.pow(s, -0.5)}[self.root](shifted)
@@ -185,7 +186,12 @@ def block(spelling: Spelling, order: str, shape: tuple[int, ...], readers: str) 
         summed = reduced(x.reshape(-1, HIDDEN)).reshape(shape) if len(shape) == 3 else reduced(x)
         total = {"none": lambda: summed, "left": lambda: r + summed, "right": lambda: summed + r}[order]()
         norm = spelling(total, w)
-        others = {"none": (), "sum": (total,), "all-reduce": (summed * 2,), "both": (total.abs(), norm * 2, norm.reshape(-1))}
+        others = {
+            "none": (),
+            "sum": (total,),
+            "all-reduce": (summed * 2,),
+            "both": (total.abs(), norm * 2, norm.reshape(-1)),
+        }
         return (norm, *others[readers])
 
     return function
@@ -275,23 +281,25 @@ def test_passes_are_idempotent(spelling, order, shape, readers, dtype, inline):
 # Programs that write in place. Their numbers are small integers, so that nothing depends on where is rounded.
 
 WRITES = (
-    "x.mul_(2)", "r.add_(1)", "w.add_(1)", "b.add_(1)", "a.add_(1)", "t.mul_(2)", "v.mul_(2)", "x.copy_(r)", "r.copy_(a)",
-    "w.copy_(b)", "b.copy_(a[0])", "wide.add_(1)", "o.mul_(2)", "c.add_(1)", "c.copy_(r)", "k.add_(1)", "ws.add_(1)",
-    "x[0].zero_()", "r.view(-1)[:3].mul_(2)", "t.index_copy_(0, i, r)", "scale.mul_(2)", "wb.add_(1)",
+    "x.mul_(2)", "r.add_(1)", "w.add_(1)", "b.add_(1)", "a.add_(1)", "t.mul_(2)", "v.mul_(2)", "x.copy_(r)",
+    "r.copy_(a)", "w.copy_(b)", "b.copy_(a[0])", "wide.add_(1)", "o.mul_(2)", "c.add_(1)", "c.copy_(r)", "k.add_(1)",
+    "ws.add_(1)", "x[0].zero_()", "r.view(-1)[:3].mul_(2)", "t.index_copy_(0, i, r)", "scale.mul_(2)", "wb.add_(1)",
 )  # fmt: skip
+
 
 @st.composite
 def writing_programs(draw: Any) -> str:
     """Straight-line programs around one norm, with in-place writes between any two of their lines."""
-    between = draw(st.sampled_from(["a * 1", "a * scale", "a * 2", "a + b", "a.view(1, 3, 8).view(3, 8)", "a + c", "a"]))
+    between = draw(
+        st.sampled_from(["a * 1", "a * scale", "a * 2", "a + b", "a.view(1, 3, 8).view(3, 8)", "a + c", "a"])
+    )
     added = draw(st.sampled_from(["r + v", "v + k", "k + v", "v"]))
     weighted = draw(
-        st.sampled_from(
-            ["(n * (ws + 1)).to(t.dtype)", "(n * wb).to(t.dtype)", "n.to(t.dtype) * w", "(n * ws).to(t.dtype)", "n.to(t.dtype)"]
-        )
+        st.sampled_from(["(n * (ws + 1)).to(d)", "(n * wb).to(d)", "n.to(d) * w", "(n * ws).to(d)", "n.to(d)"])
     )
+    biased = draw(st.sampled_from(["w", "ws"]))
     lines = [
-        "k = x * 1", "ws = w.float()", "a = reduced(x)", "c = reduced(y)", draw(st.sampled_from(["wb = ws + 1", "wb = w + 1"])),
+        "k = x * 1", "ws = w.float()", "a = reduced(x)", "c = reduced(y)", f"wb = {biased} + 1",
         f"v = {between}", f"t = {added}", "wide = t.float()",
         "n = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 0.5)", f"o = {weighted}",
     ]  # fmt: skip
@@ -300,7 +308,7 @@ def writing_programs(draw: Any) -> str:
         write = draw(st.sampled_from(WRITES))
         name = re.match(r"\w+", write)
         assert name is not None
-        read = {m for m in re.findall(r"\b[a-z]+\b", write)} - set("xrwbiy")
+        read = set(re.findall(r"\b[a-z]+\b", write)) - set("xrwbiy")
         start = max((i + 1 for i, line in enumerate(lines) if line.split(" ")[0] in read), default=0)
         lines.insert(draw(st.integers(start, len(lines))), write)
     outputs = draw(st.lists(st.sampled_from(["a", "v", "t", "c", "k", "n", "wide"]), max_size=2, unique=True))
@@ -315,7 +323,7 @@ def whole(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
 @many(200)
 @given(writing_programs(), st.sampled_from([torch.bfloat16, torch.float32]), st.booleans())
 def test_nothing_moves_past_a_write(program, dtype, inline):
-    scope: dict[str, Any] = {"torch": torch, "reduced": reduced}
+    scope: dict[str, Any] = {"torch": torch, "reduced": reduced, "d": dtype}
     body = "\n".join(f"    {line}" for line in program.splitlines())
     exec(f"def function(x, y, r, w, b, i, scale):\n{body}", scope)
     inputs = [whole((3, HIDDEN), s, dtype) for s in (1, 2, 3)] + [whole((HIDDEN,), s, dtype) for s in (4, 5)]
