@@ -195,13 +195,14 @@ class IrOp:
         """The providers to try, in order: the innermost `ir_op_priority(...)`, else the process-wide default."""
         return _SCOPED.get().get(self.name, self.default_priority)
 
-    def choose(self, *args: Any, policy: str = "", static: bool = False) -> Choice:
+    def choose(self, *args: Any, policy: str = "", static: bool = False, machine: bool = True) -> Choice:
         """The first provider by priority that can serve a call with these arguments.
 
         Args:
             args: native's arguments, in order; fake tensors will do with `static`.
             policy: the providers to try; the op's own priority if empty.
             static: leave limits on the number of tokens aside, as at compile time.
+            machine: ask what this machine has, too; with `static` it can be left to a vote at run time.
 
         Raises:
             NoProviderError: none can; the message gives each one's reason.
@@ -212,7 +213,10 @@ class IrOp:
             provider = self.providers.get(name)
             if provider is None:
                 raise ConfigError(unknown_provider(self, name))
-            support = provider.check_static(*args) if static else provider.check(*args)
+            if static:
+                support = provider.check_static(*args) if machine else provider.supports_args(*args)
+            else:
+                support = provider.check(*args)
             if support:
                 return Choice(provider, tuple(refusals))
             if not isinstance(support, Support):

@@ -24,7 +24,7 @@ from fusewire.fusion_passes.graph_tools import (
     same_shape,
     value_of,
 )
-from fusewire.fusion_passes.matcher import FusionMatcher, sort_topologically
+from fusewire.fusion_passes.matcher import FusionMatcher, fresh_fake, sort_topologically
 from fusewire.patterns.all_reduce import ALL_REDUCE, SUM, WAIT
 from fusewire.patterns.fusions import FUSIONS, Fusion
 
@@ -222,7 +222,7 @@ class _Fuser:
             collectives = self._collectives(captures["group"])
             collectives[collectives.index(reduce)] = fused
             x = captures["x"].meta["val"]
-            fused.meta["val"] = self._outputs(x)
+            fused.meta["val"] = fresh_fake(x, contiguous=True), fresh_fake(x, contiguous=True)
             if fusion.returns_sum:
                 root.replace_all_uses_with(fused)
             else:
@@ -235,13 +235,6 @@ class _Fuser:
                 self.graph.erase_node(node)
         spelling = self.context.spelling.get(name, "")
         self.context.fused[name] = Fused(fusion.name, spelling)
-
-    def _outputs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mode = getattr(x, "fake_mode", None)
-        if mode is None:
-            return x.new_empty(x.shape), x.new_empty(x.shape)
-        with mode:
-            return x.new_empty(x.shape), x.new_empty(x.shape)
 
     def _node(self, nodes: Sequence[Node], target: Any) -> Node:
         return next(node for node in nodes if node.target is target)

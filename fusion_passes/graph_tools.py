@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, Node, map_arg
 
 from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
+from fusewire.fusion_passes.matcher import fresh_fake
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -198,9 +199,9 @@ def _infer(node: Node) -> Any:
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
     target: Any = node.target
     mode = next((m for n in node.all_input_nodes if (m := getattr(value_of(n), "fake_mode", None)) is not None), None)
+    if target in (rms_norm.torch_op, fused_add_rms_norm.torch_op):
+        # These keep x's metadata; an epsilon that is a tensor must get as far as the check that refuses it.
+        outputs = [fresh_fake(args[0], contiguous=True) for _ in range(1 + (target is fused_add_rms_norm.torch_op))]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
     with mode if mode is not None else contextlib.nullcontext():
-        if target in (rms_norm.torch_op, fused_add_rms_norm.torch_op):
-            # These keep x's metadata; an epsilon that is a tensor must get as far as the check that refuses it.
-            x = args[0]
-            return x.new_empty(x.shape) if target is rms_norm.torch_op else (x.new_empty(x.shape), x.new_empty(x.shape))
         return target(*args, **kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -157,7 +157,7 @@ class _PictureMaker:
         self.fused = set(sites)
         for name, node in sites.items():
             if name in self.nodes:
-                self.after[name] = _After(self._before(name), node, set(self.nodes)).drawing
+                self.after[name] = _After(self._before(name), node, self.nodes).drawing
 
     def number(self, name: str, reason: str) -> int:
         picture = Picture(self._before(name, reason).drawing, self.after.get(name))
@@ -320,7 +320,7 @@ class _Before:
 class _After:
     """The fused operator with whatever was moved before it."""
 
-    def __init__(self, before: _Before, node: Node, known: set[str]) -> None:
+    def __init__(self, before: _Before, node: Node, known: Mapping[str, Node]) -> None:
         self.before, self.known = before, known
         self.canvas = _Canvas()
         self.ids: dict[Node, int] = {}

@@ -17,7 +17,7 @@ from fusewire.custom_ops.ir import NATIVE, Choice, IrOp, op_of_target
 from fusewire.errors import NoProviderError
 from fusewire.fusion_passes.context import RunContext
 from fusewire.fusion_passes.graph_tools import copy_origin, value_of
-from fusewire.fusion_passes.matcher import trace
+from fusewire.fusion_passes.matcher import fresh_fake, trace
 from fusewire.patterns.all_reduce import positional
 
 
@@ -47,19 +47,33 @@ class _Lowerer:
         if any(isinstance(a, Node) and v is None for a, v in zip(arguments, values, strict=True)):
             return False  # a number of the graph's own: the operator decides at run time
         try:
-            choice = op.choose(*values, policy=policy, static=True)
+            # Of an operator whose ranks vote at run time, no rank may decide alone here, by what its machine has.
+            choice = op.choose(*values, policy=policy, static=True, machine=op.selector is None)
         except NoProviderError as error:
             choice = None
             self._account(node, "", str(error))
         if choice is None:
             return False
-        self._account(node, choice.provider.name, _why(choice))
+        self._account(node, choice.provider.name, self._why(op, choice))
         if choice.provider.name == NATIVE and self.context.config.inline_native:
             self._inline(node, op, arguments, values)
             return True
         node.args = (*arguments, policy)
         node.kwargs = {}
         return True
+
+    def _why(self, op: IrOp, choice: Choice) -> str:
+        """Why providers of higher priority do not serve, and what is left to run time."""
+        parts = [str(refusal) for refusal in choice.refusals]
+        if self.context.config.batch_invariant:
+            parts += [
+                f"{name}: not batch-invariant, its order of summation changes with the number of tokens"
+                for name in op.priority
+                if name != NATIVE and not op.providers[name].batch_invariant
+            ]
+        if op.selector is not None and choice.provider.name != NATIVE and not choice.provider.batch_invariant:
+            parts.append("or another by number of tokens, once the ranks have voted at the first call")
+        return "; ".join(parts)
 
     def _account(self, node: Node, provider: str, detail: str) -> None:
         """Complete the report's entry of a fused all-reduce."""
@@ -108,10 +122,6 @@ class _Lowerer:
         self.graph.erase_node(node)
 
 
-def _why(choice: Choice) -> str:
-    return "; ".join(str(refusal) for refusal in choice.refusals)
-
-
 def _signature(op: IrOp, values: list[Any]) -> Any:
     """Equal for calls whose native traces are the same graph."""
     parts: list[Any] = [op.name]
@@ -125,8 +135,4 @@ def _signature(op: IrOp, values: list[Any]) -> Any:
 
 def _fresh(value: Any) -> Any:
     """A fake value with a storage of its own: Inductor takes a shared storage for an alias."""
-    mode = getattr(value, "fake_mode", None)
-    if mode is None:
-        return value
-    with mode:
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return value if getattr(value, "fake_mode", None) is None else fresh_fake(value)

@@ -328,3 +328,23 @@ def test_addend_before_the_residual():
     assert captured.verdicts() == [("fused", "")]
     for got, want in zip(captured.result, block(*inputs), strict=True):
         torch.testing.assert_close(got, want, atol=0.04, rtol=0.02)
+
+
+def test_batch_invariant_mode_says_why_faster_providers_are_left_out():
+    def block(x, r, w):
+        return NORMS["L"](reduce_functional(x) + r, w, 1e-5)
+
+    inputs = tensors()
+    captured = capture(block, *inputs, batch_invariant=True)
+    assert captured.verdicts() == [("fused", "")]
+    entry = captured.account.entries[0]
+    assert entry.provider == "rank_ordered_batch_invariant"
+    assert "flashinfer: not batch-invariant" in entry.reason
+
+
+def test_batch_invariant_mode_takes_every_norm():
+    def block(x, r, w):
+        return NORMS["L"](x, w, 1e-5) + NORMS["G"](r, w, 1e-6)
+
+    captured = capture(block, *tensors(), batch_invariant=True)
+    assert captured.count(fusewire.rms_norm.torch_op) == 2
