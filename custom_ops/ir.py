@@ -24,6 +24,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, overload
 
 import torch
@@ -35,7 +36,7 @@ _LIBRARY = torch.library.Library("fusewire", "DEF")
 _OPS: dict[str, IrOp] = {}
 _LOCK = threading.RLock()
 _SCOPED: contextvars.ContextVar[Mapping[str, tuple[str, ...]]] = contextvars.ContextVar(
-    "fusewire_priority", default={}
+    "fusewire_priority", default=MappingProxyType({})  # noqa: B039 - read-only
 )
 
 
@@ -117,7 +118,7 @@ class Provider:
         return self.check_static(*args) and self.supports_tokens(*args)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _machine_support(provider: Provider) -> Support:
     try:
         return provider.supported()

@@ -34,6 +34,7 @@ import fusewire
 from fusewire.custom_ops.ir import parse_priorities
 from fusewire.errors import ConfigError
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment
+from fusewire.fusion_passes.html import pictures_recorded
 from fusewire.html import page
 
 INTERRUPTED, STOPPED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -72,9 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--nproc-per-node", metavar="N", type=int, help="start N ranks on this machine, as torchrun does"
     )
     parser.add_argument("script", metavar="SCRIPT", help="the script to run")
-    parser.add_argument(
-        "arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments: all that follows it"
-    )
+    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments: all that follows it")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -174,7 +173,7 @@ def _run_script(arguments: argparse.Namespace, config: PassConfig) -> tuple[int,
         sys.path[0] = os.getcwd() if arguments.module else str(Path(arguments.script).absolute().parent)
     torch._dynamo.utils.counters["graph_break"].clear()
     try:
-        with _no_compile_cache(), fusewire.enable(config), _stoppable():
+        with _no_compile_cache(), pictures_recorded(), fusewire.enable(config), _stoppable():
             if arguments.module:
                 runpy.run_module(arguments.script, run_name="__main__", alter_sys=True)
             else:
@@ -313,8 +312,8 @@ def advise() -> str:
         return "FUSEWIRE_DISABLE in the environment switches fusewire off; unset it to see what it would do."
     if not report.graphs:
         return (
-            "Nothing was compiled in this process, so there is nothing to explain. fusewire works on what torch.compile "
-            "compiles with Inductor, its default backend:\n"
+            "Nothing was compiled in this process, so there is nothing to explain. fusewire works on what "
+            "torch.compile compiles with Inductor, its default backend:\n"
             "  - compile the model, model = torch.compile(model), and call it in the script;\n"
             "  - if the script starts its ranks itself (torch.multiprocessing.spawn), start them with torchrun or "
             "--nproc-per-node, so that each one runs under this command."
@@ -329,7 +328,7 @@ def advise() -> str:
         )
     return (
         "The compiled graphs hold no all-reduce. Either the model is not split over the ranks (transformers: "
-        "tp_plan='auto'; PyTorch: parallelize_module), or its all-reduces are issued outside the compiled part: compile "
-        "the whole model, with fullgraph=True to see what breaks the graph. Sequence parallelism has reduce-scatters "
-        "instead, which fusewire does not fuse."
+        "tp_plan='auto'; PyTorch: parallelize_module), or its all-reduces are issued outside the compiled part: "
+        "compile the whole model, with fullgraph=True to see what breaks the graph. Sequence parallelism has "
+        "reduce-scatters instead, which fusewire does not fuse."
     )

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 
 from fusewire.fusion_passes.context import MERGED
 from fusewire.fusion_passes.report import FUSED, Box, Drawing, Entry, GraphAccount, Picture, Report
@@ -148,7 +149,7 @@ def _card(letter: str, status: str, found: list[tuple[Entry, Picture | None]]) -
         drawings += _figure("after", after) if after else ""
     return (
         f'<section class="card" id="kind-{letter}" data-status="{status}"><h3><a class="letter {status}" '
-        f'href="#kind-{letter}">{letter}</a> {len(entries)} × {escape(title)}</h3>'
+        f'href="#kind-{letter}">{letter}</a> {len(entries)} &times; {escape(title)}</h3>'
         f"<p>{escape(words)}</p>{details}"
         f'<div class="pair">{drawings}</div></section>'
     )
@@ -209,8 +210,7 @@ def _row(entry: Entry, letter: str) -> str:
     return f'<tr data-status="{entry.status}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
-def _breakable(text: str) -> str:
-    """A path that may wrap at its separators."""
+def _breakable(text: str) -> str:  # a path that may wrap at its separators
     return escape(text).replace(".", ".<wbr>").replace("/", "/<wbr>")
 
 
@@ -218,21 +218,15 @@ def _without(report: Report) -> str:
     graphs = [graph for graph in report.graphs if not graph.entries]
     if not graphs:
         return ""
-    items = "".join(
-        f"<li>graph {graph.number} ({graph.kind}, {graph.nodes_before} nodes){escape(_joined(graph.notes))}</li>"
-        for graph in graphs
-    )
+    said = (": ".join([f"graph {g.number} ({g.kind}, {g.nodes_before} nodes)", *g.notes]) for g in graphs)
+    items = "".join(f"<li>{escape(text)}</li>" for text in said)
     return f"<h2>Graphs without an all-reduce</h2><ul>{items}</ul>"
-
-
-def _joined(notes: Iterable[str]) -> str:
-    return "".join(f": {note}" for note in notes)
 
 
 def _breaks(graph_breaks: Mapping[str, int]) -> str:
     if not graph_breaks:
         return ""
-    items = "".join(f"<li>{count} × {escape(reason)}</li>" for reason, count in graph_breaks.items())
+    items = "".join(f"<li>{count} &times; {escape(reason)}</li>" for reason, count in graph_breaks.items())
     return f"<h2>Graph breaks</h2><p>Nothing fuses across these.</p><ul>{items}</ul>"
 
 
@@ -306,7 +300,7 @@ def _rows(slots: list[_Slot]) -> tuple[list[float], list[float]]:
 def _neighbours(slots: list[_Slot], edges: list[tuple[list[int], str]]) -> list[list[int]]:
     found: list[list[int]] = [[] for _ in slots]
     for chain, _ in edges:
-        for a, b in zip(chain, chain[1:], strict=False):
+        for a, b in pairwise(chain):
             found[a].append(b)
             found[b].append(a)
     return found
@@ -363,7 +357,7 @@ def _mean_place(slots: list[_Slot], xs: list[float], index: int, linked: list[li
 def _spread(wanted: list[float], widths: list[float]) -> list[float]:
     """Positions in this order that keep their distances and are nearest to the wanted ones (least squares)."""
     offsets = [0.0]
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         offsets.append(offsets[-1] + (a + b) / 2 + GAP_X)
     # With the distances taken off, the positions must not decrease: merge neighbours that would.
     blocks: list[tuple[float, int]] = []
@@ -459,7 +453,7 @@ code{font:13px ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospac
 td:nth-child(4) code,td:last-child code{white-space:nowrap}td:nth-child(6){min-width:16em}
 .status,.letter{border-radius:10px;padding:1px 9px;font-weight:600;font-size:13px;text-decoration:none}
 .status.fused,.letter.fused{background:var(--goodbg);color:var(--good)}.status.refused,.letter.refused{background:var(--badbg);color:var(--bad)}
-"""
+"""  # noqa: E501
 
 _SCRIPT = """
 'use strict';

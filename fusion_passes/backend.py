@@ -127,7 +127,7 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[PassConfig, dict[s
 def _inductor_type(name: str) -> Any:
     """The type of one of Inductor's options, aliases included, or None if there is no such option."""
     try:
-        return inductor_config.get_type(name)
+        return inductor_config.get_type(name)  # type: ignore[attr-defined]
     except KeyError:
         return None
 
@@ -156,13 +156,19 @@ def fusewire_backend(
     if mode is not None and mode != "default":
         patches = {**torch._inductor.list_mode_options(mode), **patches}
     if disabled_by_environment():
-        return compile_fx(model, list(example_inputs), config_patches=patches)
+        return _callable(compile_fx(model, list(example_inputs), config_patches=patches))
     specialize_epsilons(model)
     existing = patches.get(_HOOK, getattr(inductor_config, _HOOK))
     key = _account_key(model, example_inputs, config)
     patches[_HOOK] = chained_hook(config, existing, key)
     with _accounts_kept(key):
-        return compile_fx(model, list(example_inputs), config_patches=patches)
+        return _callable(compile_fx(model, list(example_inputs), config_patches=patches))
+
+
+def _callable(compiled: Any) -> Callable[..., Any]:
+    """What compile_fx gives back for a JIT compilation; its other kinds of result belong to ahead-of-time modes."""
+    function: Callable[..., Any] = compiled
+    return function
 
 
 @contextlib.contextmanager
@@ -225,7 +231,7 @@ def _reaches_rsqrt(node: Node, depth: int = 4) -> bool:
     if "rsqrt" in name or "rms_norm" in name:
         return True
     if name == "pow" or node.target in (operator.pow, torch.pow):
-        return len(node.args) > 1 and node.args[1] == -0.5
+        return len(node.args) > 1 and bool(node.args[1] == -0.5)
     if depth == 0 or name not in ("item", "add", "__add__", "__radd__", "iadd", "sqrt", "reciprocal", "float"):
         return False
     return any(_reaches_rsqrt(user, depth - 1) for user in node.users)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from fusewire.fusion_passes.context import MATCH, Refused
 from fusewire.fusion_passes.graph_tools import CASTS, VIEWS, plain_add, plain_mul
-from fusewire.fusion_passes.norm_reader import find_norms
 from fusewire.patterns.all_reduce import OTHER_COLLECTIVES, AllReduce, op_name
 
 _LAYER_NORMS = {"aten::native_layer_norm", "aten::var_mean", "prims::var"}
@@ -14,12 +13,12 @@ _MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_sca
 _STEPS = 24
 
 
-def explain_unfused(site: AllReduce, graph: Graph, fused_sums: set[str]) -> Refused:
+def explain_unfused(site: AllReduce, norms: set[Node], fused_sums: set[str]) -> Refused:
     """The reason for an all-reduce that no norm claimed.
 
     Args:
         site: the all-reduce, in the graph as it arrived.
-        graph: that graph.
+        norms: what the norms of that graph normalise.
         fused_sums: names of sums that were fused with another all-reduce.
     """
     if site.spelling.in_place:
@@ -35,14 +34,14 @@ def explain_unfused(site: AllReduce, graph: Graph, fused_sums: set[str]) -> Refu
             "its result is an output of this graph: the norm lies beyond a graph break, or outside the compiled part; "
             "compile with fullgraph=True to see what breaks the graph",
         )
-    norms = {norm.source for norm in find_norms(graph)}
     reached = _reach(site.value, norms)
     return Refused(MATCH, _say(site, reached, norms, fused_sums))
 
 
 def _reach(start: Node, norms: set[Node]) -> list[Node]:
     """The nodes that read a value, through elementwise steps, nearest first, as far as the first norm."""
-    seen, pending = [], list(start.users)
+    seen: list[Node] = []
+    pending = list(start.users)
     while pending and len(seen) < _STEPS:
         node = pending.pop(0)
         if node in seen:

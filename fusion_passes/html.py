@@ -6,6 +6,8 @@ which the account of a graph keeps once.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import operator
 import re
@@ -22,23 +24,12 @@ from fusewire.patterns.all_reduce import WAIT, AllReduce, op_name, positional, r
 
 log = logging.getLogger("fusewire")
 # The roles of boxes, which the page gives colours.
-COLLECTIVE, NORM, FUSED, STEP, OBSTACLE, INPUT, READER = (
-    "collective",
-    "norm",
-    "fused",
-    "step",
-    "obstacle",
-    "input",
-    "reader",
-)
+COLLECTIVE, NORM, FUSED, STEP, OBSTACLE = "collective", "norm", "fused", "step", "obstacle"
+INPUT, READER = "input", "reader"
 OTHER = "another all-reduce"
 _FAR, _FEW = 24, 5
 _WORDS = {
-    "aten::mm": "matrix product",
-    "aten::addmm": "matrix product",
-    "aten::bmm": "matrix product",
-    "aten::baddbmm": "matrix product",
-    "aten::_scaled_mm": "matrix product",
+    **dict.fromkeys(("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm"), "matrix product"),
     "aten::embedding": "embedding lookup",
     "aten::add": "add",
     "aten::sub": "subtract",
@@ -66,8 +57,8 @@ def words(node: Node) -> str:
     if node.target in CASTS:
         return f"to {str(dtype_of(node)).removeprefix('torch.')}"
     if node.target is aten.pow.Tensor_Scalar:
-        return {2: "square", -0.5: "1 / √"}.get(node.args[1], f"power {node.args[1]}")  # type: ignore[call-overload]
-    for sign, operands in (("+", plain_add(node)), ("×", plain_mul(node))):
+        return {"2": "square", "-0.5": "1 / √"}.get(str(node.args[1]), f"power {node.args[1]}")
+    for sign, operands in (("+", plain_add(node)), ("\N{MULTIPLICATION SIGN}", plain_mul(node))):
         number = next((value for value in operands or () if is_number(value)), None)
         if number is not None:
             return f"{sign} {number:.6g}"
@@ -75,15 +66,16 @@ def words(node: Node) -> str:
     if factors is not None and factors[0] is factors[1]:
         return "square"
     name = op_name(node)
-    return _WORDS.get(name) or name.rpartition("::")[2] or getattr(node.target, "__name__", str(node.target))
+    return _WORDS.get(name) or name.rpartition("::")[2] or str(getattr(node.target, "__name__", node.target))
 
 
 class _Canvas:
-    """Boxes and edges as they are put together."""
+    """A drawing as it is put together."""
 
     def __init__(self) -> None:
         self.boxes: list[Box] = []
         self.edges: dict[tuple[int, int, str], None] = {}
+        self.ids: dict[Node, int] = {}  # the boxes of nodes
 
     def box(self, label: str, role: str, detail: str = "") -> int:
         self.boxes.append(Box(label, role, detail))
@@ -93,8 +85,37 @@ class _Canvas:
         if start != end:
             self.edges[start, end, text] = None
 
+    @property
     def drawing(self) -> Drawing:
         return Drawing(tuple(self.boxes), tuple(self.edges))
+
+
+_RECORDING: list[bool] = []
+
+
+@contextlib.contextmanager
+def pictures_recorded() -> Iterator[None]:
+    """Within the block the accounts of graphs hold pictures; otherwise nobody would look at them."""
+    _RECORDING.append(True)
+    try:
+        yield
+    finally:
+        _RECORDING.pop()
+
+
+def _harmless(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of Album that returns None where it fails."""
+
+    @functools.wraps(make)
+    def tried(album: Album, *arguments: Any) -> Any:
+        try:
+            return make(album, *arguments)
+        except Exception as error:
+            log.warning("fusewire could not draw a picture for its report", exc_info=True)
+            album.problem = f"pictures for the HTML report are missing: {type(error).__name__}: {error}"
+            return None
+
+    return tried
 
 
 class Album:
@@ -102,66 +123,57 @@ class Album:
 
     Args:
         original: the graph as it arrived; None for no pictures at all.
+
+    Attributes:
+        pictures: all that `number` has given positions in.
+        problem: why pictures are missing, or "".
     """
 
     def __init__(self, original: Graph | None = None) -> None:
         self.problem = ""
-        self.maker: _PictureMaker | None = None
-        if original is not None:
-            self._try(lambda: setattr(self, "maker", _PictureMaker(original)))
-
-    @property
-    def pictures(self) -> tuple[Picture, ...]:
-        """All pictures that `number` has given positions of."""
-        return () if self.maker is None else tuple(self.maker.numbers)
-
-    def see_fused(self, graph: Graph) -> None:
-        """Keep what the fused sites look like in the rewritten graph, before operators are lowered."""
-        if self.maker is not None:
-            self._try(lambda: self.maker.see_fused(graph))  # type: ignore[union-attr]
-
-    def number(self, name: str, reason: str = "") -> int:
-        """The position in `pictures` of the picture of an all-reduce, or -1.
-
-        Args:
-            name: the all-reduce's node.
-            reason: why it was refused; nodes named in it are marked.
-        """
-        found = None if self.maker is None else self._try(lambda: self.maker.number(name, reason))  # type: ignore[union-attr]
-        return -1 if found is None else int(found)
-
-    def _try(self, make: Callable[[], Any]) -> Any:
-        try:
-            return make()
-        except Exception as error:
-            log.warning("fusewire could not draw a picture for its report", exc_info=True)
-            self.problem = f"pictures for the HTML report are missing: {type(error).__name__}: {error}"
-            return None
-
-
-class _PictureMaker:
-    def __init__(self, original: Graph) -> None:
-        self.nodes = {node.name: node for node in original.nodes}
-        self.order = {node: i for i, node in enumerate(original.nodes)}
-        self.norms: dict[Node, Norm] = {}
-        for norm in find_norms(original):
-            self.norms.setdefault(norm.source, norm)
         self.seen: dict[str, _Before] = {}
         self.fused: set[str] = set()
         self.after: dict[str, Drawing] = {}
         self.numbers: dict[Picture, int] = {}
+        self.nodes: dict[str, Node] = {}
+        self.norms: dict[Node, Norm] = {}
+        if original is not None and _RECORDING:
+            self._read(original)
 
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        return tuple(self.numbers)
+
+    @_harmless
+    def _read(self, original: Graph) -> None:
+        self.nodes = {node.name: node for node in original.nodes}
+        self.order = {node: i for i, node in enumerate(original.nodes)}
+        for norm in find_norms(original):
+            self.norms.setdefault(norm.source, norm)
+
+    @_harmless
     def see_fused(self, graph: Graph) -> None:
+        """Keep what the fused sites look like in the rewritten graph, before operators are lowered."""
         found = graph.find_nodes(op="call_function", target=all_reduce_rms_norm.torch_op)
-        sites = {node.meta.get("fusewire_all_reduce"): node for node in found}
+        sites = {node.meta.get("fusewire_all_reduce"): node for node in found if self.nodes}
         self.fused = set(sites)
         for name, node in sites.items():
             if name in self.nodes:
                 self.after[name] = _After(self._before(name), node, self.nodes).drawing
 
-    def number(self, name: str, reason: str) -> int:
-        picture = Picture(self._before(name, reason).drawing, self.after.get(name))
-        return self.numbers.setdefault(picture, len(self.numbers))
+    def number(self, name: str, reason: str = "") -> int:
+        """The position in `pictures` of the picture of an all-reduce, or -1 if there is none.
+
+        Args:
+            name: the all-reduce's node.
+            reason: why it was refused; nodes named in it are marked.
+        """
+        picture = self._picture(name, reason) if name in self.nodes else None
+        return -1 if picture is None else self.numbers.setdefault(picture, len(self.numbers))
+
+    @_harmless
+    def _picture(self, name: str, reason: str) -> Picture:
+        return Picture(self._before(name, reason).drawing, self.after.get(name))
 
     def _before(self, name: str, reason: str = "") -> _Before:
         if not reason and name in self.seen:
@@ -176,7 +188,7 @@ class _PictureMaker:
         return found
 
 
-class _Before:
+class _Before(_Canvas):
     """The way from an all-reduce to its norm, or to what stands where a norm should be.
 
     Attributes:
@@ -189,8 +201,7 @@ class _Before:
         self, site: AllReduce, norms: dict[Node, Norm], order: dict[Node, int], marked: set[str], apart: set[str]
     ) -> None:
         self.site, self.norms, self.order, self.marked, self.apart = site, norms, order, marked, apart
-        self.canvas = _Canvas()
-        self.ids: dict[Node, int] = {}
+        super().__init__()
         self.labels: dict[str, str] = {}
         way, end = self._way()
         self.norm = norms.get(end) if end is not None else None
@@ -209,16 +220,11 @@ class _Before:
         self.norm_readers = self._readers(self.norm.out, inner) if self.norm is not None else ""
         self.sum_readers = self._readers(end, inner) if end is not None else ""
 
-    @property
-    def drawing(self) -> Drawing:
-        return self.canvas.drawing()
-
     def _way(self) -> tuple[list[Node], Node | None]:
         """The nodes from the all-reduce to the nearest norm's input; without a norm, those up to what stops it."""
         start = self.site.value
         came: dict[Node, Node] = {}
-        pending, seen, stopped = [start], [start], False
-        few = 0
+        pending, seen, stopped, few = [start], [start], False, 0
         while pending and len(seen) < _FAR:
             node = pending.pop(0)
             if node in self.norms:
@@ -238,7 +244,8 @@ class _Before:
 
     def _inside(self, norm: Norm) -> set[Node]:
         """The nodes that compute a norm from its input."""
-        inside, pending = set(), [norm.out]
+        inside: set[Node] = set()
+        pending = [norm.out]
         while pending and len(inside) < _FAR:
             node = pending.pop()
             if node in inside or node in (norm.source, norm.weight, norm.residual) or node.op != "call_function":
@@ -269,29 +276,29 @@ class _Before:
     def _add(self, node: Node) -> None:
         if node.target is WAIT or node.target is operator.getitem:
             source = node.args[0]
-            if source in self.ids:  # shown as one with what it waits for, or takes a part of
+            if (
+                isinstance(source, Node) and source in self.ids
+            ):  # shown as one with what it waits for, or takes a part of
                 self.ids[node] = self.ids[source]
                 return
-        role, detail = STEP, ""
+        role, label, detail = NORM if node in self.inside else STEP, words(node), ""
         if read_all_reduce(node) is not None:
             role, detail = COLLECTIVE, str(dtype_of(node)).removeprefix("torch.")
-        elif node in self.inside:
-            role = NORM
-        if node.name in self.marked and role != COLLECTIVE:
+            label = label if node is self.site.node else OTHER
+        elif node.name in self.marked:
             role = OBSTACLE
-        sources = [self._source(node, source) for source in node.all_input_nodes]
-        label = words(node) if role != COLLECTIVE or node is self.site.node else OTHER
-        if role == NORM and node.args and _is_epsilon(node):
+        elif role == NORM and _is_epsilon(node):
             label = "+ epsilon"
-        self.ids[node] = self.canvas.box(label, role, detail)
+        sources = [self._source(node, source) for source in node.all_input_nodes]
+        self.ids[node] = self.box(label, role, detail)
         for source in sources:
-            self.canvas.edge(source, self.ids[node])
+            self.edge(source, self.ids[node])
 
     def _source(self, node: Node, source: Node) -> int:
         """The box of a node's input; a new one if it lies outside."""
         if source not in self.ids:
             self.labels[source.name] = self._label_of_input(node, source)
-            self.ids[source] = self.canvas.box(self.labels[source.name], INPUT)
+            self.ids[source] = self.box(self.labels[source.name], INPUT)
         return self.ids[source]
 
     def _label_of_input(self, node: Node, source: Node) -> str:
@@ -310,20 +317,18 @@ class _Before:
             stops = outside
         for users, role in (([u for u in outside if u not in stops], READER), (stops, OBSTACLE)):
             if users:
-                self.canvas.edge(self.ids[node], self.canvas.box(_named(users), role))
+                self.edge(self.ids[node], self.box(_named(users), role))
 
     def _readers(self, node: Node, inner: set[Node]) -> str:
-        """What else reads a value, in words; "" if nothing does."""
         return _named([user for user in node.users if user not in inner])
 
 
-class _After:
+class _After(_Canvas):
     """The fused operator with whatever was moved before it."""
 
     def __init__(self, before: _Before, node: Node, known: Mapping[str, Node]) -> None:
         self.before, self.known = before, known
-        self.canvas = _Canvas()
-        self.ids: dict[Node, int] = {}
+        super().__init__()
         x, residual, weight = positional(node)[:3]
         inputs = [
             self._visit(value, role)
@@ -331,16 +336,12 @@ class _After:
             if isinstance(value, Node)
         ]
         middle = "" if residual is None else " + add"
-        fused = self.canvas.box(f"all-reduce{middle} + RMSNorm", FUSED, "one operator")
+        fused = self.box(f"all-reduce{middle} + RMSNorm", FUSED, "one operator")
         for source in inputs:
-            self.canvas.edge(source, fused)
+            self.edge(source, fused)
         for text, readers in (("norm", before.norm_readers), ("sum", before.sum_readers)):
             if readers:
-                self.canvas.edge(fused, self.canvas.box(readers, READER), text)
-
-    @property
-    def drawing(self) -> Drawing:
-        return self.canvas.drawing()
+                self.edge(fused, self.box(readers, READER), text)
 
     def _visit(self, node: Node, role: str) -> int:
         if node in self.ids:
@@ -351,14 +352,15 @@ class _After:
         new = node.op == "call_function" and node.name not in self.known
         if node.name in self.before.joined or (new and node.target not in (operator.getitem, WAIT)):
             other = read_all_reduce(node) is not None
-            sources = [self._visit(source, _slot(node, source, role)) for source in node.all_input_nodes]
+            # Where a sum stands for the residual, the residual itself comes first in it.
+            sources = [self._visit(s, role if s is node.args[0] else "") for s in node.all_input_nodes]
             label, kind = (OTHER, COLLECTIVE) if other else (words(node), STEP)
-            self.ids[node] = self.canvas.box(label, kind)
+            self.ids[node] = self.box(label, kind)
             for source in sources:
-                self.canvas.edge(source, self.ids[node])
+                self.edge(source, self.ids[node])
         else:
             label = self.before.labels.get(node.name) or label_of_input(node, role)
-            self.ids[node] = self.canvas.box(label, INPUT)
+            self.ids[node] = self.box(label, INPUT)
         return self.ids[node]
 
 
@@ -374,36 +376,21 @@ def _passes(node: Node) -> bool:
     return node.target in VIEWS | CASTS or plain_add(node) is not None or plain_mul(node) is not None
 
 
-def _slot(node: Node, source: Node, role: str) -> str:
-    """What an input of an add that stands for the residual is: the residual itself comes first."""
-    return role if node.args and node.args[0] is source else ""
-
-
 def label_of_input(node: Node, role: str) -> str:
     """What a value from outside is to a person, `role` being what its place says."""
     value = value_of(node)
     if value is not None and value.dim() <= 1 and node.op != "call_function":
         scalar = value.dim() == 0 or (isinstance(value.shape[0], int) and value.shape[0] == 1)
         return "scale" if scalar else ("weight" if role == "weight" else "bias")
-    if role:
-        return role
-    return words(_before_views(node))
+    while not role and node.target in VIEWS | CASTS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return role or words(node)
 
 
 def _is_epsilon(node: Node) -> bool:
     """Whether a step of a norm adds epsilon to the mean."""
     operands = plain_add(node)
-    return operands is not None and any(_target(value) is aten.mean.dim for value in operands)
-
-
-def _target(value: Any) -> Any:
-    return value.target if isinstance(value, Node) else None
-
-
-def _before_views(node: Node) -> Node:
-    while node.target in VIEWS | CASTS and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
+    return any(isinstance(value, Node) and value.target is aten.mean.dim for value in operands or ())
 
 
 def _past_views(node: Node, steps: int) -> list[Node]:

@@ -77,7 +77,7 @@ class _Lowerer:
 
     def _account(self, node: Node, provider: str, detail: str) -> None:
         """Complete the report's entry of a fused all-reduce."""
-        name = node.meta.get("fusewire_all_reduce")
+        name: str = node.meta.get("fusewire_all_reduce", "")
         fused = self.context.fused.get(name)
         if fused is not None:
             self.context.fused[name] = dataclasses.replace(fused, provider=provider, detail=detail)

@@ -22,6 +22,7 @@ from fusewire.fusion_passes.context import MATCH, MERGED, Refused, RunContext
 from fusewire.fusion_passes.explain import explain_unfused
 from fusewire.fusion_passes.html import Album
 from fusewire.fusion_passes.matcher import graph_kind
+from fusewire.fusion_passes.norm_reader import find_norms
 from fusewire.fusion_passes.raise_ops import computes_norms_itself
 from fusewire.fusion_passes.registry import RegisteredPass, pass_names, registered_passes
 from fusewire.fusion_passes.report import FUSED, Entry, GraphAccount, Report, add_account, entry_of
@@ -29,7 +30,6 @@ from fusewire.patterns.all_reduce import AllReduce, read_all_reduce
 from fusewire.patterns.norms import NORM_OPS
 
 log = logging.getLogger("fusewire")
-_TRIALS = 4
 
 
 @functools.lru_cache(maxsize=1)
@@ -162,7 +162,7 @@ class _Run:
         """Try on copies until nothing more is refused, then rewrite the graph itself."""
         excluded: dict[str, Refused] = {}
         try:
-            for _ in range(_TRIALS):
+            for _ in range(len(self.sites) + 2):  # each round but the last excludes one site at least
                 trial = RunContext(self.config, dict(excluded))
                 self._apply(_copy(original), trial, trial_run=True)
                 new = {name: why for name, why in trial.refused.items() if name not in excluded}
@@ -170,7 +170,7 @@ class _Run:
                 if not new:
                     break
             else:
-                raise RuntimeError(f"the passes still refuse something new after {_TRIALS} rounds")
+                raise RuntimeError("the passes refuse something new in every round")
         except Exception as error:  # a defect of ours must not cost the user the compilation
             log.warning("fusewire left a graph as it was, since a pass failed on it", exc_info=True)
             return self._failed(f"a pass of fusewire failed and the graph was left alone: {_say(error)}")
@@ -179,7 +179,7 @@ class _Run:
             self._apply(self.graph, context, trial_run=False)
             self.graph.lint()
         except _UserPassFailed as failure:
-            raise failure.error
+            raise failure.error from None
         except Exception as error:
             log.warning("fusewire took its changes of a graph back, since a pass failed on it", exc_info=True)
             _restore(self.graph, original)
@@ -218,14 +218,16 @@ class _Run:
             for value in nodes[name].users
             for user in value.users
         }
-        for site in self.sites:
-            if site.name not in {**context.fused, **context.refused, **context.merged}:
-                if not self.config.fuse_allreduce_rms:
-                    context.refuse(site.name, MATCH, "fuse_allreduce_rms=False switches the fusion off")
-                    continue
-                copied = read_all_reduce(nodes[site.name])
-                assert copied is not None
-                context.refused[site.name] = explain_unfused(copied, original, fused_sums)
+        judged = {**context.fused, **context.refused, **context.merged}
+        left = [site.name for site in self.sites if site.name not in judged]
+        norms = {norm.source for norm in find_norms(original)} if left else set()
+        for name in left:
+            if not self.config.fuse_allreduce_rms:
+                context.refuse(name, MATCH, "fuse_allreduce_rms=False switches the fusion off")
+                continue
+            copied = read_all_reduce(nodes[name])
+            assert copied is not None
+            context.refused[name] = explain_unfused(copied, norms, fused_sums)
 
     def _entry(self, name: str, context: RunContext) -> Entry:
         entry = self.entries[name]

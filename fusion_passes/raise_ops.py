@@ -106,7 +106,7 @@ class _Raiser:
         self.context.spelling[name] = norm.spelling
         self.context.refused.pop(name, None)  # another norm may have been tried before, by a longer way
         summed = self._cleared(norm, path)
-        self.context.origin[summed.args[0].name] = name  # type: ignore[union-attr]
+        self.context.origin[summed.all_input_nodes[0].name] = name
         self._place(norm, path, summed, residual)
         return True
 

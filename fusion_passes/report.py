@@ -94,7 +94,7 @@ class GraphAccount:
         notes: anything else the user should know (a pass that failed, a graph taken from the compile cache).
         cached: the passes did not run, since the compile cache held the finished graph; the account is the one kept
             when it was made.
-        pictures: the different subgraphs around the all-reduces, for the HTML report.
+        pictures: the different subgraphs around the all-reduces, where somebody wants to see them (fusewire explain).
     """
 
     number: int

@@ -34,8 +34,8 @@ from fusewire.fusion_passes.backend import FusewirePass
 from fusewire.fusion_passes.context import MERGED
 
 sys.path.insert(0, str(Path(__file__).parent))
-from distributed import fake_group  # noqa: E402
-from zoo import MODELS, ModelSpec, count_all_reduces, forward_logits  # noqa: E402
+from distributed import fake_group
+from zoo import MODELS, ModelSpec, count_all_reduces, forward_logits
 
 WORLD_SIZE, BATCH, TOKENS = 2, 2, 8
 
@@ -132,8 +132,8 @@ model of `tests/zoo.py`, and with other versions. It needs neither a GPU nor sev
 random weights, {layers} layers) is compiled as one rank of {world} over a process group that communicates with nobody.
 
 - **all-reduces**: in the compiled graphs of one forward pass, counted without fusewire's help.
-- **fusible**: those that the mathematics allows to fuse with an RMSNorm (`tests/zoo.py` says of each model why not all);
-  `?` where that is not known for these versions.
+- **fusible**: those that the mathematics allows to fuse with an RMSNorm (`tests/zoo.py` says of each model why not
+  all); `?` where that is not known for these versions.
 - **fused**: by fusewire. In brackets: of these, collectives that are gone, since a sum of two all-reduces became one.
 - **breaks**: graph breaks in the model's forward pass under torch.compile, without `fullgraph`.
 """
@@ -158,8 +158,9 @@ def as_markdown(rows: Iterable[Coverage]) -> str:
     )
     lines = [
         head,
-        f"In {len(ran)} models there are {total['all_reduces']} all-reduces; {fusible} are fusible, and {total['fused']} "
-        f"were fused. Of the {len(known)} models whose fusible ones are known for these versions, {complete} fuse all.",
+        f"In {len(ran)} models there are {total['all_reduces']} all-reduces; {fusible} are fusible, and "
+        f"{total['fused']} were fused. Of the {len(known)} models whose fusible ones are known for these versions, "
+        f"{complete} fuse all.",
         "",
         _COLUMNS,
         *(_line(row) for row in ran),
@@ -198,7 +199,7 @@ def _refusals(rows: list[Coverage]) -> list[str]:
         for reason, count in row.reasons.items():
             models.setdefault(reason, []).append(f"{row.spec.name} {count}")
             counts[reason] += count
-    return [f"- {count} × {reason}: {', '.join(models[reason])}" for reason, count in counts.most_common()] or [
+    return [f"- {count} x {reason}: {', '.join(models[reason])}" for reason, count in counts.most_common()] or [
         "Nothing was refused."
     ]
 
@@ -209,7 +210,7 @@ def _breaks(rows: list[Coverage]) -> list[str]:
         return []
     lines = ["", "## Graph breaks", ""]
     for row in broken:
-        lines += [f"- {row.spec.name}: {count} × {_first_line(text)}" for text, count in row.graph_breaks.items()]
+        lines += [f"- {row.spec.name}: {count} x {_first_line(text)}" for text, count in row.graph_breaks.items()]
     return lines
 
 
@@ -225,9 +226,7 @@ def _version(package: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", metavar="FILE", type=Path, help="write the page to this file")
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated names; all by default")
     arguments = parser.parse_args()

@@ -82,12 +82,8 @@ class Layer(nn.Module):
         return x + reduce(self.down(F.silu(self.gate(y)) * self.up(y)))
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (
-            linear(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for linear in (self.q, self.k, self.v)
-        )
-        q, k = (
-            t * cos + torch.cat((-t[..., HEAD_DIM // 2 :], t[..., : HEAD_DIM // 2]), -1) * sin for t in (q, k)
-        )
+        q, k, v = (linear(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        q, k = (t * cos + torch.cat((-t[..., HEAD_DIM // 2 :], t[..., : HEAD_DIM // 2]), -1) * sin for t in (q, k))
         return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
@@ -215,13 +211,9 @@ def problems(rows: list[Row]) -> list[str]:
     said = []
     for row in rows:
         if row.layers <= LIMITS_AT and row.share is not None and row.share >= MAX_SHARE:
-            said.append(
-                f"{row.layers} layers: {row.share:.1%} of the compile time, the limit is {MAX_SHARE:.0%}"
-            )
+            said.append(f"{row.layers} layers: {row.share:.1%} of the compile time, the limit is {MAX_SHARE:.0%}")
         if row.layers <= LIMITS_AT and row.peak_megabytes >= MAX_MEGABYTES:
-            said.append(
-                f"{row.layers} layers: {row.peak_megabytes:.0f} MB, the limit is {MAX_MEGABYTES:.0f} MB"
-            )
+            said.append(f"{row.layers} layers: {row.peak_megabytes:.0f} MB, the limit is {MAX_MEGABYTES:.0f} MB")
         if row.fused != row.all_reduces:
             said.append(f"{row.layers} layers: {row.fused} of {row.all_reduces} all-reduces fused")
     first, last = rows[0], rows[-1]
@@ -256,13 +248,9 @@ def as_table(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument(
-        "--full", type=int, nargs="*", default=[32], help="numbers of layers to compile to the end"
-    )
+    parser.add_argument("--full", type=int, nargs="*", default=[32], help="numbers of layers to compile to the end")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--world-size", type=int, default=4)
@@ -275,9 +263,7 @@ def main() -> int:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.world_size)
     print(f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, {arguments.world_size} ranks", flush=True)
     rows = []
-    measure_passes(
-        Model(1, arguments.hidden, arguments.world_size).to(torch.bfloat16), torch.zeros(1, 8).long(), 1
-    )
+    measure_passes(Model(1, arguments.hidden, arguments.world_size).to(torch.bfloat16), torch.zeros(1, 8).long(), 1)
     for layers in sorted({*arguments.layers, *arguments.full}):
         rows.append(measure(layers, arguments))
         print(f"{layers} layers: passes {rows[-1].pass_seconds:.3f} s", file=sys.stderr, flush=True)
