@@ -460,6 +460,9 @@ def show_run(title: str, results: list[dict[str, Any]], prompt: str) -> None:
 
 def show_all_reduces(entries: list[dict[str, Any]]) -> None:
     """The table of all-reduces: alike ones in one row, layers' numbers replaced by *, reasons below it."""
+    if not entries:
+        print("   none found")
+        return
     rows: Counter[tuple[str, ...]] = Counter()
     reasons: dict[str, str] = {"": ""}
     for entry in entries:
@@ -509,6 +512,7 @@ def find_faults(plain: list[dict[str, Any]], fused: list[dict[str, Any]], dtype:
     difference = abs(two["perplexity"] / one["perplexity"] - 1)
     if not difference <= PERPLEXITY_TOLERANCE[dtype]:
         faults.append(f"the perplexities differ by {100 * difference:.3g}%, more than {dtype} rounding does")
+    unfused: dict[str, list[str]] = {}
     for rank, result in enumerate(fused):
         if result["report"] is None:
             continue
@@ -516,10 +520,10 @@ def find_faults(plain: list[dict[str, Any]], fused: list[dict[str, Any]], dtype:
         done = Counter(entry["graph"] for entry in result["report"]["entries"] if entry["status"] == "fused")
         for graph in found or {0: 0}:
             if not done[graph] == found[graph] == result["expected"]:
-                faults.append(
-                    f"rank {rank}, graph {graph}: {done[graph]} all-reduces fused, of {found[graph]} found "
-                    f"and {result['expected']} in the model"
-                )
+                counts = f"{done[graph]} fused of {found[graph]} found and {result['expected']} in the model"
+                unfused.setdefault(f"graph {graph}: all-reduces: {counts}", []).append(str(rank))
+    for fault, ranks in unfused.items():
+        faults.append(f"{fault} ({'every rank' if len(ranks) == len(fused) else 'rank ' + ', '.join(ranks)})")
     return faults
 
 

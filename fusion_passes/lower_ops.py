@@ -60,6 +60,7 @@ class _Lowerer:
             return True
         node.args = (*arguments, policy)
         node.kwargs = {}
+        node.meta.pop("eager_input_vals", None)  # of fewer arguments; Inductor pairs the two
         return True
 
     def _why(self, op: IrOp, choice: Choice) -> str:
@@ -108,7 +109,8 @@ class _Lowerer:
                     self._hand_over(node, map_arg(source.args[0], lambda n: mapping[n]))
                 else:
                     new = self.graph.node_copy(source, lambda n: mapping[n])
-                    new.meta = {"val": _fresh(source.meta["val"])}
+                    # The trace marks where eager rounds, for emulate_precision_casts: keep that.
+                    new.meta = {**source.meta, "val": _fresh(source.meta["val"])}
                     copy_origin(node, new)
                     mapping[source] = new
 

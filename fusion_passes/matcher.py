@@ -70,7 +70,12 @@ class FusionMatcher:
 
 def sort_topologically(graph: Graph) -> None:
     """Move nodes behind what they use, changing the order no further."""
-    inductor.stable_topological_sort(graph)
+    seen: set[Node] = set()
+    for node in graph.nodes:
+        if not seen.issuperset(node.all_input_nodes):
+            inductor.stable_topological_sort(graph)
+            return
+        seen.add(node)
 
 
 def trace(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:

@@ -150,6 +150,7 @@ _ROUNDING = frozenset(
     + [name for name in MISSES if name.startswith(("bias ", "two "))]
     + ["doubled", "sum changed before the norm"]
 )
+_DYNAMIC_TOKENS = (3, 5, 7)  # sizes that no other dimension has
 TAILS = ("L", "L'", "M", "M'", "F", "G", "g", "weightless")
 
 
@@ -220,7 +221,7 @@ class _Writer:
     def __init__(self, program: Program, rng: random.Random) -> None:
         self.program = program
         self.dtype = rng.choice(("bf16", "bf16", "fp16", "fp32", "fp32"))
-        tokens = rng.choice((1, 3, 5, 7, HIDDEN)) if not program.dynamic else rng.choice((3, 5, 7))
+        tokens = rng.choice((1, 3, 5, 7, HIDDEN)) if not program.dynamic else rng.choice(_DYNAMIC_TOKENS)
         self.shape = rng.choice(((tokens, HIDDEN), (tokens, HIDDEN), (2, tokens, HIDDEN)))
         if not program.dynamic and rng.random() < 0.04:
             self.shape = rng.choice(((HIDDEN,), (0, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 1, HIDDEN)))
@@ -717,13 +718,15 @@ def copy_of(graph: torch.fx.Graph) -> torch.fx.GraphModule:
 class Executor(torch.fx.Interpreter):
     """Executes a graph operator by operator, and compares what each gives with what its metadata says."""
 
-    def __init__(self, module: torch.fx.GraphModule, factors: dict[str, float] | None, outcome: Outcome) -> None:
+    def __init__(
+        self, module: torch.fx.GraphModule, factors: dict[str, float] | None, outcome: Outcome, metadata: bool = True
+    ) -> None:
         super().__init__(module)
-        self.factors, self.outcome = factors, outcome
+        self.factors, self.outcome, self.metadata = factors, outcome, metadata
 
     def run_node(self, n: torch.fx.Node) -> Any:
         result = super().run_node(n)
-        if n.op in ("call_function", "placeholder"):
+        if self.metadata and n.op in ("call_function", "placeholder"):
             self._compare(n, n.meta.get("val"), result)
         return result
 
@@ -800,14 +803,15 @@ class Compiled:
         self.program, self.configs, self.factors = program, configs, factors
         self.variants: dict[str, Variant] = {}
         self.selected = ""
+        self.other_sizes = self.recompiled = False
         self.outcome = Outcome([], [], [], [])
-        self.module = _module(program)
+        self.module = module_of(program)
         torch._dynamo.reset()
         self.compiled = torch.compile(self.module, backend=self._backend, dynamic=program.dynamic, fullgraph=True)
 
-    def execute(self, name: str, rank: int = 0) -> Outcome:
-        self.selected = name
-        arguments = make_arguments(self.program, rank)
+    def execute(self, name: str, rank: int = 0, tokens: int = 0) -> Outcome:
+        self.selected, self.other_sizes = name, tokens > 0
+        arguments = make_arguments(self.program, rank, tokens)
         self.outcome = outcome = Outcome([], arguments, [], [])
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -824,6 +828,9 @@ class Compiled:
             self.variants[name] = Variant(module, account, str(module.graph))
 
     def _backend(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        if self.other_sizes:
+            self.recompiled = True  # the program is not as dynamic as it was meant to be
+            return gm.forward
         specialize_epsilons(gm)
         patches = {"post_grad_custom_post_pass": _Recorder(self._make), "force_disable_caches": True}
         with inductor_config.patch(patches):
@@ -836,13 +843,13 @@ class Compiled:
 
         def boxed(args: Any) -> Any:
             module = self.variants[self.selected].module
-            return Executor(module, self.factors, self.outcome).run(*args)
+            return Executor(module, self.factors, self.outcome, not self.other_sizes).run(*args)
 
         boxed._boxed_call = True  # type: ignore[attr-defined]
         return boxed
 
 
-def _module(program: Program) -> torch.nn.Module:
+def module_of(program: Program) -> torch.nn.Module:
     """The program as a module; its epsilons may be attributes, which dynamic=True would make inputs."""
     name = f"fuzz_seed_{program.seed}_{'_'.join(map(str, program.layers))}.py"
     linecache.cache[name] = (len(program.source), None, program.source.splitlines(True), name)
@@ -856,8 +863,8 @@ def _module(program: Program) -> torch.nn.Module:
     return module
 
 
-def make_arguments(program: Program, rank: int) -> list[Tensor]:
-    """The program's arguments, the same for the same seed and rank."""
+def make_arguments(program: Program, rank: int, tokens: int = 0) -> list[Tensor]:
+    """The program's arguments, the same for the same seed and rank; `tokens` replaces a dynamic program's own count."""
     made = []
     for number, spec in enumerate(program.inputs.values()):
         seed = program.seed * 1000 + number * 10 + (rank if spec.kind == "partial" else 0)
@@ -869,7 +876,8 @@ def make_arguments(program: Program, rank: int) -> list[Tensor]:
             other = made[list(program.inputs).index(spec.kind[8:])]
             made.append(other if spec.kind.startswith("same") else other[...])
             continue
-        value = torch.randn(spec.shape, generator=generator)
+        shape = [tokens if tokens and size in _DYNAMIC_TOKENS else size for size in spec.shape]
+        value = torch.randn(shape, generator=generator)
         if spec.kind == "weight":
             value = value * 0.3 + 1
         elif spec.kind == "epsilon":
@@ -964,11 +972,27 @@ def check(program: Program, factors: dict[str, float] | None, rank: int = 0) -> 
         return [f"{compiled.selected}: {type(error).__name__}: {error}\n{traceback.format_exc(limit=-4)}"]
     problems = [f"before: {problem}" for problem in want.wrong]
     for name, outcome in got.items():
-        limit = 0.0
-        if program.may_move and configs[name].allow_reassociation and configs[name].fuse_allreduce_rms:
-            limit = _LIMITS[next(iter(program.inputs.values())).dtype]
-        problems += [f"{name}: {problem}" for problem in compare(want, outcome, limit)]
-    return [*problems, *_check_texts(compiled), *_check_verdicts(program, compiled.variants)]
+        problems += [f"{name}: {problem}" for problem in compare(want, outcome, _limit(program, configs[name]))]
+    problems += [*_check_texts(compiled), *_check_verdicts(program, compiled.variants)]
+    return problems if problems or not program.dynamic else _check_other_sizes(compiled, rank)
+
+
+def _check_other_sizes(compiled: Compiled, rank: int) -> list[str]:
+    """The same graphs with another number of tokens."""
+    problems = []
+    want = compiled.execute("before", rank, tokens=9)
+    for name in ("default", "operator"):
+        got = compiled.execute(name, rank, tokens=9)
+        if not compiled.recompiled:
+            limit = _limit(compiled.program, compiled.configs[name])
+            problems += [f"{name}, 9 tokens: {problem}" for problem in compare(want, got, limit)]
+    return problems
+
+
+def _limit(program: Program, config: PassConfig) -> float:
+    """How far the results may be from the program's own: 0, unless a rounding may move."""
+    moves = program.may_move and config.allow_reassociation and config.fuse_allreduce_rms
+    return _LIMITS[next(iter(program.inputs.values())).dtype] if moves else 0.0
 
 
 # Largest difference, in units of the output's mean magnitude, where a bias or a scale rounds elsewhere.

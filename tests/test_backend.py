@@ -429,15 +429,16 @@ def test_uuid_of_a_chain():
     assert backend.ChainedPass([_Theirs().__call__, ours]).uuid() is None
 
 
+@pytest.mark.parametrize("theirs", [None, _Theirs()], ids=["alone", "with a user's"])
 @pytest.mark.parametrize("way", ["enable", "backend"])
-def test_inner_configuration_counts_and_passes_run_once(order, way):
-    with inductor_config.patch({HOOK: _Theirs()}), fusewire.enable(fuse_allreduce_rms=False):
+def test_inner_configuration_counts_and_passes_run_once(order, way, theirs):
+    with inductor_config.patch({HOOK: theirs}), fusewire.enable(fuse_allreduce_rms=False):
         if way == "enable":
             with fusewire.enable(**CALLS):
                 compiled(block, *tensors())
         else:
             compiled(block, *tensors(), backend="fusewire", options=CALLS)
-    assert order == [("theirs", 0), ("ours", 1)]
+    assert order == ([("theirs", 0)] if theirs else []) + [("ours", 1)]
     assert len(fusewire.report().graphs) == 1
 
 
@@ -497,6 +498,7 @@ def test_run_passes_returns_the_account_and_takes_defaults():
 
 def test_the_environment_switches_everything_off(monkeypatch, order):
     monkeypatch.setenv(DISABLE_VARIABLE, "1")
+    monkeypatch.delattr(backend, "chained_hook")  # nothing is put into Inductor's configuration at all
     inputs = tensors(torch.float32)
     options = {**CALLS, "expect_fused": 7, "max_autotune": False}
     for got in compiled(block, *inputs, backend="fusewire", options=options), _enabled(block, *inputs):

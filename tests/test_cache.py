@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._inductor.config as inductor_config
+import torch.distributed as dist
 from blocks import NORMS, reduce_functional, tensors
 from distributed import fake_group, run_ranks
 from torch._dynamo.utils import counters
@@ -22,6 +23,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fusewire
 from fusewire import PassConfig
@@ -127,18 +129,6 @@ def another_version_of_a_provider(monkeypatch):
     yield {}
 
 
-@contextlib.contextmanager
-def a_provider_that_this_machine_lacks(monkeypatch):
-    provider = dataclasses.replace(
-        all_reduce_rms_norm.providers[all_reduce_rms_norm.priority[0]],
-        supported=lambda: Support.no("not installed"),
-    )
-    monkeypatch.setitem(all_reduce_rms_norm.providers, provider.name, provider)
-    others = [name for name in ("rank_ordered", NATIVE) if name != provider.name]
-    with fusewire.ir_op_priority({"all_reduce_rms_norm": [provider.name, *others]}):
-        yield {}
-
-
 def _does_nothing(graph, config):
     return False
 
@@ -183,7 +173,6 @@ CHANGES = [
     priority_in_a_block,
     another_provider,
     another_version_of_a_provider,
-    a_provider_that_this_machine_lacks,
     a_users_pass,
     another_source_of_fusewire,
     the_environment,
@@ -258,18 +247,38 @@ def test_the_source_hash_covers_every_file(monkeypatch):
     manager.source_hash.cache_clear()
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_what_this_machine_can_serve_is_in_the_key(monkeypatch, cache):
+    """A graph made while a provider was missing must not be found once it is there."""
+    options = {"cache": cache, "ir_op_priority": {"all_reduce_rms_norm": ["rank_ordered", NATIVE]}}
+    providers = all_reduce_rms_norm.providers
+    missing = dataclasses.replace(providers["rank_ordered"], supported=lambda: Support.no("not installed"))
+    with monkeypatch.context() as patched:
+        patched.setitem(providers, "rank_ordered", missing)
+        assert not hit(**options)
+        assert fusewire.report().entries[0].provider == NATIVE
+    assert not hit(**options)
+    assert fusewire.report().entries[0].provider == "rank_ordered"
+
+
+@contextlib.contextmanager
+def _other_world(size):
+    """A stretch of the test in a group of another size, under the same name."""
+    dist.destroy_process_group()
+    try:
+        with fake_group(size):
+            yield
+    finally:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+
+
 @pytest.mark.parametrize(("way", "cache"), ROUTES)
 def test_another_world_size_misses(way, cache):
     """The checks ask for the group's size, and the graph holds no more than its name."""
     assert not hit(way, cache)
-    torch.distributed.destroy_process_group()
-    with fake_group(4):
+    with _other_world(4):
         assert not hit(way, cache)
         assert hit(way, cache)
-        assert fusewire.report().fused == (1 if way == "backend" else 0)
-    torch.distributed.init_process_group(
-        "fake", store=torch.testing._internal.distributed.fake_pg.FakeStore(), rank=0, world_size=2
-    )
     assert hit(way, cache)
 
 
@@ -426,7 +435,7 @@ def test_backend_within_enable_is_not_counted_twice():
 
 def _on_a_rank(cache):
     """Compile and run on real ranks; what the process has to say."""
-    rank = torch.distributed.get_rank()
+    rank = dist.get_rank()
     inputs = [tensors(seed=rank)[0], *tensors()[1:]]
     calls = []
     native = all_reduce_rms_norm.providers[NATIVE]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
+import warnings
 from collections import Counter
 
 import pytest
@@ -54,6 +55,48 @@ def test_ten_thousand_graphs():
 @pytest.mark.parametrize("start", range(0, 500, 50))
 def test_five_hundred_graphs_on_two_processes(start):
     no_failures(fuzz.run_on_gloo(shared_pool(2), chunk(200_000 + start, 50), timeout_s=900))
+
+
+# Inductor's own code, of the fused graph and of the plain one
+
+CLOSE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}  # in units of the output's mean magnitude
+
+
+def compiled(program, **kwargs):
+    """What a program returns and leaves of its arguments, once Inductor has generated code for it."""
+    torch._dynamo.reset()
+    arguments = fuzz.make_arguments(program, 0)
+    settings = {"emulate_precision_casts": True, "compile_threads": 1}
+    with torch.no_grad(), warnings.catch_warnings(), torch._inductor.config.patch(settings):
+        warnings.simplefilter("ignore")
+        function = torch.compile(fuzz.module_of(program), dynamic=program.dynamic, fullgraph=True, **kwargs)
+        return [*function(*arguments), *arguments]
+
+
+def generated_code_agrees(program):
+    with fuzz.fake_group(2), fuzz.groups():
+        plain = compiled(program)
+        fused = compiled(program, backend="fusewire", options={"inline_native": program.seed % 2 == 0})
+    close = CLOSE[next(iter(program.inputs.values())).dtype] * (20 if program.may_move else 1)
+    for want, got in zip(plain, fused, strict=True):
+        assert want.stride() == got.stride()
+        scale = float(want.double().abs().mean()) + 1e-3 if want.numel() else 1.0
+        torch.testing.assert_close(
+            got, want, rtol=0, atol=close * scale, equal_nan=True, msg=lambda m: f"{m}\n{program}"
+        )
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_generated_code(which):
+    """Programs that call fusewire's operators, which stay calls: Inductor must take them as the passes leave them."""
+    first_layers = (fuzz.generate(seed, [0]) for seed in chunk(0, 400) if seed % 2)
+    generated_code_agrees([program for program in first_layers if "fusewire." in program.source][which])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", chunk(300_000, 60))
+def test_generated_code_of_many(seed):
+    generated_code_agrees(fuzz.generate(seed))
 
 
 # The generator
