@@ -36,7 +36,7 @@ _LIBRARY = torch.library.Library("fusewire", "DEF")
 _OPS: dict[str, IrOp] = {}
 _LOCK = threading.RLock()
 _SCOPED: contextvars.ContextVar[Mapping[str, tuple[str, ...]]] = contextvars.ContextVar(
-    "fusewire_priority", default=MappingProxyType({})  # noqa: B039 - read-only
+    "fusewire_priority", default=MappingProxyType({})
 )
 
 

@@ -157,7 +157,8 @@ def _stdout_for_json(wanted: bool) -> Iterator[TextIO]:
     with os.fdopen(os.dup(1), "w") as output:
         os.dup2(2, 1)
         try:
-            yield output
+            with contextlib.redirect_stdout(sys.stderr):
+                yield output
         finally:
             sys.stdout.flush()
             os.dup2(output.fileno(), 1)

@@ -53,9 +53,10 @@ def cache_key(config: PassConfig) -> str:
     for op in all_ops().values():
         parts.append(f"{op.name}={','.join(op.priority)}")
         parts += [f"{p.name}:{p.version}:{p.batch_invariant}" for p in op.providers.values()]
-        for name in parse_policy(op, config.policy(op.name)):
+        if op.selector is None:
             # A graph made where a provider was missing must not be found where it is not.
-            parts.append(f"{name} here: {_machine_support(op.providers[name])}")
+            names = parse_policy(op, config.policy(op.name))
+            parts += [f"{name} here: {_machine_support(op.providers[name])}" for name in names]
     return hashlib.sha256("\n".join([*parts, *_groups()]).encode()).hexdigest()
 
 

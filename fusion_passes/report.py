@@ -20,7 +20,10 @@ from fusewire.patterns.all_reduce import AllReduce
 FUSED, REFUSED = "fused", "refused"
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 # Frames of the machinery that issues the collective; the user looks for the call in the model.
-_MACHINERY = re.compile(r"[/\\](torch|accelerate)[/\\]|(integrations|distributed)[/\\](tensor_parallel|parallel_utils)|<eval_with_key>|<string>")
+_MACHINERY = re.compile(
+    r"[/\\](torch|accelerate)[/\\]|(integrations|distributed)[/\\](tensor_parallel|parallel_utils)"
+    r"|<eval_with_key>|<string>"
+)
 
 
 @dataclass(frozen=True)
@@ -287,6 +290,6 @@ def module_path(node: Node) -> str:
     """The path of the innermost module that the node comes from, or ""."""
     stack = node.meta.get("nn_module_stack") or {}
     for path, _ in reversed(list(stack.values())):
-        path = re.sub(r"^L\['self'\]|^L__self___?", "", str(path))
+        path = re.sub(r"^L\['self'\]|^L__self___?|^[LG](?=\[)", "", str(path))
         return re.sub(r"\._modules\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]", r".\1\2", path).lstrip(".")
     return ""

@@ -332,9 +332,7 @@ class _Layer:
 
     def _all_reduces(self) -> int:
         """How many entries of the report this layer has."""
-        if self.miss in ("two all-reduces", "weights of each other", "collective between"):
-            return 2
-        return 0 if self.miss == "coalesced" else 1
+        return 2 if self.miss in ("two all-reduces", "weights of each other", "collective between") else 1
 
     # The collective
 
@@ -343,7 +341,7 @@ class _Layer:
 
     def _partial(self) -> str:
         n = self.writer.n
-        forms = [f"{n} * 0.75", f"torch.tanh({n})", f"F.silu({n})", n]
+        forms = [f"{n} * 0.75", f"torch.tanh({n})", f"F.silu({n} * 2)", n]
         if self.rank > 1:
             forms += [f"{n} @ {self._matrix()}" if self.rng.random() < 0.5 else f"{n} * 1.5"]
         expression = self.rng.choice(forms)
@@ -963,18 +961,23 @@ def configurations(program: Program) -> dict[str, PassConfig]:
 def check(program: Program, factors: dict[str, float] | None, rank: int = 0) -> list[str]:
     """Everything that is wrong with how the passes treat a program, in words; empty if nothing is."""
     fusewire.clear_report()
-    configs = configurations(program)
-    compiled = Compiled(program, configs, factors)
+    compiled = Compiled(program, configurations(program), factors)
     try:
-        want = compiled.execute("before", rank)
-        got = {name: compiled.execute(name, rank) for name in configs if name != "again"}
+        problems = [*_check_results(compiled, rank), *_check_texts(compiled), *_check_verdicts(compiled)]
+        return problems if problems or not program.dynamic else _check_other_sizes(compiled, rank)
     except Exception as error:
         return [f"{compiled.selected}: {type(error).__name__}: {error}\n{traceback.format_exc(limit=-4)}"]
-    problems = [f"before: {problem}" for problem in want.wrong]
-    for name, outcome in got.items():
-        problems += [f"{name}: {problem}" for problem in compare(want, outcome, _limit(program, configs[name]))]
-    problems += [*_check_texts(compiled), *_check_verdicts(program, compiled.variants)]
-    return problems if problems or not program.dynamic else _check_other_sizes(compiled, rank)
+
+
+def _check_results(compiled: Compiled, rank: int) -> Iterator[str]:
+    want = compiled.execute("before", rank)
+    for problem in want.wrong:
+        yield f"before: {problem}"
+    for name, config in compiled.configs.items():
+        if name != "again":
+            got = compiled.execute(name, rank)
+            for problem in compare(want, got, _limit(compiled.program, config)):
+                yield f"{name}: {problem}"
 
 
 def _check_other_sizes(compiled: Compiled, rank: int) -> list[str]:
@@ -1055,8 +1058,9 @@ def _check_texts(compiled: Compiled) -> Iterator[str]:
             yield f"{name}: every all-reduce was refused, and yet the graph changed"
 
 
-def _check_verdicts(program: Program, variants: dict[str, Variant]) -> Iterator[str]:
-    for name, variant in variants.items():
+def _check_verdicts(compiled: Compiled) -> Iterator[str]:
+    program = compiled.program
+    for name, variant in compiled.variants.items():
         if variant.account is None:
             continue
         account = variant.account

@@ -117,9 +117,7 @@ def test_imports_run_one_way():
 
 
 def test_errors_is_a_leaf():
-    assert [
-        module for _, module in imports(sources()["fusewire/errors.py"]) if module.startswith("fusewire")
-    ] == []
+    assert [module for _, module in imports(sources()["fusewire/errors.py"]) if module.startswith("fusewire")] == []
 
 
 @pytest.mark.parametrize(
@@ -182,15 +180,12 @@ def test_importing_loads_no_optional_package():
         ast.unparse(node)
         for tree in sources().values()
         for node in tree.body
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        and "torch" in ast.unparse(node).split()[1].split(".")
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and "torch" in ast.unparse(node).split()[1].split(".")
     }
     first = "\n".join(sorted(lines))
     assert "import torch" in lines
     code = f"import sys\n{first}\nold = set(sys.modules)\nimport fusewire\nprint(*(set(sys.modules) - old))"
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     loaded = {name.split(".")[0] for name in ran.stdout.split()}
     assert "fusewire" in loaded
     assert loaded & {"flashinfer", "triton", "transformers", "gguf", "matplotlib", "cuda"} == set()
@@ -234,9 +229,7 @@ def test_files_are_short():
 
     lengths = {place: length(place) for place in sources()}
     assert {place: lines for place, lines in lengths.items() if lines > LONG.get(place, LONGEST)} == {}
-    assert {
-        place for place in LONG if lengths.get(place, 0) <= LONGEST
-    } == set()  # split, so no longer to be listed
+    assert {place for place in LONG if lengths.get(place, 0) <= LONGEST} == set()  # split, so no longer to be listed
 
 
 def test_every_function_is_annotated():
@@ -246,9 +239,6 @@ def test_every_function_is_annotated():
         for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and not any("triton" in ast.unparse(decorator) for decorator in node.decorator_list)
-        and (
-            node.returns is None
-            or any(a.annotation is None and a.arg not in ("self", "cls") for a in node.args.args)
-        )
+        and (node.returns is None or any(a.annotation is None and a.arg not in ("self", "cls") for a in node.args.args))
     ]
     assert missing == []

@@ -15,8 +15,6 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 import torch._inductor.config as inductor_config
-from blocks import NORMS, reduce_functional, tensors
-from graphs import capture
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor import custom_graph_pass
@@ -32,6 +30,9 @@ from fusewire.custom_ops.ir import NATIVE
 from fusewire.errors import ConfigError
 from fusewire.fusion_passes import backend, registry
 from fusewire.fusion_passes.config import DISABLE_VARIABLE
+
+from blocks import NORMS, reduce_functional, tensors
+from graphs import capture
 
 pytestmark = pytest.mark.usefixtures("fake_world", "_fresh_state")
 CALLS = {"inline_native": False}
@@ -193,9 +194,7 @@ def test_bad_option(option, says):
 )
 def test_mode(seen, native_calls, mode, cudagraphs, max_autotune):
     inputs = tensors()
-    with fusewire.ir_op_priority(
-        {"all_reduce_rms_norm": ["rank_ordered"]}
-    ):  # not inlined, as native would be
+    with fusewire.ir_op_priority({"all_reduce_rms_norm": ["rank_ordered"]}):  # not inlined, as native would be
         got = compiled(block, *inputs, backend="fusewire", mode=mode)
     assert got[0].shape == inputs[0].shape
     (saw,) = seen
@@ -256,9 +255,7 @@ def test_epsilon_of_a_module_under_dynamic(native_calls):
             return NORMS["L"](r + reduce_functional(x), w, self.eps), r
 
     inputs = tensors()
-    got = compiled(
-        Norm(), *inputs, backend="fusewire", options={**CALLS, "expect_fused": "all"}, dynamic=True
-    )
+    got = compiled(Norm(), *inputs, backend="fusewire", options={**CALLS, "expect_fused": "all"}, dynamic=True)
     assert equal(got, Norm()(*inputs))
     assert native_calls[0][3] == pytest.approx(3e-4)
 
@@ -298,9 +295,7 @@ def test_training_gives_right_gradients():
         fn(*inputs).square().sum().backward()
         return [value.grad for value in inputs]
 
-    got = gradients(
-        torch.compile(trained, backend="fusewire", fullgraph=True, options={"expect_fused": "all"})
-    )
+    got = gradients(torch.compile(trained, backend="fusewire", fullgraph=True, options={"expect_fused": "all"}))
     for gradient, wanted in zip(got, gradients(trained), strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
     assert {graph.kind for graph in fusewire.report().graphs} == {"training"}
@@ -348,9 +343,7 @@ class _Theirs(CustomGraphPass):
 
 
 def _see_fused(graph, config):
-    ORDER.append(
-        ("ours", sum(str(node.target) == "fusewire.all_reduce_rms_norm.default" for node in graph.nodes))
-    )
+    ORDER.append(("ours", sum(str(node.target) == "fusewire.all_reduce_rms_norm.default" for node in graph.nodes)))
 
 
 @pytest.fixture
@@ -542,9 +535,7 @@ def test_a_users_pass_is_in_the_compiled_graph():
     got = compiled(lambda x, r, w: x + r, x, r, w, backend="fusewire")
     torch.testing.assert_close(got, x - r)
     torch._dynamo.reset()
-    got = compiled(
-        lambda x, r, w: x + r, x, r, w, backend="fusewire", options={"disabled_passes": ["subtract"]}
-    )
+    got = compiled(lambda x, r, w: x + r, x, r, w, backend="fusewire", options={"disabled_passes": ["subtract"]})
     torch.testing.assert_close(got, x + r)
 
 
@@ -598,9 +589,7 @@ def test_a_failing_users_pass_fails_the_compilation_with_its_own_error():
 
 def test_names_and_places_that_cannot_be():
     registry.register_pass("visit", _visit)
-    with pytest.raises(
-        ConfigError, match="there is already a pass named 'visit'; the passes are: eliminate_noops"
-    ):
+    with pytest.raises(ConfigError, match="there is already a pass named 'visit'; the passes are: eliminate_noops"):
         registry.register_pass("visit", _visit)
     with pytest.raises(ConfigError, match="there is already a pass named 'lower_ops'"):
         registry.register_pass("lower_ops", _visit)

@@ -16,8 +16,6 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 import torch.distributed as dist
-from blocks import NORMS, reduce_functional, tensors
-from distributed import fake_group, run_ranks
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
@@ -28,10 +26,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import fusewire
 from fusewire import PassConfig
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
-from fusewire.custom_ops.ir import NATIVE, Support, _machine_support
+from fusewire.custom_ops.ir import NATIVE, YES, Support
 from fusewire.fusion_passes import backend, manager, registry
 from fusewire.fusion_passes import report as reports
 from fusewire.fusion_passes.config import BATCH_INVARIANT_VARIABLE
+
+from blocks import NORMS, reduce_functional, tensors
+from distributed import fake_group, run_ranks
 
 CALLS = {"inline_native": False}
 FUSED_OP = "fusewire.all_reduce_rms_norm.default"
@@ -192,9 +193,7 @@ def test_a_change_misses(monkeypatch, change, way, cache):
     assert hit(way, cache)
 
 
-@pytest.mark.parametrize(
-    "change", [a_users_pass_elsewhere, another_source_of_a_users_pass], ids=lambda c: c.__name__
-)
+@pytest.mark.parametrize("change", [a_users_pass_elsewhere, another_source_of_a_users_pass], ids=lambda c: c.__name__)
 def test_a_change_of_a_users_pass_misses(monkeypatch, change):
     with a_users_pass(monkeypatch):
         assert not hit()
@@ -224,10 +223,7 @@ FIELDS = {
 def test_every_field_changes_the_key(name):
     changed = PassConfig(**{name: FIELDS[name]})
     assert backend.FusewirePass(changed).uuid() != backend.FusewirePass(PassConfig()).uuid()
-    assert (
-        backend.FusewirePass(changed).uuid()
-        == backend.FusewirePass(PassConfig(**{name: FIELDS[name]})).uuid()
-    )
+    assert backend.FusewirePass(changed).uuid() == backend.FusewirePass(PassConfig(**{name: FIELDS[name]})).uuid()
 
 
 def test_the_source_hash_covers_every_file(monkeypatch):
@@ -238,27 +234,36 @@ def test_the_source_hash_covers_every_file(monkeypatch):
     first = manager.source_hash()
     folders = [Path(module.__file__).parent for module in (fusewire, manager, registry)]
     assert {file.resolve() for folder in folders for file in folder.rglob("*.py")} <= set(read)
-    assert {"all_reduce.py", "ir.py", "native.py", "errors.py"} - {file.name for file in read} <= {
-        "native.py"
-    }
+    assert {"all_reduce.py", "ir.py", "native.py", "errors.py"} - {file.name for file in read} <= {"native.py"}
     monkeypatch.setattr(Path, "read_bytes", lambda self: real(self) + b"#" * (self.name == "norms.py"))
     manager.source_hash.cache_clear()
     assert manager.source_hash() != first
     manager.source_hash.cache_clear()
 
 
+@pytest.fixture
+def zeros():
+    """A provider of rms_norm whose result shows that it served: zeros."""
+    fusewire.rms_norm.register_impl("test_zeros")(lambda x, weight, eps, weight_bias, form: torch.zeros_like(x))
+    yield "test_zeros"
+    fusewire.rms_norm.unregister_impl("test_zeros")
+
+
 @pytest.mark.parametrize("cache", CACHES)
-def test_what_this_machine_can_serve_is_in_the_key(monkeypatch, cache):
+def test_what_this_machine_can_serve_is_in_the_key(monkeypatch, zeros, cache):
     """A graph made while a provider was missing must not be found once it is there."""
-    options = {"cache": cache, "ir_op_priority": {"all_reduce_rms_norm": ["rank_ordered", NATIVE]}}
-    providers = all_reduce_rms_norm.providers
-    missing = dataclasses.replace(providers["rank_ordered"], supported=lambda: Support.no("not installed"))
+
+    def norm(x, r, w):
+        return fusewire.rms_norm(x, w, 1e-5)
+
+    providers, options = fusewire.rms_norm.providers, {"ir_op_priority": {"rms_norm": [zeros, NATIVE]}}
+    missing = dataclasses.replace(providers[zeros], supported=lambda: Support.no("not installed"))
     with monkeypatch.context() as patched:
-        patched.setitem(providers, "rank_ordered", missing)
-        assert not hit(**options)
-        assert fusewire.report().entries[0].provider == NATIVE
-    assert not hit(**options)
-    assert fusewire.report().entries[0].provider == "rank_ordered"
+        patched.setitem(providers, zeros, missing)
+        assert torch.equal(compiled(cache=cache, fn=norm, **options), norm(*tensors()))
+    assert torch.equal(compiled(cache=cache, fn=norm, **options), torch.zeros_like(tensors()[0]))
+    assert counters["inductor"]["fxgraph_cache_miss"] == 1
+    assert hit(cache=cache, fn=norm, **options)
 
 
 @contextlib.contextmanager
@@ -444,9 +449,7 @@ def _on_a_rank(cache):
     counters.clear()
     fusewire.clear_report()
     with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=cache == "autograd"):
-        function = torch.compile(
-            block, backend="fusewire", options={**CALLS, "expect_fused": "all"}, fullgraph=True
-        )
+        function = torch.compile(block, backend="fusewire", options={**CALLS, "expect_fused": "all"}, fullgraph=True)
         results = [function(*inputs) for _ in range(2)]
     section, name = {
         "autograd": ("aot_autograd", "autograd_cache_hit"),
@@ -456,9 +459,7 @@ def _on_a_rank(cache):
         "misses": counters["inductor"]["fxgraph_cache_miss"],
         "hits": counters[section][name],
         "calls": len(calls),
-        "right": all(
-            torch.equal(a, b) for result in results for a, b in zip(result, block(*inputs), strict=True)
-        ),
+        "right": all(torch.equal(a, b) for result in results for a, b in zip(result, block(*inputs), strict=True)),
         "norm": results[0][0],
         "report": fusewire.report(),
     }
@@ -482,17 +483,20 @@ def test_a_second_process_runs_fused(tmp_path):
             assert [entry.status for entry in graph.entries] == ["fused"]
 
 
-def test_machine_support_is_asked_once_per_provider():
+def test_machine_support_is_asked_once_per_provider(monkeypatch, zeros):
     """The key asks whether providers can serve here, for each compilation: the answer must be kept."""
     asked = []
-    provider = dataclasses.replace(
-        all_reduce_rms_norm.providers[NATIVE], supported=lambda: asked.append(1) or Support(True)
-    )
-    all_reduce_rms_norm.providers[NATIVE], before = provider, all_reduce_rms_norm.providers[NATIVE]
-    try:
-        for _ in range(3):
-            manager.cache_key(PassConfig(ir_op_priority={"all_reduce_rms_norm": [NATIVE]}))
-    finally:
-        all_reduce_rms_norm.providers[NATIVE] = before
+    provider = dataclasses.replace(fusewire.rms_norm.providers[zeros], supported=lambda: asked.append(1) or YES)
+    monkeypatch.setitem(fusewire.rms_norm.providers, zeros, provider)
+    for _ in range(3):
+        manager.cache_key(PassConfig(ir_op_priority={"rms_norm": [zeros]}))
     assert asked == [1]
-    assert _machine_support(provider)
+
+
+def test_the_key_leaves_to_the_vote_what_the_ranks_vote_on(monkeypatch):
+    """One rank's machine must not enter the key where all ranks' machines decide at run time."""
+    asked = []
+    provider = dataclasses.replace(all_reduce_rms_norm.providers[NATIVE], supported=lambda: asked.append(1) or YES)
+    monkeypatch.setitem(all_reduce_rms_norm.providers, NATIVE, provider)
+    manager.cache_key(PassConfig(ir_op_priority={"all_reduce_rms_norm": [NATIVE]}))
+    assert asked == []

@@ -18,9 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-from blocks import tensors
 from functorch.compile import make_boxed_func
-from graphs import capture
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass, pattern_matcher
@@ -31,6 +29,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fusewire
 from fusewire.fusion_passes import graph_tools, matcher
 from fusewire.patterns import all_reduce as spellings
+
+from blocks import tensors
+from graphs import capture
 
 aten, prims, c10d = torch.ops.aten, torch.ops.prims, torch.ops._c10d_functional
 WATCHED = set()
@@ -197,9 +198,7 @@ def test_switches_of_the_compile_caches():
     explain."""
     with inductor_config.patch({"fx_graph_cache": False, "fx_graph_remote_cache": False}):
         assert inductor_config.fx_graph_cache is False
-    with torch._functorch.config.patch(
-        {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
-    ):
+    with torch._functorch.config.patch({"enable_autograd_cache": False, "enable_remote_autograd_cache": False}):
         assert torch._functorch.config.enable_autograd_cache is False
     assert torch._functorch.config.enable_autograd_cache is True
 
@@ -337,9 +336,7 @@ def test_restart_that_makes_a_float_input_a_number():
         def forward(self, x):
             return x * self.factor
 
-    assert torch.equal(
-        torch.compile(Scaled(), backend=backend, dynamic=True)(torch.ones(2)), torch.full((2,), 2.5)
-    )
+    assert torch.equal(torch.compile(Scaled(), backend=backend, dynamic=True)(torch.ones(2)), torch.full((2,), 2.5))
     torch._dynamo.reset()
     (first, second) = calls
     assert len(first) == 1
@@ -442,9 +439,7 @@ def test_metadata_of_post_grad_nodes(fake_world):
         def forward(self, x):
             return self.inner(x)
 
-    (node,) = capture(Outer(), torch.ones(2)).graph.find_nodes(
-        op="call_function", target=spellings.ALL_REDUCE
-    )
+    (node,) = capture(Outer(), torch.ones(2)).graph.find_nodes(op="call_function", target=spellings.ALL_REDUCE)
     assert f'File "{__file__}", line ' in node.meta["stack_trace"]
     assert ", in forward" in node.meta["stack_trace"]
     paths = [path for path, _ in node.meta["nn_module_stack"].values()]
@@ -604,9 +599,7 @@ def _private_names(tree):
         if isinstance(node, ast.Import):
             modules.update({alias.asname: alias.name for alias in node.names if alias.asname})
         elif isinstance(node, ast.ImportFrom) and node.module:
-            modules.update(
-                {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-            )
+            modules.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
 
     def dotted(node):
         if isinstance(node, ast.Attribute):
@@ -669,9 +662,7 @@ def test_every_private_name_has_a_canary():
     used = {name: file.name for file, tree in trees.items() for name in _private_names(tree)}
     private = {name: file for name, file in used.items() if _is_private(name) and name not in own}
     assert {name: file for name, file in private.items() if not _is_watched(name)} == {}
-    assert {"torch._guards.TracingContext.try_get", "_erased", "_schema"} <= set(
-        private
-    )  # the scan does find them
+    assert {"torch._guards.TracingContext.try_get", "_erased", "_schema"} <= set(private)  # the scan does find them
 
 
 def test_every_canary_watches_something_that_is_used():

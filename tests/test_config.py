@@ -69,9 +69,7 @@ def test_every_field_is_documented(field):
     assert text[0].isupper()
     assert text.endswith(".")
     assert len(text.split()) > 4
-    shown = [
-        line for line in PassConfig.describe().splitlines() if line.startswith(f"{field.name} (default ")
-    ]
+    shown = [line for line in PassConfig.describe().splitlines() if line.startswith(f"{field.name} (default ")]
     assert len(shown) == 1
     assert text in shown[0]
     assert f"(default {getattr(PassConfig(), field.name)!r})" in shown[0]
@@ -248,9 +246,7 @@ def test_unknown_pass_suggests_the_nearest():
 
     graph = torch.fx.Graph()
     graph.output(graph.placeholder("x"))
-    with pytest.raises(
-        ConfigError, match="disabled_passes: unknown pass 'lower_op'; did you mean 'lower_ops'"
-    ):
+    with pytest.raises(ConfigError, match="disabled_passes: unknown pass 'lower_op'; did you mean 'lower_ops'"):
         run_passes(graph, PassConfig(disabled_passes=("lower_op",)))
 
 
@@ -300,9 +296,7 @@ def test_priority_of_the_configuration_wins(providers):
 def test_batch_invariant_keeps_invariant_providers_alone(providers):
     invariant = {name for name, p in providers.providers.items() if p.batch_invariant}
     assert "test_steady" in invariant
-    named = PassConfig(
-        batch_invariant=True, ir_op_priority={"rms_norm": ("test_fast", "test_steady", NATIVE)}
-    )
+    named = PassConfig(batch_invariant=True, ir_op_priority={"rms_norm": ("test_fast", "test_steady", NATIVE)})
     first, *others = named.policy("rms_norm").split(",")
     assert first == "test_steady"
     assert {first, *others} == invariant

@@ -13,18 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from blocks import HIDDEN, NORMS, pow_half, reduce_functional, reduce_in_place, tensors
-from graphs import capture
 from torch.fx.node import map_arg
 
 from fusewire.custom_ops.ir import NATIVE
 
+from blocks import HIDDEN, NORMS, pow_half, reduce_functional, reduce_in_place, tensors
+from graphs import capture
+
 FOLDER = Path(__file__).parent / "golden"
 UPDATE = "FUSEWIRE_UPDATE_GOLDEN"
 # The same text on every machine, whatever providers it has.
-FIXED = {
-    "ir_op_priority": {name: [NATIVE] for name in ("rms_norm", "fused_add_rms_norm", "all_reduce_rms_norm")}
-}
+FIXED = {"ir_op_priority": {name: [NATIVE] for name in ("rms_norm", "fused_add_rms_norm", "all_reduce_rms_norm")}}
 pytestmark = pytest.mark.usefixtures("fake_world")
 
 
@@ -116,12 +115,8 @@ def text_of(graph):
             lines.append(f"return {_arguments((node.args[0],), names)}")
         else:
             arguments = _arguments(node.args, names)
-            keywords = "".join(
-                f", {key}={_arguments((arg,), names)}" for key, arg in sorted(node.kwargs.items())
-            )
-            lines.append(
-                f"{names[node]} = {_target(node.target)}({arguments}{keywords}) -> {_shape(value, symbols)}"
-            )
+            keywords = "".join(f", {key}={_arguments((arg,), names)}" for key, arg in sorted(node.kwargs.items()))
+            lines.append(f"{names[node]} = {_target(node.target)}({arguments}{keywords}) -> {_shape(value, symbols)}")
     return "\n".join(lines)
 
 

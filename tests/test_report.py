@@ -10,8 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from blocks import HIDDEN, NORMS, reduce_functional, tensors
-from graphs import capture
 
 import fusewire
 from fusewire import PassConfig
@@ -20,6 +18,9 @@ from fusewire.fusion_passes import report as reports
 from fusewire.fusion_passes.manager import run_passes
 from fusewire.fusion_passes.report import Entry, GraphAccount, Report
 from fusewire.patterns.all_reduce import ALL_REDUCE, WAIT
+
+from blocks import HIDDEN, NORMS, reduce_functional, tensors
+from graphs import capture
 
 pytestmark = pytest.mark.usefixtures("fake_world")
 aten = torch.ops.aten
@@ -54,9 +55,7 @@ def test_counts_and_summary():
     assert (found.found, found.fused, found.refused) == (2, 1, 1)
     seconds = found.pass_seconds
     assert seconds > 0
-    assert found.summary == (
-        f"fusewire: 1 of 2 all-reduces fused in 1 graph, 1 refused; passes took {seconds:.2f} s"
-    )
+    assert found.summary == (f"fusewire: 1 of 2 all-reduces fused in 1 graph, 1 refused; passes took {seconds:.2f} s")
 
 
 def test_summary_without_refusals_and_with_several_graphs():
@@ -129,9 +128,7 @@ def test_text_of_a_report():
         dtype="float32",
     )
     nameless = dataclasses.replace(refused, node="all_reduce_9", location="", module="")
-    account = GraphAccount(
-        0, "inference", (fused, fused, slow, refused, nameless), 1.5, notes=("a word more",)
-    )
+    account = GraphAccount(0, "inference", (fused, fused, slow, refused, nameless), 1.5, notes=("a word more",))
     cached = GraphAccount(1, "training", cached=True)
     assert str(Report((account, cached))) == "\n".join(
         [
@@ -158,9 +155,7 @@ def test_json():
     assert data["pass_seconds"] == found.pass_seconds
     (graph,) = data["graphs"]
     assert set(graph) == {field.name for field in dataclasses.fields(GraphAccount)}
-    assert [set(entry) for entry in graph["entries"]] == [
-        {field.name for field in dataclasses.fields(Entry)}
-    ] * 2
+    assert [set(entry) for entry in graph["entries"]] == [{field.name for field in dataclasses.fields(Entry)}] * 2
     assert [entry["reason"] for entry in graph["entries"]] == [entry.reason for entry in found.entries]
     assert data == json.loads(json.dumps(found.to_dict()))
 
