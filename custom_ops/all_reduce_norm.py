@@ -120,9 +120,7 @@ def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
     world_size = resolve_group(group_name).size()
     functional = torch.ops._c10d_functional
     flat = x.contiguous().reshape(1, -1)
-    parts: Tensor = functional.wait_tensor(
-        functional.all_gather_into_tensor(flat, world_size, group_name)
-    )
+    parts: Tensor = functional.wait_tensor(functional.all_gather_into_tensor(flat, world_size, group_name))
     wide = torch.promote_types(x.dtype, torch.float32)
     total = parts[0].to(wide)
     for rank in range(1, world_size):

@@ -111,9 +111,7 @@ def read_policy(op: IrOp, policy: str) -> Policy:
         try:
             limit = float(value)
         except ValueError:
-            raise ConfigError(
-                f"the policy {policy!r}: max_size_mb={value!r} is not a number of MiB"
-            ) from None
+            raise ConfigError(f"the policy {policy!r}: max_size_mb={value!r} is not a number of MiB") from None
     return Policy(names, limit)
 
 
@@ -128,9 +126,7 @@ class Room:
     reason: str = ""
 
 
-def pick(
-    shape: Shape, policy: Policy, plan: Plan, rooms: Mapping[str, Room], reasons: Mapping[str, str]
-) -> Pick:
+def pick(shape: Shape, policy: Policy, plan: Plan, rooms: Mapping[str, Room], reasons: Mapping[str, str]) -> Pick:
     """The choice for one shape.
 
     Args:
@@ -165,11 +161,7 @@ def _candidates(
     if room.reason:
         refusals.append(Refusal(name, room.reason))
         return []
-    if (
-        policy.max_size_mb is not None
-        and name == _LIMITED_BY_SIZE
-        and shape.nbytes > policy.max_size_mb * 2**20
-    ):
+    if policy.max_size_mb is not None and name == _LIMITED_BY_SIZE and shape.nbytes > policy.max_size_mb * 2**20:
         refusals.append(Refusal(name, f"the input is larger than max_size_mb={policy.max_size_mb:g}"))
         return []
     found = _variants(keeper, shape, room.max_tokens)
@@ -203,9 +195,7 @@ def _too_small(keeper: WorkspaceProvider, shape: Shape, policy: Policy, plan: Pl
     )
 
 
-def _fastest(
-    found: Sequence[Candidate], shape: Shape, plan: Plan, policy: Policy, refusals: Sequence[Refusal]
-) -> Pick:
+def _fastest(found: Sequence[Candidate], shape: Shape, plan: Plan, policy: Policy, refusals: Sequence[Refusal]) -> Pick:
     costs = {c.label: plan.cost(c.label, shape.nbytes) for c in found}
     timed = {label: cost for label, cost in costs.items() if cost is not None}
     if timed:
@@ -502,9 +492,7 @@ def explain_plan(
     return _rows(at, max([room.max_tokens for room in rooms.values()], default=0) + 1)
 
 
-def _room(
-    keeper: WorkspaceProvider, shape: Shape, policy: Policy, plan: Plan, group: dist.ProcessGroup | int
-) -> Room:
+def _room(keeper: WorkspaceProvider, shape: Shape, policy: Policy, plan: Plan, group: dist.ProcessGroup | int) -> Room:
     static = keeper.limits(shape.hidden, shape.dtype, shape.world_size)
     if not static:
         return Room(0, static.reason)

@@ -174,9 +174,7 @@ class IrOp:
             _check_schema(self, provider, fn)
             with _LOCK:
                 if provider in self.providers:
-                    raise SchemaError(
-                        f"{self.name} already has a provider {provider!r}; give this one another name"
-                    )
+                    raise SchemaError(f"{self.name} already has a provider {provider!r}; give this one another name")
                 self.providers[provider] = Provider(
                     provider, self.name, fn, supported, supports_args, supports_tokens, batch_invariant, version
                 )
@@ -314,9 +312,7 @@ def register_op(
     return _register(fn, fake=fake, check=check)
 
 
-def _register(
-    fn: Callable[..., Any], *, fake: Callable[..., Any] | None, check: Callable[..., None] | None
-) -> IrOp:
+def _register(fn: Callable[..., Any], *, fake: Callable[..., Any] | None, check: Callable[..., None] | None) -> IrOp:
     name = fn.__name__
     if name in _OPS:
         raise SchemaError(f"fusewire::{name} is registered already")

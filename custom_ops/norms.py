@@ -32,8 +32,7 @@ def check_norm_args(
     """Raise ArgumentError if these cannot be a norm's arguments, whoever computes it."""
     if x.dim() == 0 or x.dtype not in _DTYPES:
         raise ArgumentError(
-            f"x must be a floating-point tensor ({_DTYPE_NAMES}) of shape (..., hidden), not {x.dtype} "
-            f"{list(x.shape)}"
+            f"x must be a floating-point tensor ({_DTYPE_NAMES}) of shape (..., hidden), not {x.dtype} {list(x.shape)}"
         )
     if form not in FORMS:
         raise ArgumentError(f"form is {form!r}; it must be one of {', '.join(map(repr, FORMS))}")
@@ -56,9 +55,7 @@ def check_norm_args(
             raise ArgumentError(f"the residual must be floating-point ({_DTYPE_NAMES}), not {residual.dtype}")
     for name, other in (("weight", weight), ("residual", residual)):
         if other is not None and other.device != x.device:
-            raise ArgumentError(
-                f"the {name} is on {other.device} but x is on {x.device}; put them on one device"
-            )
+            raise ArgumentError(f"the {name} is on {other.device} but x is on {x.device}; put them on one device")
 
 
 def normalize(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
@@ -167,8 +164,7 @@ def _backward_of(native: Any) -> Any:
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         values = [
-            saved if saved is not None else other
-            for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)
+            saved if saved is not None else other for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)
         ]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
 
@@ -193,6 +189,4 @@ def _backward_of(native: Any) -> Any:
 
 
 for _op in (rms_norm, fused_add_rms_norm):
-    torch.library.register_autograd(
-        f"fusewire::{_op.name}", _backward_of(_op.native), setup_context=_save_inputs
-    )
+    torch.library.register_autograd(f"fusewire::{_op.name}", _backward_of(_op.native), setup_context=_save_inputs)

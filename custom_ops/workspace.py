@@ -278,11 +278,7 @@ def describe(error: BaseException) -> str:
     """An exception in one line, with its class where the message alone would be a riddle."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 400 else text[:400] + "..."
-    return (
-        text
-        if isinstance(error, WorkspaceError | PeerTimeoutError) and text
-        else f"{type(error).__name__}: {text}"
-    )
+    return text if isinstance(error, WorkspaceError | PeerTimeoutError) and text else f"{type(error).__name__}: {text}"
 
 
 # --- Workspaces ---------------------------------------------------------------------------------------------
@@ -313,9 +309,7 @@ class Workspace(abc.ABC):
     def check_call(self, tokens: int, device: torch.device) -> None:
         """Raise WorkspaceError if a call does not fit. What ranks could see differently ends here, loudly."""
         if self.closed:
-            raise WorkspaceError(
-                f"the workspace ({self.key}) is closed; call fusewire.prepare(...) to make a new one"
-            )
+            raise WorkspaceError(f"the workspace ({self.key}) is closed; call fusewire.prepare(...) to make a new one")
         if tokens > self.max_tokens:
             raise WorkspaceError(
                 f"{tokens} tokens do not fit the workspace ({self.key}), made for {self.max_tokens}; close "
@@ -380,9 +374,7 @@ class WorkspaceProvider(abc.ABC):
         """Whether such calls can be served for some number of tokens."""
 
     @abc.abstractmethod
-    def token_limit(
-        self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int
-    ) -> range:
+    def token_limit(self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> range:
         """The numbers of tokens that a variant takes on a workspace for max_tokens."""
 
     @abc.abstractmethod
@@ -414,9 +406,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {"host": _host(), "gpu": device.type, "capability": None, "uuid": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts.update(
-            gpu=properties.name, capability=[properties.major, properties.minor], uuid=str(properties.uuid)
-        )
+        facts.update(gpu=properties.name, capability=[properties.major, properties.minor], uuid=str(properties.uuid))
     return facts
 
 
@@ -467,9 +457,7 @@ class WorkspaceRegistry:
         refuse_capture(provider.name, f"group {name}")
         with self._lock:
             channel = Channel(group, f"{provider.name} group {name}")
-            verdict = agree(
-                channel, "machine", lambda: provider.machine(group, device), work_s=provider.machine_s
-            )
+            verdict = agree(channel, "machine", lambda: provider.machine(group, device), work_s=provider.machine_s)
             judged = provider.judge(verdict.facts) if verdict.ok else Support(True)
             key = WorkspaceKey(provider.name, name, torch.uint8, 0)
             entry = Entry(key, weakref.ref(group), None, verdict.reason or judged.reason, verdict.facts)
@@ -534,9 +522,7 @@ class WorkspaceRegistry:
         try:
             for stage in ("alone", "together"):
                 if verdict.ok:
-                    verdict = agree(
-                        channel, f"prove {stage}", functools.partial(provider.prove, made[0], stage)
-                    )
+                    verdict = agree(channel, f"prove {stage}", functools.partial(provider.prove, made[0], stage))
         except PeerTimeoutError:
             _ABANDONED.extend(made)
             raise
@@ -713,11 +699,7 @@ def prepare(
     load_providers()
     found = dist.group.WORLD if group is None and dist.is_initialized() else group
     pg = found if isinstance(found, dist.ProcessGroup) else resolve_group(found or "the default group")
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return [_prepare_one(provider, pg, hidden, dtype, device, max_tokens) for provider in PROVIDERS.values()]
 
 

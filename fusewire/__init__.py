@@ -1,7 +1,7 @@
 """fusewire: torch.compile with tensor-parallel all-reduces fused into the RMSNorm after them.
 
-    torch.compile(model, backend="fusewire")
-    print(fusewire.report())
+torch.compile(model, backend="fusewire")
+print(fusewire.report())
 """
 
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm

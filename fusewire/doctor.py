@@ -132,9 +132,7 @@ def _flashinfer() -> dict[str, str]:
         kernels = provider.kernels()
         found["kernels"] = f"{kernels.state}: {kernels.path}"
         if kernels.state == "missing":
-            found["kernels"] += (
-                " (compiled at first use, minutes; `python -m fusewire prebuild` does it ahead)"
-            )
+            found["kernels"] += " (compiled at first use, minutes; `python -m fusewire prebuild` does it ahead)"
     except Exception as error:
         found["kernels"] = f"unknown: {describe(error)}"
     found["compiler"] = provider.find_nvcc() or provider.no_nvcc()
@@ -224,6 +222,5 @@ def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
     kept = list(rows)
     widths = [max(map(len, column)) for column in list(zip(*kept, strict=True))[:-1]]
     return [
-        ("  " + "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]])).rstrip()
-        for row in kept
+        ("  " + "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]])).rstrip() for row in kept
     ]

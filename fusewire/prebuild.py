@@ -46,9 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise WorkspaceError(found.reason)
     before = provider.kernels()
     if before.state == "prebuilt":
-        print(
-            f"nothing to do: FlashInfer {found.version} loads the all-reduce kernels beside it, {before.path}"
-        )
+        print(f"nothing to do: FlashInfer {found.version} loads the all-reduce kernels beside it, {before.path}")
         return 0
     start = time.monotonic()
     known_s = 5.0 if before.state == "cached" else 0.0
@@ -98,9 +96,7 @@ def build() -> None:
         spec.build(verbose=False, need_lock=True)
     except Exception as error:
         last = "\n".join(str(error).splitlines()[-25:])
-        raise WorkspaceError(
-            f"FlashInfer's kernels could not be compiled: {type(error).__name__}: {last}"
-        ) from error
+        raise WorkspaceError(f"FlashInfer's kernels could not be compiled: {type(error).__name__}: {last}") from error
 
 
 def cache_folder() -> Path:
@@ -117,9 +113,7 @@ def cuda_library() -> Iterator[None]:
     """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        raise WorkspaceError(
-            "there is no C++ compiler on PATH: install one (the package g++ or clang), or set CXX"
-        )
+        raise WorkspaceError("there is no C++ compiler on PATH: install one (the package g++ or clang), or set CXX")
     if _links_cuda(compiler):
         yield
         return

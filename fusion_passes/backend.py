@@ -1,11 +1,11 @@
 """The three ways in: a torch.compile backend, a context manager, and the passes on their own.
 
-    torch.compile(model, backend="fusewire", options={"expect_fused": "all", "max_autotune": True})
+torch.compile(model, backend="fusewire", options={"expect_fused": "all", "max_autotune": True})
 
-    with fusewire.enable(PassConfig(...)):
-        torch.compile(model)(inputs)
+with fusewire.enable(PassConfig(...)):
+    torch.compile(model)(inputs)
 
-    fusewire.run_passes(graph)
+fusewire.run_passes(graph)
 """
 
 from __future__ import annotations

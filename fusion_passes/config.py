@@ -69,12 +69,8 @@ class PassConfig:
         ConfigError: a value cannot be used; the message says which would do.
     """
 
-    fuse_allreduce_rms: bool = _doc(
-        True, "Fuse all_reduce -> [add ->] rms_norm into fusewire::all_reduce_rms_norm."
-    )
-    eliminate_noops: bool = _doc(
-        True, "Drop views, reshapes and casts that change nothing, before matching."
-    )
+    fuse_allreduce_rms: bool = _doc(True, "Fuse all_reduce -> [add ->] rms_norm into fusewire::all_reduce_rms_norm.")
+    eliminate_noops: bool = _doc(True, "Drop views, reshapes and casts that change nothing, before matching.")
     fi_allreduce_fusion_max_size_mb: float | None = _doc(
         None,
         "Largest input, in MiB, that goes to FlashInfer's kernels; above it the next provider by priority serves. "
@@ -203,11 +199,7 @@ class PassConfig:
         """Every option with its default and meaning, one paragraph each."""
         lines = []
         for item in fields(cls):
-            default = (
-                item.default_factory()
-                if item.default_factory is not dataclasses.MISSING
-                else item.default
-            )
+            default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
             lines.append(f"{item.name} (default {default!r}): {item.metadata['doc']}")
         return "\n".join(lines)
 

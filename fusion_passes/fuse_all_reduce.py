@@ -245,5 +245,7 @@ class _Fuser:
             name = self.context.origin.get(node.name)
             if name is not None and name not in self.context.refused:
                 self.context.refuse(
-                    name, MATCH, "the matcher discards it: the nodes stand on different streams or beyond an in-place write"
+                    name,
+                    MATCH,
+                    "the matcher discards it: the nodes stand on different streams or beyond an in-place write",
                 )

@@ -93,9 +93,7 @@ def run_passes(graph: Graph, config: PassConfig | None = None) -> GraphAccount:
     start = time.perf_counter()
     run = _Run(graph, config)
     account = run.run()
-    account = dataclasses.replace(
-        account, pass_seconds=time.perf_counter() - start, nodes_after=len(graph.nodes)
-    )
+    account = dataclasses.replace(account, pass_seconds=time.perf_counter() - start, nodes_after=len(graph.nodes))
     account = add_account(account)
     log.info("%s", Report((account,)).summary)
     _check_expectation(account, config)
@@ -213,12 +211,7 @@ class _Run:
 
     def _explain_rest(self, context: RunContext, original: Graph) -> None:
         nodes = {node.name: node for node in original.nodes}
-        fused_sums = {
-            user.name
-            for name in context.fused
-            for value in nodes[name].users
-            for user in value.users
-        }
+        fused_sums = {user.name for name in context.fused for value in nodes[name].users for user in value.users}
         judged = {**context.fused, **context.refused, **context.merged}
         left = [site.name for site in self.sites if site.name not in judged]
         norms = {norm.source for norm in find_norms(original)} if left else set()

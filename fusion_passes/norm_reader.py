@@ -23,7 +23,7 @@ from fusewire.fusion_passes.graph_tools import (
     plain_mul,
     value_of,
 )
-from fusewire.patterns.all_reduce import positional, op_name
+from fusewire.patterns.all_reduce import op_name, positional
 from fusewire.patterns.norms import NORM_OPS, ROUND, NormOp, tail_form, tail_name
 
 _WIDE = (torch.float32, torch.float64)

@@ -32,8 +32,8 @@ from fusewire.fusion_passes.graph_tools import (
     same_shape,
     value_of,
 )
-from fusewire.fusion_passes.norm_reader import Norm, norm_roots, norms_at
 from fusewire.fusion_passes.matcher import sort_topologically
+from fusewire.fusion_passes.norm_reader import Norm, norm_roots, norms_at
 from fusewire.patterns.all_reduce import ALL_REDUCE, WAIT, AllReduce, read_all_reduce
 
 
@@ -94,11 +94,7 @@ class _Raiser:
         name = self.context.origin.get(path.all_reduce.name, path.all_reduce.name)
         if name in self.context.excluded or name in self.taken:
             return False
-        problem = (
-            norm.problem
-            or path.problem(self.config.allow_reassociation)
-            or self._obstacle(norm, path, residual)
-        )
+        problem = norm.problem or path.problem(self.config.allow_reassociation) or self._obstacle(norm, path, residual)
         if problem:
             self.context.refuse(name, MATCH, problem)
             return False

@@ -67,9 +67,7 @@ def test_doctor_without_a_gpu():
 
 
 def test_doctor_as_json():
-    done = fusewire(
-        "doctor", "--json", "--ir-op-priority", "all_reduce_rms_norm=rank_ordered", NCCL_NVLS_ENABLE="0"
-    )
+    done = fusewire("doctor", "--json", "--ir-op-priority", "all_reduce_rms_norm=rank_ordered", NCCL_NVLS_ENABLE="0")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["environment"]["NCCL_NVLS_ENABLE"] == "0"
@@ -202,9 +200,7 @@ def test_prebuild_with_an_old_flashinfer(monkeypatch, tmp_path, capsys):
 def test_a_failed_compilation_shows_the_compilers_last_words():
     class Spec:
         def build(self, verbose, need_lock):
-            raise RuntimeError(
-                "Ninja build failed. Ninja output:\n" + "noise\n" * 100 + "fatal error: no cuda.h"
-            )
+            raise RuntimeError("Ninja build failed. Ninja output:\n" + "noise\n" * 100 + "fatal error: no cuda.h")
 
     comm = SimpleNamespace(gen_trtllm_comm_module=Spec)
     modules = {
@@ -248,9 +244,7 @@ def test_a_missing_driver_library_is_stood_in_for(monkeypatch):
         built = (folder / "libcuda.so").read_bytes()
         assert b"libcuda.so.1" in built
         # The linker takes it: that is what it is for.
-        linked = subprocess.run(
-            ["c++", "-shared", "-Wl,--no-as-needed", "-lcuda", "-o", folder / "a.so"], check=False
-        )
+        linked = subprocess.run(["c++", "-shared", "-Wl,--no-as-needed", "-lcuda", "-o", folder / "a.so"], check=False)
         assert linked.returncode == 0
     assert os.environ["LIBRARY_PATH"] == "/somewhere"
     assert not folder.exists()

@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import fake_group, shared_pool
 from test_flashinfer_provider import args_of, fake_flashinfer
 
 from fusewire.custom_ops import dispatch, plans, workspace
@@ -18,6 +17,8 @@ from fusewire.custom_ops.dispatch import PlanRow, Policy, Room, Shape, explain_p
 from fusewire.custom_ops.providers import flashinfer as provider
 from fusewire.errors import ConfigError, NoProviderError
 from fusewire.fusion_passes.config import PassConfig
+
+from distributed import fake_group, shared_pool
 
 BF16 = torch.bfloat16
 H200 = "NVIDIA H200"
@@ -114,15 +115,11 @@ def test_choice_on_a_gpu_that_was_not_measured(tokens, policy, chosen):
 def test_eight_gpus_leave_large_inputs_to_nccl():
     plan = plans.find_plan(H200, 8, 8192, BF16)
     assert label(32, "flashinfer,native", plan, ranks=8) == "flashinfer/oneshot"
-    assert [label(tokens, "flashinfer,native", plan, ranks=8) for tokens in (256, 1024, 4096)] == [
-        "native"
-    ] * 3
+    assert [label(tokens, "flashinfer,native", plan, ranks=8) for tokens in (256, 1024, 4096)] == ["native"] * 3
 
 
 def test_two_shot_is_not_chosen_where_it_cannot_run():
-    cheap = plans.Plan(
-        "made up", {plans.ONE_SHOT: ((1, 9.0),), plans.TWO_SHOT: ((1, 1.0),), "native": ((1, 20.0),)}
-    )
+    cheap = plans.Plan("made up", {plans.ONE_SHOT: ((1, 9.0),), plans.TWO_SHOT: ((1, 1.0),), "native": ((1, 20.0),)})
     assert label(4, "flashinfer,native", cheap) == "flashinfer/oneshot"
     assert label(5, "flashinfer,native", cheap) == "flashinfer/twoshot"
 
@@ -193,9 +190,7 @@ def test_on_the_cpu_native_serves_without_vote_or_workspace():
     with fake_group(2) as group, mock.patch.object(workspace, "Channel", side_effect=AssertionError):
         chosen = dispatch.select(op, args_of(x, x, None, group.group_name), "")
         assert chosen is op.providers["native"]
-        assert (
-            dispatch.select(op, args_of(x, x, None, group.group_name), "rank_ordered").name == "rank_ordered"
-        )
+        assert dispatch.select(op, args_of(x, x, None, group.group_name), "rank_ordered").name == "rank_ordered"
         with pytest.raises(NoProviderError, match="flashinfer: "):
             dispatch.select(op, args_of(x, x, None, group.group_name), "flashinfer")
 
@@ -279,9 +274,7 @@ def job_hosts(host, uuid):
         return made.reason
 
 
-@pytest.mark.parametrize(
-    ("host", "uuid", "said"), [("a", "1", "2 hosts"), ("b", "2", "share one GPU"), ("b", "1", "")]
-)
+@pytest.mark.parametrize(("host", "uuid", "said"), [("a", "1", "2 hosts"), ("b", "2", "share one GPU"), ("b", "1", "")])
 def test_machines_that_do_not_fit_together(host, uuid, said):
     for reason in shared_pool(2).run(job_hosts, host, uuid):
         assert bool(reason) == bool(said)
@@ -314,10 +307,7 @@ def test_a_plan_is_explained_in_ranges_without_gaps():
     assert rows[-1].last is None
     assert all(row.last + 1 == after.first for row, after in itertools.pairwise(rows))
     for row in rows:
-        assert (
-            label(row.first, "flashinfer,native", rooms={"flashinfer": Room(rows[-1].first - 1)})
-            == row.provider
-        )
+        assert label(row.first, "flashinfer,native", rooms={"flashinfer": Room(rows[-1].first - 1)}) == row.provider
     assert "6.6 us (native 15.1); measured on 4 H200s" in rows[0].reason
     assert "fusewire.prepare" in rows[-1].reason
 

@@ -20,7 +20,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import fake_group, shared_pool
 
 from fusewire.custom_ops import dispatch, workspace
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
@@ -28,6 +27,8 @@ from fusewire.custom_ops.ir import Support, _machine_support
 from fusewire.custom_ops.plans import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.providers import flashinfer as provider
 from fusewire.errors import CaptureError, NoProviderError, PeerTimeoutError, WorkspaceError
+
+from distributed import fake_group, shared_pool
 
 HIDDEN = 64
 BF16 = torch.bfloat16
@@ -77,9 +78,7 @@ class FakeFlashInfer:
         self, backend, world_size, rank, max_token_num, hidden_dim, dtype, gpus_per_node=None,
         comm_backend=None, force_oneshot_support=False, group=None,
     ):  # fmt: skip
-        self.created.append(
-            {"backend": backend, "world_size": world_size, "rank": rank, "tokens": max_token_num}
-        )
+        self.created.append({"backend": backend, "world_size": world_size, "rank": rank, "tokens": max_token_num})
         if self.fault == "out of memory":
             raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")
         if self.fault == "never exchanges":
@@ -185,9 +184,7 @@ def test_batch_invariant_mode_refuses(monkeypatch, value, refused):
     assert ("changes with the number of tokens" in provider.supported().reason) == refused
 
 
-@pytest.mark.parametrize(
-    ("capability", "ok"), [((8, 0), False), ((9, 0), True), ((10, 3), True), ((11, 0), False)]
-)
+@pytest.mark.parametrize(("capability", "ok"), [((8, 0), False), ((9, 0), True), ((10, 3), True), ((11, 0), False)])
 def test_compute_capability(monkeypatch, capability, ok):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -300,9 +297,7 @@ def test_limits(hidden, dtype, ranks, said):
 def test_every_hidden_size_of_the_issue_is_within_the_limits(hidden, dtype, ranks):
     assert provider.limits(hidden, dtype, ranks)
     tokens = provider.max_tokens(hidden, dtype, ranks)
-    assert (
-        ranks * tokens * hidden * dtype.itemsize < 1 << 30 <= ranks * (tokens + 1) * hidden * dtype.itemsize
-    )
+    assert ranks * tokens * hidden * dtype.itemsize < 1 << 30 <= ranks * (tokens + 1) * hidden * dtype.itemsize
 
 
 def test_the_size_that_hung_is_out_and_the_one_below_is_in():
@@ -482,9 +477,7 @@ def job_strided():
         weight = torch.randn(HIDDEN * 2).to(BF16)[::2]
         # Rank 1 alone is unaligned: both must still take the same way.
         x = unaligned if rank else base[:, :HIDDEN]
-        norm, total = all_reduce_rms_norm(
-            x, base[:, HIDDEN:], weight, group_name=group, policy="flashinfer,native"
-        )
+        norm, total = all_reduce_rms_norm(x, base[:, HIDDEN:], weight, group_name=group, policy="flashinfer,native")
         want = reference(x, base[:, HIDDEN:], weight)
         return len(fake.calls), torch.equal(total, want[1]), float((norm - want[0]).abs().max())
 
@@ -523,13 +516,7 @@ def job_fault(fault, rank_with_fault, policy):
     group, rank = dist.group.WORLD.group_name, dist.get_rank()
     os.environ["FUSEWIRE_TIMEOUT_S"] = "20"
     here = rank == rank_with_fault
-    version = (
-        "0.6.12"
-        if here and fault == "version"
-        else "0.6.17"
-        if here and fault == "other version"
-        else "0.6.18"
-    )
+    version = "0.6.12" if here and fault == "version" else "0.6.17" if here and fault == "other version" else "0.6.18"
     with contextlib.ExitStack() as stack:
         fake = stack.enter_context(fake_flashinfer(version, fault if here else ""))
         if here and fault == "no memory":
@@ -573,9 +560,7 @@ def test_one_rank_that_cannot_makes_both_fall_back(fault, said, created, rank):
         assert f"on rank {rank}:" in results[0][1]
     for _, _, made, destroyed, took in results:
         assert made == created
-        assert destroyed == (
-            0 if fault == "out of memory" else created
-        )  # that one never came to be on either
+        assert destroyed == (0 if fault == "out of memory" else created)  # that one never came to be on either
         assert took < 15
 
 
@@ -595,9 +580,7 @@ def job_one_absent():
             if dist.get_rank() == 1:
                 return "", 0.0
             try:
-                all_reduce_rms_norm(
-                    x, x, None, group_name=dist.group.WORLD.group_name, policy="flashinfer,native"
-                )
+                all_reduce_rms_norm(x, x, None, group_name=dist.group.WORLD.group_name, policy="flashinfer,native")
             except PeerTimeoutError as error:
                 return str(error), time.monotonic() - start
             return "nothing was raised", 0.0

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-from blocks import HIDDEN, NORMS, pow_half, reduce_functional, reduce_in_place, tensors
-from graphs import capture
 
 import fusewire
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.patterns.all_reduce import ALL_REDUCE
+
+from blocks import HIDDEN, NORMS, pow_half, reduce_functional, reduce_in_place, tensors
+from graphs import capture
 
 FUSED_OP = all_reduce_rms_norm.torch_op
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -60,9 +61,7 @@ def test_gemma_reaches_the_op_with_its_raw_weight(dtype):
 
 
 def test_llama_keeps_its_rounding_order():
-    captured = capture(
-        lambda x, r, w: NORMS["L"](reduce_functional(x) + r, w, 1e-6), *tensors(), inline_native=False
-    )
+    captured = capture(lambda x, r, w: NORMS["L"](reduce_functional(x) + r, w, 1e-6), *tensors(), inline_native=False)
     assert fused_calls(captured)[0].args[5] == "round_then_scale"
 
 
@@ -257,7 +256,9 @@ def test_opaque_operators_of_other_engines():
         " -> (Tensor, Tensor)"
     )
     native = fusewire.rms_norm.native, fusewire.fused_add_rms_norm.native
-    ir.impl("rms_norm", lambda x, w, e, v=None: native[0](x, w, e, 0.0, "scale_then_round"), "CompositeExplicitAutograd")
+    ir.impl(
+        "rms_norm", lambda x, w, e, v=None: native[0](x, w, e, 0.0, "scale_then_round"), "CompositeExplicitAutograd"
+    )
     ir.impl(
         "fused_add_rms_norm",
         lambda x, r, w, e, v=None: native[1](x, r, w, e, 0.0, "scale_then_round"),

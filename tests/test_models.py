@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed import shared_pool
-from zoo import MODELS, forward_logits, prefill_and_decode
 
 import fusewire
+
+from distributed import shared_pool
+from zoo import MODELS, forward_logits, prefill_and_decode
 
 NAMES = ["llama", "qwen3", "gemma1", "gemma2", "gemma3"]
 QUICK = [("llama", 2), ("qwen3", 2), ("gemma1", 2), ("gemma2", 2), ("gemma3", 2), ("llama", 3), ("gemma2", 3)]
@@ -90,9 +91,7 @@ def _check_counts(spec, found, fused, refused, graphs=1):
     ("name", "world_size"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.nightly) for case in REST)]
 )
 def test_bf16_equals_eager_or_plain_compile_bit_for_bit(name, world_size):
-    for worst, graphs, found, fused, refused in shared_pool(world_size).run(
-        exact_in_bf16, name, timeout_s=TIMEOUT_S
-    ):
+    for worst, graphs, found, fused, refused in shared_pool(world_size).run(exact_in_bf16, name, timeout_s=TIMEOUT_S):
         assert graphs >= 2  # prefill and decode; Gemma's sliding window makes its first decode step a graph of its own
         _check_counts(MODELS[name], found, fused, refused, graphs)
         assert worst == 0.0
@@ -111,8 +110,6 @@ def test_fp32_is_within_1e_5(name):
     "name", [pytest.param(n, marks=[] if n in ("llama", "gemma3") else [pytest.mark.nightly]) for n in NAMES]
 )
 def test_bf16_is_no_farther_from_fp64_than_plain_compile(name):
-    for plain, fused, found, fused_count, refused in shared_pool(2).run(
-        distance_from_fp64, name, timeout_s=TIMEOUT_S
-    ):
+    for plain, fused, found, fused_count, refused in shared_pool(2).run(distance_from_fp64, name, timeout_s=TIMEOUT_S):
         _check_counts(MODELS[name], found, fused_count, refused)
         assert fused <= plain * 1.02

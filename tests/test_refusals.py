@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from blocks import HIDDEN, NORMS, reduce_functional, tensors
-from distributed import fake_group
-from graphs import capture
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fusewire.fusion_passes import fuse_all_reduce as fuse
 from fusewire.fusion_passes import manager
 from fusewire.fusion_passes.matcher import FusionMatcher
+
+from blocks import HIDDEN, NORMS, reduce_functional, tensors
+from distributed import fake_group
+from graphs import capture
 
 
 def refused(fn, *inputs, gate, says, dynamic=False, **options):

@@ -165,9 +165,7 @@ def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, 
     if name == "two_shot_flags_kernel":
         assert pushes == 0
         assert text.count("fence.acq_rel.sys") == 1
-        order = [
-            m.group(1) for m in re.finditer(r"(bar\.sync|fence\.acq_rel|ld\.acquire|st\.global\.v4)", text)
-        ]
+        order = [m.group(1) for m in re.finditer(r"(bar\.sync|fence\.acq_rel|ld\.acquire|st\.global\.v4)", text)]
         fence = order.index("fence.acq_rel")
         assert order[fence - 1] == "bar.sync"
         assert all(order[i + 1] == "bar.sync" for i, what in enumerate(order) if what == "ld.acquire")
@@ -391,9 +389,7 @@ def install_doubles():
     original = interpreter._patch_lang_tensor
 
     def patch(tensor, scope):
-        original(
-            tensor, scope
-        )  # its scalars are arrays of one element, which NumPy no longer takes for numbers
+        original(tensor, scope)  # its scalars are arrays of one element, which NumPy no longer takes for numbers
         scope.set_attr(tensor, "__index__", lambda self: int(_array(self).reshape(-1)[0]))
         scope.set_attr(tensor, "__bool__", lambda self: bool(_array(self).all()))
 
@@ -461,9 +457,7 @@ def run_host(ws, call, mine):
     function(ws, mine.x, mine.residual, call.weight, 1e-5, call.bias, call.form, **outs, **call.options)
 
 
-def make_call(
-    kind, tokens, world, hidden, dtype, residual=True, weight=BF16, bias=0.0, form=SCALE, **options
-):
+def make_call(kind, tokens, world, hidden, dtype, residual=True, weight=BF16, bias=0.0, form=SCALE, **options):
     """Inputs of all ranks, places for their results, and the exact ones. Holds -0.0, NaN and the sentinel."""
     parts = [torch.randn(tokens, hidden).to(dtype) for _ in range(world)]
     if tokens > 1:
@@ -519,9 +513,7 @@ def simulate(world, hidden, dtype, specs, multiprocessors=3):
     torch.set_num_threads(1)
     install_doubles()
     torch.manual_seed(0)
-    spaces_of = [
-        CpuWorkspace(rank, world, hidden, dtype, (8, 16, 24), 1, multiprocessors) for rank in range(world)
-    ]
+    spaces_of = [CpuWorkspace(rank, world, hidden, dtype, (8, 16, 24), 1, multiprocessors) for rank in range(world)]
     buffers = [shared_tensor((spaces_of[0].layout.nbytes,), torch.uint8).zero_() for _ in range(world)]
     layout = spaces_of[0].layout
     areas = [slice(layout.offsets[n], layout.offsets[n] + layout.sizes[n]) for n in layout.ones]

@@ -36,9 +36,7 @@ def _sharded_logits(name: str) -> torch.Tensor:
 def _decoded_logits(name: str, cache: str) -> torch.Tensor:
     spec = MODELS[name]
     with torch.no_grad():
-        return torch.cat(
-            prefill_and_decode(spec.build(torch.float32), spec.inputs(2, 8), DECODE_STEPS, cache), 1
-        )
+        return torch.cat(prefill_and_decode(spec.build(torch.float32), spec.inputs(2, 8), DECODE_STEPS, cache), 1)
 
 
 def _reference_logits(name: str) -> torch.Tensor:

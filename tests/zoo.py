@@ -90,9 +90,7 @@ class ModelSpec:
         """The whole model with the same weights; dtype may be float64."""
         return self.make(dtype, torch.device(device), False)
 
-    def inputs(
-        self, batch: int, tokens: int, device: torch.device | str = "cpu", seed: int = 0
-    ) -> torch.Tensor:
+    def inputs(self, batch: int, tokens: int, device: torch.device | str = "cpu", seed: int = 0) -> torch.Tensor:
         """Random token ids (batch, tokens), the same on every rank."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(3, VOCAB, (batch, tokens), generator=generator).to(device)
@@ -135,17 +133,11 @@ def prefill_and_decode(
     if cache not in ("static", "dynamic"):
         raise ValueError(f"cache must be 'static' or 'dynamic', not {cache!r}")
     tokens = ids.shape[1]
-    kv = (
-        StaticCache(inner.config, max_cache_len=tokens)
-        if cache == "static"
-        else DynamicCache(config=inner.config)
-    )
+    kv = StaticCache(inner.config, max_cache_len=tokens) if cache == "static" else DynamicCache(config=inner.config)
     # Contiguous, as generate() feeds them: a view's stride would become one more dynamic size.
     parts = [part.contiguous() for part in ids.split([tokens - steps] + [1] * steps, dim=1)]
     runs = [prefill or model] + [model] * steps
-    return [
-        run(part, past_key_values=kv, use_cache=True).logits for run, part in zip(runs, parts, strict=True)
-    ]
+    return [run(part, past_key_values=kv, use_cache=True).logits for run, part in zip(runs, parts, strict=True)]
 
 
 def _unshared(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -284,9 +276,7 @@ def _check_hf(classes: tuple[str, str], ep: bool, since: tuple[int, int]) -> str
     import transformers
 
     if _transformers_version() < since:
-        return (
-            f"transformers {transformers.__version__} gets {classes[0]} wrong, {since[0]}.{since[1]} does not"
-        )
+        return f"transformers {transformers.__version__} gets {classes[0]} wrong, {since[0]}.{since[1]} does not"
     missing = [name for name in classes if not hasattr(transformers, name)]
     if missing:
         return f"transformers {transformers.__version__} has no {missing[0]}"
@@ -327,9 +317,7 @@ _EP = "expert parallelism: the all-reduce adds the outputs of each rank's whole 
 
 _HF_MODELS = (
     _hf("llama", "Llama"),
-    _hf(
-        "llama_bias", "Llama", {"attention_bias": True, "mlp_bias": True}, note="a bias after the all-reduce"
-    ),
+    _hf("llama_bias", "Llama", {"attention_bias": True, "mlp_bias": True}, note="a bias after the all-reduce"),
     _hf("mistral", "Mistral", {**_HEAD, "sliding_window": None}),
     _hf("qwen2", "Qwen2", {"tie_word_embeddings": True}),
     _hf("qwen3", "Qwen3", _HEAD),
@@ -351,9 +339,7 @@ _HF_MODELS = (
     _hf("mixtral", "Mixtral", _LOCAL_EXPERTS),
     _hf("olmoe", "Olmoe", _EXPERTS),
     _hf("minimax_m2", "MiniMaxM2", {**_HEAD, **_LOCAL_EXPERTS, "rotary_dim": HEAD_DIM}),
-    _hf(
-        "deepseek_v3", "DeepseekV3", {**_MLA, **_ROUTED}, 4, merges=1, note="attention is whole on every rank"
-    ),
+    _hf("deepseek_v3", "DeepseekV3", {**_MLA, **_ROUTED}, 4, merges=1, note="attention is whole on every rank"),
     _hf("glm4", "Glm4", {**_HEAD, "partial_rotary_factor": 0.5}),
     _hf("glm4_moe", "Glm4Moe", {**_HEAD, **_ROUTED}, 6, merges=1),
     _hf("granite", "Granite", {**_SCALES, "logits_scaling": 8.0}),
@@ -505,9 +491,7 @@ def _parallelize(model: NativeModel, sequence: bool) -> None:
     if sequence:
         gather = PrepareModuleInput(input_layouts=(residual,), desired_input_layouts=(Replicate(),))
         plan |= {"layers.*.attention": gather, "layers.*.feed_forward": gather}
-        plan |= {
-            path: SequenceParallel() for path in ("norm", "layers.*.attention_norm", "layers.*.ffn_norm")
-        }
+        plan |= {path: SequenceParallel() for path in ("norm", "layers.*.attention_norm", "layers.*.ffn_norm")}
     mesh = init_device_mesh(model.output.weight.device.type, (dist.get_world_size(),))
     parallelize_module(model, mesh, plan)
 
@@ -564,9 +548,7 @@ _NATIVE_MODELS = (
     _native("native", Block, _RMS_NORM, partial(_parallelize, sequence=False), 5),
     _native("native_sequence", Block, _RMS_NORM, partial(_parallelize, sequence=True), 0, reduce_scatters=5),
     _native("hand_written", Block, OwnNorm, _slice_by_hand, 4),
-    _native(
-        "coalesced", CoalescedBlock, OwnNorm, _slice_by_hand, 4, merges=2, note="two norms read each sum"
-    ),
+    _native("coalesced", CoalescedBlock, OwnNorm, _slice_by_hand, 4, merges=2, note="two norms read each sum"),
 )
 
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (*_HF_MODELS, *_NATIVE_MODELS)}

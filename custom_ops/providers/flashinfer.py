@@ -110,9 +110,7 @@ def library() -> Library:
         return Library(None, "", f"importing FlashInfer failed: {describe(error)}")
     if not version_ok(version):
         wanted = ".".join(map(str, MIN_VERSION))
-        return Library(
-            None, version, f"FlashInfer {version} is too old, {wanted} is needed: {INSTALL} --upgrade"
-        )
+        return Library(None, version, f"FlashInfer {version} is too old, {wanted} is needed: {INSTALL} --upgrade")
     try:
         comm = importlib.import_module("flashinfer.comm")
     except Exception as error:
@@ -212,13 +210,9 @@ def cuda_home(nvcc: str) -> Path | None:
     """The toolkit that a compiler belongs to, also where what is on PATH is a script that calls it."""
     nearby = [Path(nvcc).parent.parent, Path(os.path.realpath(nvcc)).parent.parent]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        dry = subprocess.run(
-            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, timeout=30
-        )
+        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, timeout=30)
         nearby += [Path(top).resolve() for top in re.findall(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)]
-    return next(
-        (home for home in nearby if (home / "bin/nvcc").exists() and (home / "include/cuda.h").exists()), None
-    )
+    return next((home for home in nearby if (home / "bin/nvcc").exists() and (home / "include/cuda.h").exists()), None)
 
 
 @contextlib.contextmanager
@@ -267,9 +261,7 @@ def load_kernels(loud: bool) -> None:
 _HINT = " (`python -m fusewire prebuild` does it ahead)"
 
 
-def announcement(
-    state: Kernels, after_s: float = 0.0, hint: str = _HINT
-) -> contextlib.AbstractContextManager[None]:
+def announcement(state: Kernels, after_s: float = 0.0, hint: str = _HINT) -> contextlib.AbstractContextManager[None]:
     """Says while FlashInfer compiles what happens, since when, and where the result goes."""
     before = set(state.objects)
     return announced(
@@ -295,8 +287,7 @@ def limits(hidden: int, dtype: torch.dtype, world_size: int) -> Support:
         ),
         (
             hidden > 0 and hidden % vector == 0,
-            f"hidden size {hidden} is not a multiple of {vector}, the {_name(dtype)} elements of one "
-            "16-byte access",
+            f"hidden size {hidden} is not a multiple of {vector}, the {_name(dtype)} elements of one 16-byte access",
         ),
         (
             block_threads(hidden, dtype) <= _MAX_BLOCK,
@@ -491,9 +482,7 @@ class FlashInferProvider(WorkspaceProvider):
     def limits(self, hidden: int, dtype: torch.dtype, world_size: int) -> Support:
         return limits(hidden, dtype, world_size)
 
-    def token_limit(
-        self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int
-    ) -> range:
+    def token_limit(self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> range:
         return token_limit(variant, hidden, dtype, world_size, max_tokens)
 
     def max_tokens(self, hidden: int, dtype: torch.dtype, world_size: int) -> int:
@@ -517,9 +506,7 @@ class FlashInferProvider(WorkspaceProvider):
                 group=request.group,
             )
             made = FlashInferWorkspace(request, handle, comm)
-            if (
-                request.device.type == "cuda"
-            ):  # our buffers are filled on this thread's stream, not the caller's
+            if request.device.type == "cuda":  # our buffers are filled on this thread's stream, not the caller's
                 torch.cuda.synchronize()
             return made
 
@@ -555,9 +542,7 @@ def _check_peers(request: Request) -> None:
     visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
     for fact in request.facts:
         peer = visible.get(str(fact.get("uuid")))
-        if peer not in (None, request.device.index) and not torch.cuda.can_device_access_peer(
-            request.device, peer
-        ):
+        if peer not in (None, request.device.index) and not torch.cuda.can_device_access_peer(request.device, peer):
             raise WorkspaceError(
                 f"{request.device} cannot access the memory of cuda:{peer} (`python -m fusewire doctor` "
                 "prints the links); "
@@ -610,9 +595,7 @@ def _prove_results(workspace: FlashInferWorkspace, limit_s: float = 60.0) -> Non
         parts = [_eighths(tokens, hidden, 3 * rank + 1, workspace) for rank in range(ranks)]
         residual, weight = _eighths(tokens, hidden, 50, workspace), _eighths(1, hidden, 51, workspace)[0]
         x = parts[workspace.rank].to(dtype)
-        norm, total = workspace.run(
-            variant == ONE_SHOT, x, residual.to(dtype), weight.to(dtype), 0.25, weight_bias
-        )
+        norm, total = workspace.run(variant == ONE_SHOT, x, residual.to(dtype), weight.to(dtype), 0.25, weight_bias)
         exact = sum(parts, residual)
         scaled = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 0.25) * (weight_bias + weight)
         close = (norm.double() - scaled).abs() <= scaled.abs() * 4 * torch.finfo(dtype).eps + 1e-30

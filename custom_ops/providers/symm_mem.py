@@ -150,9 +150,7 @@ def two_shot(
             residual_out must be None. Only with "flags". See `SymmMemWorkspace.output` for how long it lives.
     """
     if output is not None and (residual_out is not None or not need_residual):
-        raise ArgumentError(
-            "output names the buffer of the residual: leave residual_out None and need_residual True"
-        )
+        raise ArgumentError("output names the buffer of the residual: leave residual_out None and need_residual True")
     rows, tokens = prepared(ws, x, weight, eps, weight_bias, form, ws.layout.max_tokens, "two-shot")
     residual = residual_like(residual, x)
     norm_out = output_like(norm_out, x, x, "norm_out")
@@ -221,9 +219,7 @@ def two_shot_sharded(
         if owned < shard:
             residual_out[owned:].zero_()
     elif need_residual:
-        residual_out = output_like(
-            residual_out, x.new_empty((shard, ws.hidden), device="meta"), x, "residual_out"
-        )
+        residual_out = output_like(residual_out, x.new_empty((shard, ws.hidden), device="meta"), x, "residual_out")
     else:
         residual_out = None
     if output is not None:

@@ -36,8 +36,7 @@ def prepared(
     tokens = x.numel() // ws.hidden
     if tokens > capacity:
         raise ArgumentError(
-            f"x has {tokens} tokens, but this workspace takes at most {capacity} in a {kind} call; make a "
-            "larger one"
+            f"x has {tokens} tokens, but this workspace takes at most {capacity} in a {kind} call; make a larger one"
         )
     return aligned(x).view(tokens, ws.hidden), tokens
 
@@ -60,9 +59,7 @@ def residual_like(t: Tensor | None, x: Tensor) -> Tensor | None:
     return aligned(t)
 
 
-def residual_shard(
-    t: Tensor | None, x: Tensor, shard: int, owned: int, ws: SymmMemWorkspace
-) -> Tensor | None:
+def residual_shard(t: Tensor | None, x: Tensor, shard: int, owned: int, ws: SymmMemWorkspace) -> Tensor | None:
     """This rank's rows of the residual, contiguous and aligned."""
     if t is None:
         return None
@@ -81,9 +78,7 @@ def output_like(t: Tensor | None, like: Tensor, x: Tensor, name: str) -> Tensor:
     if t is None:
         return torch.empty(like.shape, dtype=x.dtype, device=x.device)
     if t.shape != like.shape or t.dtype != x.dtype or t.device != x.device:
-        raise ArgumentError(
-            f"{name} must be {x.dtype} {list(like.shape)} on {x.device}, not {t.dtype} {list(t.shape)}"
-        )
+        raise ArgumentError(f"{name} must be {x.dtype} {list(like.shape)} on {x.device}, not {t.dtype} {list(t.shape)}")
     if t.numel() and (not t.is_contiguous() or t.data_ptr() % 16 or t.data_ptr() == x.data_ptr()):
         raise ArgumentError(f"{name} must be contiguous, on a 16-byte boundary, and not x itself")
     return t

@@ -176,9 +176,7 @@ def two_shot_flags_kernel(
         taken = i - (ahead + lag) * programs
         if (taken >= 0) & (taken < shard):
             flag = flags_in + result_flags + tl.cast(taken, tl.int64) * 8
-            late = wait_flag(
-                flag, call, is_peer & (taken < peer_rows), ctl_at, WAIT_RESULT_FLAG, thread, True
-            )
+            late = wait_flag(flag, call, is_peer & (taken < peer_rows), ctl_at, WAIT_RESULT_FLAG, thread, True)
             bad = tl.max(late, axis=0)
             tl.debug_barrier()
             if FULL or not IN_PLACE:

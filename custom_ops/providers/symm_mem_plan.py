@@ -76,10 +76,7 @@ def check_plan(plan: Plan, packets: int, multiprocessors: int) -> str | None:
             f"multiprocessors at once (or are fewer than the {plan.slices} slices)"
         )
     if plan.unroll not in (1, 2, 4, 8) or plan.ahead < 1 or plan.lag < 0:
-        return (
-            f"unroll {plan.unroll} (1, 2, 4, 8), ahead {plan.ahead} (>= 1) or lag {plan.lag} (>= 0) is out "
-            "of range"
-        )
+        return f"unroll {plan.unroll} (1, 2, 4, 8), ahead {plan.ahead} (>= 1) or lag {plan.lag} (>= 0) is out of range"
     return None
 
 

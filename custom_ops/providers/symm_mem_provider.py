@@ -179,9 +179,7 @@ class SymmMemProvider(WorkspaceProvider):
         reason = unsupported_reason(world_size, hidden, dtype)
         return YES if reason is None else Support.no(reason)
 
-    def token_limit(
-        self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int
-    ) -> range:
+    def token_limit(self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> range:
         return range(min(ONE_SHOT_TOKENS, max_tokens) + 1 if variant == SYMM_ONE_SHOT else max_tokens + 1)
 
     def max_tokens(self, hidden: int, dtype: torch.dtype, world_size: int) -> int:

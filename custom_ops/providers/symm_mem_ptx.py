@@ -188,8 +188,7 @@ def load16(addr: tl.tensor, mask: tl.tensor, COHERENT: tl.constexpr) -> tl.tuple
 def load8(addr: tl.tensor, mask: tl.tensor) -> tl.tuple:
     """8 bytes at each address as two int32 tensors, zeros where masked."""
     return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
-        "@p ld.global.v2.b32 {$0, $1}, [$2]; }",
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.v2.b32 {$0, $1}, [$2]; }",
         "=&r,=&r,l,r",
         (addr, mask.to(tl.int32)),
         dtype=_int32s(2),
@@ -213,9 +212,7 @@ def load_i64(addr: tl.tensor, mask: tl.tensor) -> tl.tensor:
 
 @triton.constexpr_function
 def _store_asm(op: str) -> str:
-    return (
-        f"{{ .reg .pred p; setp.ne.b32 p, $6, 0; @p {op}.v4.b32 [$1], {{$2, $3, $4, $5}}; mov.b32 $0, 0; }}"
-    )
+    return f"{{ .reg .pred p; setp.ne.b32 p, $6, 0; @p {op}.v4.b32 [$1], {{$2, $3, $4, $5}}; mov.b32 $0, 0; }}"
 
 
 @triton.jit
@@ -369,9 +366,7 @@ def add_counter(addr: tl.tensor, amount: tl.tensor, mask: tl.tensor) -> None:
 @triton.jit
 def grid_dependency_wait() -> None:
     """Programmatic dependent launch: wait until the kernels before this one have ended, memory included."""
-    tl.inline_asm_elementwise(
-        "griddepcontrol.wait; mov.b32 $0, 0;", "=r", (), dtype=tl.int32, is_pure=False, pack=1
-    )
+    tl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", (), dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

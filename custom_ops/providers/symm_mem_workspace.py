@@ -34,9 +34,7 @@ CTL_ZEROS = 16  # 16 bytes that stay zero: where masked lanes poll
 CTL_WORDS = 32
 
 # What a kernel was waiting for.
-WAIT_ONE_SHOT, WAIT_PARTIAL_DATA, WAIT_RESULT_DATA, WAIT_PARTIAL_FLAG, WAIT_RESULT_FLAG, WAIT_SLICE = range(
-    1, 7
-)
+WAIT_ONE_SHOT, WAIT_PARTIAL_DATA, WAIT_RESULT_DATA, WAIT_PARTIAL_FLAG, WAIT_RESULT_FLAG, WAIT_SLICE = range(1, 7)
 _WAITS = {
     WAIT_ONE_SHOT: "one-shot all-reduce + norm: its rows",
     WAIT_PARTIAL_DATA: "two-shot all-reduce + norm (data as flag): its partial rows",
@@ -206,13 +204,10 @@ class SymmMemWorkspace:
             raise ArgumentError(reason)
         if max_tokens < 1 or one_shot_tokens < 1 or data_tokens < 1 or outputs < 0 or not timeout_s > 0:
             raise ArgumentError(
-                "max_tokens, one_shot_tokens, data_tokens and timeout_s must be positive, outputs not "
-                "negative"
+                "max_tokens, one_shot_tokens, data_tokens and timeout_s must be positive, outputs not negative"
             )
         if torch.cuda.is_current_stream_capturing():
-            raise CaptureError(
-                "a symmetric workspace cannot be made during CUDA graph capture; make it before"
-            )
+            raise CaptureError("a symmetric workspace cannot be made during CUDA graph capture; make it before")
         self.group_name = group_name
         self._group = group
         self.rank: int = group.rank()

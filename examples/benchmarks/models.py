@@ -145,18 +145,14 @@ def compiled(model: torch.nn.Module, backend: str) -> torch.nn.Module:
     return torch.compile(model, backend=backend, dynamic=False)
 
 
-def prefill(
-    model: torch.nn.Module, backend: str, ids: torch.Tensor, timed: bool
-) -> tuple[torch.Tensor, float]:
+def prefill(model: torch.nn.Module, backend: str, ids: torch.Tensor, timed: bool) -> tuple[torch.Tensor, float]:
     """Logits of one forward pass without a cache, and its time."""
     run = compiled(model, backend)
     logits = run(ids, use_cache=False).logits.float().clone()
     return logits, replay_ms(lambda: run(ids, use_cache=False)) if timed else 0.0
 
 
-def decode(
-    model: torch.nn.Module, backend: str | None, batch: int, seed: int = 1
-) -> tuple[torch.Tensor, float]:
+def decode(model: torch.nn.Module, backend: str | None, batch: int, seed: int = 1) -> tuple[torch.Tensor, float]:
     """Logits of one decode step after a context of CONTEXT tokens in a static KV cache, and its time.
 
     Without a backend the step runs eagerly, once, untimed.
@@ -205,9 +201,7 @@ def measure(name: str, arguments: argparse.Namespace) -> list[Row]:
             got, fused_ms = decode(model, "fusewire", tokens)
             errors = (relative(eager, want), relative(base, want), relative(got, want))
         report = fusewire.report()
-        rows.append(
-            Row(name, world_size, phase, tokens, base_ms, fused_ms, report.fused, report.found, *errors)
-        )
+        rows.append(Row(name, world_size, phase, tokens, base_ms, fused_ms, report.fused, report.found, *errors))
         say(show(rows[-1]))
         if report.fused != report.found:
             say(str(report))
@@ -228,15 +222,11 @@ def say(text: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="llama-8b,qwen3-32b,gemma3-27b", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048], help="tokens of the prefill")
-    parser.add_argument(
-        "--decode", type=int, nargs="*", default=[1, 32], help="batch sizes of the decode step"
-    )
+    parser.add_argument("--decode", type=int, nargs="*", default=[1, 32], help="batch sizes of the decode step")
     parser.add_argument("--out", type=Path, help="directory for models.json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -258,9 +248,7 @@ def main() -> int:
             torch.cuda.empty_cache()
     if arguments.out and dist.get_rank() == 0:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "models.json").write_text(
-            json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
-        )
+        (arguments.out / "models.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     dist.destroy_process_group()
     return 0
 

@@ -81,9 +81,7 @@ class Checks:
     def later(self, phase: str, name: str, bad: dict, *outputs: torch.Tensor) -> None:
         """`bad`: counts of wrong elements; `outputs` must be equal bit for bit on all ranks."""
         values = [*bad.values(), *(fingerprint(output) for output in outputs)]
-        self._pending.append(
-            (phase, name, list(bad), torch.stack([value.to(torch.int64) for value in values]))
-        )
+        self._pending.append((phase, name, list(bad), torch.stack([value.to(torch.int64) for value in values])))
 
     def flush(self, group: dist.ProcessGroup | None = None) -> None:
         if not self._pending:
@@ -228,9 +226,7 @@ def matrix_case(c: Context, made, reference: Reference, path: str, tokens: int, 
         x = x.view(2, tokens // 2, -1)
         residual = residual if residual is None else residual.view(x.shape)
     poison(x)
-    norm, total = made.run(
-        path == ONE_SHOT, x, residual, reference.weight if with_weight else None, EPS, weight_bias
-    )
+    norm, total = made.run(path == ONE_SHOT, x, residual, reference.weight if with_weight else None, EPS, weight_bias)
     assert norm.shape == total.shape == x.shape
     label = f"{path} {str(reference.dtype)[6:]} hidden {x.shape[-1]} tokens {tokens} {name}"
     c.checks.later("matrix", label, reference.check(name, norm, total, tokens), norm, total)
@@ -291,9 +287,7 @@ def guard_bands(c: Context, made, dtype: torch.dtype, hidden: int) -> None:
     """The kernels write their outputs and nothing beside them."""
     for path in (ONE_SHOT, TWO_SHOT):
         tokens, band = 33, 8
-        buffers = [
-            torch.full((tokens + 2 * band, hidden), 777.0, dtype=dtype, device=c.device) for _ in range(2)
-        ]
+        buffers = [torch.full((tokens + 2 * band, hidden), 777.0, dtype=dtype, device=c.device) for _ in range(2)]
         norm, total = (buffer[band : band + tokens] for buffer in buffers)
         x = torch.randn(tokens, hidden, device=c.device).to(dtype)
         made._fused(
@@ -353,9 +347,7 @@ def largest(c: Context) -> None:
         for _ in range(4):  # all three of one-shot's buffers, and the first again
             _, found = made.run(path == ONE_SHOT, mine, None, None, EPS, 0.0)
         bad = {"sum": (ordered(found) != ordered(wanted)).sum()}
-        c.checks.later(
-            "limits", f"{path} at the limit of 1 GiB: {tokens} tokens of hidden size {hidden}", bad
-        )
+        c.checks.later("limits", f"{path} at the limit of 1 GiB: {tokens} tokens of hidden size {hidden}", bad)
     c.checks.flush()
     workspace.close()
     return None
@@ -452,9 +444,7 @@ def subgroups(c: Context) -> None:
     wanted = sum_of([reference.parts[r] for r in members])
     for repeat in range(3):
         for path in (ONE_SHOT, TWO_SHOT):
-            norm, total = pair.run(
-                path == ONE_SHOT, reference.parts[c.rank], None, reference.weight, EPS, 0.0
-            )
+            norm, total = pair.run(path == ONE_SHOT, reference.parts[c.rank], None, reference.weight, EPS, 0.0)
             bad = {"sum": (ordered(total) != ordered(wanted)).sum(), "nan": norm.isnan().sum()}
             c.checks.later("subgroups", f"pair {members} {path} {repeat}", bad)
             args = (reference.parts[c.rank], reference.residual, reference.weight, EPS, 0.0)
@@ -520,9 +510,7 @@ def inductor(c: Context) -> None:
         torch._dynamo.reset()
         compiled = torch.compile(layer, options=options, dynamic=None if options else True)
         for tokens in (8, 8, 8, 64, 64, 64):
-            norm, total = compiled(
-                reference.parts[c.rank][:tokens].clone(), reference.residual[:tokens].clone()
-            )
+            norm, total = compiled(reference.parts[c.rank][:tokens].clone(), reference.residual[:tokens].clone())
             bad = reference.check("residual", norm / 2.0, total, tokens)
             c.checks.later("inductor", f"{label} {tokens} tokens", bad)
             c.checks.flush()
@@ -639,9 +627,7 @@ def table(checks: Checks) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("flashinfer_check"), help="directory for logs")
     parser.add_argument("--phase", action="append", choices=PHASES, help="run only these phases")
     parser.add_argument("--patience", type=float, default=1.0, help="multiplies every phase's time limit")

@@ -56,9 +56,7 @@ def operators(policy: str, hidden: int, dtype: torch.dtype) -> None:
         (1, 3, 17, 64, 129, 513, 2048), FORMS, (True, False), (True, False)
     ):
         x = torch.randn(tokens, hidden, generator=generator, device="cuda").to(dtype)
-        residual = (
-            torch.randn(tokens, hidden, generator=shared, device="cuda").to(dtype) if has_residual else None
-        )
+        residual = torch.randn(tokens, hidden, generator=shared, device="cuda").to(dtype) if has_residual else None
         weight = torch.randn(hidden, generator=shared, device="cuda").to(dtype) if has_weight else None
         name = f"{policy} {tokens}x{hidden} {dtype} {form} residual={has_residual} weight={has_weight}"
         norm, summed = all_reduce_rms_norm(x, residual, weight, EPS, 1.0, form, group, policy=policy)
@@ -80,9 +78,7 @@ class Block(torch.nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         options = {"device": "cuda", "dtype": torch.bfloat16}
-        self.mix = torch.nn.ModuleList(
-            torch.nn.Linear(hidden, hidden, bias=False, **options) for _ in range(2)
-        )
+        self.mix = torch.nn.ModuleList(torch.nn.Linear(hidden, hidden, bias=False, **options) for _ in range(2))
         self.norms = torch.nn.ParameterList(torch.ones(hidden, **options) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -270,9 +270,7 @@ def fingerprint(tensor: torch.Tensor) -> int:
     total = 0
     for start in range(0, len(flat), 1 << 24):
         part = flat[start : start + (1 << 24)].long()
-        factors = (
-            torch.arange(start, start + len(part), device=flat.device).mul_(2654435761).remainder_(1 << 31)
-        )
+        factors = torch.arange(start, start + len(part), device=flat.device).mul_(2654435761).remainder_(1 << 31)
         total = (total + int((part * (factors | 1)).sum())) % (1 << 61)
     return total
 
@@ -346,9 +344,7 @@ def several(run: Run, hidden: int, dtype: torch.dtype, cases: list[Case]) -> Non
     """All cases of a workspace."""
     if not run.step("workspace", f"{hidden} {dtype}", lambda: run.workspace(hidden, dtype).rank * 0):
         return
-    run.step(
-        "compile", f"{hidden} {dtype}", lambda: precompile(run, [lambda c=c: dry(run, c) for c in cases])
-    )
+    run.step("compile", f"{hidden} {dtype}", lambda: precompile(run, [lambda c=c: dry(run, c) for c in cases]))
     for case in cases:
 
         def work(case: Case = case) -> tuple:
