@@ -60,7 +60,7 @@ def pass_names() -> tuple[str, ...]:
 def register_pass(
     name: str, run: UserPass, *, before: str | None = None, after: str | None = None, source: str | None = None
 ) -> None:
-    """Add a pass of your own to those that every graph goes through.
+    """Add a pass of your own to those that every inference graph goes through (training graphs are left alone).
 
     Args:
         name: shown in reports and usable in PassConfig.disabled_passes.
