@@ -777,4 +777,4 @@ def test_passes_cost_little(tmp_path):
     assert (small["fused"], large["fused"]) == (8, 32)
     assert large["pass_seconds"] < 8 * small["pass_seconds"]
     assert large["peak_megabytes"] < 20
-    assert small["share"] > 0
+    assert small["clock_share"] > 0
