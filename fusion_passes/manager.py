@@ -9,7 +9,6 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
