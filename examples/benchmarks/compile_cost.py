@@ -164,9 +164,11 @@ def measure_passes(model: Model, ids: Tensor, repeat: int) -> Row:
         for _ in range(repeat):
             copied = copy_of(graph)
             gc.collect()
+            gc.disable()  # a full collection takes as long as the passes, and falls into a run or not
             start = processor_time(resource.RUSAGE_THREAD)
             fusewire.run_passes(copied)
             seconds.append(processor_time(resource.RUSAGE_THREAD) - start)
+            gc.enable()
         copied = copy_of(graph)
         gc.collect()
         tracemalloc.start()
