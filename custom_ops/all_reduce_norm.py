@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -145,11 +146,16 @@ def all_reduce_rms_norm_rank_ordered(
     return normalize(summed, weight, eps, weight_bias, form), summed
 
 
-def _no_backward(ctx: Any, *grads: Tensor | None) -> None:
-    raise TrainingError(
-        "fusewire::all_reduce_rms_norm is for inference and has no backward; run the model under torch.no_grad(), or "
-        "compile the training step without fusewire"
-    )
+def no_backward(op_name: str) -> Callable[..., None]:
+    """The backward of an operator that has none: it says so."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> None:
+        raise TrainingError(
+            f"fusewire::{op_name} is for inference and has no backward; run the model under torch.no_grad(), or "
+            "compile the training step without fusewire"
+        )
+
+    return refuse
 
 
-torch.library.register_autograd("fusewire::all_reduce_rms_norm", _no_backward)
+torch.library.register_autograd("fusewire::all_reduce_rms_norm", no_backward("all_reduce_rms_norm"))

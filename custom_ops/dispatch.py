@@ -41,14 +41,15 @@ from fusewire.custom_ops.ir import (
     unknown_provider,
 )
 from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.plan_vote import agreed_plan, expected_plan, tuned_plan
 from fusewire.custom_ops.plans import Plan, find_plan
-from fusewire.custom_ops.workspace import PROVIDERS, REGISTRY, Entry, WorkspaceKey, WorkspaceProvider
+from fusewire.custom_ops.workspace import PROVIDERS, REGISTRY, Entry, Workspace, WorkspaceKey, WorkspaceProvider
 from fusewire.errors import ConfigError, NoProviderError
 
 # Memory that a workspace may take on each GPU where nobody said how many tokens it is for.
 DEFAULT_WORKSPACE_BYTES = 512 << 20
 _LIMITED_BY_SIZE = "flashinfer"
-_NORM_KERNEL = "triton_batch_invariant"
+NORM_KERNEL = "triton_batch_invariant"
 _MAX_DECISIONS = 1 << 15
 
 
@@ -247,13 +248,22 @@ def _octaves(end: int) -> list[tuple[int, int]]:
 # --- The selector -------------------------------------------------------------------------------------------
 
 
-class _Decision(NamedTuple):
+class Decision(NamedTuple):
+    """The provider of a call.
+
+    Attributes:
+        held: name, workspace and variant, where it works in a workspace.
+        extended: what fusewire.custom_ops.extended made of it, by operator.
+    """
+
     provider: Provider
     snapshot: tuple[tuple[str, Provider], ...]
     group: weakref.ref[dist.ProcessGroup] | None
+    held: tuple[str, Workspace, str] | None
+    extended: dict[Any, Provider]
 
 
-_decisions: dict[tuple[Any, ...], _Decision] = {}
+_decisions: dict[tuple[Any, ...], Decision] = {}
 _version = 0
 _resolve: Callable[[str], Any] = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined,assignment]
 
@@ -261,6 +271,14 @@ _resolve: Callable[[str], Any] = dist.distributed_c10d._resolve_process_group  #
 def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
     """The provider for a call, its `fn` bound to the workspace and the variant. Installed as the op's
     selector.
+
+    Raises: as `decide`.
+    """
+    return decide(op, args, policy).provider
+
+
+def decide(op: IrOp, args: tuple[Any, ...], policy: str) -> Decision:
+    """The decision for a call: made once, then looked up.
 
     Raises:
         NoProviderError: the policy names nothing that can serve; the message has each one's reason.
@@ -287,17 +305,17 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
         _version = REGISTRY.version
     found = _decisions.get(key)
     if found is not None and _holds(found, op, group_name):
-        return found.provider
+        return found
     decision, keep = _decide(op, args, policy)
     if keep:
         if len(_decisions) >= _MAX_DECISIONS:
             _decisions.clear()
         _version = REGISTRY.version
         _decisions[key] = decision
-    return decision.provider
+    return decision
 
 
-def _holds(decision: _Decision, op: IrOp, group_name: str) -> bool:
+def _holds(decision: Decision, op: IrOp, group_name: str) -> bool:
     for name, provider in decision.snapshot:
         if op.providers.get(name) is not provider:
             return False
@@ -307,7 +325,7 @@ def _holds(decision: _Decision, op: IrOp, group_name: str) -> bool:
         return False
 
 
-def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[_Decision, bool]:
+def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[Decision, bool]:
     """The decision, and whether it may be kept."""
     read = read_policy(op, policy)
     for name in read.names:
@@ -317,7 +335,7 @@ def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[_Decision, bo
     x = args[0]
     if not _on_gpu(x):
         chosen = op.choose(*args, policy=",".join(read.names)).provider
-        return _Decision(chosen, snapshot, None), True
+        return Decision(chosen, snapshot, None, None, {}), True
     group = resolve_group(args[6])
     shape = Shape(x.numel() // x.shape[-1] if x.shape[-1] else 0, x.shape[-1], x.dtype, group.size())
     found, entries, keep = _look(op, args, read, shape, group)
@@ -330,13 +348,15 @@ def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[_Decision, bo
         )
     name, label = found.candidate.name, found.candidate.label
     provider = op.providers[name]
+    held = None
     if name in PROVIDERS:
         workspace = entries[name].workspace
         assert workspace is not None
+        held = (name, workspace, label)
         provider = dataclasses.replace(provider, fn=PROVIDERS[name].bind(workspace, label))
     elif name == NATIVE and _norm_kernel_serves(args):
         provider = dataclasses.replace(provider, fn=_native_with_norm_kernel)
-    return _Decision(provider, snapshot, weakref.ref(group)), keep
+    return Decision(provider, snapshot, weakref.ref(group), held, {}), keep
 
 
 def _on_gpu(x: torch.Tensor) -> bool:
@@ -346,7 +366,7 @@ def _on_gpu(x: torch.Tensor) -> bool:
 def _norm_kernel_serves(args: tuple[Any, ...]) -> bool:
     x, residual, weight, eps, weight_bias, form, _ = args
     fitting = x if residual is None else residual
-    kernel = fused_add_rms_norm.providers[_NORM_KERNEL]
+    kernel = fused_add_rms_norm.providers[NORM_KERNEL]
     return bool(kernel.check(x, fitting, weight, eps, weight_bias, form))
 
 
@@ -365,9 +385,9 @@ def _native_with_norm_kernel(
     """
     summed = all_reduce_sum(x, group_name)
     if residual is None:
-        norm = rms_norm.providers[_NORM_KERNEL].fn(summed, weight, eps, weight_bias, form)
+        norm = rms_norm.providers[NORM_KERNEL].fn(summed, weight, eps, weight_bias, form)
         return norm, summed
-    both: tuple[torch.Tensor, torch.Tensor] = fused_add_rms_norm.providers[_NORM_KERNEL].fn(
+    both: tuple[torch.Tensor, torch.Tensor] = fused_add_rms_norm.providers[NORM_KERNEL].fn(
         summed, residual, weight, eps, weight_bias, form
     )
     return both
@@ -396,7 +416,8 @@ def _look(
             entries[name] = entry
             gpu = gpu or common_gpu(entry.facts)
             rooms[name] = Room(entry.workspace.max_tokens if entry.workspace else 0, entry.reason)
-    plan = find_plan(gpu or "these GPUs", shape.world_size, shape.hidden, shape.dtype)
+    tuned = agreed_plan(group, shape.hidden, shape.dtype)
+    plan = find_plan(gpu or "these GPUs", shape.world_size, shape.hidden, shape.dtype, tuned)
     return pick(shape, policy, plan, rooms, reasons), entries, keep
 
 
@@ -410,7 +431,8 @@ def _open(
     machine = REGISTRY.machine(keeper, group, device)
     if machine.reason:
         return machine
-    plan = find_plan(common_gpu(machine.facts), shape.world_size, shape.hidden, shape.dtype)
+    tuned = tuned_plan(group, shape.hidden, shape.dtype, device)
+    plan = find_plan(common_gpu(machine.facts), shape.world_size, shape.hidden, shape.dtype, tuned)
     tokens = wanted_tokens(keeper, shape, policy, plan)
     if tokens < 1:
         return dataclasses.replace(machine, reason=_no_use(policy, plan))
@@ -470,7 +492,10 @@ def explain_plan(
     pg = resolve_group(group) if isinstance(group, str) else group
     world_size = pg if isinstance(pg, int) else pg.size()
     name = gpu or _gpu_name(device)
-    plan = find_plan(name, world_size, hidden, dtype)
+    tuned = None if isinstance(pg, int) else agreed_plan(pg, hidden, dtype)
+    if tuned is None and gpu is None:
+        tuned = expected_plan(world_size, hidden, dtype, device)
+    plan = find_plan(name, world_size, hidden, dtype, tuned)
     shape = Shape(1, hidden, dtype, world_size)
     rooms, reasons = {}, {}
     for provider_name in read.names:

@@ -142,6 +142,12 @@ class IrOp:
     default_priority: tuple[str, ...] = (NATIVE,)
     # Chooses at run time instead of `choose`, where more than "the first that can" is at stake (custom_ops/dispatch.py).
     selector: Callable[[IrOp, tuple[Any, ...], str], Provider] | None = None
+    # The operator whose providers this one is computed with, and its arguments in a call of this one
+    # (custom_ops/extended.py); such an operator has no priority of its own.
+    base: IrOp | None = None
+    base_args: Callable[[tuple[Any, ...]], tuple[Any, ...]] = tuple
+    # Whether native may be written into graphs. Not if it depends on the rank: ranks share compile caches.
+    inlines: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.torch_op(*args, **kwargs)
@@ -241,6 +247,10 @@ def unknown_provider(op: IrOp, name: str) -> str:
 
 def check_priority(op: IrOp, providers: Sequence[str]) -> tuple[str, ...]:
     """The names as a tuple, or ConfigError if one is unknown, repeated, or the list is empty."""
+    if op.base is not None:
+        raise ConfigError(
+            f"{op.name} is computed with the providers of {op.base.name}; set the priority of {op.base.name}"
+        )
     if isinstance(providers, str):
         raise ConfigError(f"the priority list of {op.name} is the text {providers!r}; give a list of names")
     names = tuple(providers)
@@ -286,7 +296,11 @@ def register_op(fn: Callable[..., Any], /) -> IrOp: ...
 
 @overload
 def register_op(
-    *, fake: Callable[..., Any] | None = ..., check: Callable[..., None] | None = ...
+    *,
+    fake: Callable[..., Any] | None = ...,
+    check: Callable[..., None] | None = ...,
+    extends: tuple[IrOp, Callable[[tuple[Any, ...]], tuple[Any, ...]]] | None = ...,
+    inlines: bool = ...,
 ) -> Callable[[Callable[..., Any]], IrOp]: ...
 
 
@@ -296,6 +310,8 @@ def register_op(
     *,
     fake: Callable[..., Any] | None = None,
     check: Callable[..., None] | None = None,
+    extends: tuple[IrOp, Callable[[tuple[Any, ...]], tuple[Any, ...]]] | None = None,
+    inlines: bool = True,
 ) -> IrOp | Callable[[Callable[..., Any]], IrOp]:
     """Declare an operator; the decorated function is its native semantics and its provider `native`.
 
@@ -303,20 +319,31 @@ def register_op(
         fn: native, with annotated parameters (torch.library infers the schema from them).
         fake: computes the outputs' shapes and dtypes from fake tensors; native itself by default.
         check: raises ArgumentError for arguments that no provider could take; called before every dispatch.
+        extends: the operator whose providers compute this one, and what makes that operator's arguments of this one's.
+        inlines: False keeps native out of graphs, as it must be where native depends on the rank.
 
     Raises:
         SchemaError: an operator of that name exists.
     """
     if fn is None:
-        return functools.partial(_register, fake=fake, check=check)
-    return _register(fn, fake=fake, check=check)
+        return functools.partial(_register, fake=fake, check=check, extends=extends, inlines=inlines)
+    return _register(fn, fake=fake, check=check, extends=extends, inlines=inlines)
 
 
-def _register(fn: Callable[..., Any], *, fake: Callable[..., Any] | None, check: Callable[..., None] | None) -> IrOp:
+def _register(
+    fn: Callable[..., Any],
+    *,
+    fake: Callable[..., Any] | None,
+    check: Callable[..., None] | None,
+    extends: tuple[IrOp, Callable[[tuple[Any, ...]], tuple[Any, ...]]] | None,
+    inlines: bool,
+) -> IrOp:
     name = fn.__name__
     if name in _OPS:
         raise SchemaError(f"fusewire::{name} is registered already")
-    op = IrOp(name, fn, inspect.signature(fn))
+    op = IrOp(name, fn, inspect.signature(fn), inlines=inlines)
+    if extends is not None:
+        op.base, op.base_args = extends
     schema = torch.library.infer_schema(fn, mutates_args=())
     head, arrow, returns = schema.rpartition(" -> ")
     separator = "" if head.endswith("()") else ", "

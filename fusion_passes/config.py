@@ -70,6 +70,18 @@ class PassConfig:
     """
 
     fuse_allreduce_rms: bool = _doc(True, "Fuse all_reduce -> [add ->] rms_norm into fusewire::all_reduce_rms_norm.")
+    fuse_sandwich_norms: bool = _doc(
+        True,
+        "Fuse the residual add and the second norm of sandwich norms (all_reduce -> rms_norm -> add -> rms_norm) too.",
+    )
+    fuse_sequence_parallel: bool = _doc(
+        True, "Fuse reduce_scatter -> [add ->] rms_norm -> all_gather, as sequence parallelism has it."
+    )
+    shard_residual: bool = _doc(
+        False,
+        "Keep the residual sharded by rows between fused operators, so that each rank adds and normalises its own rows "
+        "only; for prefill of many tokens.",
+    )
     eliminate_noops: bool = _doc(True, "Drop views, reshapes and casts that change nothing, before matching.")
     fi_allreduce_fusion_max_size_mb: float | None = _doc(
         None,
@@ -163,6 +175,8 @@ class PassConfig:
         Providers by priority, then `;` and the options of the choice between them. See fusewire.custom_ops.ir.
         """
         op = all_ops()[op_name]
+        if op.base is not None:
+            return self.policy(op.base.name)
         names = list(self.ir_op_priority.get(op_name, op.priority))
         if self.batch_invariant:
             kept = [name for name in names if op.providers[name].batch_invariant]

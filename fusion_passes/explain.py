@@ -71,7 +71,7 @@ def _say(site: AllReduce, reached: list[Node], norms: set[Node], fused_sums: set
     if any(name in _LAYER_NORMS for name in names) or {"aten::mean", "aten::sub"} <= set(names):
         return "a LayerNorm follows, which subtracts the mean; only RMSNorm has a fused kernel"
     for node in reached:
-        if op_name(node) in OTHER_COLLECTIVES:
+        if op_name(node) in OTHER_COLLECTIVES and node is not site.node:
             return f"{OTHER_COLLECTIVES[op_name(node)]} follows, not a norm"
     if norms & set(reached):
         return "an operation between the all-reduce and the norm cannot be carried over it"

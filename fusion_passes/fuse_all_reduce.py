@@ -43,7 +43,7 @@ def fuse_all_reduce(graph: Graph, context: RunContext) -> bool:
     count = matcher.apply(graph)
     if count:
         sort_topologically(graph)
-    run.refuse_unmatched()
+    refuse_undecided(graph, context, ALL_REDUCE)
     return count > 0
 
 
@@ -157,7 +157,7 @@ class _Fuser:
 
     def check(self, fusion: Fusion, captures: Captures, root: Node, nodes: Sequence[Node]) -> Support:
         """The extra check; a refusal is recorded with its reason and leaves the graph alone."""
-        reduce = self._node(nodes, ALL_REDUCE)
+        reduce = node_of(nodes, ALL_REDUCE)
         name = self.context.origin.get(reduce.name, reduce.name)
         if name in self.context.excluded:
             return Support.no(self.context.excluded[name].reason)
@@ -166,7 +166,7 @@ class _Fuser:
             support = support and clause(captures)
         support = (
             support
-            and self._check_readers(fusion, reduce, self._node(nodes, WAIT), root)
+            and self._check_readers(fusion, reduce, node_of(nodes, WAIT), root)
             and self._check_order(captures, reduce)
         )
         if not support:
@@ -212,7 +212,7 @@ class _Fuser:
 
     def rewrite(self, fusion: Fusion, captures: Captures, root: Node, nodes: Sequence[Node]) -> None:
         """Put the fused call in the root's place, as early as its inputs allow."""
-        reduce, wait = self._node(nodes, ALL_REDUCE), self._node(nodes, WAIT)
+        reduce, wait = node_of(nodes, ALL_REDUCE), node_of(nodes, WAIT)
         name = self.context.origin.get(reduce.name, reduce.name)
         arguments = tuple(None if key is None else captures[key] for key in fusion.arguments)
         with self.graph.inserting_before(self._last_input(captures, reduce).next):
@@ -236,16 +236,20 @@ class _Fuser:
         spelling = self.context.spelling.get(name, "")
         self.context.fused[name] = Fused(fusion.name, spelling)
 
-    def _node(self, nodes: Sequence[Node], target: Any) -> Node:
-        return next(node for node in nodes if node.target is target)
 
-    def refuse_unmatched(self) -> None:
-        """Record the sites that were raised and never reached the check: the matcher itself discards such matches."""
-        for node in self.graph.find_nodes(op="call_function", target=ALL_REDUCE):
-            name = self.context.origin.get(node.name)
-            if name is not None and name not in self.context.refused:
-                self.context.refuse(
-                    name,
-                    MATCH,
-                    "the matcher discards it: the nodes stand on different streams or beyond an in-place write",
-                )
+def node_of(nodes: Sequence[Node], target: Any) -> Node:
+    """The node of a match that calls this."""
+    return next(node for node in nodes if node.target is target)
+
+
+def refuse_undecided(graph: Graph, context: RunContext, target: Any) -> None:
+    """Record the sites that were raised and never reached the check: the matcher itself discards such matches."""
+    for node in graph.find_nodes(op="call_function", target=target):
+        name = context.origin.get(node.name)
+        if name in context.spelling and name not in context.refused:
+            assert name is not None
+            context.refuse(
+                name,
+                MATCH,
+                "the matcher discards it: the nodes stand on different streams or beyond an in-place write",
+            )

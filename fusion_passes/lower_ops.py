@@ -48,14 +48,15 @@ class _Lowerer:
             return False  # a number of the graph's own: the operator decides at run time
         try:
             # Of an operator whose ranks vote at run time, no rank may decide alone here, by what its machine has.
-            choice = op.choose(*values, policy=policy, static=True, machine=op.selector is None)
+            judge, judged = (op, tuple(values)) if op.base is None else (op.base, op.base_args(tuple(values)))
+            choice = judge.choose(*judged, policy=policy, static=True, machine=op.selector is None)
         except NoProviderError as error:
             choice = None
             self._account(node, "", str(error))
         if choice is None:
             return False
-        self._account(node, choice.provider.name, self._why(op, choice))
-        if choice.provider.name == NATIVE and self.context.config.inline_native:
+        self._account(node, choice.provider.name, self._why(judge, choice))
+        if choice.provider.name == NATIVE and self.context.config.inline_native and op.inlines:
             self._inline(node, op, arguments, values)
             return True
         node.args = (*arguments, policy)

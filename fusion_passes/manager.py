@@ -24,11 +24,22 @@ from fusewire.fusion_passes.matcher import graph_kind
 from fusewire.fusion_passes.norm_reader import find_norms
 from fusewire.fusion_passes.raise_ops import computes_norms_itself
 from fusewire.fusion_passes.registry import RegisteredPass, pass_names, registered_passes
-from fusewire.fusion_passes.report import FUSED, Entry, GraphAccount, Report, add_account, entry_of
+from fusewire.fusion_passes.report import (
+    FUSED,
+    REDUCE_SCATTER,
+    Entry,
+    GraphAccount,
+    Report,
+    add_account,
+    describe_counts,
+    entry_of,
+)
 from fusewire.patterns.all_reduce import AllReduce, read_all_reduce
 from fusewire.patterns.norms import NORM_OPS
 
 log = logging.getLogger("fusewire")
+# After these the graph shows what fused with what.
+_FUSING = ("fuse_all_reduce", "fuse_sequence_parallel", "fuse_epilogues")
 
 
 @functools.lru_cache(maxsize=1)
@@ -107,8 +118,7 @@ def _check_expectation(account: GraphAccount, config: PassConfig) -> None:
     wanted = len(account.entries) if expected == "all" else expected
     if fused != wanted:
         raise ExpectationError(
-            f"expect_fused={expected!r}, but {fused} of {len(account.entries)} all-reduces were fused.\n"
-            f"{Report((account,))}"
+            f"expect_fused={expected!r}, but {describe_counts(account.entries)} were fused.\n{Report((account,))}"
         )
 
 
@@ -159,20 +169,26 @@ class _Run:
     def _attempt(self, original: Graph) -> RunContext:
         """Try on copies until nothing more is refused, then rewrite the graph itself."""
         excluded: dict[str, Refused] = {}
+        apart: set[str] = set()
+        plain: set[str] = set()
         try:
-            for _ in range(len(self.sites) + 2):  # each round but the last excludes one site at least
-                trial = RunContext(self.config, dict(excluded))
+            for _ in range(3 * len(self.sites) + 2):  # each round but the last learns of one site at least
+                trial = RunContext(self.config, dict(excluded), set(apart), set(plain))
                 self._apply(_copy(original), trial, trial_run=True)
-                new = {name: why for name, why in trial.refused.items() if name not in excluded}
-                excluded.update(new)
-                if not new:
+                vain = trial.merged_in_vain()
+                # A reason found at a merged all-reduce is not yet its own.
+                new = {n: why for n, why in trial.refused.items() if n not in excluded and n not in vain}
+                if not new and vain <= apart and trial.plain <= plain:
                     break
+                excluded.update(new)
+                apart |= vain
+                plain |= trial.plain
             else:
                 raise RuntimeError("the passes refuse something new in every round")
         except Exception as error:  # a defect of ours must not cost the user the compilation
             log.warning("fusewire left a graph as it was, since a pass failed on it", exc_info=True)
             return self._failed(f"a pass of fusewire failed and the graph was left alone: {_say(error)}")
-        context = RunContext(self.config, dict(excluded))
+        context = RunContext(self.config, dict(excluded), apart, plain)
         try:
             self._apply(self.graph, context, trial_run=False)
             self.graph.lint()
@@ -183,6 +199,7 @@ class _Run:
             _restore(self.graph, original)
             return self._failed(f"a pass of fusewire failed and its changes were taken back: {_say(error)}")
         context.refused = {**context.refused, **excluded}
+        self.notes += context.notes
         return context
 
     def _failed(self, reason: str) -> RunContext:
@@ -203,7 +220,7 @@ class _Run:
                 raise
             if changed:
                 context.changes.append(item.name)
-            if not trial_run and item.name == "fuse_all_reduce":
+            if not trial_run and item.name in _FUSING:
                 self.album.see_fused(graph)
         if not trial_run:
             self._dump(graph, "99_after")
@@ -217,6 +234,9 @@ class _Run:
         for name in left:
             if not self.config.fuse_allreduce_rms:
                 context.refuse(name, MATCH, "fuse_allreduce_rms=False switches the fusion off")
+                continue
+            if not self.config.fuse_sequence_parallel and self.entries[name].collective == REDUCE_SCATTER:
+                context.refuse(name, MATCH, "fuse_sequence_parallel=False switches the fusion off")
                 continue
             copied = read_all_reduce(nodes[name])
             assert copied is not None

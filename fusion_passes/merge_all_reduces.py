@@ -1,20 +1,24 @@
 """A sum of two all-reduces over one group is the all-reduce of the sum: one collective fewer.
 
-Mixture-of-experts layers add the all-reduced output of the routed experts to that of the shared expert. Added first
-and reduced once, the sum can then be fused with the norm after it. It rounds elsewhere than the source did.
+Mixture-of-experts layers add the all-reduced output of the routed experts to that of the shared expert; layers whose
+attention and feed-forward stand side by side add both to the residual. Added first and reduced once, the sum can then
+be fused with the norm after it. It rounds elsewhere than the source did.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Graph, Node
 
 from fusewire.fusion_passes.carriers import CAST, VIEW, Path, PathFinder
+from fusewire.fusion_passes.coalesced import drop_taken_tensors
 from fusewire.fusion_passes.context import MERGED, RunContext
 from fusewire.fusion_passes.graph_tools import (
     ADDS,
     aten,
+    dtype_of,
     erase_unused,
     mutation_regions,
     new_call,
@@ -22,7 +26,20 @@ from fusewire.fusion_passes.graph_tools import (
     same_shape,
 )
 from fusewire.fusion_passes.matcher import sort_topologically
-from fusewire.patterns.all_reduce import ALL_REDUCE, SUM, WAIT, read_all_reduce
+from fusewire.patterns.all_reduce import ALL_REDUCE, COALESCED_PART, SUM, WAIT, AllReduce, read_all_reduce
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two all-reduces whose results an add adds up: directly, or one of them to a sum of the other and `residual`."""
+
+    first: Path
+    second: Path
+    residual: Node | None = None
+
+    @property
+    def both(self) -> tuple[Path, Path]:
+        return self.first, self.second
 
 
 def merge_all_reduces(graph: Graph, context: RunContext) -> bool:
@@ -37,39 +54,56 @@ def merge_all_reduces(graph: Graph, context: RunContext) -> bool:
             continue
         pair = _mergeable(node, context)
         # What the one all-reduce reads would be read after a write that stood behind the other.
-        if pair is not None and len({regions.get(n, 0) for n in (node, *(p.all_reduce.node for p in pair))}) == 1:
+        if pair is not None and len({regions.get(n, 0) for n in (node, *(p.all_reduce.node for p in pair.both))}) == 1:
             regions[_merge(graph, node, pair, context)] = regions[node]
             changed = True
     if changed:
+        drop_taken_tensors(graph, context)
         sort_topologically(graph)
     return changed
 
 
-def _mergeable(node: Node, context: RunContext) -> tuple[Path, Path] | None:
-    """The ways from two all-reduces to the operands of an add, if these can be merged."""
+def _mergeable(node: Node, context: RunContext) -> _Pair | None:
+    """The all-reduces behind the operands of an add, if these can be merged."""
     operands = plain_add(node)
     if operands is None or not all(isinstance(operand, Node) for operand in operands):
         return None
-    paths = []
-    for operand in operands:
-        start = _start(operand)
-        site = None if start is None else read_all_reduce(start)
-        if site is None or site.node.target is not ALL_REDUCE or site.value is site.node:
-            return None
-        path = PathFinder({site.value: site.node}, context.config).find(operand)
-        if path is None or path.of_kind(CAST) or len(path.of_kind(VIEW)) != len(path.steps) or path.other_readers:
-            return None
-        paths.append(path)
-    first, second = paths
+    ways = [_way(operand, context) for operand in operands]
+    if ways[0] is not None and ways[1] is not None:
+        return _pair(ways[0], ways[1], None, context)
+    for way, other in ((ways[0], operands[1]), (ways[1], operands[0])):
+        inner = plain_add(other) if way is not None and len(other.users) == 1 else None
+        for summed, residual in (inner, inner[::-1]) if inner is not None else ():
+            second = _way(summed, context)
+            plain = same_shape(residual, node) and same_shape(other, node)
+            if second is not None and plain and dtype_of(residual) == dtype_of(other) == dtype_of(node):
+                assert way is not None
+                return _pair(second, way, residual, context)
+    return None
+
+
+def _way(operand: Any, context: RunContext) -> Path | None:
+    """The way from an all-reduce to this node through views that nothing else reads, or None."""
+    start = _start(operand)
+    site = None if start is None else read_all_reduce(start)
+    if site is None or site.value is site.node:
+        return None
+    path = PathFinder({site.value: site.node}, context.config).find(operand)
+    if path is None or path.of_kind(CAST) or len(path.of_kind(VIEW)) != len(path.steps) or path.other_readers:
+        return None
+    return path
+
+
+def _pair(first: Path, second: Path, residual: Node | None, context: RunContext) -> _Pair | None:
     a, b = first.all_reduce, second.all_reduce
-    if a.node is b.node or not _same_reduction(a, b) or not same_shape(*operands):
+    if a.node is b.node or not _same_reduction(a, b) or not same_shape(first.end, second.end):
         return None
-    if {a.name, b.name} & set(context.excluded):
+    if {context.origin.get(site.name, site.name) for site in (a, b)} & (set(context.excluded) | context.apart):
         return None
-    return first, second
+    return _Pair(first, second, residual)
 
 
-def _same_reduction(a: Any, b: Any) -> bool:
+def _same_reduction(a: AllReduce, b: AllReduce) -> bool:
     return bool(
         isinstance(a.group, str)
         and a.group == b.group
@@ -85,17 +119,19 @@ def _start(node: Any, limit: int = 6) -> Node | None:
     while isinstance(node, Node) and limit:
         if node.target is WAIT:
             reduce = node.args[0]
-            return reduce if isinstance(reduce, Node) and reduce.target is ALL_REDUCE else None
+            site = read_all_reduce(reduce) if isinstance(reduce, Node) else None
+            mergeable = site is not None and (site.node.target is ALL_REDUCE or site.spelling is COALESCED_PART)
+            return reduce if mergeable else None  # type: ignore[return-value]
         node, limit = (node.args[0] if node.args else None), limit - 1
     return None
 
 
-def _merge(graph: Graph, node: Node, pair: tuple[Path, Path], context: RunContext) -> Node:
+def _merge(graph: Graph, node: Node, pair: _Pair, context: RunContext) -> Node:
     """Put one all-reduce in the place of an add of two; returns it."""
-    kept, gone = pair[0].all_reduce, pair[1].all_reduce
+    kept, gone = pair.first.all_reduce, pair.second.all_reduce
     with graph.inserting_before(max(kept.node, gone.node)):
         inputs = []
-        for path in pair:
+        for path in pair.both:
             x = path.all_reduce.x
             for step in path.steps:
                 x = new_call(graph, step.node.target, (x, *step.node.args[1:]), step.node.kwargs, step.node)
@@ -103,9 +139,13 @@ def _merge(graph: Graph, node: Node, pair: tuple[Path, Path], context: RunContex
         total = new_call(graph, aten.add.Tensor, tuple(inputs), {}, node)
         reduced = new_call(graph, ALL_REDUCE, (total, kept.reduction, kept.group), {}, kept.node)
         waited = new_call(graph, WAIT, (reduced,), {}, kept.value)
-    node.replace_all_uses_with(waited)
+    total = waited
+    if pair.residual is not None:
+        with graph.inserting_before(node):
+            total = new_call(graph, aten.add.Tensor, (pair.residual, waited), {}, node)
+    node.replace_all_uses_with(total)
     erase_unused(node)
-    for path in pair:
+    for path in pair.both:
         for dead in (path.all_reduce.value, path.all_reduce.node):
             if not dead.users:
                 graph.erase_node(dead)

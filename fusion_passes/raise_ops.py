@@ -3,8 +3,9 @@
     all_reduce, [view, scale, bias,] [add,] norm's arithmetic
  -> wait_tensor(all_reduce(x)) -> fusewire::rms_norm or fusewire::fused_add_rms_norm
 
-Only norms that an all-reduce reaches are raised (all of them where a provider other than native computes norms). The
-walk goes back from each norm to its all-reduce, so it knows why a site fails, and says so.
+Only norms that an all-reduce reaches are raised (all of them where a provider other than native computes norms), and a
+second norm, after the residual add that follows the first (sandwich norms). The walk goes back from each norm to its
+all-reduce, so it knows why a site fails, and says so. The reduce-scatter of sequence parallelism is one more kind of site.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from torch.fx import Graph, Node
 from fusewire.custom_ops.ir import NATIVE, get_op, parse_policy
 from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
 from fusewire.fusion_passes.carriers import ADDEND, SCALE, VIEW, Path, PathFinder
+from fusewire.fusion_passes.coalesced import drop_taken_tensors
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import MATCH, RunContext
 from fusewire.fusion_passes.graph_tools import (
     aten,
     depends_on,
+    dtype_of,
     erase_unused,
     getitem,
     is_row_major,
@@ -34,7 +37,14 @@ from fusewire.fusion_passes.graph_tools import (
 )
 from fusewire.fusion_passes.matcher import sort_topologically
 from fusewire.fusion_passes.norm_reader import Norm, norm_roots, norms_at
-from fusewire.patterns.all_reduce import ALL_REDUCE, WAIT, AllReduce, read_all_reduce
+from fusewire.patterns.all_reduce import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    REDUCE_SCATTER,
+    WAIT,
+    AllReduce,
+    read_all_reduce,
+)
 
 
 def raise_ops(graph: Graph, context: RunContext) -> bool:
@@ -61,10 +71,13 @@ class _Raiser:
         usable = {
             site.value: site.node
             for site in self.all_reduces
-            if (site.value is not site.node or not site.spelling.waits) and not site.spelling.in_place
+            if (site.value is not site.node or not site.spelling.waits)
+            and not site.spelling.in_place
+            and (self.config.fuse_sequence_parallel or not site.spelling.scatters)
         }
         self.paths = PathFinder(usable, self.config)
         self.taken: set[str] = set()
+        self.inner: set[Node] = set()  # raised norms that are followed by a residual add, perhaps
 
     def run(self) -> bool:
         changed = False
@@ -76,11 +89,12 @@ class _Raiser:
             while any(self._raise(norm, every_norm) for norm in norms_at(root)):
                 changed = True
         if changed:
+            drop_taken_tensors(self.graph, self.context)
             sort_topologically(self.graph)
         return changed
 
     def _raise(self, norm: Norm, every_norm: bool) -> bool:
-        if self.config.fuse_allreduce_rms and self._raise_at_all_reduce(norm):
+        if self.config.fuse_allreduce_rms and (self._raise_at_all_reduce(norm) or self._raise_second(norm)):
             return True
         return every_norm and not norm.problem and self._raise_alone(norm)
 
@@ -140,6 +154,8 @@ class _Raiser:
             inner.remove(path.end)
         if not path.steps and self._stays(path):
             inner = []
+        if path.all_reduce.spelling.scatters and (problem := self._scattered_problem(norm, path, residual)):
+            return problem
         shared = next((node for node in inner if len(node.users) > 1), None)
         if shared is not None:
             return (
@@ -161,6 +177,20 @@ class _Raiser:
             return "a bias stands before the add, and the residual has another shape"
         return ""
 
+    def _scattered_problem(self, norm: Norm, path: Path, residual: Any) -> str:
+        """Why a norm of this rank's rows cannot become one operator with the reduce-scatter before it, or ""."""
+        if path.of_kind(VIEW, SCALE):
+            return "a view or a scale stands between the reduce-scatter and the norm"
+        if path.of_kind(ADDEND) and residual is None:
+            return "a bias stands between the reduce-scatter and the norm, and no residual that could take it up"
+        if not norm.out.users or any(user.target is not ALL_GATHER for user in norm.out.users):
+            return "the norm of this rank's rows is read by something else than an all-gather"
+        if len({user.args[1:] for user in norm.out.users}) > 1 or any(
+            [reader.target for reader in user.users] != [WAIT] for user in norm.out.users
+        ):
+            return "the all-gathers after the norm differ, or are not waited for once each"
+        return ""
+
     def _spans_write(self, norm: Norm) -> bool:
         """Whether something is written in place between two of the nodes that the norm consists of."""
         region, pending = self.regions.get(norm.out, 0), [norm.out]
@@ -174,7 +204,7 @@ class _Raiser:
 
     def _stays(self, path: Path) -> bool:
         """Whether the all-reduce is in its one form already and nothing has to move before it."""
-        return not path.of_kind(VIEW, SCALE) and path.all_reduce.node.target is ALL_REDUCE
+        return not path.of_kind(VIEW, SCALE) and path.all_reduce.node.target in (ALL_REDUCE, REDUCE_SCATTER)
 
     def _cleared(self, norm: Norm, path: Path) -> Node:
         """The all-reduce's value with views and scales moved before it; the all-reduce itself if there are none."""
@@ -216,11 +246,14 @@ class _Raiser:
             if residual is None:
                 new = self._call(rms_norm.torch_op, (summed, *options), {}, norm.out)
                 sum_out = summed
+                self.inner.add(new)
             else:
                 both = self._call(fused_add_rms_norm.torch_op, (summed, residual, *options), {}, norm.out)
                 new, sum_out = getitem(self.graph, both, 0), getitem(self.graph, both, 1)
                 self.order.update(dict.fromkeys((new, sum_out), self.order[both]))
         self._replace(norm.out, new)
+        if path.all_reduce.spelling.scatters:
+            self._gather_once(new)
         if norm.residual is None:
             self._replace(norm.source, sum_out)
         elif norm.sum_out is not None:
@@ -230,15 +263,71 @@ class _Raiser:
         if summed is not path.all_reduce.value:
             self._drop(path.all_reduce)
 
+    def _gather_once(self, norm: Node) -> None:
+        """Let equal all-gathers of one norm (each projection's own) be one."""
+        first, *others = norm.users
+        (value,) = first.users
+        for gather in others:
+            (wait,) = gather.users
+            wait.replace_all_uses_with(value)
+            self.graph.erase_node(wait)
+            self.graph.erase_node(gather)
+
+    # The second norm of sandwich norms
+
+    def _raise_second(self, norm: Norm) -> bool:
+        """Raise the norm of `residual + norm of an all-reduce`; it may become an epilogue of the fused operator."""
+        operands = plain_add(norm.source) if norm.residual is None else (norm.source, norm.residual)
+        if not self.config.fuse_sandwich_norms or operands is None or norm.spelling.startswith("fusewire::"):
+            return False
+        name = norm.out.name
+        if name in self.context.plain:
+            return False
+        for inner, residual in (operands, operands[::-1]):
+            if inner in self.inner and len(inner.users) == 1 and same_shape(inner, residual):
+                if dtype_of(residual) != dtype_of(inner) or depends_on(residual, inner, self.order):
+                    return False
+                break
+        else:
+            return False
+        if self._unfit_to_raise(norm) or self.regions.get(norm.out) != self.regions.get(inner):
+            return False
+        if any(depends_on(value, inner, self.order) for value in (norm.weight, norm.weight_bias)):
+            return False
+        with self.graph.inserting_before(norm.out):
+            options = (norm.weight, norm.eps, norm.weight_bias, norm.form)
+            both = self._call(fused_add_rms_norm.torch_op, (inner, residual, *options), {}, norm.out)
+            new, sum_out = getitem(self.graph, both, 0), getitem(self.graph, both, 1)
+            self.order.update(dict.fromkeys((new, sum_out), self.order[both]))
+        self.context.seconds[both.name] = name
+        self._replace(norm.out, new)
+        summed = norm.source if norm.residual is None else norm.sum_out
+        if summed is not None:
+            self._replace(summed, sum_out)
+        if not sum_out.users:
+            self.graph.erase_node(sum_out)
+        return True
+
+    def _unfit_to_raise(self, norm: Norm) -> bool:
+        """Whether a norm cannot become an IR operator that stands for exactly what it was."""
+        value, source = value_of(norm.out), value_of(norm.source)
+        return bool(
+            norm.problem
+            or value is None
+            or source is None
+            or value.dtype != source.dtype
+            or not isinstance(norm.eps, float)
+            or norm.eps < 0
+            or not is_row_major(norm.out)
+            or self._spans_write(norm)
+        )
+
     # Norms on their own
 
     def _raise_alone(self, norm: Norm) -> bool:
         if norm.out.op != "call_function" or norm.spelling.startswith("fusewire::"):
             return False
-        value, source = value_of(norm.out), value_of(norm.source)
-        if value is None or source is None or value.dtype != source.dtype or not isinstance(norm.eps, float):
-            return False
-        if norm.residual is not None or norm.eps < 0 or not is_row_major(norm.out) or self._spans_write(norm):
+        if norm.residual is not None or self._unfit_to_raise(norm):
             return False
         with self.graph.inserting_before(norm.out):
             new = self._call(

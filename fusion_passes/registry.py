@@ -13,9 +13,12 @@ from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import RunContext
 from fusewire.fusion_passes.eliminate_noops import eliminate_noops
 from fusewire.fusion_passes.fuse_all_reduce import fuse_all_reduce
+from fusewire.fusion_passes.fuse_epilogues import fuse_epilogues
+from fusewire.fusion_passes.fuse_sequence_parallel import fuse_sequence_parallel
 from fusewire.fusion_passes.lower_ops import lower_ops
 from fusewire.fusion_passes.merge_all_reduces import merge_all_reduces
 from fusewire.fusion_passes.raise_ops import raise_ops
+from fusewire.fusion_passes.shard_residual import shard_residual
 
 PassFunction = Callable[[Graph, RunContext], bool]
 UserPass = Callable[[Graph, PassConfig], "bool | None"]
@@ -44,6 +47,9 @@ _PASSES: list[RegisteredPass] = [
     RegisteredPass("merge_all_reduces", merge_all_reduces, "merge_allreduces"),
     RegisteredPass("raise_ops", raise_ops),
     RegisteredPass("fuse_all_reduce", fuse_all_reduce, "fuse_allreduce_rms"),
+    RegisteredPass("fuse_sequence_parallel", fuse_sequence_parallel, "fuse_sequence_parallel"),
+    RegisteredPass("fuse_epilogues", fuse_epilogues, "fuse_sandwich_norms"),
+    RegisteredPass("shard_residual", shard_residual, "shard_residual"),
     RegisteredPass("lower_ops", lower_ops),
 ]
 

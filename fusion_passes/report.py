@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from fusewire.fusion_passes.graph_tools import value_of
 from fusewire.patterns.all_reduce import AllReduce
 
 FUSED, REFUSED = "fused", "refused"
+ALL_REDUCE, REDUCE_SCATTER = "all_reduce", "reduce_scatter"
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 # Frames of the machinery that issues the collective; the user looks for the call in the model.
 _MACHINERY = re.compile(
@@ -28,11 +29,12 @@ _MACHINERY = re.compile(
 
 @dataclass(frozen=True)
 class Entry:
-    """One all-reduce.
+    """One all-reduce, or one reduce-scatter of sequence parallelism.
 
     Attributes:
         graph: number of the compiled graph, in order of compilation.
-        node: the all-reduce's node.
+        node: the collective's node.
+        collective: "all_reduce" or "reduce_scatter".
         status: "fused" or "refused".
         gate: which gate refused it: "match" (structure), "supported" (dtypes, shapes, group), "provider", or "".
         reason: why, in words that say what to change; for a fused one, why faster providers were passed over.
@@ -60,6 +62,7 @@ class Entry:
     shape: str = ""
     dtype: str = ""
     picture: int = -1
+    collective: str = ALL_REDUCE
 
 
 @dataclass(frozen=True)
@@ -113,18 +116,21 @@ class GraphAccount:
 
 @dataclass(frozen=True)
 class Report:
-    """All-reduces of all graphs compiled so far in this process. `str(report)` is a table for people."""
+    """All-reduces, and reduce-scatters of sequence parallelism, of all graphs compiled so far in this process.
+
+    `str(report)` is a table for people.
+    """
 
     graphs: tuple[GraphAccount, ...] = field(default_factory=tuple)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """Every all-reduce, graph by graph."""
+        """Every all-reduce and reduce-scatter, graph by graph."""
         return tuple(entry for graph in self.graphs for entry in graph.entries)
 
     @property
     def found(self) -> int:
-        """How many all-reduces there are."""
+        """How many there are."""
         return len(self.entries)
 
     @property
@@ -146,7 +152,7 @@ class Report:
     def summary(self) -> str:
         """One line."""
         graphs = len(self.graphs)
-        text = f"fusewire: {self.fused} of {self.found} all-reduces fused in {graphs} graph{'s' * (graphs != 1)}"
+        text = f"fusewire: {describe_counts(self.entries)} fused in {graphs} graph{'s' * (graphs != 1)}"
         if self.refused:
             text += f", {self.refused} refused"
         return f"{text}; passes took {self.pass_seconds:.2f} s"
@@ -172,11 +178,23 @@ class Report:
         return "\n".join(lines)
 
 
+def describe_counts(entries: Sequence[Entry]) -> str:
+    """For example "4 of 5 all-reduces and 2 of 2 reduce-scatters"."""
+    parts = []
+    for collective, name in ((ALL_REDUCE, "all-reduces"), (REDUCE_SCATTER, "reduce-scatters")):
+        found = [entry for entry in entries if entry.collective == collective]
+        if found or (collective == ALL_REDUCE and not entries):
+            parts.append(f"{sum(entry.status == FUSED for entry in found)} of {len(found)} {name}")
+    return " and ".join(parts)
+
+
 def _describe_graph(graph: GraphAccount) -> Iterable[str]:
     fused = [entry for entry in graph.entries if entry.status == FUSED]
     refused = [entry for entry in graph.entries if entry.status != FUSED]
     kind = graph.kind + (", from the compile cache" if graph.cached else "")
-    yield f"graph {graph.number} ({kind}): {len(graph.entries)} all-reduces, {len(fused)} fused"
+    scattered = sum(entry.collective == REDUCE_SCATTER for entry in graph.entries)
+    others = f" and {scattered} reduce-scatters" if scattered else ""
+    yield (f"graph {graph.number} ({kind}): {len(graph.entries) - scattered} all-reduces{others}, {len(fused)} fused")
     groups = Counter((e.fusion, e.spelling, e.provider, e.reason) for e in fused)
     for (fusion, spelling, provider, reason), count in groups.items():
         served = f", provider {provider}" if provider else ""
@@ -185,7 +203,8 @@ def _describe_graph(graph: GraphAccount) -> Iterable[str]:
         yield f"  {count:4d} x {fusion}{how}{served}{why}"
     for entry in refused:
         where = " ".join(part for part in (entry.module, entry.location) if part) or entry.node
-        yield f"  refused: {where} [{entry.shape} {entry.dtype}]"
+        what = " reduce-scatter" if entry.collective == REDUCE_SCATTER else ""
+        yield f"  refused: {where} [{entry.shape} {entry.dtype}]{what}"
         yield f"       {entry.gate}: {entry.reason}"
     for note in graph.notes:
         yield f"  note: {note}"
@@ -274,6 +293,7 @@ def entry_of(site: AllReduce) -> Entry:
         group=site.group if isinstance(site.group, str) else "",
         shape="" if x is None else str(list(x.shape)).replace(" ", ""),
         dtype="" if x is None else str(x.dtype).removeprefix("torch."),
+        collective=REDUCE_SCATTER if site.spelling.scatters else ALL_REDUCE,
     )
 
 

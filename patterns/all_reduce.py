@@ -1,7 +1,8 @@
-"""The spellings of an all-reduce in a post-grad graph, as data."""
+"""The spellings of an all-reduce in a post-grad graph, as data, and of the reduce-scatter of sequence parallelism."""
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch.fx import Node
 
 WAIT = torch.ops._c10d_functional.wait_tensor.default
 ALL_REDUCE = torch.ops._c10d_functional.all_reduce.default
+COALESCED = torch.ops._c10d_functional.all_reduce_coalesced.default
+REDUCE_SCATTER = torch.ops._c10d_functional.reduce_scatter_tensor.default
+ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
 SUM = "sum"
 
 
@@ -23,6 +27,7 @@ class Spelling:
         waits: its result is ready only after `wait_tensor`.
         who: where it comes from.
         in_place: it overwrites its input, so that it cannot be moved; recognised to be explained.
+        scatters: each rank gets its own rows of the sum only.
     """
 
     op: str
@@ -30,6 +35,7 @@ class Spelling:
     waits: bool
     who: str
     in_place: bool = False
+    scatters: bool = False
 
 
 SPELLINGS = (
@@ -38,18 +44,23 @@ SPELLINGS = (
     Spelling("fusewire::all_reduce", (0, None, 1), False, "fusewire's own operator"),
     Spelling("vllm::all_reduce", (0, None, 1), False, "vLLM's opaque operator"),
 )
-COALESCED = "_c10d_functional::all_reduce_coalesced"
-# Collectives that are no all-reduce, named here so that the report can explain them.
+# One tensor of an `all_reduce_coalesced`, which reduces a list: its node is the `getitem` that takes it out.
+COALESCED_PART = Spelling("_c10d_functional::all_reduce_coalesced", (0, 1, 2), True, "funcol.all_reduce_coalesced")
+SCATTERED = Spelling("_c10d_functional::reduce_scatter_tensor", (0, 1, 3), True, "sequence parallelism", scatters=True)
+# Collectives that reduce nothing, named here so that the report can explain them.
 OTHER_COLLECTIVES = {
     "_c10d_functional::reduce_scatter_tensor": "a reduce-scatter (sequence parallelism)",
     "_c10d_functional::all_gather_into_tensor": "an all-gather",
 }
-_BY_OP = {spelling.op: spelling for spelling in SPELLINGS}
+_BY_OP = {spelling.op: spelling for spelling in (*SPELLINGS, SCATTERED)}
 
 
 @dataclass(frozen=True)
 class AllReduce:
-    """An all-reduce in a graph: its node, what it reduces, and the node whose value is the finished sum."""
+    """An all-reduce in a graph: its node, what it reduces, and the node whose value is the finished sum.
+
+    Also a reduce-scatter (`spelling.scatters`), whose value is this rank's rows of the sum.
+    """
 
     node: Node
     x: Any
@@ -71,25 +82,37 @@ def op_name(node: Node) -> str:
 
 
 def read_all_reduce(node: Node) -> AllReduce | None:
-    """The all-reduce that this node calls, or None."""
+    """The all-reduce (or reduce-scatter) that this node calls, or None."""
+    if node.target is operator.getitem:
+        return _read_part(node)
     spelling = _BY_OP.get(op_name(node))
     if spelling is None:
         return None
     arguments = positional(node)
     x, reduction, group = spelling.operands
-    value = node
-    if spelling.waits:
-        waits = [user for user in node.users if user.target is WAIT]
-        if len(waits) == 1 and len(node.users) == 1:
-            value = waits[0]
     return AllReduce(
         node,
         arguments[x],
         SUM if reduction is None else arguments[reduction],
         arguments[group],
-        value,
+        _waited(node) if spelling.waits else node,
         spelling,
     )
+
+
+def _read_part(node: Node) -> AllReduce | None:
+    """One tensor of a coalesced all-reduce."""
+    call, index = node.args
+    if not isinstance(call, Node) or call.target is not COALESCED or not isinstance(index, int):
+        return None
+    tensors, reduction, group = positional(call)
+    return AllReduce(node, tensors[index], reduction, group, _waited(node), COALESCED_PART)
+
+
+def _waited(node: Node) -> Node:
+    """The wait for a collective, if there is one and nothing else reads it; else the collective itself."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target is WAIT else node
 
 
 def positional(node: Node) -> list[Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
-from fusewire.patterns.all_reduce import ALL_REDUCE, WAIT
+from fusewire.custom_ops.sandwich_norm import all_reduce_sandwich_norm
+from fusewire.custom_ops.sharded_norm import all_reduce_rms_norm_sharded
+from fusewire.patterns.all_reduce import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, WAIT
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,67 @@ FUSIONS = (
         "all_reduce + fused_add_rms_norm",
         Call(fused_add_rms_norm.torch_op, (_SUMMED, Capture("residual"), *_NORM), shared=True),
         all_reduce_rms_norm.torch_op,
+        ("x", "residual", *_TAKEN),
+        returns_sum=True,
+    ),
+)
+
+
+def _first(call: Call) -> Call:
+    """The first result of a call that returns two."""
+    return Call(operator.getitem, (call, 0))
+
+
+# Epilogues: what can follow the fused operator and become one with it.
+_INNER = ("inner_weight", "inner_eps", "inner_weight_bias", "inner_form")
+_FUSED_NORM = _first(
+    Call(
+        all_reduce_rms_norm.torch_op,
+        (Capture("x"), None, *(Capture(name) for name in _INNER), Capture("group")),
+        shared=True,
+    )
+)
+EPILOGUES = (
+    Fusion(
+        "all_reduce + rms_norm + fused_add_rms_norm",
+        Call(fused_add_rms_norm.torch_op, (_FUSED_NORM, Capture("residual"), *_NORM), shared=True),
+        all_reduce_sandwich_norm.torch_op,
+        ("x", "residual", "weight", "eps", "weight_bias", "form", *_INNER, "group"),
+        returns_sum=True,
+    ),
+    Fusion(
+        "all_reduce + rms_norm + fused_add_rms_norm",
+        Call(fused_add_rms_norm.torch_op, (Capture("residual"), _FUSED_NORM, *_NORM), shared=True),
+        all_reduce_sandwich_norm.torch_op,
+        ("x", "residual", "weight", "eps", "weight_bias", "form", *_INNER, "group"),
+        returns_sum=True,
+    ),
+)
+
+# Sequence parallelism: each rank normalises its own rows of the sum.
+_SCATTERED = Call(
+    WAIT,
+    (Call(REDUCE_SCATTER, (Capture("x"), Capture("reduction"), Capture("size"), Capture("group")), shared=True),),
+    shared=True,
+)
+
+
+def _gathered(norm: Call) -> Call:
+    return Call(WAIT, (Call(ALL_GATHER, (norm, Capture("gathered_size"), Capture("gathered_group"))),), shared=True)
+
+
+SEQUENCE_FUSIONS = (
+    Fusion(
+        "reduce_scatter + rms_norm + all_gather",
+        _gathered(Call(rms_norm.torch_op, (_SCATTERED, *_NORM))),
+        all_reduce_rms_norm_sharded.torch_op,
+        ("x", None, *_TAKEN),
+        returns_sum=False,
+    ),
+    Fusion(
+        "reduce_scatter + fused_add_rms_norm + all_gather",
+        _gathered(_first(Call(fused_add_rms_norm.torch_op, (_SCATTERED, Capture("residual"), *_NORM), shared=True))),
+        all_reduce_rms_norm_sharded.torch_op,
         ("x", "residual", *_TAKEN),
         returns_sum=True,
     ),

@@ -17,6 +17,9 @@ from fusewire.fusion_passes.manager import run_passes
 
 DEFAULTS = {
     "fuse_allreduce_rms": True,
+    "fuse_sandwich_norms": True,
+    "fuse_sequence_parallel": True,
+    "shard_residual": False,
     "eliminate_noops": True,
     "fi_allreduce_fusion_max_size_mb": None,
     "ir_op_priority": {},
@@ -118,6 +121,9 @@ def test_equal_configurations_are_one_key():
     "change",
     [
         {"fuse_allreduce_rms": False},
+        {"fuse_sandwich_norms": False},
+        {"fuse_sequence_parallel": False},
+        {"shard_residual": True},
         {"eliminate_noops": False},
         {"fi_allreduce_fusion_max_size_mb": 1.5},
         {"ir_op_priority": {"rms_norm": (NATIVE,)}},
