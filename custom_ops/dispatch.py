@@ -6,6 +6,8 @@ options:
 - providers after `native` are never reached, since native serves everything;
 - of those before it that are in the plan (fusewire.custom_ops.plans), the fastest at this size serves; one
   that is not in the plan serves wherever it comes first;
+- `output` is the number of the workspace's output buffer in which a result may stay, without a copy (see
+  fusewire.fusion_passes.place_outputs); -1 is none, of a workspace that has such buffers for other calls;
 - `max_size_mb` replaces the plan's word on FlashInfer: it serves inputs up to so many MiB and none above;
 - a policy of one provider forces it.
 
@@ -43,7 +45,15 @@ from fusewire.custom_ops.ir import (
 from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.plan_vote import agreed_plan, expected_plan, tuned_plan
 from fusewire.custom_ops.plans import Plan, find_plan
-from fusewire.custom_ops.workspace import PROVIDERS, REGISTRY, Entry, Workspace, WorkspaceKey, WorkspaceProvider
+from fusewire.custom_ops.workspace import (
+    OUTPUTS,
+    PROVIDERS,
+    REGISTRY,
+    Entry,
+    Workspace,
+    WorkspaceKey,
+    WorkspaceProvider,
+)
 from fusewire.errors import ConfigError, NoProviderError
 
 # Memory that a workspace may take on each GPU where nobody said how many tokens it is for.
@@ -51,6 +61,7 @@ DEFAULT_WORKSPACE_BYTES = 512 << 20
 _LIMITED_BY_SIZE = "flashinfer"
 NORM_KERNEL = "triton_batch_invariant"
 _MAX_DECISIONS = 1 << 15
+_OPTIONS: dict[str, Callable[[str], float]] = {"max_size_mb": float, "output": int}
 
 
 class Shape(NamedTuple):
@@ -72,6 +83,12 @@ class Policy:
 
     names: tuple[str, ...]
     max_size_mb: float | None = None
+    output: int | None = None
+
+    @property
+    def slot(self) -> int | None:
+        """The output buffer for the call's result, if it may stay in one."""
+        return None if self.output is None or self.output < 0 else self.output
 
     @property
     def forced(self) -> bool:
@@ -104,16 +121,17 @@ def read_policy(op: IrOp, policy: str) -> Policy:
     names = parse_policy(op, policy)
     if NATIVE in names:
         names = names[: names.index(NATIVE) + 1]
-    limit: float | None = None
+    options: dict[str, float] = {}
     for option in policy.split(";")[1:]:
         key, _, value = option.strip().partition("=")
-        if key != "max_size_mb":
-            raise ConfigError(f"the policy {policy!r} has an unknown option {key!r}; there is max_size_mb")
+        if key not in _OPTIONS:
+            known = ", ".join(_OPTIONS)
+            raise ConfigError(f"the policy {policy!r} has an unknown option {key!r}; there are {known}")
         try:
-            limit = float(value)
+            options[key] = _OPTIONS[key](value)
         except ValueError:
-            raise ConfigError(f"the policy {policy!r}: max_size_mb={value!r} is not a number of MiB") from None
-    return Policy(names, limit)
+            raise ConfigError(f"the policy {policy!r}: {key}={value!r} is not a number") from None
+    return Policy(names, **options)  # type: ignore[arg-type]
 
 
 # --- The choice, free of side effects -----------------------------------------------------------------------
@@ -252,14 +270,14 @@ class Decision(NamedTuple):
     """The provider of a call.
 
     Attributes:
-        held: name, workspace and variant, where it works in a workspace.
+        held: name, workspace, variant and output buffer, where it works in a workspace.
         extended: what fusewire.custom_ops.extended made of it, by operator.
     """
 
     provider: Provider
     snapshot: tuple[tuple[str, Provider], ...]
     group: weakref.ref[dist.ProcessGroup] | None
-    held: tuple[str, Workspace, str] | None
+    held: tuple[str, Workspace, str, int | None] | None
     extended: dict[Any, Provider]
 
 
@@ -352,8 +370,8 @@ def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[Decision, boo
     if name in PROVIDERS:
         workspace = entries[name].workspace
         assert workspace is not None
-        held = (name, workspace, label)
-        provider = dataclasses.replace(provider, fn=PROVIDERS[name].bind(workspace, label))
+        held = (name, workspace, label, read.slot)
+        provider = dataclasses.replace(provider, fn=PROVIDERS[name].bind(workspace, label, read.slot))
     elif name == NATIVE and _norm_kernel_serves(args):
         provider = dataclasses.replace(provider, fn=_native_with_norm_kernel)
     return Decision(provider, snapshot, weakref.ref(group), held, {}), keep
@@ -436,7 +454,8 @@ def _open(
     tokens = wanted_tokens(keeper, shape, policy, plan)
     if tokens < 1:
         return dataclasses.replace(machine, reason=_no_use(policy, plan))
-    return REGISTRY.open(keeper, group, shape.dtype, shape.hidden, device, lambda _: tokens)
+    outputs = 0 if policy.output is None else OUTPUTS
+    return REGISTRY.open(keeper, group, shape.dtype, shape.hidden, device, lambda _: tokens, outputs)
 
 
 def _no_use(policy: Policy, plan: Plan) -> str:

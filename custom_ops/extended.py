@@ -54,8 +54,8 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
 def _function(op: IrOp, decision: dispatch.Decision, args: tuple[Any, ...]) -> Callable[..., Any]:
     provider = decision.provider
     if decision.held is not None:
-        name, workspace, variant = decision.held
-        whole = PROVIDERS[name].bind_extended(workspace, variant, op.name, args)
+        name, workspace, variant, output = decision.held
+        whole = PROVIDERS[name].bind_extended(workspace, variant, op.name, args, output)
         if whole is not None:
             return whole
     add_norm = _add_norm_for(provider, args[0])

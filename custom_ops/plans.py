@@ -154,8 +154,13 @@ _TABLES = (
 _CAUTIOUS_LIMITS = {2: 1 << 20, 3: 512 << 10, 4: 512 << 10, **dict.fromkeys((5, 6, 7, 8), 256 << 10), 16: 128 << 10}
 
 
-def find_plan(gpu: str, world_size: int, hidden: int, dtype: torch.dtype) -> Plan:
-    """The plan for a GPU, by CUDA's name for it: the nearest measured hidden size, or a cautious default."""
+def find_plan(gpu: str, world_size: int, hidden: int, dtype: torch.dtype, tuned: Plan | None = None) -> Plan:
+    """The plan for a GPU, by CUDA's name for it: the nearest measured hidden size, or a cautious default.
+
+    A tuned plan, one that all ranks of the group hold (fusewire.custom_ops.plan_vote), goes before all of these.
+    """
+    if tuned is not None:
+        return tuned
     tables = [table for table in _TABLES if gpu in table.gpus and table.world_size == world_size]
     if not tables:
         limit = _CAUTIOUS_LIMITS.get(world_size, 0)

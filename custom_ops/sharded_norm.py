@@ -222,9 +222,7 @@ def gather_rows(shard: Tensor, like: Tensor, group_name: str) -> Tensor:
     functional = torch.ops._c10d_functional
     world_size = resolve_group(group_name).size()
     tokens = like.numel() // like.shape[-1] if like.shape[-1] else 0
-    rows: Tensor = functional.wait_tensor(
-        functional.all_gather_into_tensor(shard.contiguous(), world_size, group_name)
-    )
+    rows: Tensor = functional.wait_tensor(functional.all_gather_into_tensor(shard.contiguous(), world_size, group_name))
     if not _divides(tokens, world_size):
         rows = rows[:tokens].clone()
     return rows.reshape(like.shape)

@@ -343,6 +343,8 @@ class Request:
     device: torch.device
     max_tokens: int
     facts: tuple[Mapping[str, Any], ...] = ()
+    # Buffers of (max_tokens, hidden) in which results can stay without a copy, where the provider knows that.
+    outputs: int = 0
 
 
 class WorkspaceProvider(abc.ABC):
@@ -394,11 +396,29 @@ class WorkspaceProvider(abc.ABC):
         """Raise unless calls are right. Stage "alone": without other ranks; "together": a true collective."""
 
     @abc.abstractmethod
-    def bind(self, workspace: Workspace, variant: str) -> Callable[..., Any]:
-        """A function with native's parameters that computes a call in this way."""
+    def bind(self, workspace: Workspace, variant: str, output: int | None = None) -> Callable[..., Any]:
+        """A function with native's parameters that computes a call in this way.
+
+        Args:
+            output: the workspace's output buffer in which the sum may be left; it stays valid until the next such
+                call with that buffer. A provider that knows no such buffers returns memory of its own.
+        """
+
+    def bind_extended(
+        self, workspace: Workspace, variant: str, op_name: str, args: tuple[Any, ...], output: int | None = None
+    ) -> Callable[..., Any] | None:
+        """A function with the parameters of an operator that extends native's (fusewire.custom_ops.extended), which
+        computes such calls whole; None if there is none. It follows from nothing but shapes and dtypes.
+
+        Args:
+            output: as in `bind`; of the sharded operator the norm may be left there.
+        """
+        return None
 
 
 PROVIDERS: dict[str, WorkspaceProvider] = {}
+# Output buffers of a workspace, where a graph asks for any: two, so that one can be read while the other is written.
+OUTPUTS = 2
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
@@ -440,6 +460,8 @@ class WorkspaceRegistry:
 
     entries: dict[WorkspaceKey, Entry] = field(default_factory=dict)
     machines: dict[tuple[str, str], Entry] = field(default_factory=dict)
+    # fusewire.custom_ops.plan_vote.Agreed, by (group's name, hidden size, dtype): which tuned table the ranks go by.
+    plans: dict[tuple[str, int, torch.dtype], Any] = field(default_factory=dict)
     version: int = 0  # changes when an entry goes: decisions cached elsewhere are void then
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -472,12 +494,14 @@ class WorkspaceRegistry:
         hidden: int,
         device: torch.device,
         tokens: Callable[[Entry], int],
+        outputs: int = 0,
     ) -> Entry:
         """The workspace for a key, made by all ranks together at the first call, or why there is none.
 
         Args:
             tokens: says from the machines' entry for how many tokens to make it; the smallest of the ranks'
                 counts.
+            outputs: how many output buffers to make with it, the same on every rank.
 
         Raises:
             CaptureError, PeerTimeoutError: as `machine`.
@@ -492,7 +516,7 @@ class WorkspaceRegistry:
             machine = self.machine(provider, group, device)
             entry = Entry(key, weakref.ref(group), None, machine.reason, machine.facts)
             if not entry.reason:
-                self._make(entry, provider, group, device, tokens(machine))
+                self._make(entry, provider, group, device, tokens(machine), outputs)
             self.entries[key] = entry
             return entry
 
@@ -503,17 +527,20 @@ class WorkspaceRegistry:
         group: dist.ProcessGroup,
         device: torch.device,
         asked: int,
+        outputs: int,
     ) -> None:
         key, channel = entry.key, Channel(group, str(entry.key))
         cap = provider.max_tokens(key.hidden, key.dtype, group.size())
         made: list[Workspace] = []
 
         def room() -> dict[str, int]:
-            check_memory(provider.nbytes(key.hidden, key.dtype, group.size(), min(asked, cap)), device)
-            return {"tokens": min(asked, cap)}
+            tokens = min(asked, cap)
+            extra = outputs * tokens * key.hidden * key.dtype.itemsize
+            check_memory(provider.nbytes(key.hidden, key.dtype, group.size(), tokens) + extra, device)
+            return {"tokens": tokens}
 
         def create() -> None:
-            made.append(provider.create(Request(key, group, device, agreed, entry.facts), channel))
+            made.append(provider.create(Request(key, group, device, agreed, entry.facts, outputs), channel))
 
         verdict = agree(channel, "room", room)
         if verdict.ok:
@@ -548,6 +575,8 @@ class WorkspaceRegistry:
                 self._drop(key)
             for pair in [p for p in self.machines if group_name in (None, p[1])]:
                 del self.machines[pair]
+            for voted in [v for v in self.plans if group_name in (None, v[0])]:
+                del self.plans[voted]
             self.version += 1
 
 
@@ -647,7 +676,10 @@ def announced(
 
 @dataclass(frozen=True)
 class WorkspaceInfo:
-    """One workspace, or why there is none. `nbytes` is GPU memory on this rank."""
+    """One workspace, or why there is none. `nbytes` is GPU memory on this rank.
+
+    `plan` says whether a tuned table decides what it is used for, and which; empty: the shipped one.
+    """
 
     provider: str
     group_name: str
@@ -656,11 +688,14 @@ class WorkspaceInfo:
     max_tokens: int
     nbytes: int
     reason: str = ""
+    plan: str = ""
 
 
 def _info(entry: Entry) -> WorkspaceInfo:
-    made = entry.workspace
-    return WorkspaceInfo(*entry.key, made.max_tokens if made else 0, made.nbytes if made else 0, entry.reason)
+    made, key = entry.workspace, entry.key
+    agreed = REGISTRY.plans.get((key.group_name, key.hidden, key.dtype))
+    size = (made.max_tokens, made.nbytes) if made else (0, 0)
+    return WorkspaceInfo(*key, *size, entry.reason, agreed.text if agreed else "")
 
 
 def workspaces() -> list[WorkspaceInfo]:
@@ -669,7 +704,13 @@ def workspaces() -> list[WorkspaceInfo]:
 
 
 def prepare(
-    group: dist.ProcessGroup | str | None, hidden: int, dtype: torch.dtype, *, max_tokens: int
+    group: dist.ProcessGroup | str | None,
+    hidden: int,
+    dtype: torch.dtype,
+    *,
+    max_tokens: int,
+    tune: bool = False,
+    output_in_place: bool = False,
 ) -> list[WorkspaceInfo]:
     """Make the workspaces for one hidden size ahead of the first call. A collective: every rank calls it
     alike.
@@ -683,6 +724,9 @@ def prepare(
         dtype: of the activations.
         max_tokens: the largest number of tokens (rows) of a call to serve; at most what the provider can
             hold.
+        tune: if there is no tuned table for this machine, measure one now (under a minute) and keep it on disk;
+            FUSEWIRE_TUNE=1 asks for the same. All ranks must ask, else nobody measures.
+        output_in_place: make the output buffers that PassConfig.output_in_place needs, too: two more of max_tokens rows.
 
     Returns:
         For each provider that keeps workspaces, its size on this rank, or the reason why there is none.
@@ -700,7 +744,13 @@ def prepare(
     found = dist.group.WORLD if group is None and dist.is_initialized() else group
     pg = found if isinstance(found, dist.ProcessGroup) else resolve_group(found or "the default group")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return [_prepare_one(provider, pg, hidden, dtype, device, max_tokens) for provider in PROVIDERS.values()]
+    outputs = OUTPUTS if output_in_place else 0
+    if any(provider.limits(hidden, dtype, pg.size()) for provider in PROVIDERS.values()):
+        from fusewire.custom_ops.plan_vote import tuned_plan
+
+        # Before the workspaces are made: the tuner makes larger ones for itself.
+        tuned_plan(pg, hidden, dtype, device, tune=tune, fresh=True, max_tokens=max_tokens)
+    return [_prepare_one(provider, pg, hidden, dtype, device, max_tokens, outputs) for provider in PROVIDERS.values()]
 
 
 def _prepare_one(
@@ -710,6 +760,7 @@ def _prepare_one(
     dtype: torch.dtype,
     device: torch.device,
     max_tokens: int,
+    outputs: int,
 ) -> WorkspaceInfo:
     key = WorkspaceKey(provider.name, group.group_name, dtype, hidden)
     static = provider.limits(hidden, dtype, group.size())
@@ -727,7 +778,7 @@ def _prepare_one(
                 "for; "
                 "fusewire.close() it first on every rank (CUDA graphs captured with it become invalid)"
             )
-    entry = REGISTRY.open(provider, group, dtype, hidden, device, lambda machine: wanted)
+    entry = REGISTRY.open(provider, group, dtype, hidden, device, lambda machine: wanted, outputs)
     REGISTRY.version += 1  # calls that went elsewhere for want of a workspace are decided again
     return _info(entry)
 

@@ -22,6 +22,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "doctor": Command("fusewire.doctor", "print what this machine offers, and which provider serves what"),
     "prebuild": Command("fusewire.prebuild", "compile FlashInfer's all-reduce kernels ahead of time"),
+    "tune": Command("fusewire.tune", "time every provider on this machine's GPUs, and choose by that from then on"),
     "explain": Command("fusewire.explain", "run a script and explain what became of every all-reduce"),
 }
 

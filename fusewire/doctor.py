@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import fusewire
+from fusewire.custom_ops import plan_store
 from fusewire.custom_ops.dispatch import explain_plan
 from fusewire.custom_ops.ir import _machine_support, all_ops, ir_op_priority, parse_priorities
 from fusewire.custom_ops.providers import flashinfer as provider
@@ -54,6 +55,7 @@ def examine() -> dict[str, Any]:
         "links": _links(),
         "flashinfer": _flashinfer(),
         "operators": _operators(),
+        "tuned_tables": _tuned_tables(),
         "plans": _plans(),
     }
 
@@ -157,10 +159,34 @@ def _operators() -> dict[str, dict[str, Any]]:
     return found
 
 
+def _tuned_tables() -> dict[str, Any]:
+    """Where tables of `python -m fusewire tune` lie, and which of them serve on this machine."""
+    tables = []
+    for found in plan_store.all_files():
+        entry: dict[str, Any] = {"path": str(found.path), "serves": False, "reason": found.reason}
+        if found.table is not None:
+            key = found.table.key
+            entry.update(world_size=key.world_size, hidden=key.hidden, dtype=key.dtype, measured=found.table.measured)
+            entry["reason"] = why = _why_not(key)
+            entry["serves"] = not why
+            entry["left_out"] = dict(found.table.rejected)
+            entry["not_measured"] = dict(found.table.absent)
+        tables.append(entry)
+    return {"folder": str(plan_store.folder()), "tables": tables}
+
+
+def _why_not(key: plan_store.PlanKey) -> str:
+    if key.device == "cpu":
+        return "times of CPU ranks, which serve nobody"
+    here = plan_store.local_key(key.world_size, key.hidden, getattr(torch, key.dtype))
+    return "there is no GPU here" if here is None else key.differences(here)
+
+
 def _plans() -> list[dict[str, Any]]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # Without GPUs there is one answer, whatever the world size; with them, that of each group that fits here.
     sizes = [size for size in (2, 4, 8, 16) if size <= count] or [2]
+    tuned = [found.table.key.hidden for found in plan_store.all_files() if found.table is not None]
     return [
         {
             "world_size": size,
@@ -169,7 +195,7 @@ def _plans() -> list[dict[str, Any]]:
             "rows": [row._asdict() for row in explain_plan(size, hidden, torch.bfloat16)],
         }
         for size in sizes
-        for hidden in PLAN_HIDDEN_SIZES
+        for hidden in sorted({*PLAN_HIDDEN_SIZES, *(tuned if count else ())})
     ]
 
 
@@ -201,10 +227,25 @@ def as_text(found: Mapping[str, Any]) -> str:
             )
             for key, each in op["providers"].items()
         )
+    lines += ["", f"Tuned tables, in {found['tuned_tables']['folder']}"]
+    lines += _table(_tuned_row(table) for table in found["tuned_tables"]["tables"]) or [
+        "  none (`python -m fusewire tune --hidden N` measures one; until then the plan is the shipped one)"
+    ]
     for plan in found["plans"]:
         lines += ["", f"Plan for {plan['world_size']} ranks, hidden size {plan['hidden']}, {plan['dtype']}"]
         lines += _table((_span(row), row["provider"], row["reason"]) for row in plan["rows"])
     return "\n".join(lines).strip()
+
+
+def _tuned_row(table: Mapping[str, Any]) -> tuple[str, ...]:
+    if "hidden" not in table:
+        return ("", "", "not used", table["reason"])
+    what = f"{table['world_size']} ranks, hidden size {table['hidden']}, {table['dtype']}"
+    left_out = "".join(f"; {label} is left out: {why}" for label, why in table["left_out"].items())
+    left_out += "".join(f"; {name} could not be measured: {why}" for name, why in table["not_measured"].items())
+    name = os.path.basename(table["path"])
+    said = f"{name}{left_out}" if table["serves"] else f"{name}: {table['reason']}"
+    return (what, table["measured"], "serves" if table["serves"] else "not used", said)
 
 
 def _span(row: Mapping[str, Any]) -> str:

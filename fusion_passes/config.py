@@ -82,6 +82,11 @@ class PassConfig:
         "Keep the residual sharded by rows between fused operators, so that each rank adds and normalises its own rows "
         "only; for prefill of many tokens.",
     )
+    output_in_place: bool = _doc(
+        False,
+        "Hand out a fused operator's result in the symmetric buffer where it arrives, without a copy, where the graph "
+        "proves that it is read before the buffer is written again; takes memory for two more buffers.",
+    )
     eliminate_noops: bool = _doc(True, "Drop views, reshapes and casts that change nothing, before matching.")
     fi_allreduce_fusion_max_size_mb: float | None = _doc(
         None,

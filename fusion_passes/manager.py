@@ -38,6 +38,8 @@ from fusewire.patterns.all_reduce import AllReduce, read_all_reduce
 from fusewire.patterns.norms import NORM_OPS
 
 log = logging.getLogger("fusewire")
+# What these do refuses no all-reduce, so a trial can do without them.
+_REFUSE_NOTHING = ("shard_residual", "lower_ops", "place_outputs")
 # After these the graph shows what fused with what.
 _FUSING = ("fuse_all_reduce", "fuse_sequence_parallel", "fuse_epilogues")
 
@@ -208,7 +210,7 @@ class _Run:
 
     def _apply(self, graph: Graph, context: RunContext, *, trial_run: bool) -> None:
         for index, item in enumerate(self.passes):
-            if trial_run and (item.user or item.name == "lower_ops"):
+            if trial_run and (item.user or item.name in _REFUSE_NOTHING):
                 continue
             if not trial_run:
                 self._dump(graph, f"{index}0_before_{item.name}")

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._inductor import lowering
 from torch._inductor import pattern_matcher as inductor
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -98,6 +100,29 @@ def fresh_fake(value: Any, *, contiguous: bool = False) -> Any:
             return mode.fake_tensor_converter.from_meta_and_device(mode, meta, value.device)
     with mode if mode is not None else contextlib.nullcontext():
         return torch.empty_strided(*layout, dtype=value.dtype, device=value.device)
+
+
+def never_reuse_outputs(op: torch._ops.OpOverload, marked: Callable[[Sequence[Any]], bool]) -> None:
+    """Have Inductor reuse no output of a call of `op` for another buffer, where `marked(args)` says so.
+
+    It lowers the operator as Inductor would by itself, and must be called before that.
+    """
+    if getattr(lowering.lowerings.get(op), "_fusewire", False):
+        return
+    if op not in lowering.lowerings:
+        tag = torch._library.utils.get_layout_constraint_tag(op, with_default=True)
+        lowering.make_fallback(op, layout_constraint=lowering.tag_to_layout_constraint(tag))
+    inner = lowering.lowerings[op]
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        outputs = inner(*args, **kwargs)
+        if marked(args):
+            for output in outputs:
+                V.graph.never_reuse_buffers.add(output.get_name())
+        return outputs
+
+    lower._fusewire = True  # type: ignore[attr-defined]
+    lowering.lowerings[op] = lower
 
 
 def graph_kind() -> str:

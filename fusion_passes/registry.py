@@ -17,6 +17,7 @@ from fusewire.fusion_passes.fuse_epilogues import fuse_epilogues
 from fusewire.fusion_passes.fuse_sequence_parallel import fuse_sequence_parallel
 from fusewire.fusion_passes.lower_ops import lower_ops
 from fusewire.fusion_passes.merge_all_reduces import merge_all_reduces
+from fusewire.fusion_passes.place_outputs import place_outputs
 from fusewire.fusion_passes.raise_ops import raise_ops
 from fusewire.fusion_passes.shard_residual import shard_residual
 
@@ -51,6 +52,7 @@ _PASSES: list[RegisteredPass] = [
     RegisteredPass("fuse_epilogues", fuse_epilogues, "fuse_sandwich_norms"),
     RegisteredPass("shard_residual", shard_residual, "shard_residual"),
     RegisteredPass("lower_ops", lower_ops),
+    RegisteredPass("place_outputs", place_outputs, "output_in_place"),
 ]
 
 

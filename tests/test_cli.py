@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -17,16 +19,18 @@ from test_flashinfer_provider import fake_flashinfer
 
 from fusewire import __main__ as cli
 from fusewire import doctor, prebuild
+from fusewire import tune as tune_command
+from fusewire.custom_ops import plan_store
 from fusewire.custom_ops.providers import flashinfer as provider
 from fusewire.errors import ConfigError, WorkspaceError
 
 
-def fusewire(*arguments, **environment):
+def fusewire(*arguments, timeout=120, **environment):
     return subprocess.run(
         [sys.executable, "-m", "fusewire", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         env={**os.environ, **environment},
     )
 
@@ -126,6 +130,120 @@ def test_doctor_lives_with_what_does_not_answer(monkeypatch):
     monkeypatch.setattr(doctor.subprocess, "run", hangs)
     assert doctor._links() == ""
     assert "did not answer" in doctor._driver()
+
+
+def test_doctor_says_which_tuned_table_serves(monkeypatch, tmp_path):
+    monkeypatch.setenv(plan_store.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(doctor, "_ask", lambda *command: "")
+    with fake_flashinfer(), machine_with_gpus(4):
+        assert f"Tuned tables, in {tmp_path}/tables\n  none (`python -m fusewire tune" in doctor.as_text(
+            doctor.examine()
+        )
+        key = plan_store.local_key(4, 6144, torch.bfloat16)
+        times = {"native": ((1, 20.0), (64, 30.0)), "flashinfer/oneshot": ((1, 5.0), (64, 90.0))}
+        here = plan_store.Table(key, times, "then", 9.0, {"symm_mem/twoshot": "wrong"})
+        elsewhere = dataclasses.replace(here, key=dataclasses.replace(key, driver="1.2"))
+        on_cpu = dataclasses.replace(here, key=dataclasses.replace(key, device="cpu"))
+        for table in (here, elsewhere, on_cpu):
+            plan_store.save(table)
+        (plan_store.folder() / "x.json").write_text("{}")
+        found = doctor.examine()
+    text = doctor.as_text(found)
+    serving = [table for table in found["tuned_tables"]["tables"] if table["serves"]]
+    assert [table["path"] for table in serving] == [str(plan_store.folder() / key.file_name)]
+    assert f"serves    {key.file_name}; symm_mem/twoshot is left out: wrong" in text
+    assert f"{elsewhere.key.file_name}: driver 1.2, here unknown" in text
+    assert f"{on_cpu.key.file_name}: times of CPU ranks, which serve nobody" in text
+    assert "x.json is ignored: it is not a table of fusewire's" in text
+    rows = text.split("Plan for 4 ranks, hidden size 6144, bfloat16\n")[1].split("\n\n")[0]
+    assert "flashinfer/oneshot  5.0 us (native 20.0); tuned on this machine, then" in rows
+    assert "tuned" not in text.split("Plan for 4 ranks, hidden size 8192")[1]
+
+
+# --- tune ---------------------------------------------------------------------------------------------------
+
+
+def tune(*arguments, folder):
+    return fusewire("tune", "--cpu", "--hidden", "64", *arguments, timeout=400, FUSEWIRE_CACHE_DIR=str(folder))
+
+
+def test_tune_on_cpu_ranks(tmp_path):
+    picture = tmp_path / "a.png"
+    plot = ["--plot", str(picture)] if importlib.util.find_spec("matplotlib") else []
+    done = tune("32", "--tokens", "1", "4", "8", "--json", *plot, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads(done.stdout)["tables"]
+    assert [table["key"]["hidden"] for table in tables] == [64, 32]
+    for table in tables:
+        assert set(table["times"]) == {"native", "rank_ordered"}
+        assert table["key"]["device"] == "cpu"
+        assert plan_store.read(Path(table["path"])).table == plan_store.table_from_json(table)
+        assert Path(table["path"]).parent == tmp_path / "tables"
+    assert picture.exists() == bool(plot)
+    assert "never serves GPUs" in done.stderr
+    assert "tuning hidden size 64, bfloat16, 2 ranks: 1/3 1 tokens: " in done.stderr  # lines, since this is no terminal
+
+
+def test_tune_tells_what_a_rank_could_not(tmp_path):
+    done = tune("--tokens", "1", "--seconds", "-1", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().splitlines()[-1].startswith("fusewire: tune(hidden=64")
+    assert "Traceback" not in done.stderr
+
+
+def test_tune_dry_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv(plan_store.CACHE_VARIABLE, str(tmp_path))
+    assert cli.main(["tune", "--cpu", "--hidden", "64", "--max-tokens", "8", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "2 ranks, hidden size 64, bfloat16\n  tokens: 1 2 4 8\n  native: all of them\n  rank_ordered: all" in said
+    assert f"table: {tmp_path}/tables" in said
+    with fake_flashinfer(), machine_with_gpus(4):
+        assert cli.main(["tune", "--hidden", "64", "--max-tokens", "8", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "4 ranks, hidden size 64" in said
+    assert "flashinfer/oneshot: 1 2 4 8\n  flashinfer/twoshot: 8\n  native: all of them" in said
+    assert "table: " in said
+    assert "now there: nothing" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--world-size", "1"], "all-reduces need at least two"),
+        (["--max-tokens", "0"], "at least 1"),
+        (["--plot", "x.jpg"], "ends in .png"),
+        (["--plot", "/no/such/folder/x.png"], "a folder that exists"),
+    ],
+)
+def test_tune_refuses_before_it_starts_ranks(arguments, said, capsys):
+    installed = mock.patch.object(tune_command.importlib.util, "find_spec", return_value=True)
+    with installed, mock.patch.object(tune_command, "_start_ranks", side_effect=AssertionError):
+        assert cli.main(["tune", "--cpu", "--hidden", "64", *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_tune_without_gpus_or_with_too_few(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["tune", "--hidden", "64"]) == 1
+    assert "--cpu" in capsys.readouterr().err
+    with machine_with_gpus(4):
+        assert cli.main(["tune", "--hidden", "64", "--world-size", "8"]) == 1
+    assert "there are 4 GPUs here" in capsys.readouterr().err
+
+
+def test_tune_without_matplotlib(monkeypatch, capsys):
+    monkeypatch.setattr(tune_command.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["tune", "--cpu", "--hidden", "64", "--plot", "a.png"]) == 1
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_tune_under_torchrun_takes_its_world_size(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert cli.main(["tune", "--cpu", "--hidden", "64", "--dry-run"]) == 0
+    assert "3 ranks, hidden size 64" in capsys.readouterr().out
+    assert cli.main(["tune", "--cpu", "--hidden", "64", "--world-size", "2"]) == 1
+    assert "torchrun started 3 ranks" in capsys.readouterr().err
 
 
 # --- prebuild -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ def load_providers() -> None:
     for name in _MODULES:
         importlib.import_module(f"{__name__}.{name}")
     importlib.import_module("fusewire.custom_ops.dispatch")
+    importlib.import_module("fusewire.custom_ops.extended")
 
 
 load_providers()

@@ -517,7 +517,9 @@ class FlashInferProvider(WorkspaceProvider):
         else:
             _prove_results(workspace)
 
-    def bind(self, workspace: Workspace, variant: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def bind(
+        self, workspace: Workspace, variant: str, output: int | None = None
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
         assert isinstance(workspace, FlashInferWorkspace)
         run, one_shot = workspace.run, variant == ONE_SHOT
 

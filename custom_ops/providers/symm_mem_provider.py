@@ -20,12 +20,14 @@ from fusewire.custom_ops.ir import NATIVE, YES, Support
 from fusewire.custom_ops.norms import FORMS, add_residual, normalize
 from fusewire.custom_ops.plans import SYMM_ONE_SHOT, SYMM_TWO_SHOT
 from fusewire.custom_ops.providers import symm_mem
+from fusewire.custom_ops.providers.symm_mem_arguments import InnerNorm
 from fusewire.custom_ops.providers.symm_mem_workspace import (
     MAX_WORLD_SIZE,
     Layout,
     SymmMemWorkspace,
     unsupported_reason,
 )
+from fusewire.custom_ops.sharded_norm import all_reduce_rms_norm_sharded
 from fusewire.custom_ops.workspace import (
     PROVIDERS,
     Channel,
@@ -38,6 +40,7 @@ from fusewire.custom_ops.workspace import (
 from fusewire.errors import ProcessGroupError, WorkspaceError
 
 PROVIDER = "symm_mem"
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FLASHINFER = "flashinfer"
 # The largest workspace that is made: all of it is mapped by every peer.
 MAX_BYTES = 1 << 30
@@ -89,7 +92,7 @@ def supports_args(
             "the residual and x have different dtypes; symm_mem's kernels take one",
         ),
         (
-            weight is None or weight.dtype in (torch.bfloat16, torch.float16, torch.float32),
+            weight is None or weight.dtype in _WEIGHT_DTYPES,
             "the weight must be bfloat16, float16 or float32",
         ),
     )
@@ -136,8 +139,9 @@ class HeldWorkspace(Workspace):
         eps: float,
         weight_bias: float,
         form: str,
+        **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """One call, with native's results.
+        """One call, with native's results (those of the sharded operator for `symm_mem.two_shot_sharded`).
 
         Raises:
             WorkspaceError: the workspace is closed or too small.
@@ -145,9 +149,14 @@ class HeldWorkspace(Workspace):
         """
         self.check_call(x.numel() // self.key.hidden, x.device)
         self._order.enter(x.get_device())
-        norm, summed = call(self.made, x, residual, weight, eps, weight_bias, form)
+        norm, summed = call(self.made, x, residual, weight, eps, weight_bias, form, **options)
         assert summed is not None
         return norm, summed
+
+    def output(self, asked: int | None, tokens: int) -> dict[str, int]:
+        """The option for a call whose result may stay in an output buffer: only the protocol with flags can do so."""
+        layout = self.made.layout
+        return {"output": asked} if asked is not None and layout.outputs > asked and tokens > DATA_TOKENS else {}
 
     def release(self) -> None:
         """Free the symmetric buffers."""
@@ -197,6 +206,7 @@ class SymmMemProvider(WorkspaceProvider):
             request.max_tokens,
             one_shot_tokens=ONE_SHOT_TOKENS,
             data_tokens=DATA_TOKENS,
+            outputs=request.outputs,
             timeout_s=PEER_TIMEOUT_S,
             device=request.device,
             barrier=channel.barrier,
@@ -219,10 +229,13 @@ class SymmMemProvider(WorkspaceProvider):
                 "a call with a known answer came out wrong; leave symm_mem out of the priority list, and report it"
             )
 
-    def bind(self, workspace: Workspace, variant: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def bind(
+        self, workspace: Workspace, variant: str, output: int | None = None
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
         assert isinstance(workspace, HeldWorkspace)
-        run = workspace.run
-        call = symm_mem.one_shot if variant == SYMM_ONE_SHOT else symm_mem.two_shot
+        run, hidden = workspace.run, workspace.key.hidden
+        one_shot = variant == SYMM_ONE_SHOT
+        call = symm_mem.one_shot if one_shot else symm_mem.two_shot
 
         def bound(
             x: Tensor,
@@ -235,7 +248,62 @@ class SymmMemProvider(WorkspaceProvider):
         ) -> tuple[Tensor, Tensor]:
             return run(call, x, residual, weight, eps, weight_bias, form)
 
-        return bound
+        def in_place(
+            x: Tensor,
+            residual: Tensor | None,
+            weight: Tensor | None,
+            eps: float,
+            weight_bias: float,
+            form: str,
+            group_name: str,
+        ) -> tuple[Tensor, Tensor]:
+            options = workspace.output(output, x.numel() // hidden)
+            return run(call, x, residual, weight, eps, weight_bias, form, **options)
+
+        return bound if output is None or one_shot else in_place
+
+    def bind_extended(
+        self, workspace: Workspace, variant: str, op_name: str, args: tuple[Any, ...], output: int | None = None
+    ) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        x, residual, weights = args[0], args[1], (args[2], args[6])
+        if residual is not None and residual.dtype != x.dtype:
+            return None
+        if any(weight is not None and weight.dtype not in _WEIGHT_DTYPES for weight in weights):
+            return None
+        assert isinstance(workspace, HeldWorkspace)
+        if op_name == all_reduce_rms_norm_sharded.name:
+            # Also for few tokens: in one shot every rank needs the whole residual.
+            return _extended(workspace, symm_mem.two_shot_sharded, output)
+        if variant == SYMM_ONE_SHOT:
+            return _extended(workspace, symm_mem.one_shot, None)
+        return _extended(workspace, symm_mem.two_shot, output)
+
+
+def _extended(
+    workspace: HeldWorkspace, call: Callable[..., Any], output: int | None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A call of a kernel with the parameters of the operators that extend `all_reduce_rms_norm`."""
+    run, hidden = workspace.run, workspace.key.hidden
+
+    def bound(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        weight_bias: float,
+        form: str,
+        inner_weight: Tensor | None,
+        inner_eps: float,
+        inner_weight_bias: float,
+        inner_form: str,
+        group_name: str,
+    ) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {} if output is None else workspace.output(output, x.numel() // hidden)
+        if inner_form:
+            options["inner"] = InnerNorm(inner_weight, inner_eps, inner_weight_bias, inner_form)
+        return run(call, x, residual, weight, eps, weight_bias, form, **options)
+
+    return bound
 
 
 def _probes(workspace: HeldWorkspace) -> list[tuple[Callable[..., Any], int]]:
