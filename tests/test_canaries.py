@@ -12,7 +12,9 @@ import ast
 import copy
 import inspect
 import pickle
+import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass, pattern_matcher
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -145,6 +148,36 @@ def test_tracing_native_gives_post_grad_operators():
     assert any(node.target in graph_tools.CASTS for node in calls)
     assert all(isinstance(node.meta["val"], FakeTensor) for node in calls)
     assert not any("rms_norm" in str(node.target) for node in calls)
+
+
+@canary("torch._inductor.lowering", "torch._library.utils.get_layout_constraint_tag", "torch._inductor.virtualized.V")
+@pytest.mark.parametrize("kept", [False, True])
+def test_outputs_of_an_operator_can_be_kept_from_reuse(kept):
+    """never_reuse_outputs in matcher.py: an operator's lowering made as Inductor makes it, and a buffer's name in
+    `never_reuse_buffers`, which takes it out of memory planning."""
+    library = torch.library.Library("fusewire_canary", "FRAGMENT")
+    name = f"pair_{kept}"
+    library.define(f"{name}(Tensor x, str policy) -> (Tensor, Tensor)")
+    library.impl(name, lambda x, policy: (x + 1, x + 2), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusewire_canary::{name}", lambda x, policy: (x + 1, x + 2), lib=library)
+    op = getattr(torch.ops.fusewire_canary, name).default
+    if kept:
+        matcher.never_reuse_outputs(op, lambda args: args[-1] == "keep")
+
+    def fn(x):
+        a, b = op(x, "keep")
+        made = [a @ b]
+        for _ in range(3):  # all of them kept to the end, so that each takes memory that something is done with
+            made.append((made[-1] @ x).sin() @ x)
+        return made
+
+    aligned = mock.patch("torch._inductor.graph.should_assume_input_aligned", return_value=True)
+    with aligned, inductor_config.patch(force_disable_caches=True), torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(fn), torch.ones(16, 16))
+    outputs = set(re.findall(r"(\w+) = buf0\[\d\]", code))
+    reused = {line.split("=")[1].split(";")[0].strip() for line in code.splitlines() if "# reuse" in line}
+    assert len(outputs) == 2
+    assert bool(outputs & reused) is not kept
 
 
 @canary("torch._guards.TracingContext.try_get")
@@ -621,7 +654,7 @@ def _private_names(tree):
                 yield node.attr
 
 
-PUBLIC = {"_asdict"}  # of Python's named tuples
+PUBLIC = {"_asdict", "_exit"}  # of Python's named tuples and os
 
 
 def _is_private(name):

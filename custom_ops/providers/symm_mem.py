@@ -3,11 +3,13 @@
     norm, residual_out = one_shot(workspace, x, residual, weight, eps, weight_bias, form)  # few tokens
     norm, residual_out = two_shot(workspace, ...)  # more tokens
     norm, residual_shard = two_shot_sharded(workspace, ...)  # the residual stays sharded by rows
+    norm, residual_out = one_shot(..., inner=InnerNorm(weight, eps, weight_bias, form))  # norms before and after
 
 What they compute, for x of shape (..., hidden) on each rank of the workspace's group (T tokens, R ranks): s =
 sum over ranks in rank order in fp32, rounded to x's dtype; r = round(s + residual), or s without a residual;
 norm = RMSNorm(r) (Zhang and Sennrich, 2019, arXiv:1910.07467) in one of the forms of
-`fusewire.custom_ops.norms`. Results are deterministic and equal bit for bit across ranks. Every rank must
+`fusewire.custom_ops.norms`. With an inner norm, as in Gemma 2 and 3 and GLM-4, r = round(residual + n), n =
+RMSNorm(s) in the inner form. Results are deterministic and equal bit for bit across ranks. Every rank must
 make the same calls in the same order, with equal shapes, dtypes and options, one call at a time (not on two
 streams at once).
 
@@ -27,6 +29,8 @@ from torch import Tensor
 from fusewire.custom_ops.norms import ROUND_THEN_SCALE
 from fusewire.custom_ops.providers.symm_mem_arguments import (
     KINDS,
+    InnerNorm,
+    check_inner,
     output_like,
     prepared,
     residual_like,
@@ -78,6 +82,7 @@ def one_shot(
     residual_out: Tensor | None = None,
     *,
     need_residual: bool = True,
+    inner: InnerNorm | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All ranks push all rows to all peers, in one hop: lowest latency, (R - 1) T H numbers out of each rank.
@@ -93,6 +98,7 @@ def one_shot(
         norm_out: where the norm goes, of x's shape and dtype, contiguous and not x itself; made if None.
         residual_out: likewise for r; may be `residual` itself.
         need_residual: False leaves r out; the second result is then None.
+        inner: an RMSNorm of s before the residual is added, which must then be given.
         plan: launch parameters, equal on all ranks; by default `plan_one_shot`.
 
     Returns:
@@ -104,6 +110,7 @@ def one_shot(
         WorkspaceError: the workspace is closed.
     """
     rows, tokens = prepared(ws, x, weight, eps, weight_bias, form, ws.layout.one_shot_tokens, "one-shot")
+    check_inner(inner, residual, x)
     residual = residual_like(residual, x)
     norm_out = output_like(norm_out, x, x, "norm_out")
     residual_out = output_like(residual_out, x, x, "residual_out") if need_residual else None
@@ -118,6 +125,7 @@ def one_shot(
         plan,
         (ws.ctl, rows, residual, weight_for(weight), norm_out, residual_out, tokens, ws.rank),
         (at["one_shot_slots"], ws.world_size * source, source, at["one_shot_slices"], eps, weight_bias),
+        inner,
         (form == ROUND_THEN_SCALE, plan.slices, plan.block, plan.threads, plan.pdl),
     )
     return norm_out, residual_out
@@ -135,6 +143,7 @@ def two_shot(
     residual_out: Tensor | None = None,
     *,
     need_residual: bool = True,
+    inner: InnerNorm | None = None,
     protocol: str | None = None,
     output: int | None = None,
     plan: Plan | None = None,
@@ -152,6 +161,7 @@ def two_shot(
     if output is not None and (residual_out is not None or not need_residual):
         raise ArgumentError("output names the buffer of the residual: leave residual_out None and need_residual True")
     rows, tokens = prepared(ws, x, weight, eps, weight_bias, form, ws.layout.max_tokens, "two-shot")
+    check_inner(inner, residual, x)
     residual = residual_like(residual, x)
     norm_out = output_like(norm_out, x, x, "norm_out")
     if output is not None:
@@ -162,6 +172,7 @@ def two_shot(
         _two_shot(
             ws,
             rows,
+            tokens,
             residual,
             weight,
             eps,
@@ -170,6 +181,7 @@ def two_shot(
             norm_out,
             residual_out,
             True,
+            inner,
             protocol,
             output,
             plan,
@@ -189,6 +201,7 @@ def two_shot_sharded(
     residual_out: Tensor | None = None,
     *,
     need_residual: bool = True,
+    inner: InnerNorm | None = None,
     protocol: str | None = None,
     output: int | None = None,
     plan: Plan | None = None,
@@ -213,6 +226,7 @@ def two_shot_sharded(
         raise ArgumentError("output names the buffer of the norm: leave norm_out None")
     rows, tokens = prepared(ws, x, weight, eps, weight_bias, form, ws.layout.max_tokens, "two-shot")
     shard, owned = shard_rows(tokens, ws.world_size), owned_rows(tokens, ws.world_size, ws.rank)
+    check_inner(inner, residual, x)
     residual = residual_shard(residual, x, shard, owned, ws)
     if need_residual and residual_out is None:
         residual_out = x.new_empty((shard, ws.hidden))
@@ -229,6 +243,7 @@ def two_shot_sharded(
         _two_shot(
             ws,
             rows,
+            tokens,
             residual,
             weight,
             eps,
@@ -237,6 +252,7 @@ def two_shot_sharded(
             norm_out,
             residual_out,
             False,
+            inner,
             protocol,
             output,
             plan,
@@ -247,6 +263,7 @@ def two_shot_sharded(
 def _two_shot(
     ws: SymmMemWorkspace,
     rows: Tensor,
+    tokens: int,
     residual: Tensor | None,
     weight: Tensor | None,
     eps: float,
@@ -255,11 +272,12 @@ def _two_shot(
     norm_out: Tensor,
     residual_out: Tensor | None,
     full: bool,
+    inner: InnerNorm | None,
     protocol: str | None,
     output: int | None,
     plan: Plan | None,
 ) -> None:
-    tokens, layout, at = rows.shape[0], ws.layout, ws.layout.offsets
+    layout, at = ws.layout, ws.layout.offsets
     protocol = protocol or (DATA if tokens <= layout.data_tokens and output is None else FLAGS)
     if protocol not in (DATA, FLAGS):
         raise ArgumentError(f"protocol is {protocol!r}; it must be {DATA!r}, {FLAGS!r} or None")
@@ -278,7 +296,7 @@ def _two_shot(
         slots = (at["data_slots"], ws.world_size * source, source)
         numbers = (*slots, at["data_results"], at["data_rstds"], at["data_slices"], eps, weight_bias)
         tiles = (rounding, full, plan.slices, plan.block, plan.unroll, plan.threads, plan.pdl)
-        _launch(ws, "two_shot_data_kernel", plan, tensors, numbers, tiles)
+        _launch(ws, "two_shot_data_kernel", plan, tensors, numbers, inner, tiles)
     else:
         plan = plan or plan_two_shot_flags(shard, layout.packets, ws.multiprocessors)
         results = at["results"] if output is None else at[f"output{output}"]
@@ -290,8 +308,19 @@ def _two_shot(
             plan,
             tensors,
             (plan.ahead, plan.lag, *areas, *flags, eps, weight_bias),
+            inner,
             (rounding, full, output is not None, plan.block, plan.threads, plan.pdl),
         )
+
+
+def _inner_arguments(inner: InnerNorm | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The kernels' arguments and constants for an inner norm."""
+    if inner is None:
+        return (None, None, None), (False, _NO_WEIGHT, False)
+    weight = weight_for(inner.weight)
+    kind = _NO_WEIGHT if weight is None else KINDS[weight.dtype]
+    # Floats, since Triton would take the types of these from their values.
+    return (weight, float(inner.eps), float(inner.weight_bias)), (True, kind, inner.form == ROUND_THEN_SCALE)
 
 
 def _launch(
@@ -300,14 +329,16 @@ def _launch(
     plan: Plan,
     tensors: tuple[Any, ...],
     numbers: tuple[Any, ...],
+    inner: InnerNorm | None,
     options: tuple[Any, ...],
 ) -> None:
-    """Launch a kernel: its tensors and counts, its offsets and scalars, and its last constants.
+    """Launch a kernel: its tensors and counts, its offsets and scalars, the inner norm, and its last constants.
 
     The constants between those follow from the tensors. A compiled kernel depends on nothing else (integers
     are not specialised, tensors are aligned), so after the first time Triton's argument analysis is skipped.
     """
     residual, weight, residual_out = tensors[2], tensors[3], tensors[5]
+    inner_values, inner_kinds = _inner_arguments(inner)
     weight_kind = _NO_WEIGHT if weight is None else KINDS[weight.dtype]
     kinds = (
         ws.world_size,
@@ -316,9 +347,10 @@ def _launch(
         weight_kind,
         residual is not None,
         residual_out is not None,
+        *inner_kinds,
     )
     key = (name, ws.device.index, plan.warps, kinds, options)
-    args = (*tensors, *numbers, *kinds, *options)
+    args = (*tensors, *numbers, *inner_values, *kinds, *options)
     if ws.device.index is not None and torch.cuda.current_device() != ws.device.index:
         with torch.cuda.device(ws.device):
             _run(key, name, ws, plan, args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,23 @@ from fusewire.errors import ArgumentError, WorkspaceError
 
 # The kernels' numbers for dtypes (symm_mem_math.BF16, FP16, FP32).
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+@dataclass(frozen=True)
+class InnerNorm:
+    """An RMSNorm of the sum over ranks, before the residual is added: Gemma 2 and 3 and GLM-4 norm twice.
+
+    Attributes:
+        weight: (hidden,), any floating dtype, or None.
+        eps: added to the mean square.
+        weight_bias: added to the weight. Ignored without a weight.
+        form: "scale_then_round" or "round_then_scale".
+    """
+
+    weight: Tensor | None
+    eps: float
+    weight_bias: float
+    form: str
 
 
 def prepared(
@@ -23,7 +42,7 @@ def prepared(
     capacity: int,
     kind: str,
 ) -> tuple[Tensor, int]:
-    """Check what all forms share; x as contiguous, aligned rows, and their number."""
+    """Check what all forms share; x, contiguous and aligned, and how many rows it has."""
     if ws.closed:
         raise WorkspaceError("the workspace is closed; make a new one")
     ws.check()
@@ -38,7 +57,21 @@ def prepared(
         raise ArgumentError(
             f"x has {tokens} tokens, but this workspace takes at most {capacity} in a {kind} call; make a larger one"
         )
-    return aligned(x).view(tokens, ws.hidden), tokens
+    return aligned(x), tokens
+
+
+def check_inner(inner: InnerNorm | None, residual: Tensor | None, x: Tensor) -> None:
+    """Raise ArgumentError if an inner norm does not fit x, or has no residual to be added to."""
+    if inner is None:
+        return
+    if residual is None:
+        raise ArgumentError(
+            "an inner norm needs a residual, to which the normalised sum is added; without one leave inner None"
+        )
+    try:
+        check_norm_args(x, inner.weight, inner.eps, inner.weight_bias, inner.form)
+    except ArgumentError as error:
+        raise ArgumentError(f"inner norm: {error}") from error
 
 
 def aligned(t: Tensor) -> Tensor:
@@ -76,7 +109,7 @@ def residual_shard(t: Tensor | None, x: Tensor, shard: int, owned: int, ws: Symm
 def output_like(t: Tensor | None, like: Tensor, x: Tensor, name: str) -> Tensor:
     """A place for a result of that shape: t if it will do, a new one if there is none."""
     if t is None:
-        return torch.empty(like.shape, dtype=x.dtype, device=x.device)
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
     if t.shape != like.shape or t.dtype != x.dtype or t.device != x.device:
         raise ArgumentError(f"{name} must be {x.dtype} {list(like.shape)} on {x.device}, not {t.dtype} {list(t.shape)}")
     if t.numel() and (not t.is_contiguous() or t.data_ptr() % 16 or t.data_ptr() == x.data_ptr()):

@@ -14,7 +14,10 @@ from fusewire.custom_ops.providers.symm_mem_math import (
     high,
     load_weight,
     low,
+    normalized,
     packed,
+    reciprocal_rms,
+    sum_of_squares,
 )
 from fusewire.custom_ops.providers.symm_mem_ptx import (
     COUNTER_LOG2,
@@ -105,6 +108,33 @@ def sum_ranks(
     for src in tl.static_range(WORLD):
         sums = accumulate(sums, packet_of(sources, src), src, mine, rank, KIND)
     return reduced(sums, residual, KIND, HAS_RESIDUAL)
+
+
+@triton.jit
+def squares_of(words: tl.tuple, mask: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """Sum of squares of a block's numbers where mask."""
+    return tl.sum(tl.where(mask, sum_of_squares(words, KIND), 0.0), axis=0)
+
+
+@triton.jit
+def add_normalized(
+    words: tl.tuple,
+    residual: tl.tuple,
+    squares: tl.tensor,
+    scale: tl.tuple,
+    eps: tl.tensor,
+    bias: tl.tensor,
+    HIDDEN: tl.constexpr,
+    KIND: tl.constexpr,
+    WKIND: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+) -> tl.tuple:
+    """The inner norm of a packet of sums, rounded; plus the residual, rounded again."""
+    normed = normalized(words, reciprocal_rms(squares, eps, HIDDEN), scale, bias, KIND, WKIND, ROUND_FIRST)
+    out = ()
+    for k in tl.static_range(4):
+        out = out + (add_rounded(normed[k], residual[k], KIND),)
+    return out
 
 
 @triton.jit

@@ -12,12 +12,14 @@ import triton.language as tl
 from fusewire.custom_ops.providers.symm_mem_blocks import (
     INTS,
     accumulate,
+    add_normalized,
     end_call,
     load_scale,
     packet_of,
     poisoned,
     reduced,
     rows_of,
+    squares_of,
     tag_of,
 )
 from fusewire.custom_ops.providers.symm_mem_math import (
@@ -66,12 +68,18 @@ def two_shot_flags_kernel(
     flag_bytes: tl.int64,
     eps: tl.float32,
     bias: tl.float32,
+    inner_weight: tl.tensor,
+    inner_eps: tl.tensor,
+    inner_bias: tl.tensor,
     WORLD: tl.constexpr,
     HIDDEN: tl.constexpr,
     KIND: tl.constexpr,
     WKIND: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     WRITE_RESIDUAL: tl.constexpr,
+    INNER: tl.constexpr,
+    INNER_WKIND: tl.constexpr,
+    INNER_ROUND_FIRST: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     FULL: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -156,8 +164,24 @@ def two_shot_flags_kernel(
                 words = load16(here, mask & (rank != src), True)
                 sums = accumulate(sums, words, src, mine, rank, KIND)
             scale = kept_scale if KEEP else load_scale(weight, packet, mask, KIND, WKIND)
-            total = poisoned(reduced(sums, add, KIND, HAS_RESIDUAL), bad)
-            rstd = reciprocal_rms(tl.sum(sum_of_squares(total, KIND), axis=0), eps, HIDDEN)
+            total = poisoned(reduced(sums, add, KIND, HAS_RESIDUAL and not INNER), bad)
+            if INNER:
+                inner_scale = load_scale(inner_weight, packet, mask, KIND, INNER_WKIND)
+                total = add_normalized(
+                    total,
+                    add,
+                    squares_of(total, mask, KIND),
+                    inner_scale,
+                    inner_eps,
+                    inner_bias,
+                    HIDDEN,
+                    KIND,
+                    INNER_WKIND,
+                    INNER_ROUND_FIRST,
+                )
+                rstd = reciprocal_rms(squares_of(total, mask, KIND), eps, HIDDEN)
+            else:
+                rstd = reciprocal_rms(tl.sum(sum_of_squares(total, KIND), axis=0), eps, HIDDEN)
             norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST)
             for j in tl.static_range(1, WORLD):
                 store16(peers[j - 1] + results + at, total if FULL else norm, mask, False)

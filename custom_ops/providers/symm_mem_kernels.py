@@ -9,6 +9,9 @@ Three kernels for (tokens, hidden) activations; each sums in rank order in fp32,
 * `two_shot_flags_kernel` (in symm_mem_flags.py): the same with one flag a row instead of data as its own
   flag; nothing to reset, and results can land in the output itself: most throughput for many tokens.
 
+INNER puts an RMSNorm of the sum before the residual, where a row is summed; what travels stays the same. Blocks
+that share a row then exchange two sums of squares, in words of their own: in one call a word means one thing.
+
 FULL two-shots leave the complete residual on every rank: the owner pushes the rounded residual and 1 / rms,
 and every rank scales all rows. Else the residual stays sharded, and the owner pushes normalised rows.
 
@@ -56,11 +59,13 @@ import triton.language as tl
 
 from fusewire.custom_ops.providers.symm_mem_blocks import (
     INTS,
+    add_normalized,
     end_call,
     load_scale,
     packet_of,
     rows_of,
     slices_sum,
+    squares_of,
     sum_ranks,
     tag_of,
 )
@@ -108,12 +113,18 @@ def one_shot_kernel(
     slices_at: tl.int64,
     eps: tl.float32,
     bias: tl.float32,
+    inner_weight: tl.tensor,
+    inner_eps: tl.tensor,
+    inner_bias: tl.tensor,
     WORLD: tl.constexpr,
     HIDDEN: tl.constexpr,
     KIND: tl.constexpr,
     WKIND: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     WRITE_RESIDUAL: tl.constexpr,
+    INNER: tl.constexpr,
+    INNER_WKIND: tl.constexpr,
+    INNER_ROUND_FIRST: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -151,14 +162,22 @@ def one_shot_kernel(
             grid_dependency_launch()
         add = load16(residual.to(tl.int64) + at, mask, False) if HAS_RESIDUAL else mine
         scale = load_scale(weight, packet, mask, KIND, WKIND)
+        inner_scale = load_scale(inner_weight, packet, mask, KIND, INNER_WKIND) if INNER else scale
         addrs = ()
         for src in tl.static_range(WORLD):
             here = own + slot + src * source_bytes + at
             addrs = addrs + (tl.where(mask & (rank != src), here, ctl_at + 8 * CTL_ZEROS),)
         sources = poll16(addrs, ctl_at, WAIT_ONE_SHOT, 0, WORLD, 1, False)
-        total = sum_ranks(sources, mine, rank, add, WORLD, KIND, HAS_RESIDUAL)
-        squares = tl.sum(sum_of_squares(total, KIND), axis=0)
-        exchange = own + slices_at + tl.cast(row, tl.int64) * (8 * SLICES)
+        total = sum_ranks(sources, mine, rank, add, WORLD, KIND, HAS_RESIDUAL and not INNER)
+        if INNER:
+            inner_at = own + slices_at + tl.cast(row, tl.int64) * (16 * SLICES) + 8 * SLICES
+            squares = squares_of(total, mask, KIND)
+            squares = slices_sum(squares, inner_at, part, call, ctl_at, rank, lane, SLICES)
+            total = add_normalized(
+                total, add, squares, inner_scale, inner_eps, inner_bias, HIDDEN, KIND, INNER_WKIND, INNER_ROUND_FIRST
+            )
+        squares = squares_of(total, mask, KIND) if INNER else tl.sum(sum_of_squares(total, KIND), axis=0)
+        exchange = own + slices_at + tl.cast(row, tl.int64) * (16 * SLICES if INNER else 8 * SLICES)
         squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, SLICES)
         rstd = reciprocal_rms(squares, eps, HIDDEN)
         store16(
@@ -221,12 +240,18 @@ def two_shot_data_kernel(
     slices_at: tl.int64,
     eps: tl.float32,
     bias: tl.float32,
+    inner_weight: tl.tensor,
+    inner_eps: tl.tensor,
+    inner_bias: tl.tensor,
     WORLD: tl.constexpr,
     HIDDEN: tl.constexpr,
     KIND: tl.constexpr,
     WKIND: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     WRITE_RESIDUAL: tl.constexpr,
+    INNER: tl.constexpr,
+    INNER_WKIND: tl.constexpr,
+    INNER_ROUND_FIRST: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     FULL: tl.constexpr,
     SLICES: tl.constexpr,
@@ -281,14 +306,22 @@ def two_shot_data_kernel(
         mine = load16(x.to(tl.int64) + at, mask, False)
         add = load16(residual.to(tl.int64) + kept, mask, False) if HAS_RESIDUAL else mine
         scale = load_scale(weight, packet, mask, KIND, WKIND)
+        inner_scale = load_scale(inner_weight, packet, mask, KIND, INNER_WKIND) if INNER else scale
         addrs = ()
         for src in tl.static_range(WORLD):
             here = own + slot + src * source_bytes + local
             addrs = addrs + (tl.where(mask & (rank != src), here, ctl_at + 8 * CTL_ZEROS),)
         sources = poll16(addrs, ctl_at, WAIT_PARTIAL_DATA, 0, WORLD, 1, False)
-        total = sum_ranks(sources, mine, rank, add, WORLD, KIND, HAS_RESIDUAL)
-        squares = tl.sum(sum_of_squares(total, KIND), axis=0)
-        exchange = own + slices_at + tl.cast(i, tl.int64) * (8 * SLICES)
+        total = sum_ranks(sources, mine, rank, add, WORLD, KIND, HAS_RESIDUAL and not INNER)
+        if INNER:
+            inner_at = own + slices_at + tl.cast(i, tl.int64) * (16 * SLICES) + 8 * SLICES
+            squares = squares_of(total, mask, KIND)
+            squares = slices_sum(squares, inner_at, part, call, ctl_at, rank, lane, SLICES)
+            total = add_normalized(
+                total, add, squares, inner_scale, inner_eps, inner_bias, HIDDEN, KIND, INNER_WKIND, INNER_ROUND_FIRST
+            )
+        squares = squares_of(total, mask, KIND) if INNER else tl.sum(sum_of_squares(total, KIND), axis=0)
+        exchange = own + slices_at + tl.cast(i, tl.int64) * (16 * SLICES if INNER else 8 * SLICES)
         squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, SLICES)
         rstd = reciprocal_rms(squares, eps, HIDDEN)
         norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST)

@@ -85,8 +85,9 @@ class Layout:
             "one_shot_slots": 2 * world * self.one_shot_tokens * row,
             "data_slots": 2 * data * row,
             "data_results": data * row,
-            "one_shot_slices": 8 * MAX_SLICES * self.one_shot_tokens,
-            "data_slices": 8 * MAX_SLICES * self.data_shard,
+            # Two words a slice: an inner norm has squares of its own to exchange.
+            "one_shot_slices": 2 * 8 * MAX_SLICES * self.one_shot_tokens,
+            "data_slices": 2 * 8 * MAX_SLICES * self.data_shard,
             "data_rstds": 8 * data,
             "flags_rstds": 8 * flags,
             "partial_flags": 8 * flags,

@@ -46,6 +46,7 @@ except ModuleNotFoundError:  # not installed: take the packages from the checkou
     from fusewire.custom_ops.providers import symm_mem
 
 # After the fallback above, hence not at the top.
+from fusewire.custom_ops.providers.symm_mem_arguments import InnerNorm  # noqa: E402
 from fusewire.custom_ops.providers.symm_mem_plan import (  # noqa: E402
     Plan,
     check_plan,
@@ -61,6 +62,9 @@ from fusewire.errors import PeerTimeoutError  # noqa: E402
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE, ROUND = "scale_then_round", "round_then_scale"
 EPS = 1e-5
+INNER_EPS = 1e-3
+# How far fp32 may take a norm from float64 before it is rounded to its dtype.
+SLACK = 2.0**-19
 ULP = {BF16: 2.0**-7, FP16: 2.0**-10, FP32: 2.0**-18}
 KINDS = ("one_shot", "two_shot", "two_shot_sharded")
 
@@ -78,11 +82,13 @@ class Case:
     bias: float = 0.0
     form: str = SCALE
     special: bool = False
+    inner: tuple | None = None  # weight's dtype or None, weight's bias, form
     options: tuple = ()
 
     def __str__(self) -> str:
         extra = [f"{k}={v}" for k, v in self.options]
         extra += ["no residual"] * (not self.residual) + ["NaN, -0.0, sentinel"] * self.special
+        extra += [f"inner w={str(self.inner[0])[6:]} bias={self.inner[1]} {self.inner[2][:5]}"] if self.inner else []
         what = [self.kind, f"{self.tokens}x{self.hidden}", str(self.dtype)[6:], f"w={str(self.weight)[6:]}"]
         return " ".join([*what, f"bias={self.bias}" if self.bias else "", self.form[:5], *extra])
 
@@ -211,23 +217,43 @@ def draw(run: Run, case: Case, seed: int) -> dict:
         mine = part if rank == run.rank else mine
     total = total.to(case.dtype)
     residual = randn(case.tokens, case.hidden).to(case.dtype) if case.residual else None
+    inner, bounds = None, (total,)
+    if case.inner is not None:
+        inner_dtype, bias, form = case.inner
+        inner = InnerNorm(None if inner_dtype is None else randn(case.hidden).to(inner_dtype), INNER_EPS, bias, form)
+        bounds = [exact_norm(total, inner, slack).to(case.dtype) for slack in (0.0, -SLACK, SLACK)]
     if residual is not None:
         if case.special:
             residual[-1, 5] = -0.0
-        total = (total.float() + residual.float()).to(case.dtype)
+        bounds = [(bound.float() + residual.float()).to(case.dtype) for bound in bounds]
     weight = None if case.weight is None else randn(case.hidden).to(case.weight)
-    norm = total.double()
-    norm = norm * torch.rsqrt(norm.pow(2).mean(-1, keepdim=True) + EPS)
-    norm = norm.to(case.dtype).double() if case.form == ROUND else norm
-    if weight is not None:
-        biased = weight + case.bias if case.form == ROUND else weight.double() + case.bias
-        norm = norm * biased.double()
-    return {"x": mine, "residual": residual, "weight": weight, "total": total, "norm": norm}
+    outer = InnerNorm(weight, EPS, case.bias, case.form)
+    data = {"x": mine, "residual": residual, "weight": weight, "total": bounds[0], "inner": inner}
+    data["norm"] = exact_norm(bounds[0], outer)
+    if inner is not None:
+        # Where fp32 and float64 round the inner norm to different neighbours, so does all that follows.
+        data["low"], data["high"] = torch.minimum(*bounds[1:]), torch.maximum(*bounds[1:])
+        ends = [exact_norm(bound, outer, like=bounds[0]) for bound in bounds[1:]]
+        data["spread"] = (ends[1] - ends[0]).abs()
+    return data
+
+
+def exact_norm(
+    rows: torch.Tensor, norm: InnerNorm, slack: float = 0.0, like: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The norm in float64, its numbers off by `slack` before each rounding; with the mean squares of `like`."""
+    wide, squares = rows.double(), (rows if like is None else like).double()
+    wide = wide * torch.rsqrt(squares.pow(2).mean(-1, keepdim=True) + norm.eps) * (1 + slack)
+    wide = wide.to(rows.dtype).double() if norm.form == ROUND else wide
+    if norm.weight is None:
+        return wide
+    biased = norm.weight + norm.weight_bias if norm.form == ROUND else norm.weight.double() + norm.weight_bias
+    return wide * biased.double() * (1 + slack)
 
 
 def call(run: Run, ws: SymmMemWorkspace, case: Case, data: dict):
     """Make the call, its outputs full of NaN before, as far as the caller provides them."""
-    options = dict(case.options)
+    options = {**dict(case.options), "inner": data["inner"]}
     residual = data["residual"]
     if case.kind == "two_shot_sharded" and residual is not None:
         shard = shard_rows(case.tokens, run.world)
@@ -243,16 +269,21 @@ def call(run: Run, ws: SymmMemWorkspace, case: Case, data: dict):
 def compare(run: Run, case: Case, data: dict, norm: torch.Tensor, kept: torch.Tensor | None) -> int:
     """Raise if a result is wrong; else a fingerprint of what must be equal on all ranks."""
     bits = torch.int16 if case.dtype.itemsize == 2 else torch.int32
-    total = data["total"]
+    rows = slice(None)
     if kept is not None:
         if case.kind == "two_shot_sharded":
             shard, owned = shard_rows(case.tokens, run.world), owned_rows(case.tokens, run.world, run.rank)
-            kept, total = kept[:owned], total[run.rank * shard : run.rank * shard + owned]
+            kept, rows = kept[:owned], slice(run.rank * shard, run.rank * shard + owned)
+        total = data["total"][rows]
         wrong = (kept.view(bits) != total.view(bits)) & ~(kept.isnan() & total.isnan())
+        if case.inner is not None:
+            wrong &= ~((kept >= data["low"][rows]) & (kept <= data["high"][rows]))
         if wrong.any():
             raise AssertionError(f"residual: {int(wrong.sum())} of {wrong.numel()} elements, {where(wrong)}")
     exact = data["norm"]
     error = (norm.double() - exact).abs() - 1.01 * ULP[case.dtype] * (exact.abs() + 1e-2)
+    if case.inner is not None:
+        error -= data["spread"]
     wrong = (error > 0) | (norm.isnan() != exact.isnan())
     if wrong.any():
         raise AssertionError(f"norm: {int(wrong.sum())} of {wrong.numel()} elements, {where(wrong)}")
@@ -301,6 +332,26 @@ def matrix(args: argparse.Namespace, world: int) -> list[Case]:
     for kind, options in every:
         cases += [Case(kind, 37, 2880, BF16, options=options, **variant) for variant in variants]
         cases.append(Case(kind, 37, 2880, FP32, BF16, options=options))
+    return cases + sandwiches(args, every)
+
+
+def sandwiches(args: argparse.Namespace, every: list) -> list[Case]:
+    """Norms before and after the residual is added, as in Gemma (5376) and GLM-4 (4096)."""
+    gemma, cases = (BF16, 1.0, SCALE), []
+    tokens = (1, 9, 130) if args.quick else (1, 2, 3, 9, 33, 130, 256)
+    for kind, options in every:
+        cases += [Case(kind, t, 5376, bias=1.0, inner=gemma, options=options) for t in tokens]
+        cases += [Case(kind, t, 8192, inner=(BF16, 0.0, ROUND), form=ROUND, options=options) for t in tokens]
+        cases += [Case(kind, t, 5120, FP32, FP32, inner=(BF16, 1.0, SCALE), options=options) for t in tokens]
+        cases += [Case(kind, t, special=True, inner=gemma, options=options) for t in (2, 7, 40)]
+        cases.append(Case(kind, 40, inner=gemma, options=(*options, ("need_residual", False))))
+        for inner in ((None, 0.0, SCALE), (FP32, 1.0, ROUND), (FP16, 0.0, SCALE), (torch.float64, 1.0, SCALE)):
+            cases.append(Case(kind, 37, 2880, FP16, FP16, inner=inner, options=options))
+        for width, dtype in ((16384, BF16), (16384, FP32), (8, FP16)):
+            cases += [Case(kind, t, width, dtype, dtype, inner=(dtype, 0.0, SCALE), options=options) for t in (1, 9)]
+    flags = ("protocol", "flags")
+    cases += [Case(k, t, 5376, bias=1.0, inner=gemma, options=(flags,)) for t in (513, 2048) for k in KINDS[1:]]
+    cases += [Case(k, 2047, inner=gemma, options=(flags, ("output", 1))) for k in KINDS[1:]]
     return cases
 
 
@@ -371,8 +422,13 @@ def dry(run: Run, case: Case) -> None:
     rows = shard_rows(case.tokens, run.world) if case.kind == "two_shot_sharded" else case.tokens
     weight = None if case.weight is None else torch.empty(case.hidden, device=run.device).to(case.weight)
     residual = x.new_empty(rows, case.hidden) if case.residual else None
+    inner = None
+    if case.inner is not None:
+        inner_dtype, bias, form = case.inner
+        scale = None if inner_dtype is None else torch.empty(case.hidden, dtype=inner_dtype, device=run.device)
+        inner = InnerNorm(scale, INNER_EPS, bias, form)
     function = getattr(symm_mem, case.kind)
-    function(run.ws, x, residual, weight, EPS, case.bias, case.form, **dict(case.options))
+    function(run.ws, x, residual, weight, EPS, case.bias, case.form, inner=inner, **dict(case.options))
 
 
 def packets_left(run: Run) -> None:
@@ -396,6 +452,9 @@ MIX = [
     Case("two_shot", 300, 2880, options=(("protocol", "flags"),)),
     Case("one_shot", 1, 2880),
     Case("two_shot", 2, 2880),
+    Case("one_shot", 5, 2880, inner=(BF16, 1.0, SCALE)),
+    Case("two_shot", 30, 2880, inner=(BF16, 1.0, SCALE)),
+    Case("two_shot", 200, 2880, inner=(BF16, 1.0, SCALE), options=(("protocol", "flags"),)),
 ]
 
 
@@ -577,6 +636,12 @@ def candidates(run: Run, ws: SymmMemWorkspace, tokens: int, sets: list[dict]) ->
         add("data full", "two_shot", plans["data"], protocol="data")
     add("flags sharded", "two_shot_sharded", plans["flags"], protocol="flags", output=0)
     add("flags full", "two_shot", plans["flags"], protocol="flags", output=0)
+    inner = InnerNorm(sets[0]["weight"], EPS, 0.0, SCALE)
+    if tokens <= ws.layout.one_shot_tokens:
+        add("one_shot inner", "one_shot", [], inner=inner)
+    if tokens <= ws.layout.data_tokens:
+        add("data full inner", "two_shot", [], protocol="data", inner=inner)
+    add("flags full inner", "two_shot", [], protocol="flags", output=0, inner=inner)
     add("flags sharded copy", "two_shot_sharded", [], protocol="flags")
     add("flags full copy", "two_shot", [], protocol="flags")
     return found
