@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusewire.custom_ops.ir import register_op
+from fusewire.custom_ops.ir import register_autograd, register_op
 from fusewire.custom_ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, normalize
 from fusewire.errors import ArgumentError, ProcessGroupError, TrainingError
 
@@ -158,4 +158,4 @@ def no_backward(op_name: str) -> Callable[..., None]:
     return refuse
 
 
-torch.library.register_autograd("fusewire::all_reduce_rms_norm", no_backward("all_reduce_rms_norm"))
+register_autograd(all_reduce_rms_norm, no_backward(all_reduce_rms_norm.name))

@@ -28,6 +28,7 @@ from types import MappingProxyType
 from typing import Any, overload
 
 import torch
+from torch._library.autograd import make_autograd_impl
 
 from fusewire.errors import ConfigError, NoProviderError, SchemaError
 
@@ -35,6 +36,7 @@ NATIVE = "native"
 _LIBRARY = torch.library.Library("fusewire", "DEF")
 _OPS: dict[str, IrOp] = {}
 _LOCK = threading.RLock()
+_KERNELS = frozenset({torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA})
 _SCOPED: contextvars.ContextVar[Mapping[str, tuple[str, ...]]] = contextvars.ContextVar(
     "fusewire_priority", default=MappingProxyType({})
 )
@@ -138,6 +140,8 @@ class IrOp:
     native: Callable[..., Any]
     signature: inspect.Signature
     torch_op: Any = None
+    # What torch_op does on real tensors without gradients: check, choose, call.
+    run: Callable[..., Any] = _always
     providers: dict[str, Provider] = field(default_factory=dict)
     default_priority: tuple[str, ...] = (NATIVE,)
     # Chooses at run time instead of `choose`, where more than "the first that can" is at stake (custom_ops/dispatch.py).
@@ -301,6 +305,7 @@ def register_op(
     check: Callable[..., None] | None = ...,
     extends: tuple[IrOp, Callable[[tuple[Any, ...]], tuple[Any, ...]]] | None = ...,
     inlines: bool = ...,
+    batch_invariant: bool = ...,
 ) -> Callable[[Callable[..., Any]], IrOp]: ...
 
 
@@ -312,6 +317,7 @@ def register_op(
     check: Callable[..., None] | None = None,
     extends: tuple[IrOp, Callable[[tuple[Any, ...]], tuple[Any, ...]]] | None = None,
     inlines: bool = True,
+    batch_invariant: bool = False,
 ) -> IrOp | Callable[[Callable[..., Any]], IrOp]:
     """Declare an operator; the decorated function is its native semantics and its provider `native`.
 
@@ -321,13 +327,21 @@ def register_op(
         check: raises ArgumentError for arguments that no provider could take; called before every dispatch.
         extends: the operator whose providers compute this one, and what makes that operator's arguments of this one's.
         inlines: False keeps native out of graphs, as it must be where native depends on the rank.
+        batch_invariant: whether native is, as in `register_impl`.
 
     Raises:
         SchemaError: an operator of that name exists.
     """
+    options: dict[str, Any] = {
+        "fake": fake,
+        "check": check,
+        "extends": extends,
+        "inlines": inlines,
+        "batch_invariant": batch_invariant,
+    }
     if fn is None:
-        return functools.partial(_register, fake=fake, check=check, extends=extends, inlines=inlines)
-    return _register(fn, fake=fake, check=check, extends=extends, inlines=inlines)
+        return functools.partial(_register, **options)
+    return _register(fn, **options)
 
 
 def _register(
@@ -337,6 +351,7 @@ def _register(
     check: Callable[..., None] | None,
     extends: tuple[IrOp, Callable[[tuple[Any, ...]], tuple[Any, ...]]] | None,
     inlines: bool,
+    batch_invariant: bool,
 ) -> IrOp:
     name = fn.__name__
     if name in _OPS:
@@ -368,12 +383,38 @@ def _register(
 
     n_params = len(op.signature.parameters)
     defaults = tuple(p.default for p in op.signature.parameters.values())
-    _LIBRARY.impl(name, _keywords_to_positions(op, dispatch), "CompositeExplicitAutograd")
+    op.run = _keywords_to_positions(op, dispatch)
+    _LIBRARY.impl(name, op.run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusewire::{name}", _keywords_to_positions(op, fake_dispatch), lib=_LIBRARY)
     op.torch_op = getattr(torch.ops.fusewire, name).default
-    op.providers[NATIVE] = Provider(NATIVE, name, fn, _always, _always, _always)
+    op.providers[NATIVE] = Provider(NATIVE, name, fn, _always, _always, _always, batch_invariant)
     _OPS[name] = op
     return op
+
+
+@dataclass
+class _Autograd:
+    """The two functions of an operator's derivative, by the names that torch.library has for them."""
+
+    _backward_fn: Callable[..., Any] | None
+    _setup_context_fn: Callable[..., None] | None
+
+
+def register_autograd(op: IrOp, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
+    """As `torch.library.register_autograd`, at half the host time of a call that needs no gradient.
+
+    torch's own goes through the dispatcher a second time; where grad mode is off, and nothing but the backend's kernel
+    is left to dispatch to (no tracing, no subclass), this calls that kernel.
+    """
+    with_gradient = make_autograd_impl(op.torch_op, _Autograd(backward, setup_context))
+    below, kernels, run = torch._C._after_autograd_keyset, _KERNELS, op.run
+
+    def autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() and (keyset & below).highestPriorityTypeId() in kernels:
+            return run(*args, **kwargs)
+        return with_gradient(keyset, *args, **kwargs)
+
+    _LIBRARY.impl(op.name, autograd, "Autograd", with_keyset=True)
 
 
 def _keywords_to_positions(op: IrOp, fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusewire.custom_ops.ir import register_op
+from fusewire.custom_ops.ir import register_autograd, register_op
 from fusewire.errors import ArgumentError
 
 SCALE_THEN_ROUND = "scale_then_round"
@@ -189,4 +189,4 @@ def _backward_of(native: Any) -> Any:
 
 
 for _op in (rms_norm, fused_add_rms_norm):
-    torch.library.register_autograd(f"fusewire::{_op.name}", _backward_of(_op.native), setup_context=_save_inputs)
+    register_autograd(_op, _backward_of(_op.native), setup_context=_save_inputs)

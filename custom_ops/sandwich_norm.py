@@ -11,7 +11,7 @@ from fusewire.custom_ops.all_reduce_norm import (
     no_backward,
     resolve_group,
 )
-from fusewire.custom_ops.ir import register_op
+from fusewire.custom_ops.ir import register_autograd, register_op
 from fusewire.custom_ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, normalize
 from fusewire.errors import ArgumentError
 
@@ -87,4 +87,4 @@ def all_reduce_sandwich_norm(
     return normalize(summed, weight, eps, weight_bias, form), summed
 
 
-torch.library.register_autograd("fusewire::all_reduce_sandwich_norm", no_backward("all_reduce_sandwich_norm"))
+register_autograd(all_reduce_sandwich_norm, no_backward(all_reduce_sandwich_norm.name))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm, no_backward, resolve_group
-from fusewire.custom_ops.ir import register_op
+from fusewire.custom_ops.ir import register_autograd, register_op
 from fusewire.custom_ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, normalize
 from fusewire.errors import ArgumentError
 
@@ -204,7 +204,7 @@ def _fake_shard_rows(x: Tensor, group_name: str) -> Tensor:
 
 
 # Never written into a graph: what it does depends on the rank, and ranks share compile caches.
-@register_op(fake=_fake_shard_rows, inlines=False)
+@register_op(fake=_fake_shard_rows, inlines=False, batch_invariant=True)
 def shard_rows(x: Tensor, group_name: str) -> Tensor:
     """This rank's shard (S, hidden) of x (..., hidden), which is the same on every rank. Communicates nothing."""
     group = resolve_group(group_name)
@@ -215,7 +215,7 @@ def _fake_gather_rows(shard: Tensor, like: Tensor, group_name: str) -> Tensor:
     return torch.empty(like.shape, dtype=shard.dtype, device=shard.device)
 
 
-@register_op(fake=_fake_gather_rows)
+@register_op(fake=_fake_gather_rows, batch_invariant=True)
 def gather_rows(shard: Tensor, like: Tensor, group_name: str) -> Tensor:
     """The complete rows of which every rank holds a shard (S, hidden), in the shape of `like` (..., hidden). A
     collective."""
@@ -228,5 +228,5 @@ def gather_rows(shard: Tensor, like: Tensor, group_name: str) -> Tensor:
     return rows.reshape(like.shape)
 
 
-for _name in ("all_reduce_rms_norm_sharded", "shard_rows", "gather_rows"):
-    torch.library.register_autograd(f"fusewire::{_name}", no_backward(_name))
+for _op in (all_reduce_rms_norm_sharded, shard_rows, gather_rows):
+    register_autograd(_op, no_backward(_op.name))

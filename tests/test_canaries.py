@@ -14,6 +14,7 @@ import inspect
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -178,6 +179,38 @@ def test_outputs_of_an_operator_can_be_kept_from_reuse(kept):
     reused = {line.split("=")[1].split(";")[0].strip() for line in code.splitlines() if "# reuse" in line}
     assert len(outputs) == 2
     assert bool(outputs & reused) is not kept
+
+
+@canary(
+    "torch._library.autograd.make_autograd_impl",
+    "torch._C._after_autograd_keyset",
+    "torch._C.DispatchKey",
+    "_backward_fn",
+    "_setup_context_fn",
+)
+def test_kernels_of_autograd_see_what_is_left_to_dispatch_to():
+    """register_autograd in custom_ops/ir.py: the highest key after autograd's is the backend's for plain tensors, and
+    another one under a tracing mode; make_autograd_impl takes an object with two functions."""
+    seen = []
+    library = torch.library.Library("fusewire_canary_keys", "FRAGMENT")
+    library.define("same(Tensor x) -> Tensor")
+    library.impl("same", lambda x: x.clone(), "CompositeExplicitAutograd")
+    torch.library.register_fake("fusewire_canary_keys::same", torch.empty_like, lib=library)
+    op = torch.ops.fusewire_canary_keys.same.default
+    formula = SimpleNamespace(_backward_fn=lambda ctx, grad: grad * 3, _setup_context_fn=None)
+    with_gradient = torch._library.autograd.make_autograd_impl(op, formula)
+
+    def autograd(keys, x):
+        seen.append((keys & torch._C._after_autograd_keyset).highestPriorityTypeId())
+        return with_gradient(keys, x)
+
+    library.impl("same", autograd, "Autograd", with_keyset=True)
+    x = torch.ones(2, requires_grad=True)
+    op(x).sum().backward()
+    assert x.grad.tolist() == [3, 3]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        op(torch.ones(2))
+    assert seen == [torch._C.DispatchKey.CPU, torch._C.DispatchKey.Python]
 
 
 @canary("torch._guards.TracingContext.try_get")

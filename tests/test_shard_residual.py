@@ -154,6 +154,12 @@ def test_a_residual_that_is_summed_again_is_gathered(world):
     assert (captured.count(SHARDED), captured.count(GATHER)) == (4, 1)
 
 
+def test_batch_invariant_mode(world):
+    captured = sharded(residual_returned, batch_invariant=True, inline_native=True)
+    assert (captured.count(SHARDED), captured.count(TAKE)) == (4, 1)
+    assert captured.count(torch.ops._c10d_functional.all_gather_into_tensor.default) == 1  # the gather, written out
+
+
 def test_two_groups_are_two_chains(world):
     other = dist.new_group([0, 1])
 
