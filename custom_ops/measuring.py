@@ -35,16 +35,8 @@ from fusewire.custom_ops.timing import (
     reference,
     wrong,
 )
-from fusewire.custom_ops.workspace import (
-    REGISTRY,
-    Channel,
-    Verdict,
-    WorkspaceKey,
-    agree,
-    check_memory,
-    describe,
-    say,
-)
+from fusewire.custom_ops.votes import Channel, Verdict, agree, describe, say
+from fusewire.custom_ops.workspace import REGISTRY, WorkspaceKey, check_memory
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
 # A candidate so many times slower than the best is not tried at the next size.

@@ -25,7 +25,8 @@ from fusewire.custom_ops.plan_store import (
     table_from_json,
 )
 from fusewire.custom_ops.plans import Plan
-from fusewire.custom_ops.workspace import REGISTRY, Channel, Verdict, agree, refuse_capture, say
+from fusewire.custom_ops.votes import Channel, Verdict, agree, say
+from fusewire.custom_ops.workspace import REGISTRY, refuse_capture
 from fusewire.errors import ConfigError, WorkspaceError
 
 TUNE_VARIABLE = "FUSEWIRE_TUNE"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusewire.custom_ops.all_reduce_norm import sum_in_rank_order
 from fusewire.custom_ops.norms import SCALE_THEN_ROUND, add_residual, normalize
-from fusewire.custom_ops.workspace import say
+from fusewire.custom_ops.votes import say
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
 EPS = 1e-6

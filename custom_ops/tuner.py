@@ -25,15 +25,14 @@ from fusewire.custom_ops.measuring import Candidate, Measurement
 from fusewire.custom_ops.norms import SCALE_THEN_ROUND
 from fusewire.custom_ops.plan_store import PlanKey, Table
 from fusewire.custom_ops.timing import EPS
+from fusewire.custom_ops.votes import in_thread, say
 from fusewire.custom_ops.workspace import (
     _ABANDONED,
     PROVIDERS,
     REGISTRY,
     WorkspaceKey,
     WorkspaceProvider,
-    _in_thread,
     refuse_capture,
-    say,
 )
 from fusewire.errors import ConfigError, PeerTimeoutError, WorkspaceError
 
@@ -118,7 +117,7 @@ def tune(
     try:
         run.open(names)
         # Elsewhere than in this thread: it may allocate from a pool that Inductor's CUDA graphs will overwrite.
-        _in_thread(run.measure, LIMIT_S + 10 * budget_s, "tuning", run.channel)
+        in_thread(run.measure, LIMIT_S + 10 * budget_s, "tuning", run.channel)
         tuned = run.finish(save)
     except BaseException as error:
         if run.busy or isinstance(error, PeerTimeoutError):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fusewire.custom_ops.providers import flashinfer as provider
-from fusewire.custom_ops.workspace import say
+from fusewire.custom_ops.votes import say
 from fusewire.errors import ConfigError, WorkspaceError
 
 ARCHITECTURES = "FLASHINFER_CUDA_ARCH_LIST"

@@ -28,7 +28,8 @@ from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ir import _machine_support
 from fusewire.custom_ops.plan_store import Table
 from fusewire.custom_ops.providers import load_providers
-from fusewire.custom_ops.workspace import PROVIDERS, describe, say, timeout_s
+from fusewire.custom_ops.votes import describe, say, timeout_s
+from fusewire.custom_ops.workspace import PROVIDERS
 from fusewire.errors import ConfigError, FusewireError, PeerTimeoutError, WorkspaceError
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in tuner.DTYPES}

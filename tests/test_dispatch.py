@@ -13,7 +13,8 @@ from test_flashinfer_provider import args_of, fake_flashinfer
 
 from fusewire.custom_ops import dispatch, plans, workspace
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm as op
-from fusewire.custom_ops.dispatch import PlanRow, Policy, Room, Shape, explain_plan, pick, read_policy
+from fusewire.custom_ops.dispatch import Policy, Room, Shape, pick, read_policy
+from fusewire.custom_ops.plan_view import PlanRow, explain_plan
 from fusewire.custom_ops.providers import flashinfer as provider
 from fusewire.errors import ConfigError, NoProviderError
 from fusewire.fusion_passes.config import PassConfig

@@ -38,15 +38,14 @@ from torch import Tensor
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
 from fusewire.custom_ops.ir import NATIVE, Support, _machine_support
 from fusewire.custom_ops.plans import ONE_SHOT, TWO_SHOT
+from fusewire.custom_ops.votes import Channel, describe
 from fusewire.custom_ops.workspace import (
     PROVIDERS,
-    Channel,
     Request,
     StreamOrder,
     Workspace,
     WorkspaceProvider,
     announced,
-    describe,
     device_facts,
 )
 from fusewire.errors import PeerTimeoutError, ProcessGroupError, WorkspaceError

@@ -28,15 +28,8 @@ from fusewire.custom_ops.providers.symm_mem_workspace import (
     unsupported_reason,
 )
 from fusewire.custom_ops.sharded_norm import all_reduce_rms_norm_sharded
-from fusewire.custom_ops.workspace import (
-    PROVIDERS,
-    Channel,
-    Request,
-    StreamOrder,
-    Workspace,
-    WorkspaceProvider,
-    device_facts,
-)
+from fusewire.custom_ops.votes import Channel
+from fusewire.custom_ops.workspace import PROVIDERS, Request, StreamOrder, Workspace, WorkspaceProvider, device_facts
 from fusewire.errors import ProcessGroupError, WorkspaceError
 
 PROVIDER = "symm_mem"

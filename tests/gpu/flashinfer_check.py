@@ -27,7 +27,7 @@ os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops import dispatch, workspace
+from fusewire.custom_ops import dispatch, plan_view, workspace
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.norms import add_residual, normalize
 from fusewire.custom_ops.plans import ONE_SHOT, TWO_SHOT
@@ -472,7 +472,7 @@ def dispatched(c: Context) -> None:
         }
         c.checks.later("dispatched", f"{tokens} tokens: {chosen}", bad, norm)
     c.checks.flush()
-    for row in dispatch.explain_plan(c.group, hidden, dtype):
+    for row in plan_view.explain_plan(c.group, hidden, dtype):
         c.checks.write(f"plan: {row}")
     workspace.close()
 
