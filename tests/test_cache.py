@@ -206,6 +206,10 @@ def test_a_change_of_a_users_pass_misses(monkeypatch, change):
 FIELDS = {
     "fuse_allreduce_rms": False,
     "eliminate_noops": False,
+    "fuse_sandwich_norms": False,
+    "fuse_sequence_parallel": False,
+    "shard_residual": True,
+    "output_in_place": True,
     "fi_allreduce_fusion_max_size_mb": 1.5,
     "ir_op_priority": {"rms_norm": (NATIVE,)},
     "batch_invariant": True,
