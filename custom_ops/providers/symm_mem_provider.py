@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
 from fusewire.custom_ops.ir import NATIVE, YES, Support
-from fusewire.custom_ops.norms import FORMS, add_residual, normalize
 from fusewire.custom_ops.plans import SYMM_ONE_SHOT, SYMM_TWO_SHOT
 from fusewire.custom_ops.providers import symm_mem
+from fusewire.custom_ops.providers import symm_mem_proofs as proofs
 from fusewire.custom_ops.providers.symm_mem_arguments import InnerNorm
 from fusewire.custom_ops.providers.symm_mem_workspace import (
     MAX_WORLD_SIZE,
@@ -28,8 +28,16 @@ from fusewire.custom_ops.providers.symm_mem_workspace import (
     unsupported_reason,
 )
 from fusewire.custom_ops.sharded_norm import all_reduce_rms_norm_sharded
-from fusewire.custom_ops.votes import Channel
-from fusewire.custom_ops.workspace import PROVIDERS, Request, StreamOrder, Workspace, WorkspaceProvider, device_facts
+from fusewire.custom_ops.votes import Channel, agree, say
+from fusewire.custom_ops.workspace import (
+    PROVIDERS,
+    Request,
+    StreamOrder,
+    Workspace,
+    WorkspaceProvider,
+    device_facts,
+    refuse_capture,
+)
 from fusewire.errors import ProcessGroupError, WorkspaceError
 
 PROVIDER = "symm_mem"
@@ -122,6 +130,8 @@ class HeldWorkspace(Workspace):
         self.made = made
         self.rank, self.world_size = made.rank, made.world_size
         self._order = StreamOrder.of(request.device)
+        self._group = request.group
+        self._proofs: dict[str, str] = {}  # per kind of call, why not, or ""
 
     def run(
         self,
@@ -150,6 +160,23 @@ class HeldWorkspace(Workspace):
         """The option for a call whose result may stay in an output buffer: only the protocol with flags can do so."""
         layout = self.made.layout
         return {"output": asked} if asked is not None and layout.outputs > asked and tokens > DATA_TOKENS else {}
+
+    def proven(self, kind: str) -> bool:
+        """Whether such calls of an operator that extends the plain one come out right: tried and voted on once, by all
+        ranks together, at the first of them."""
+        if kind not in self._proofs:
+            refuse_capture(PROVIDER, f"{self.key}, {kind} calls")
+            channel = Channel(self._group, f"{self.key} {kind}")
+            verdict = None
+            for stage in ("alone", "together"):
+                if verdict is None or verdict.ok:
+                    share = functools.partial(proofs.prove, self.run, self.made, kind, stage)
+                    verdict = agree(channel, f"prove {kind} {stage}", share)
+            assert verdict is not None
+            self._proofs[kind] = verdict.reason
+            if verdict.reason:
+                say(f"{self.key}: no kernel of its own for {kind} calls: {verdict.reason}")
+        return not self._proofs[kind]
 
     def release(self) -> None:
         """Free the symmetric buffers."""
@@ -208,19 +235,7 @@ class SymmMemProvider(WorkspaceProvider):
 
     def prove(self, workspace: Workspace, stage: str) -> None:
         assert isinstance(workspace, HeldWorkspace)
-        cases = [(c, t, f) for c, t in _probes(workspace) for f in FORMS]
-        if stage == "alone":
-            # Ranks that compile while others wait in a kernel would use up those others' time limit.
-            with symm_mem.compiling_only():
-                for call, tokens, form in cases:
-                    _probe(workspace, call, tokens, form)
-            return
-        wrong = [_probe(workspace, call, tokens, form) for call, tokens, form in cases]
-        workspace.made.check(synchronize=True)
-        if any(bool(flag) for flag in wrong):
-            raise WorkspaceError(
-                "a call with a known answer came out wrong; leave symm_mem out of the priority list, and report it"
-            )
+        proofs.prove(workspace.run, workspace.made, proofs.PLAIN, stage)
 
     def bind(
         self, workspace: Workspace, variant: str, output: int | None = None
@@ -264,7 +279,11 @@ class SymmMemProvider(WorkspaceProvider):
         if any(weight is not None and weight.dtype not in _WEIGHT_DTYPES for weight in weights):
             return None
         assert isinstance(workspace, HeldWorkspace)
-        if op_name == all_reduce_rms_norm_sharded.name:
+        sharded = op_name == all_reduce_rms_norm_sharded.name
+        kind = (proofs.SHARDED_SANDWICH if args[9] else proofs.SHARDED) if sharded else proofs.SANDWICH
+        if not workspace.proven(kind):
+            return None
+        if sharded:
             # Also for few tokens: in one shot every rank needs the whole residual.
             return _extended(workspace, symm_mem.two_shot_sharded, output)
         if variant == SYMM_ONE_SHOT:
@@ -297,31 +316,6 @@ def _extended(
         return run(call, x, residual, weight, eps, weight_bias, form, **options)
 
     return bound
-
-
-def _probes(workspace: HeldWorkspace) -> list[tuple[Callable[..., Any], int]]:
-    """Calls whose answers are known, for each protocol and for tokens that ranks do and do not share evenly."""
-    limits = (ONE_SHOT_TOKENS, DATA_TOKENS, workspace.max_tokens)
-    probes = [(symm_mem.one_shot, 1), (symm_mem.two_shot, workspace.world_size + 1)]
-    probes += [(symm_mem.two_shot, DATA_TOKENS + 1)] if limits[2] > DATA_TOKENS else []
-    return [(call, tokens) for call, tokens in probes if tokens <= workspace.max_tokens]
-
-
-def _probe(workspace: HeldWorkspace, call: Callable[..., Any], tokens: int, form: str) -> Tensor:
-    """Make one call whose sums are exact in every dtype; a tensor that says whether it came out wrong."""
-    hidden, dtype, device = workspace.key.hidden, workspace.key.dtype, workspace.device
-    index = torch.arange(tokens * hidden, device=device).view(tokens, hidden)
-
-    def eighths(seed: int) -> Tensor:
-        return (((index * (2 * seed + 1) + seed) % 9 - 4) / 8).to(dtype)
-
-    parts = [eighths(3 * rank + 1) for rank in range(workspace.world_size)]
-    residual, weight = eighths(50), eighths(51)[0]
-    norm, summed = workspace.run(call, parts[workspace.rank], residual, weight, 0.25, 1.0, form)
-    total = add_residual(torch.stack(parts).float().sum(0).to(dtype), residual)
-    expected = normalize(total, weight, 0.25, 1.0, form).float()
-    off = (norm.float() - expected).abs() > expected.abs() * 4 * torch.finfo(dtype).eps + 1e-30
-    return off.any() | (summed != total).any()
 
 
 @all_reduce_rms_norm.register_impl(PROVIDER, supported=supported, supports_args=supports_args)
