@@ -165,6 +165,17 @@ def fusewire_backend(
         return _callable(compile_fx(model, list(example_inputs), config_patches=patches))
 
 
+def _reset() -> None:
+    """Free the CUDA graphs of compiled models. `torch._dynamo.reset()` calls this, as for "inductor"."""
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+fusewire_backend.reset = _reset  # type: ignore[attr-defined]
+
+
 def _callable(compiled: Any) -> Callable[..., Any]:
     """What compile_fx gives back for a JIT compilation; its other kinds of result belong to ahead-of-time modes."""
     function: Callable[..., Any] = compiled

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusewire
-from fusewire.fusion_passes import graph_tools, matcher
+from fusewire.fusion_passes import backend, graph_tools, matcher
 from fusewire.patterns import all_reduce as spellings
 
 from blocks import tensors
@@ -328,6 +328,18 @@ def test_inference_aware_passes_and_lists_of_passes_come_together():
     if aware is not None:
         assert issubclass(aware, CustomGraphPass)
         assert list(inspect.signature(aware.__call__).parameters) == ["self", "graph", "is_inference"]
+
+
+@canary("torch._inductor.cudagraph_trees")
+def test_resetting_dynamo_resets_backends(monkeypatch):
+    """_reset in backend.py: torch._dynamo.reset() calls a backend's `reset`, and the function that frees CUDA graphs."""
+    called = []
+    monkeypatch.setattr(backend.fusewire_backend, "reset", lambda: called.append(1))
+    torch.compile(lambda x: x + 1, backend="fusewire")(torch.ones(1))
+    torch._dynamo.reset()
+    assert called
+    trees = pytest.importorskip("torch._inductor.cudagraph_trees")
+    assert list(inspect.signature(trees.reset_cudagraph_trees).parameters) == []
 
 
 @canary("torch._inductor.list_mode_options")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
+from test_flashinfer_provider import fake_flashinfer
 from torch import Tensor
 
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
@@ -93,6 +94,31 @@ def _operators_on_a_rank(dtype_name: str, policy: str) -> list[str]:
 def test_operators(ranks, dtype, policy):
     """Every token count: fewer than ranks, none at all, and such as do not divide."""
     assert shared_pool(ranks).run(_operators_on_a_rank, dtype, policy) == [[]] * ranks
+
+
+def _over_flashinfer() -> list[bool]:
+    """Whether operators that FlashInfer has no kernel for come out right where it serves the plain one."""
+    right = []
+    with fake_flashinfer():
+        name = dist.group.WORLD.group_name
+        x, residual, weight, inner = _pieces((4, 64), torch.bfloat16)
+        outer, first = (weight, 1e-5, 0.0, FORMS[0]), (inner, 1e-6, 0.0, FORMS[0])
+        part = own_rows(residual, dist.get_rank(), dist.get_world_size())
+        for op, given, tail in (
+            (all_reduce_sandwich_norm, residual, first),
+            (all_reduce_rms_norm_sharded, part, first),
+            (all_reduce_rms_norm_sharded, part, (None, 0.0, 0.0, "")),
+        ):
+            args = (x, given, *outer, *tail, name)
+            chosen = op.selector(op, args, "flashinfer")
+            right.append(chosen.name == "flashinfer" and op.selector(op, args, "flashinfer") is chosen)
+            pairs = zip(op.torch_op(*args, "flashinfer"), op.native(*args), strict=True)
+            right += [torch.allclose(got.float(), wanted.float(), 2e-2, 1e-3) for got, wanted in pairs]
+    return right
+
+
+def test_operators_over_a_provider_without_a_kernel_for_them():
+    assert shared_pool(2).run(_over_flashinfer) == [[True] * 9] * 2
 
 
 def test_own_rows_cover_every_row_once():
