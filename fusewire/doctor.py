@@ -146,7 +146,8 @@ def _operators() -> dict[str, dict[str, Any]]:
     for name, op in sorted(all_ops().items()):
         answers = {key: _machine_support(each) for key, each in op.providers.items()}
         found[name] = {
-            "priority": list(op.priority),
+            "priority": list((op.base or op).priority),
+            "computed_with": op.base.name if op.base else "",
             "providers": {
                 key: {
                     "available": bool(answer),
@@ -218,6 +219,9 @@ def as_text(found: Mapping[str, Any]) -> str:
         lines += ["", "Links", *("  " + line for line in found["links"].splitlines())]
     lines += _pairs("FlashInfer", found["flashinfer"])
     for name, op in found["operators"].items():
+        if op["computed_with"]:
+            lines += ["", f"Operator {name}, computed with the providers of {op['computed_with']}"]
+            continue
         lines += ["", f"Operator {name}, tried in the order {', '.join(op['priority'])}"]
         lines += _table(
             (

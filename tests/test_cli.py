@@ -76,6 +76,7 @@ def test_doctor_as_json():
     found = json.loads(done.stdout)
     assert found["environment"]["NCCL_NVLS_ENABLE"] == "0"
     assert found["operators"]["all_reduce_rms_norm"]["priority"] == ["rank_ordered"]
+    assert found["operators"]["all_reduce_sandwich_norm"]["computed_with"] == "all_reduce_rms_norm"
     assert {row["provider"] for plan in found["plans"] for row in plan["rows"]} == {"rank_ordered"}
     assert found["versions"]["torch"] == torch.__version__
 
