@@ -74,9 +74,14 @@ def _kinds(report: Report) -> dict[Kind, list[tuple[Entry, Picture | None]]]:
 def _kind(graph: GraphAccount, entry: Entry) -> Kind:
     """Equal for all-reduces that one card explains: refused ones by the reason, fused ones by the picture."""
     if entry.status != FUSED:
-        return None, entry.status, re.sub(r"\b([a-z]\w*?)_\d+\b", r"\1", entry.reason)
+        return None, entry.status, _without_numbers(entry.reason)
     picture = _picture(graph, entry)
     return picture, entry.status, entry.fusion if picture is None else ""
+
+
+def _without_numbers(reason: str) -> str:
+    """A reason in which nodes are named alike, whatever their numbers in the graph."""
+    return re.sub(r"\b([a-z]\w*?)_\d+\b", r"\1", reason)
 
 
 def _picture(graph: GraphAccount, entry: Entry) -> Picture | None:
@@ -92,12 +97,14 @@ def _letter(index: int) -> str:
 
 def _head(report: Report, title: str, facts: Sequence[tuple[str, str]]) -> str:
     share = 100 * report.fused / report.found if report.found else 0
+    graphs = len(report.graphs)
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
     return (
         f'<header><p class="brand">fusewire explain</p><h1>{escape(title)}</h1>'
         f'<p class="count"><b>{report.fused}</b> of <b>{report.found}</b> all-reduces fused</p>'
         f'<div class="bar" role="img" aria-label="{share:.0f}% fused"><i style="width:{share:.1f}%"></i></div>'
-        f'<p class="summary">{escape(report.summary)}</p><dl>{rows}</dl></header>'
+        f'<p class="summary">in {graphs} graph{"s" * (graphs != 1)}; the passes took {report.pass_seconds:.2f} s</p>'
+        f"<dl>{rows}</dl></header>"
     )
 
 
@@ -137,7 +144,7 @@ def _cards(kinds: Mapping[Kind, list[tuple[Entry, Picture | None]]], letters: Ma
 
 def _card(letter: str, status: str, found: list[tuple[Entry, Picture | None]]) -> str:
     entries = [entry for entry, _ in found]
-    title, words = _told(entries) if status == FUSED else ("not fused", entries[0].reason)
+    title, words = _told(entries) if status == FUSED else ("not fused", _without_numbers(entries[0].reason))
     picture = Counter(picture for _, picture in found).most_common(1)[0][0]
     drawings, details = "", ""
     passed = _distinct(e.reason for e in entries if e.status == FUSED)
@@ -145,7 +152,7 @@ def _card(letter: str, status: str, found: list[tuple[Entry, Picture | None]]) -
         details = f"<details><summary>providers passed over</summary>{escape(passed)}</details>"
     if picture is not None:
         after = picture.after
-        drawings = _figure("before" if after else "left as it is", picture.before)
+        drawings = _figure("left as it is" if status != FUSED else "before", picture.before)
         drawings += _figure("after", after) if after else ""
     return (
         f'<section class="card" id="kind-{letter}" data-status="{status}"><h3><a class="letter {status}" '
@@ -177,7 +184,8 @@ def _figure(caption: str, drawing: Drawing) -> str:
     return f"<figure><figcaption>{caption}</figcaption>{draw(drawing, caption)}</figure>"
 
 
-_COLUMNS = ("", "status", "module", "source line", "gate", "reason", "spelling", "provider", "input")
+_COLUMNS = ("picture", "status", "module", "source line", "gate", "reason", "spelling", "provider", "input")
+_OPTIONAL = {"gate", "reason", "spelling", "provider"}  # left out of a graph's table that has nothing for them
 
 
 def _graph(graph: GraphAccount, report: Report, letters: Mapping[Kind, str]) -> str:
@@ -185,33 +193,42 @@ def _graph(graph: GraphAccount, report: Report, letters: Mapping[Kind, str]) -> 
     origin = ", from the compile cache" if graph.cached else f", passes {1000 * graph.pass_seconds:.0f} ms"
     nodes = "" if graph.cached else f", {graph.nodes_before} nodes before and {graph.nodes_after} after"
     notes = "".join(f'<p class="notice">{escape(note)}</p>' for note in graph.notes)
-    head = "".join(f"<th scope=col>{name}</th>" for name in _COLUMNS)
-    rows = "".join(_row(entry, letters[_kind(graph, entry)]) for entry in graph.entries)
+    rows = [_cells(entry, letters[_kind(graph, entry)]) for entry in graph.entries]
+    names = [name for name in _COLUMNS if name not in _OPTIONAL or any(cells[name] for cells in rows)]
+    head = "".join(f"<th scope=col>{name}</th>" for name in names)
+    body = "".join(
+        f'<tr data-status="{entry.status}">'
+        + "".join(f'<td class="of-{name.split()[0]}">{cells[name]}</td>' for name in names)
+        + "</tr>"
+        for entry, cells in zip(graph.entries, rows, strict=True)
+    )
     return (
         f'<section class="graph" id="graph-{graph.number}"><h3>Graph {graph.number} <small>{graph.kind}: '
         f"{len(graph.entries)} all-reduces, {fused} fused{nodes}{origin}</small></h3>{notes}"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>'
     )
 
 
-def _row(entry: Entry, letter: str) -> str:
-    cells = (
-        f'<a class="letter {entry.status}" href="#kind-{letter}" title="picture {letter}">{letter}</a>',
-        f'<span class="status {entry.status}">{entry.status}</span>',
-        f"<code>{_breakable(entry.module or entry.node)}</code>",
-        f"<code>{_breakable(entry.location)}</code>",
-        escape(entry.gate),
-        escape(entry.reason if entry.status != FUSED else ""),
-        escape(entry.spelling),
-        escape(entry.provider or ("" if not entry.fusion.startswith(MERGED) else entry.fusion))
-        + (f"<small>{escape(entry.reason)}</small>" if entry.status == FUSED and entry.reason else ""),
-        f"<code>{escape(f'{entry.shape} {entry.dtype}')}</code>",
-    )
-    return f'<tr data-status="{entry.status}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+def _cells(entry: Entry, letter: str) -> dict[str, str]:
+    provider = escape(entry.provider or ("" if not entry.fusion.startswith(MERGED) else entry.fusion))
+    if entry.status == FUSED and entry.reason:
+        provider += f"<details><summary>why no faster one</summary>{escape(entry.reason)}</details>"
+    return {
+        "picture": f'<a class="letter {entry.status}" href="#kind-{letter}" title="picture {letter}">{letter}</a>',
+        "status": f'<span class="status {entry.status}">{entry.status}</span>',
+        "module": f"<code>{_breakable(entry.module or entry.node, './')}</code>",
+        "source line": f"<code>{_breakable(entry.location, '/')}</code>",
+        "gate": escape(entry.gate),
+        "reason": escape(entry.reason if entry.status != FUSED else ""),
+        "spelling": escape(entry.spelling),
+        "provider": provider,
+        "input": f"<code>{escape(f'{entry.shape} {entry.dtype}')}</code>",
+    }
 
 
-def _breakable(text: str) -> str:  # a path that may wrap at its separators
-    return escape(text).replace(".", ".<wbr>").replace("/", "/<wbr>")
+def _breakable(text: str, separators: str) -> str:
+    """Text that may wrap after these characters."""
+    return re.sub(f"([{re.escape(separators)}])", r"\1<wbr>", escape(text))
 
 
 def _without(report: Report) -> str:
@@ -448,9 +465,9 @@ rect{fill:var(--card);stroke:var(--wire);stroke-width:1.2}.wire{fill:none;stroke
 .reader rect{fill:none;stroke-dasharray:4 3}i.reader{border-style:dashed!important;border-color:var(--wire)}i.step{border-color:var(--wire)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:14px}
 th{text-align:left;color:var(--soft);font-weight:600;font-size:13px}th,td{padding:5px 10px 5px 0;border-top:1px solid var(--line);vertical-align:top}
-thead th{border-top:none;white-space:nowrap}tbody tr:hover{background:var(--page)}td small{display:block;color:var(--soft);max-width:34em}
+thead th{border-top:none;white-space:nowrap}tbody tr:hover{background:var(--page)}
 code{font:13px ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace}
-td:nth-child(4) code,td:last-child code{white-space:nowrap}td:nth-child(6){min-width:16em}
+td.of-source code,td.of-input code{white-space:nowrap}td.of-reason{min-width:16em}td details{color:var(--soft);font-size:13px;max-width:34em}td summary{white-space:nowrap}
 .status,.letter{border-radius:10px;padding:1px 9px;font-weight:600;font-size:13px;text-decoration:none}
 .status.fused,.letter.fused{background:var(--goodbg);color:var(--good)}.status.refused,.letter.refused{background:var(--badbg);color:var(--bad)}
 """  # noqa: E501

@@ -17,7 +17,19 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
-from fusewire.fusion_passes.graph_tools import CASTS, VIEWS, aten, dtype_of, is_number, plain_add, plain_mul, value_of
+from fusewire.custom_ops.sandwich_norm import all_reduce_sandwich_norm
+from fusewire.custom_ops.sharded_norm import all_reduce_rms_norm_sharded
+from fusewire.fusion_passes.graph_tools import (
+    CASTS,
+    VIEWS,
+    aten,
+    dtype_of,
+    getitem_users,
+    is_number,
+    plain_add,
+    plain_mul,
+    value_of,
+)
 from fusewire.fusion_passes.norm_reader import Norm, find_norms
 from fusewire.fusion_passes.report import Box, Drawing, Picture
 from fusewire.patterns.all_reduce import WAIT, AllReduce, op_name, positional, read_all_reduce
@@ -27,6 +39,13 @@ log = logging.getLogger("fusewire")
 COLLECTIVE, NORM, FUSED, STEP, OBSTACLE = "collective", "norm", "fused", "step", "obstacle"
 INPUT, READER = "input", "reader"
 OTHER = "another all-reduce"
+# The fused operators, and what their boxes say.
+_PLAIN = all_reduce_rms_norm.torch_op
+_FUSED_OPS = {
+    _PLAIN: "all-reduce{add} + RMSNorm",
+    all_reduce_sandwich_norm.torch_op: "all-reduce + RMSNorm{add} + RMSNorm",
+    all_reduce_rms_norm_sharded.torch_op: "reduce-scatter{add} + RMSNorm + all-gather",
+}
 _FAR, _FEW = 24, 5
 _WORDS = {
     **dict.fromkeys(("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm"), "matrix product"),
@@ -50,8 +69,9 @@ def words(node: Node) -> str:
         return "result of the graph"
     if node.op != "call_function":
         return "input"
-    if read_all_reduce(node) is not None or node.target is WAIT:
-        return "all-reduce"
+    site = read_all_reduce(node)
+    if site is not None or node.target is WAIT:
+        return "reduce-scatter" if site is not None and site.spelling.scatters else "all-reduce"
     if node.target in VIEWS:
         return "reshape"
     if node.target in CASTS:
@@ -66,6 +86,8 @@ def words(node: Node) -> str:
     if factors is not None and factors[0] is factors[1]:
         return "square"
     name = op_name(node)
+    if name == "aten::index_put" and any(source.target is aten.embedding.default for source in node.all_input_nodes):
+        return "embedding lookup"  # by a rank that holds a part of the vocabulary: other tokens' rows become zeros
     return _WORDS.get(name) or name.rpartition("::")[2] or str(getattr(node.target, "__name__", node.target))
 
 
@@ -154,7 +176,7 @@ class Album:
     @_harmless
     def see_fused(self, graph: Graph) -> None:
         """Keep what the fused sites look like in the rewritten graph, before operators are lowered."""
-        found = graph.find_nodes(op="call_function", target=all_reduce_rms_norm.torch_op)
+        found = [node for op in _FUSED_OPS for node in graph.find_nodes(op="call_function", target=op)]
         sites = {node.meta.get("fusewire_all_reduce"): node for node in found if self.nodes}
         self.fused = set(sites)
         for name, node in sites.items():
@@ -284,7 +306,7 @@ class _Before(_Canvas):
         role, label, detail = NORM if node in self.inside else STEP, words(node), ""
         if read_all_reduce(node) is not None:
             role, detail = COLLECTIVE, str(dtype_of(node)).removeprefix("torch.")
-            label = label if node is self.site.node else OTHER
+            label = label if node is self.site.node else f"another {label}"
         elif node.name in self.marked:
             role = OBSTACLE
         elif role == NORM and _is_epsilon(node):
@@ -329,17 +351,19 @@ class _After(_Canvas):
     def __init__(self, before: _Before, node: Node, known: Mapping[str, Node]) -> None:
         self.before, self.known = before, known
         super().__init__()
-        x, residual, weight = positional(node)[:3]
-        inputs = [
-            self._visit(value, role)
-            for value, role in ((x, ""), (residual, "residual"), (weight, "weight"))
-            if isinstance(value, Node)
-        ]
+        x, residual, weight, *_ = values = positional(node)
+        inner = values[6] if node.target is not _PLAIN else None  # the weight of a norm before the residual add
+        roles = ((x, ""), (residual, "residual"), (inner, "weight"), (weight, "weight"))
+        inputs = [self._visit(value, role) for value, role in roles if isinstance(value, Node)]
         middle = "" if residual is None else " + add"
-        fused = self.box(f"all-reduce{middle} + RMSNorm", FUSED, "one operator")
+        fused = self.box(_FUSED_OPS[node.target].format(add=middle), FUSED, "one operator")
         for source in inputs:
             self.edge(source, fused)
-        for text, readers in (("norm", before.norm_readers), ("sum", before.sum_readers)):
+        readers_of = [before.norm_readers, before.sum_readers]
+        if node.target is not _PLAIN:  # more was fused than the way to the first norm, so others read the results
+            items = list(getitem_users(node))
+            readers_of = [_named([user for i, item in items if i == index for user in item.users]) for index in (0, 1)]
+        for text, readers in zip(("norm", "sum"), readers_of, strict=True):
             if readers:
                 self.edge(fused, self.box(readers, READER), text)
 

@@ -25,7 +25,9 @@ TIMEOUT_S = 420
 
 def _compiled(model, **options):
     torch._dynamo.reset()
-    # dynamic=False: transformers embeds through DTensor, which torch 2.13 cannot trace with a symbolic token count.
+    # dynamic=False because of the comparison: with symbolic sizes Inductor's code, fusewire's or not, differs from
+    # eager's in the last bits. A symbolic number of tokens can be traced and fuses (test_generate.py); what torch 2.13
+    # cannot trace is a symbolic *stride* of the ids, those of a view, in transformers' embedding through DTensor.
     return torch.compile(model, backend="fusewire", fullgraph=True, dynamic=False, options=options)
 
 

@@ -46,8 +46,8 @@ class ModelSpec:
     """A model and the account of its all-reduces in one forward pass of the compiled graph.
 
     - `all_reduces`: tensors all-reduced, counted by `count_all_reduces`. The same for 2 and 3 ranks.
-    - `fusible`: those among them that reach an RMSNorm through a bias, a scale, views, residual adds or a sum
-      with another all-reduce, so that the mathematics lets them be fused with it.
+    - `fusible`: those among them, or reduce-scatters in their place, that reach an RMSNorm through a bias, a scale,
+      views, residual adds or a sum with another all-reduce, so that the mathematics lets them be fused with it.
     - `merges`: collectives that go away when a sum of two all-reduces becomes the all-reduce of the sum; the
       all-reduces concerned are in `fusible`.
     - `gated`: further ones that could be fused if a gate between them were known to be equal on every rank.
@@ -225,11 +225,15 @@ def _make_hf(
     overrides: dict[str, Any],
     attention: str,
     ep: bool,
+    plan: dict[str, str] | None,
     dtype: torch.dtype,
     device: torch.device,
     sharded: bool,
 ) -> nn.Module:
-    """Load fresh weights the way users load a checkpoint: `from_pretrained(..., tp_plan="auto")`."""
+    """Load fresh weights the way users load a checkpoint: `from_pretrained(..., tp_plan="auto")`.
+
+    `plan` is for a model that transformers has no plan for.
+    """
     import safetensors.torch
     import transformers
 
@@ -237,6 +241,8 @@ def _make_hf(
     transformers.utils.logging.set_verbosity_error()
     model_class, config_class = (getattr(transformers, name) for name in classes)
     config = config_class(**{**_BASE, **overrides})
+    if plan is not None:
+        config.base_model_tp_plan = plan
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         whole: Any = _fill(model_class(config))
@@ -269,7 +275,7 @@ def _transformers_version() -> tuple[int, ...]:
         return ()
 
 
-def _check_hf(classes: tuple[str, str], ep: bool, since: tuple[int, int]) -> str:
+def _check_hf(classes: tuple[str, str], ep: bool, planned: bool, since: tuple[int, int]) -> str:
     """Why the transformers installed here cannot shard this model, "" if it can."""
     if not _transformers_version():
         return "transformers is not installed"
@@ -281,7 +287,7 @@ def _check_hf(classes: tuple[str, str], ep: bool, since: tuple[int, int]) -> str
     if missing:
         return f"transformers {transformers.__version__} has no {missing[0]}"
     model_class, config_class = (getattr(transformers, name) for name in classes)
-    if not (getattr(config_class, "base_model_tp_plan", None) or getattr(model_class, "_tp_plan", None)):
+    if not (planned or getattr(config_class, "base_model_tp_plan", None) or getattr(model_class, "_tp_plan", None)):
         return f"transformers {transformers.__version__} has no tensor-parallel plan for {classes[0]}"
     if ep and not hasattr(getattr(transformers, "DistributedConfig", None), "ep_size"):
         return f"transformers {transformers.__version__} has no DistributedConfig(ep_size=...)"
@@ -298,17 +304,19 @@ def _hf(
     text: str = "",
     attention: str = "sdpa",
     ep: bool = False,
+    plan: dict[str, str] | None = None,
     since: tuple[int, int] = (5, 0),
     **known: Any,
 ) -> ModelSpec:
     """One row. By default the embedding and two projections a layer are all-reduced, and fusible."""
     classes = (f"{stem}ForCausalLM", f"{stem}{text}Config")
-    make = partial(_make_hf, classes, overrides or {}, attention, ep)
+    make = partial(_make_hf, classes, overrides or {}, attention, ep, plan)
     fusible = all_reduces if fusible is None else fusible
-    return ModelSpec(name, make, all_reduces, fusible, partial(_check_hf, classes, ep, since), **known)
+    check = partial(_check_hf, classes, ep, plan is not None, since)
+    return ModelSpec(name, make, all_reduces, fusible, check, **known)
 
 
-_LAYER_NORM = "LayerNorm, not RMSNorm: nothing may fuse"
+LAYER_NORM = "LayerNorm, not RMSNorm: nothing may fuse"
 # h + (E + g * S) = (h + g * S) + E: the experts' all-reduce E fuses with g * S in its residual, whatever the gate g.
 # S could be fused, or be added to E before one all-reduce, only if g were known to be the same on every rank.
 _GATE = "experts + sigmoid(gate) * shared expert: the gate stands between the norm and the shared expert's all-reduce"
@@ -350,16 +358,16 @@ _HF_MODELS = (
         3,
         note="the experts are whole on every rank",
     ),
-    _hf("olmo", "Olmo", None, 5, 0, note=_LAYER_NORM),
+    _hf("olmo", "Olmo", None, 5, 0, note=LAYER_NORM),
     _hf("olmo2", "Olmo2", None, 5, 4, note=_POST_NORM),
     _hf("olmo3", "Olmo3", _SLIDING, 5, 4, note=_POST_NORM),
     _hf("exaone4", "Exaone4", _SLIDING, 5, 4, note=_POST_NORM),
     _hf("nanochat", "NanoChat", note="RMSNorm without a weight"),
-    _hf("phi", "Phi", None, 5, 0, note=_LAYER_NORM),
+    _hf("phi", "Phi", None, 5, 0, note=LAYER_NORM),
     _hf("phi3", "Phi3", {"sliding_window": None}, note="Phi-4 is this class too"),
-    _hf("cohere", "Cohere", None, 5, 0, note=_LAYER_NORM),
-    _hf("cohere2", "Cohere2", _SLIDING, 5, 0, note=_LAYER_NORM),
-    _hf("gpt_neox", "GPTNeoX", None, 4, 0, note=_LAYER_NORM),
+    _hf("cohere", "Cohere", None, 5, 0, note=LAYER_NORM),
+    _hf("cohere2", "Cohere2", _SLIDING, 5, 0, note=LAYER_NORM),
+    _hf("gpt_neox", "GPTNeoX", None, 4, 0, note=LAYER_NORM),
     _hf("qwen3_next", "Qwen3Next", {**_LINEAR, **_SHARED_EXPERT}, 6, 4, gated=2, note=_GATE),
     _hf("qwen3_5", "Qwen3_5", _LINEAR, 4, text="Text", note="linear attention ends in an all-gather"),
     _hf("qwen3_5_moe", "Qwen3_5Moe", {**_LINEAR, **_SHARED_EXPERT}, 6, 4, text="Text", gated=2, note=_GATE),
@@ -384,7 +392,20 @@ _HF_MODELS = (
         ep=True,
         note=_EP,
     ),
-    _hf("falcon", "Falcon", None, 0),
+    _hf(
+        "falcon",
+        "Falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": KV_HEADS, "tie_word_embeddings": False},
+        3,
+        0,
+        plan={
+            "word_embeddings": "embedding_rowwise",
+            "h.*.mlp.dense_h_to_4h": "colwise",
+            "h.*.mlp.dense_4h_to_h": "rowwise",
+        },
+        note="a plan of the zoo's own, for the MLP: transformers has none, and its attention takes whole heads only. "
+        "Attention and MLP side by side. " + LAYER_NORM,
+    ),
 )
 
 # ---------------------------------------------------------------- models written with torch alone
@@ -537,18 +558,19 @@ def _native(
     block: type[nn.Module],
     norm: Norm,
     shard: Callable[[NativeModel], None],
-    count: int,
+    all_reduces: int,
+    fusible: int,
     **known: Any,
 ) -> ModelSpec:
-    return ModelSpec(name, partial(_make_native, block, norm, shard), count, count, has_cache=False, **known)
+    return ModelSpec(name, partial(_make_native, block, norm, shard), all_reduces, fusible, has_cache=False, **known)
 
 
 _RMS_NORM = partial(nn.RMSNorm, eps=1e-5)
 _NATIVE_MODELS = (
-    _native("native", Block, _RMS_NORM, partial(_parallelize, sequence=False), 5),
-    _native("native_sequence", Block, _RMS_NORM, partial(_parallelize, sequence=True), 0, reduce_scatters=5),
-    _native("hand_written", Block, OwnNorm, _slice_by_hand, 4),
-    _native("coalesced", CoalescedBlock, OwnNorm, _slice_by_hand, 4, merges=2, note="two norms read each sum"),
+    _native("native", Block, _RMS_NORM, partial(_parallelize, sequence=False), 5, 5),
+    _native("native_sequence", Block, _RMS_NORM, partial(_parallelize, sequence=True), 0, 5, reduce_scatters=5),
+    _native("hand_written", Block, OwnNorm, _slice_by_hand, 4, 4),
+    _native("coalesced", CoalescedBlock, OwnNorm, _slice_by_hand, 4, 4, merges=2, note="two norms read each sum"),
 )
 
 MODELS: dict[str, ModelSpec] = {spec.name: spec for spec in (*_HF_MODELS, *_NATIVE_MODELS)}
