@@ -20,19 +20,14 @@ from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.sharded_norm import all_reduce_rms_norm_sharded
 from fusewire.fusion_passes.graph_tools import (
-    CASTS,
-    VIEWS,
-    aten,
     dtype_of,
     getitem_users,
-    is_number,
     plain_add,
-    plain_mul,
-    value_of,
 )
 from fusewire.fusion_passes.norm_reader import Norm, find_norms
+from fusewire.fusion_passes.picture_words import is_epsilon, label_of_input, named, passes, words
 from fusewire.fusion_passes.report import Box, Drawing, Picture
-from fusewire.patterns.all_reduce import WAIT, AllReduce, op_name, positional, read_all_reduce
+from fusewire.patterns.all_reduce import WAIT, AllReduce, positional, read_all_reduce
 
 log = logging.getLogger("fusewire")
 # The roles of boxes, which the page gives colours.
@@ -47,48 +42,6 @@ _FUSED_OPS = {
     all_reduce_rms_norm_sharded.torch_op: "reduce-scatter{add} + RMSNorm + all-gather",
 }
 _FAR, _FEW = 24, 5
-_WORDS = {
-    **dict.fromkeys(("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm"), "matrix product"),
-    "aten::embedding": "embedding lookup",
-    "aten::add": "add",
-    "aten::sub": "subtract",
-    "aten::mul": "multiply",
-    "aten::mean": "mean",
-    "aten::index_put": "masked write",
-    "aten::rsqrt": "1 / √",
-    "aten::var_mean": "LayerNorm (mean, variance)",
-    "aten::native_layer_norm": "LayerNorm",
-    "_c10d_functional::reduce_scatter_tensor": "reduce-scatter",
-    "_c10d_functional::all_gather_into_tensor": "all-gather",
-}
-
-
-def words(node: Node) -> str:
-    """What a node does, in a word or two."""
-    if node.op == "output":
-        return "result of the graph"
-    if node.op != "call_function":
-        return "input"
-    site = read_all_reduce(node)
-    if site is not None or node.target is WAIT:
-        return "reduce-scatter" if site is not None and site.spelling.scatters else "all-reduce"
-    if node.target in VIEWS:
-        return "reshape"
-    if node.target in CASTS:
-        return f"to {str(dtype_of(node)).removeprefix('torch.')}"
-    if node.target is aten.pow.Tensor_Scalar:
-        return {"2": "square", "-0.5": "1 / √"}.get(str(node.args[1]), f"power {node.args[1]}")
-    for sign, operands in (("+", plain_add(node)), ("\N{MULTIPLICATION SIGN}", plain_mul(node))):
-        number = next((value for value in operands or () if is_number(value)), None)
-        if number is not None:
-            return f"{sign} {number:.6g}"
-    factors = plain_mul(node)
-    if factors is not None and factors[0] is factors[1]:
-        return "square"
-    name = op_name(node)
-    if name == "aten::index_put" and any(source.target is aten.embedding.default for source in node.all_input_nodes):
-        return "embedding lookup"  # by a rank that holds a part of the vocabulary: other tokens' rows become zeros
-    return _WORDS.get(name) or name.rpartition("::")[2] or str(getattr(node.target, "__name__", node.target))
 
 
 class _Canvas:
@@ -256,7 +209,7 @@ class _Before(_Canvas):
                 return way, node
             few += not stopped
             for user in node.users:
-                if not _passes(user):
+                if not passes(user):
                     stopped = True
                 elif user not in seen:
                     seen.append(user)
@@ -288,7 +241,7 @@ class _Before(_Canvas):
     def _back_to_all_reduce(self, node: Node, steps: int) -> list[Node]:
         if node.op == "call_function" and read_all_reduce(node) is not None:
             return [] if node.name in self.apart else [node]
-        if steps and (node.target is WAIT or (_passes(node) and plain_add(node) is None)):
+        if steps and (node.target is WAIT or (passes(node) and plain_add(node) is None)):
             for source in node.all_input_nodes:
                 rest = self._back_to_all_reduce(source, steps - 1)
                 if rest:
@@ -309,7 +262,7 @@ class _Before(_Canvas):
             label = label if node is self.site.node else f"another {label}"
         elif node.name in self.marked:
             role = OBSTACLE
-        elif role == NORM and _is_epsilon(node):
+        elif role == NORM and is_epsilon(node):
             label = "+ epsilon"
         sources = [self._source(node, source) for source in node.all_input_nodes]
         self.ids[node] = self.box(label, role, detail)
@@ -334,15 +287,15 @@ class _Before(_Canvas):
     def _add_readers(self, node: Node, inner: set[Node]) -> None:
         """Boxes for what else reads a value; what stands where a norm should be is marked."""
         outside = [user for user in node.users if user not in inner]
-        stops = [user for user in outside if self.norm is None and not _passes(user)]
+        stops = [user for user in outside if self.norm is None and not passes(user)]
         if node.name in self.marked:
             stops = outside
         for users, role in (([u for u in outside if u not in stops], READER), (stops, OBSTACLE)):
             if users:
-                self.edge(self.ids[node], self.box(_named(users), role))
+                self.edge(self.ids[node], self.box(named(users), role))
 
     def _readers(self, node: Node, inner: set[Node]) -> str:
-        return _named([user for user in node.users if user not in inner])
+        return named([user for user in node.users if user not in inner])
 
 
 class _After(_Canvas):
@@ -362,7 +315,7 @@ class _After(_Canvas):
         readers_of = [before.norm_readers, before.sum_readers]
         if node.target is not _PLAIN:  # more was fused than the way to the first norm, so others read the results
             items = list(getitem_users(node))
-            readers_of = [_named([user for i, item in items if i == index for user in item.users]) for index in (0, 1)]
+            readers_of = [named([user for i, item in items if i == index for user in item.users]) for index in (0, 1)]
         for text, readers in zip(("norm", "sum"), readers_of, strict=True):
             if readers:
                 self.edge(fused, self.box(readers, READER), text)
@@ -386,39 +339,3 @@ class _After(_Canvas):
             label = self.before.labels.get(node.name) or label_of_input(node, role)
             self.ids[node] = self.box(label, INPUT)
         return self.ids[node]
-
-
-def _named(users: list[Node]) -> str:
-    names = sorted({words(reader) for user in users for reader in _past_views(user, 4)})
-    if {"mean", "subtract"} <= set(names):
-        return "LayerNorm"
-    return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
-
-
-def _passes(node: Node) -> bool:
-    """Whether a node is one of the steps that may stand between an all-reduce and its norm."""
-    return node.target in VIEWS | CASTS or plain_add(node) is not None or plain_mul(node) is not None
-
-
-def label_of_input(node: Node, role: str) -> str:
-    """What a value from outside is to a person, `role` being what its place says."""
-    value = value_of(node)
-    if value is not None and value.dim() <= 1 and node.op != "call_function":
-        scalar = value.dim() == 0 or (isinstance(value.shape[0], int) and value.shape[0] == 1)
-        return "scale" if scalar else ("weight" if role == "weight" else "bias")
-    while not role and node.target in VIEWS | CASTS and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return role or words(node)
-
-
-def _is_epsilon(node: Node) -> bool:
-    """Whether a step of a norm adds epsilon to the mean."""
-    operands = plain_add(node)
-    return any(isinstance(value, Node) and value.target is aten.mean.dim for value in operands or ())
-
-
-def _past_views(node: Node, steps: int) -> list[Node]:
-    """Who reads a value, behind views of it."""
-    if steps == 0 or not node.users or node.target not in VIEWS | {aten.expand.default}:
-        return [node]
-    return [reader for user in node.users for reader in _past_views(user, steps - 1)]

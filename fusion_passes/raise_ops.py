@@ -152,7 +152,7 @@ class _Raiser:
         inner = [path.all_reduce.value, *(step.node for step in path.steps)]
         if residual is None:
             inner.remove(path.end)
-        if not path.steps and self._stays(path):
+        if (not path.steps and self._stays(path)) or self._views_only(path, residual):
             inner = []
         if path.all_reduce.spelling.scatters and (problem := self._scattered_problem(norm, path, residual)):
             return problem
@@ -176,6 +176,11 @@ class _Raiser:
         if path.of_kind(ADDEND) and residual is not None and not same_shape(residual, path.end):
             return "a bias stands before the add, and the residual has another shape"
         return ""
+
+    def _views_only(self, path: Path, residual: Any) -> bool:
+        """Whether all that stands between is views of the sum, which the fused operator returns."""
+        only = all(step.kind == VIEW for step in path.steps) and not path.all_reduce.spelling.scatters
+        return residual is None and bool(path.steps) and only
 
     def _scattered_problem(self, norm: Norm, path: Path, residual: Any) -> str:
         """Why a norm of this rank's rows cannot become one operator with the reduce-scatter before it, or ""."""
@@ -258,10 +263,22 @@ class _Raiser:
             self._replace(norm.source, sum_out)
         elif norm.sum_out is not None:
             self._replace(norm.sum_out, sum_out)
+        if self._views_only(path, residual):
+            self._view_back(path.all_reduce, summed)
         if residual is not None and not sum_out.users:
             self.graph.erase_node(sum_out)
         if summed is not path.all_reduce.value:
             self._drop(path.all_reduce)
+
+    def _view_back(self, site: AllReduce, summed: Node) -> None:
+        """Let what else reads an all-reduce that was moved behind a view read a view of the moved one."""
+        if not site.value.users:
+            return
+        sizes = [
+            size if isinstance(size, int) else self._call(aten.sym_size.int, (site.x, dim), {}, site.value)
+            for dim, size in enumerate(site.x.meta["val"].shape)
+        ]
+        site.value.replace_all_uses_with(self._call(aten.view.default, (summed, sizes), {}, site.value))
 
     def _gather_once(self, norm: Node) -> None:
         """Let equal all-gathers of one norm (each projection's own) be one."""

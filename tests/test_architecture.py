@@ -41,7 +41,6 @@ LONG = {
     "custom_ops/ir.py": 500,
     "custom_ops/providers/flashinfer.py": 700,
     "custom_ops/workspace.py": 560,
-    "fusewire/html.py": 480,
 }
 
 

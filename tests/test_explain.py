@@ -22,12 +22,13 @@ from coverage import as_markdown, measure
 import fusewire
 from fusewire import __main__ as cli
 from fusewire import explain
+from fusewire.drawing import draw
 from fusewire.errors import ConfigError
 from fusewire.fusion_passes import html as pictures
 from fusewire.fusion_passes import report as reports
 from fusewire.fusion_passes.html import pictures_recorded
 from fusewire.fusion_passes.report import Box, Drawing, Report
-from fusewire.html import draw, page
+from fusewire.html import page
 
 from blocks import NORMS, reduce_functional, tensors
 from graphs import capture

@@ -5,14 +5,21 @@
 Widths are the real ones, layers fewer, weights random, so times per layer are those of the real model. Every time is
 of a CUDA graph's replay (median over replays, maximum over ranks), both variants in the same process, one after the
 other. Logits are compared with the same sharded model run eagerly in fp32: fused must be no farther than the baseline.
+
+The 70B shape with fusewire's options beside its defaults, and what is left per step by kernel:
+
+    torchrun --nproc-per-node 4 examples/benchmarks/models.py --models llama-70b --prefill 2048 4096 8192 \
+        --decode 1 8 32 128 256 --variants shard_residual output_in_place --profile --out results
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -50,6 +57,21 @@ CLASSES = {
 }
 VOCABULARY = 32768
 CONTEXT = 128
+# Options of PassConfig to measure beside the defaults.
+VARIANTS = {
+    "shard_residual": {"shard_residual": True},
+    "output_in_place": {"output_in_place": True},
+    "both": {"shard_residual": True, "output_in_place": True},
+}
+DEFAULT = "default"
+# What a kernel does, by its name; the first that fits. Fused kernels communicate and normalise.
+KINDS = (
+    ("communication", r"nccl|all_?reduce|one_shot|two_shot|all_?gather|reduce_?scatter|lamport"),
+    ("norm", r"rsqrt|rms_?norm"),
+    ("matrix product", r"gemm|gemv|cutlass|nvjet|cublas|splitk"),
+    ("attention", r"flash|fmha|attention|sdpa"),
+)
+PROFILED_REPLAYS = 3
 
 
 @dataclasses.dataclass
@@ -67,6 +89,7 @@ class Row:
     eager_error: float
     baseline_error: float
     fused_error: float
+    variant: str = DEFAULT
 
     @property
     def ratio(self) -> float:
@@ -113,8 +136,13 @@ def build(name: str, layers: int) -> torch.nn.Module:
     return model.eval()
 
 
-def replay_ms(step: Callable[[], object], replays: int = 20) -> float:
-    """Median time of one replay of a CUDA graph of `step`, in milliseconds, maximum over ranks."""
+def replay_ms(
+    step: Callable[[], object], replays: int = 20, inspect: Callable[[Callable[[], None]], None] | None = None
+) -> float:
+    """Median time of one replay of a CUDA graph of `step`, in milliseconds, maximum over ranks.
+
+    `inspect` is then given what replays it.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -136,23 +164,94 @@ def replay_ms(step: Callable[[], object], replays: int = 20) -> float:
         times.append(start.elapsed_time(end))
     worst = torch.tensor(statistics.median(times[3:]), device="cuda")
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    if inspect is not None:
+        inspect(graph.replay)
     del graph
     return float(worst)
 
 
-def compiled(model: torch.nn.Module, backend: str) -> torch.nn.Module:
+def kind_of(kernel: str) -> str:
+    """What a kernel does, by its name."""
+    return next((kind for kind, names in KINDS if re.search(names, kernel, re.IGNORECASE)), "other")
+
+
+def breakdown(title: str, kernels: dict[str, tuple[int, float]]) -> str:
+    """Kernels of one step by total time, and each kind's share of them, as text.
+
+    Args:
+        kernels: for each name, how often it ran in a step and how many microseconds all that took.
+    """
+    total = sum(us for _, us in kernels.values())
+    shares: dict[str, float] = {}
+    for name, (_, us) in kernels.items():
+        shares[kind_of(name)] = shares.get(kind_of(name), 0.0) + us / total
+    both = shares.get("communication", 0.0) + shares.get("norm", 0.0)
+    parts = ", ".join(f"{kind} {share:.1%}" for kind, share in sorted(shares.items(), key=lambda pair: -pair[1]))
+    lines = [f"{title}: {total:.1f} us in kernels; communication and norm {both:.1%} ({parts})"]
+    for name, (count, us) in sorted(kernels.items(), key=lambda pair: -pair[1][1]):
+        lines.append(f"  {us:10.1f} us {us / total:6.1%} {count:5d} x {kind_of(name):14s} {name[:110]}")
+    return "\n".join(lines)
+
+
+def profiler(title: str, path: Path | None) -> Callable[[Callable[[], None]], None] | None:
+    """What appends the breakdown of a step on rank 0 to a file; None without a file. All ranks replay alike."""
+    if path is None:
+        return None
+
+    def inspect(replay: Callable[[], None]) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        first = dist.get_rank() == 0
+        recording = profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) if first else None
+        with recording or contextlib.nullcontext():
+            for _ in range(PROFILED_REPLAYS):
+                replay()
+            torch.cuda.synchronize()
+        if recording is None:
+            return
+        kernels: dict[str, tuple[int, float]] = {}
+        for event in recording.events():
+            on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+            if on_gpu and not getattr(event, "is_user_annotation", False):
+                count, us = kernels.get(event.name, (0, 0.0))
+                kernels[event.name] = (count + 1, us + event.time_range.elapsed_us())
+        step = {name: (n // PROFILED_REPLAYS, us / PROFILED_REPLAYS) for name, (n, us) in kernels.items()}
+        text = breakdown(title, step) if step else f"{title}: the profiler saw no kernels on this machine"
+        say(text.splitlines()[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(text + "\n\n")
+
+    return inspect
+
+
+def compiled(model: torch.nn.Module, backend: str, options: dict[str, object] | None = None) -> torch.nn.Module:
     torch._dynamo.reset()
-    return torch.compile(model, backend=backend, dynamic=False)
+    return torch.compile(model, backend=backend, dynamic=False, options=options)
 
 
-def prefill(model: torch.nn.Module, backend: str, ids: torch.Tensor, timed: bool) -> tuple[torch.Tensor, float]:
+def prefill(
+    model: torch.nn.Module,
+    backend: str,
+    ids: torch.Tensor,
+    timed: bool,
+    options: dict[str, object] | None = None,
+    inspect: Callable[[Callable[[], None]], None] | None = None,
+) -> tuple[torch.Tensor, float]:
     """Logits of one forward pass without a cache, and its time."""
-    run = compiled(model, backend)
+    run = compiled(model, backend, options)
     logits = run(ids, use_cache=False).logits.float().clone()
-    return logits, replay_ms(lambda: run(ids, use_cache=False)) if timed else 0.0
+    return logits, replay_ms(lambda: run(ids, use_cache=False), inspect=inspect) if timed else 0.0
 
 
-def decode(model: torch.nn.Module, backend: str | None, batch: int, seed: int = 1) -> tuple[torch.Tensor, float]:
+def decode(
+    model: torch.nn.Module,
+    backend: str | None,
+    batch: int,
+    seed: int = 1,
+    options: dict[str, object] | None = None,
+    inspect: Callable[[Callable[[], None]], None] | None = None,
+) -> tuple[torch.Tensor, float]:
     """Logits of one decode step after a context of CONTEXT tokens in a static KV cache, and its time.
 
     Without a backend the step runs eagerly, once, untimed.
@@ -166,46 +265,62 @@ def decode(model: torch.nn.Module, backend: str | None, batch: int, seed: int = 
     model(context, past_key_values=cache, use_cache=True)
     if backend is None:
         return model(last, past_key_values=cache, use_cache=True).logits.float(), 0.0
-    run = compiled(model, backend)
+    run = compiled(model, backend, options)
     logits = run(last, past_key_values=cache, use_cache=True).logits.float().clone()
-    return logits, replay_ms(lambda: run(last, past_key_values=cache, use_cache=True))
+    return logits, replay_ms(lambda: run(last, past_key_values=cache, use_cache=True), inspect=inspect)
 
 
 def relative(a: torch.Tensor, reference: torch.Tensor) -> float:
     return float((a - reference).norm() / reference.norm())
 
 
-def measure(name: str, arguments: argparse.Namespace) -> list[Row]:
-    """All rows of one model."""
+def measure(name: str, arguments: argparse.Namespace, rows: list[Row]) -> None:
+    """Add all rows of one model."""
     world_size = dist.get_world_size()
     model = build(name, arguments.layers)
     exact = build(name, arguments.layers).float()
-    rows = []
     generator = torch.Generator().manual_seed(0)
     for phase, tokens in [
         *(("prefill", t) for t in arguments.prefill),
         *(("decode", b) for b in arguments.decode),
     ]:
+        ids = None
         fusewire.clear_report()
+
+        def inspect(variant: str, phase: str = phase, tokens: int = tokens) -> Callable[..., None] | None:
+            return profiler(f"{name} {world_size} GPUs {phase} {tokens} {variant}", arguments.profile_to)
+
+        def fused(variant: str, phase: str = phase, tokens: int = tokens, ids: torch.Tensor | None = None) -> tuple:
+            options = VARIANTS.get(variant)
+            if phase == "prefill":
+                return prefill(model, "fusewire", ids, True, options, inspect(variant))
+            return decode(model, "fusewire", tokens, options=options, inspect=inspect(variant))
+
         if phase == "prefill":
             ids = torch.randint(3, VOCABULARY, (1, tokens), generator=generator).cuda()
             want = exact(ids, use_cache=False).logits
             eager = relative(model(ids, use_cache=False).logits.float(), want)
-            base, base_ms = prefill(model, "inductor", ids, True)
-            got, fused_ms = prefill(model, "fusewire", ids, True)
-            errors = (eager, relative(base, want), relative(got, want))
+            base, base_ms = prefill(model, "inductor", ids, True, inspect=inspect("baseline"))
         else:
             want, _ = decode(exact, None, tokens)
-            eager, _ = decode(model, None, tokens)
-            base, base_ms = decode(model, "inductor", tokens)
-            got, fused_ms = decode(model, "fusewire", tokens)
-            errors = (relative(eager, want), relative(base, want), relative(got, want))
-        report = fusewire.report()
-        rows.append(Row(name, world_size, phase, tokens, base_ms, fused_ms, report.fused, report.found, *errors))
-        say(show(rows[-1]))
-        if report.fused != report.found:
-            say(str(report))
-    return rows
+            eager = relative(decode(model, None, tokens)[0], want)
+            base, base_ms = decode(model, "inductor", tokens, inspect=inspect("baseline"))
+        for variant in (DEFAULT, *arguments.variants):
+            if variant != DEFAULT:
+                # Made at the first call, with the output buffers that the variant asks for.
+                fusewire.close()
+                fusewire.clear_report()
+            got, fused_ms = fused(variant, ids=ids)
+            errors = (eager, relative(base, want), relative(got, want))
+            report = fusewire.report()
+            counts = (report.fused, report.found)
+            rows.append(Row(name, world_size, phase, tokens, base_ms, fused_ms, *counts, *errors, variant))
+            say(show(rows[-1]))
+            if report.fused != report.found:
+                say(str(report))
+            save(rows, arguments.out)
+        if arguments.variants:
+            fusewire.close()
 
 
 def show(row: Row) -> str:
@@ -213,7 +328,15 @@ def show(row: Row) -> str:
         f"{row.model:12s} {row.world_size} GPUs {row.phase:8s}{row.tokens:6d}  baseline {row.baseline_ms:8.3f} ms  "
         f"fused {row.fused_ms:8.3f} ms  ratio {row.ratio:.3f}  all-reduces {row.fused}/{row.found}  "
         f"error eager {row.eager_error:.4f} baseline {row.baseline_error:.4f} fused {row.fused_error:.4f}"
+        + (f"  {row.variant}" if row.variant != DEFAULT else "")
     )
+
+
+def save(rows: list[Row], out: Path | None) -> None:
+    """Write models.json, from rank 0."""
+    if out and dist.get_rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "models.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
 
 
 def say(text: str) -> None:
@@ -227,8 +350,13 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048], help="tokens of the prefill")
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 32], help="batch sizes of the decode step")
-    parser.add_argument("--out", type=Path, help="directory for models.json")
+    parser.add_argument("--variants", nargs="*", default=[], choices=VARIANTS, help="options beside the defaults")
+    parser.add_argument("--profile", action="store_true", help="write each step's kernels to DIR/profile.txt")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="directory for models.json")
     arguments = parser.parse_args()
+    if arguments.profile and not arguments.out:
+        parser.error("--profile needs --out")
+    arguments.profile_to = arguments.out / "profile.txt" if arguments.profile else None
     if not torch.cuda.is_available():
         print("this benchmark needs GPUs: times on a CPU would say nothing about them", file=sys.stderr)
         return 2
@@ -238,17 +366,17 @@ def main() -> int:
         f"{torch.cuda.get_device_name()} x {dist.get_world_size()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     )
     rows: list[Row] = []
+    if arguments.profile_to and dist.get_rank() == 0:
+        arguments.profile_to.unlink(missing_ok=True)
     with torch.no_grad():
         for name in arguments.models.split(","):
             try:
-                rows += measure(name, arguments)
+                measure(name, arguments, rows)
             except Exception as error:
                 say(f"{name}: {type(error).__name__}: {error}")
                 raise
             torch.cuda.empty_cache()
-    if arguments.out and dist.get_rank() == 0:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "models.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    save(rows, arguments.out)
     dist.destroy_process_group()
     return 0
 

@@ -1,0 +1,164 @@
+"""fusewire's own candidates for peers.py: each provider and way to call it, and what the dispatcher chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from peers_candidates import (
+    Arena,
+    Bench,
+    Call,
+    Candidate,
+    Family,
+    Result,
+    flashinfer_family,
+    norm_family,
+    plain_family,
+    torch_family,
+)
+from peers_report import CHOSEN, COPY, FUSEWIRE, SHARDED
+from peers_vllm import vllm_family
+
+import fusewire
+from fusewire.custom_ops import dispatch
+from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm as op
+from fusewire.custom_ops.norms import SCALE_THEN_ROUND
+from fusewire.custom_ops.plans import ONE_SHOT, SYMM_ONE_SHOT, SYMM_TWO_SHOT, TWO_SHOT
+from fusewire.custom_ops.providers import flashinfer, symm_mem
+from fusewire.custom_ops.providers.symm_mem_provider import DATA_TOKENS
+from fusewire.custom_ops.providers.symm_mem_provider import PROVIDER as SYMM_MEM
+from fusewire.custom_ops.sharded_norm import own_rows
+from fusewire.custom_ops.timing import EPS, Timer, peer_copy
+from fusewire.custom_ops.workspace import PROVIDERS
+from fusewire.errors import WorkspaceError
+
+OURS = (
+    ("symm_mem one-shot", "`symm_mem` one-shot", FUSEWIRE),
+    ("symm_mem two-shot", "`symm_mem` two-shot", FUSEWIRE),
+    ("symm_mem two-shot, in place", "two-shot in place", FUSEWIRE),
+    ("symm_mem sharded residual", "sharded residual", SHARDED),
+    ("symm_mem sharded residual, in place", "sharded in place", SHARDED),
+    ("plain copy to all peers", "", COPY),
+)
+COPIES = OURS[5][0]
+PROVIDED = tuple(
+    (f"flashinfer {shot}, as a provider", f"`flashinfer` {shot}", FUSEWIRE) for shot in ("one-shot", "two-shot")
+)
+CHOICE = (("fusewire's own choice", "fusewire chooses", CHOSEN),)
+
+
+def _functional(call: Callable[..., Result], group_name: str) -> Callable[[Arena], Call]:
+    """A provider's call, which has the operator's parameters, for set i."""
+
+    def at(arena: Arena) -> Call:
+        return lambda i: call(*arena.inputs[i], EPS, 0.0, SCALE_THEN_ROUND, group_name)
+
+    return at
+
+
+def symm_mem_family() -> Family:
+    """Our kernels, each way to call them."""
+
+    def together(bench: Bench) -> list[Candidate]:
+        fusewire.prepare(bench.group, bench.hidden, bench.dtype, max_tokens=bench.most_tokens, output_in_place=True)
+        keeper, made = PROVIDERS[SYMM_MEM], bench.workspace(SYMM_MEM)
+        most, ways = made.max_tokens, {"exact": True, "compiles": True}
+        few = keeper.token_limit(SYMM_ONE_SHOT, bench.hidden, bench.dtype, bench.world_size, most)
+        each, large = range(1, most + 1), range(DATA_TOKENS + 1, most + 1)
+        size = f"its workspace takes {most} tokens"
+        in_place = f"only its protocol with flags, above {DATA_TOKENS} tokens, works in place, and {size}"
+        two_shots = [keeper.bind(made, SYMM_TWO_SHOT, output) for output in (0, 1)]
+
+        def rotating(arena: Arena) -> Call:
+            calls = [_functional(call, bench.name)(arena) for call in two_shots]
+            return lambda i: calls[i % 2](i)
+
+        def sharded(placed: bool) -> Callable[[Arena], Call]:
+            def at(arena: Arena) -> Call:
+                shards = [own_rows(one.residual, bench.rank, bench.world_size) for one in arena.inputs]
+                numbers = (EPS, 0.0, SCALE_THEN_ROUND)
+
+                def call(i: int) -> Result:
+                    x, _, weight = arena.inputs[i]
+                    options = {"output": i % 2} if placed else {}
+                    return made.run(symm_mem.two_shot_sharded, x, shards[i], weight, *numbers, **options)
+
+                return call
+
+            return at
+
+        one_shot, two_shot = (_functional(keeper.bind(made, v), bench.name) for v in (SYMM_ONE_SHOT, SYMM_TWO_SHOT))
+        found = [
+            Candidate(*OURS[0], one_shot, few, f"it takes at most {few.stop - 1} tokens", **ways),
+            Candidate(*OURS[1], two_shot, each, size, **ways),
+            Candidate(*OURS[2], rotating, large, in_place, **ways),
+            Candidate(*OURS[3], sharded(False), each, size, **ways),
+            Candidate(*OURS[4], sharded(True), large, in_place, **ways),
+        ]
+        try:
+            copy, sent = peer_copy(made.made, bench.device)
+            found.append(Candidate(*OURS[5], lambda arena: copy, sent=sent))
+        except WorkspaceError as error:
+            bench.missing[COPIES] = str(error)
+        return found
+
+    return Family("fusewire's symm_mem", OURS, together, together_s=900.0)
+
+
+def provider_family() -> Family:
+    """FlashInfer's kernels as fusewire calls them."""
+
+    def together(bench: Bench) -> list[Candidate]:
+        keeper, made = PROVIDERS[flashinfer.PROVIDER], bench.workspace(flashinfer.PROVIDER)
+        found = []
+        for variant, names in zip((ONE_SHOT, TWO_SHOT), PROVIDED, strict=True):
+            limit = keeper.token_limit(variant, bench.hidden, bench.dtype, bench.world_size, made.max_tokens)
+            why = f"it takes {limit.start} to {limit.stop - 1} tokens in a workspace of {made.max_tokens}"
+            call = _functional(keeper.bind(made, variant), bench.name)
+            found.append(Candidate(*names, call, limit, why, exact=True))
+        return found
+
+    return Family("fusewire's flashinfer", PROVIDED, together)
+
+
+def choice_family() -> Family:
+    """fusewire::all_reduce_rms_norm with the default policy."""
+
+    def together(bench: Bench) -> list[Candidate]:
+        return [Candidate(*CHOICE[0], _functional(op, bench.name))]
+
+    return Family("fusewire", CHOICE, together)
+
+
+def chosen(arena: Arena, group_name: str) -> str:
+    """What the dispatcher chose for a size, by its name in the plan."""
+    decision = dispatch.decide(op, (*arena.inputs[0], EPS, 0.0, SCALE_THEN_ROUND, group_name), "")
+    return decision.held[2] if decision.held else decision.provider.name
+
+
+CPU = (("fusewire native", "native", FUSEWIRE), ("fusewire rank_ordered", "rank_ordered", FUSEWIRE))
+
+
+def cpu_family() -> Family:
+    """The operator's providers that need no GPU."""
+
+    def together(bench: Bench) -> list[Candidate]:
+        calls = (op.native, op.providers["rank_ordered"].fn)
+        pairs = zip(CPU, calls, (False, True), strict=True)
+        return [Candidate(*names, _functional(call, bench.name), exact=exact) for names, call, exact in pairs]
+
+    return Family("fusewire on CPUs", CPU, together)
+
+
+def families(device: torch.device) -> list[Family]:
+    """In the order in which they are set up: later ones use what earlier ones made."""
+    if device.type == "cpu":
+        return [plain_family("gloo"), cpu_family(), choice_family()]
+    peers = [plain_family("NCCL"), norm_family(), torch_family()]
+    return [*peers, symm_mem_family(), flashinfer_family(), vllm_family(), provider_family(), choice_family()]
+
+
+def most_bytes(timer: Timer, grid: Sequence[int], row_bytes: int) -> int:
+    """The most memory that all sets of x of a size take, in bytes."""
+    return max(timer.sets(tokens * row_bytes) * tokens * row_bytes for tokens in grid)
