@@ -357,11 +357,11 @@ def test_other_views_of_a_sum_read_the_fused_operators(dynamic):
 
     def block(x, residual, w):
         total = reduce_functional(x)
-        return NORMS["L"](total.view(2, -1, HIDDEN), w, 1e-5), total.view(-1).sin(), total
+        return NORMS["L"](total.view(-1, 2, HIDDEN), w, 1e-5), total.view(-1).sin(), total
 
     captured = capture(block, *tensors(shape=(6,)), dynamic=dynamic, inline_native=False)
     assert captured.verdicts() == [("fused", "")]
     assert captured.count(torch.ops._c10d_functional.all_reduce.default) == 0
     norm, flat, total = captured.result
-    assert (tuple(norm.shape), tuple(flat.shape), tuple(total.shape)) == ((2, 3, HIDDEN), (6 * HIDDEN,), (6, HIDDEN))
+    assert (tuple(norm.shape), tuple(flat.shape), tuple(total.shape)) == ((3, 2, HIDDEN), (6 * HIDDEN,), (6, HIDDEN))
     assert torch.equal(flat, total.view(-1).sin())
