@@ -82,13 +82,17 @@ def same_shape(a: Any, b: Any) -> bool:
 
 def is_row_major(node: Any) -> bool:
     """Whether a node's tensor is known to be contiguous, without adding a guard."""
-    value, expected = value_of(node), 1
+    value = value_of(node)
     if value is None:
         return False
+    expected: Any = 1
+    bounded: Any = 1  # torch writes a stride of sizes that could be 0 as a product of Max(1, size)
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
-        if not (isinstance(size, int) and size <= 1) and not same_size(stride, expected):
+        known = same_size(stride, expected) or same_size(stride, bounded)
+        if not known and not (isinstance(size, int) and size <= 1):
             return False
         expected = expected * (max(size, 1) if isinstance(size, int) else size)
+        bounded = bounded * torch.sym_max(size, 1)
     return True
 
 
