@@ -10,7 +10,16 @@ from html import escape
 
 from fusewire.drawing import draw
 from fusewire.fusion_passes.context import MERGED
-from fusewire.fusion_passes.report import FUSED, Drawing, Entry, GraphAccount, Picture, Report
+from fusewire.fusion_passes.report import (
+    ALL_REDUCE,
+    FUSED,
+    REDUCE_SCATTER,
+    Drawing,
+    Entry,
+    GraphAccount,
+    Picture,
+    Report,
+)
 from fusewire.patterns.norms import TAILS
 
 _WHO = {tail.name: f"{tail.who} ({tail.name})" for tail in TAILS}
@@ -98,11 +107,18 @@ def _head(report: Report, title: str, facts: Sequence[tuple[str, str]]) -> str:
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
     return (
         f'<header><p class="brand">fusewire explain</p><h1>{escape(title)}</h1>'
-        f'<p class="count"><b>{report.fused}</b> of <b>{report.found}</b> all-reduces fused</p>'
+        f'<p class="count"><b>{report.fused}</b> of <b>{report.found}</b> {_collectives(report.entries)} fused</p>'
         f'<div class="bar" role="img" aria-label="{share:.0f}% fused"><i style="width:{share:.1f}%"></i></div>'
         f'<p class="summary">in {graphs} graph{"s" * (graphs != 1)}; the passes took {report.pass_seconds:.2f} s</p>'
         f"<dl>{rows}</dl></header>"
     )
+
+
+def _collectives(entries: Sequence[Entry]) -> str:
+    """What these are, in a word or two."""
+    kinds = {entry.collective for entry in entries} or {ALL_REDUCE}
+    names = {ALL_REDUCE: "all-reduces", REDUCE_SCATTER: "reduce-scatters"}
+    return " and ".join(name for kind, name in names.items() if kind in kinds)
 
 
 def _filters(report: Report) -> str:
@@ -201,7 +217,7 @@ def _graph(graph: GraphAccount, report: Report, letters: Mapping[Kind, str]) -> 
     )
     return (
         f'<section class="graph" id="graph-{graph.number}"><h3>Graph {graph.number} <small>{graph.kind}: '
-        f"{len(graph.entries)} all-reduces, {fused} fused{nodes}{origin}</small></h3>{notes}"
+        f"{len(graph.entries)} {_collectives(graph.entries)}, {fused} fused{nodes}{origin}</small></h3>{notes}"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>'
     )
 

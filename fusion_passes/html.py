@@ -35,10 +35,10 @@ COLLECTIVE, NORM, FUSED, STEP, OBSTACLE = "collective", "norm", "fused", "step",
 INPUT, READER = "input", "reader"
 OTHER = "another all-reduce"
 # The fused operators, and what their boxes say.
-_PLAIN = all_reduce_rms_norm.torch_op
+_PLAIN, _SANDWICH = all_reduce_rms_norm.torch_op, all_reduce_sandwich_norm.torch_op
 _FUSED_OPS = {
     _PLAIN: "all-reduce{add} + RMSNorm",
-    all_reduce_sandwich_norm.torch_op: "all-reduce + RMSNorm{add} + RMSNorm",
+    _SANDWICH: "all-reduce + RMSNorm{add} + RMSNorm",
     all_reduce_rms_norm_sharded.torch_op: "reduce-scatter{add} + RMSNorm + all-gather",
 }
 _FAR, _FEW = 24, 5
@@ -107,6 +107,7 @@ class Album:
     def __init__(self, original: Graph | None = None) -> None:
         self.problem = ""
         self.seen: dict[str, _Before] = {}
+        self.second: set[str] = set()  # all-reduces that are fused with a second norm, too
         self.fused: set[str] = set()
         self.after: dict[str, Drawing] = {}
         self.numbers: dict[Picture, int] = {}
@@ -133,6 +134,9 @@ class Album:
         sites = {node.meta.get("fusewire_all_reduce"): node for node in found if self.nodes}
         self.fused = set(sites)
         for name, node in sites.items():
+            if node.target is _SANDWICH and name not in self.second:
+                self.second.add(name)
+                self.seen.pop(name, None)
             if name in self.nodes:
                 self.after[name] = _After(self._before(name), node, self.nodes).drawing
 
@@ -157,7 +161,7 @@ class Album:
         assert site is not None
         # Another all-reduce that is fused by itself is a residual like any other here.
         apart = set() if reason else self.fused
-        found = _Before(site, self.norms, self.order, set(re.findall(r"\w+", reason)), apart)
+        found = _Before(site, self.norms, self.order, set(re.findall(r"\w+", reason)), apart, name in self.second)
         if not reason:
             self.seen[name] = found
         return found
@@ -173,7 +177,13 @@ class _Before(_Canvas):
     """
 
     def __init__(
-        self, site: AllReduce, norms: dict[Node, Norm], order: dict[Node, int], marked: set[str], apart: set[str]
+        self,
+        site: AllReduce,
+        norms: dict[Node, Norm],
+        order: dict[Node, int],
+        marked: set[str],
+        apart: set[str],
+        second: bool,
     ) -> None:
         self.site, self.norms, self.order, self.marked, self.apart = site, norms, order, marked, apart
         super().__init__()
@@ -182,6 +192,14 @@ class _Before(_Canvas):
         self.norm = norms.get(end) if end is not None else None
         inner = {site.node, site.value, *way}
         self.inside = self._inside(self.norm) if self.norm is not None else set()
+        self.weights = [self.norm.weight] if self.norm is not None else []
+        if second and self.norm is not None:
+            end = next((user for user in self.norm.out.users if plain_add(user) and user in norms), end)
+            if end in norms and norms[end] is not self.norm:
+                self.norm = norms[end]
+                self.weights.append(self.norm.weight)
+                self.inside |= self._inside(self.norm)
+                inner.add(end)
         inner |= self.inside
         joining = self._joining(inner)
         self.joined = {node.name for node in joining}
@@ -277,7 +295,7 @@ class _Before(_Canvas):
         return self.ids[source]
 
     def _label_of_input(self, node: Node, source: Node) -> str:
-        if self.norm is not None and source is self.norm.weight:
+        if source in self.weights:
             return "weight"
         if self.norm is not None and source is self.norm.residual:
             return "residual"

@@ -18,6 +18,14 @@ _WORDS = {
     "aten::rsqrt": "1 / √",
     "aten::var_mean": "LayerNorm (mean, variance)",
     "aten::native_layer_norm": "LayerNorm",
+    **dict.fromkeys(
+        (
+            "fusewire::all_reduce_rms_norm",
+            "fusewire::all_reduce_sandwich_norm",
+            "fusewire::all_reduce_rms_norm_sharded",
+        ),
+        "the next fused operator",
+    ),
     "_c10d_functional::reduce_scatter_tensor": "reduce-scatter",
     "_c10d_functional::all_gather_into_tensor": "all-gather",
 }
