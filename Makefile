@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 export TORCH TORCH_INDEX_URL PROMPT
 
-.PHONY: help env demo test lint clean
+.PHONY: help env demo test nightly lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo '               PROMPT="..."      what the model is asked'
 	@echo '               DEMO_ARGS="..."   further options (see examples/demo.py --help)'
 	@echo 'make test    run the tests (TEST_ARGS="..." goes to pytest)'
+	@echo 'make nightly run the tests that take too long for every time, 10,000 random programs among them (hours)'
 	@echo 'make lint    run ruff and mypy'
 	@echo 'make env     make the environment $(VENV) and nothing else'
 	@echo 'make clean   remove the environment and what the tools left'
@@ -31,6 +32,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q $(TEST_ARGS)
+
+nightly: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m nightly $(TEST_ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
