@@ -425,7 +425,7 @@ def _look(
         if not support:
             reasons[name] = support.reason
         elif name in PROVIDERS:
-            if _capturing() and not provider.check_static(*args):
+            if capturing() and not provider.check_static(*args):
                 # This rank will vote "no" outside capture; ranks that could serve raise CaptureError here.
                 reasons[name], keep = provider.check_static(*args).reason, False
                 continue
@@ -463,7 +463,8 @@ def _no_use(policy: Policy, plan: Plan) -> str:
     return f"not the fastest at any size ({plan.source})"
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 

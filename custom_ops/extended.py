@@ -47,7 +47,9 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
     )
     found = decision.extended.get(key)
     if found is None:
-        found = decision.extended[key] = dataclasses.replace(decision.provider, fn=_function(op, decision, args))
+        found = dataclasses.replace(decision.provider, fn=_function(op, decision, args))
+        if not dispatch.capturing():  # in which a provider may not have been able to try its kernel
+            decision.extended[key] = found
     return found
 
 

@@ -20,7 +20,6 @@ from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.providers import symm_mem, symm_mem_proofs, symm_mem_provider
 from fusewire.custom_ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.sharded_norm import all_reduce_rms_norm_sharded, own_rows
-from fusewire.errors import CaptureError
 
 from distributed import shared_pool
 
@@ -211,16 +210,24 @@ def test_ranks_vote_on_what_they_tried(good):
 
 
 def _during_capture():
+    """What is bound during capture, and whether it is tried when the capture is over."""
     held = _held()
-    with mock.patch.object(symm_mem_provider, "refuse_capture", side_effect=CaptureError("capturing")):
-        try:
-            held.proven(symm_mem_proofs.SANDWICH)
-        except CaptureError as error:
-            return str(error)
+    provider, x = symm_mem_provider.SymmMemProvider(), torch.ones(5, 16)
+    args = (x, x, None, 1e-6, 0.0, "scale_then_round", None, 1e-6, 0.0, "scale_then_round", dist.group.WORLD.group_name)
+    bound = []
+    with (
+        mock.patch.object(symm_mem, "one_shot", _native),
+        mock.patch.object(symm_mem, "two_shot", _native),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", side_effect=[True, False]),
+    ):
+        for _ in range(2):
+            bound.append(provider.bind_extended(held, "symm_mem/twoshot", all_reduce_sandwich_norm.name, args))
+    return [each is not None for each in bound]
 
 
 def test_nothing_is_tried_during_capture():
-    assert shared_pool(2).run(_during_capture) == ["capturing"] * 2
+    assert shared_pool(2).run(_during_capture) == [[False, True]] * 2
 
 
 if __name__ == "__main__":

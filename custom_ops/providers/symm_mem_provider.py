@@ -36,7 +36,6 @@ from fusewire.custom_ops.workspace import (
     Workspace,
     WorkspaceProvider,
     device_facts,
-    refuse_capture,
 )
 from fusewire.errors import ProcessGroupError, WorkspaceError
 
@@ -163,9 +162,13 @@ class HeldWorkspace(Workspace):
 
     def proven(self, kind: str) -> bool:
         """Whether such calls of an operator that extends the plain one come out right: tried and voted on once, by all
-        ranks together, at the first of them."""
+        ranks together, at the first of them. During the capture of a CUDA graph nothing can be tried."""
         if kind not in self._proofs:
-            refuse_capture(PROVIDER, f"{self.key}, {kind} calls")
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                say(
+                    f"{self.key}: {kind} calls were not tried before capture, so two kernels serve; call the model once before"
+                )
+                return False
             channel = Channel(self._group, f"{self.key} {kind}")
             verdict = None
             for stage in ("alone", "together"):
