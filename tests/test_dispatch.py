@@ -350,3 +350,12 @@ def test_after_the_vote_the_explanation_is_of_the_workspace():
         assert before == "flashinfer/oneshot"
         assert (after[0][0], after[-1][1], after[-1][0]) == (1, None, 8)
         assert "takes up to 7" in reason or "not the fastest" in reason
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+def test_capture_is_asked_of_the_current_stream(capturing):
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=capturing),
+    ):
+        assert dispatch.capturing() is capturing
