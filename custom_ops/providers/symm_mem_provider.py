@@ -165,9 +165,8 @@ class HeldWorkspace(Workspace):
         ranks together, at the first of them. During the capture of a CUDA graph nothing can be tried."""
         if kind not in self._proofs:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                say(
-                    f"{self.key}: {kind} calls were not tried before capture, so two kernels serve; call the model once before"
-                )
+                what = f"{kind} calls were not tried before capture, so two kernels serve"
+                say(f"{self.key}: {what}; run the model once before capture")
                 return False
             channel = Channel(self._group, f"{self.key} {kind}")
             verdict = None
