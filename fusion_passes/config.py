@@ -120,6 +120,12 @@ class PassConfig:
         "Take a one-element parameter, buffer or input that multiplies an all-reduced value (Gemma's embedding scale) "
         "to be the same on every rank, so that it can move before the all-reduce.",
     )
+    assume_replicated_gates: bool = _doc(
+        False,
+        "Take a gate (one number a token, as of a shared expert) that is computed from all-reduced values, inputs and "
+        "parameters to be the same on every rank, so that it can move before the all-reduce. The graph does not prove "
+        "that the parameters are.",
+    )
     expect_fused: int | str | None = _doc(
         None,
         "Fail the compilation, with the report, unless this many all-reduces were fused ('all': every one found).",

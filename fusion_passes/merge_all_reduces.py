@@ -12,17 +12,20 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from fusewire.fusion_passes.carriers import CAST, VIEW, Path, PathFinder
+from fusewire.fusion_passes.carriers import SCALE, VIEW, Path, PathFinder
 from fusewire.fusion_passes.coalesced import drop_taken_tensors
 from fusewire.fusion_passes.context import MERGED, RunContext
 from fusewire.fusion_passes.graph_tools import (
     ADDS,
+    VIEWS,
     aten,
+    depends_on,
     dtype_of,
     erase_unused,
     mutation_regions,
     new_call,
     plain_add,
+    plain_mul,
     same_shape,
 )
 from fusewire.fusion_passes.matcher import sort_topologically
@@ -49,13 +52,19 @@ def merge_all_reduces(graph: Graph, context: RunContext) -> bool:
         return False
     changed = False
     regions = mutation_regions(graph)
-    for node in list(graph.nodes):
+    values = _mergeable_values(graph)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes) if len(values) > 1 else ():
         if node.target not in ADDS or node._erased:
             continue
-        pair = _mergeable(node, context)
+        pair = _mergeable(node, context, values)
+        if pair is not None and _computed_from_each_other(pair, order):
+            continue
         # What the one all-reduce reads would be read after a write that stood behind the other.
         if pair is not None and len({regions.get(n, 0) for n in (node, *(p.all_reduce.node for p in pair.both))}) == 1:
-            regions[_merge(graph, node, pair, context)] = regions[node]
+            merged = _merge(graph, node, pair, context)
+            regions[merged], order[merged] = regions[node], order[pair.second.all_reduce.node]
+            values = _mergeable_values(graph)
             changed = True
     if changed:
         drop_taken_tensors(graph, context)
@@ -63,18 +72,18 @@ def merge_all_reduces(graph: Graph, context: RunContext) -> bool:
     return changed
 
 
-def _mergeable(node: Node, context: RunContext) -> _Pair | None:
+def _mergeable(node: Node, context: RunContext, values: dict[Node, Node]) -> _Pair | None:
     """The all-reduces behind the operands of an add, if these can be merged."""
     operands = plain_add(node)
     if operands is None or not all(isinstance(operand, Node) for operand in operands):
         return None
-    ways = [_way(operand, context) for operand in operands]
+    ways = [_way(operand, context, values) for operand in operands]
     if ways[0] is not None and ways[1] is not None:
         return _pair(ways[0], ways[1], None, context)
     for way, other in ((ways[0], operands[1]), (ways[1], operands[0])):
         inner = plain_add(other) if way is not None and len(other.users) == 1 else None
         for summed, residual in (inner, inner[::-1]) if inner is not None else ():
-            second = _way(summed, context)
+            second = _way(summed, context, values)
             plain = same_shape(residual, node) and same_shape(other, node)
             if second is not None and plain and dtype_of(residual) == dtype_of(other) == dtype_of(node):
                 assert way is not None
@@ -82,16 +91,21 @@ def _mergeable(node: Node, context: RunContext) -> _Pair | None:
     return None
 
 
-def _way(operand: Any, context: RunContext) -> Path | None:
-    """The way from an all-reduce to this node through views that nothing else reads, or None."""
-    start = _start(operand)
-    site = None if start is None else read_all_reduce(start)
-    if site is None or site.value is site.node:
+def _way(operand: Any, context: RunContext, values: dict[Node, Node]) -> Path | None:
+    """The way from an all-reduce to this node through views and scales that nothing else reads, or None."""
+    if not _may_lead(operand, values):
         return None
-    path = PathFinder({site.value: site.node}, context.config).find(operand)
-    if path is None or path.of_kind(CAST) or len(path.of_kind(VIEW)) != len(path.steps) or path.other_readers:
+    path = PathFinder(values, context.config).find(operand)
+    if path is None or len(path.of_kind(VIEW, SCALE)) != len(path.steps) or path.other_readers or path.problem(True):
         return None
     return path
+
+
+def _computed_from_each_other(pair: _Pair, order: dict[Node, int]) -> bool:
+    """Whether what one of two all-reduces reduces, or is multiplied by, is computed from the other's result."""
+    nodes = [path.all_reduce.node for path in pair.both]
+    used = [value for path in pair.both for value in (path.all_reduce.x, *(s.value for s in path.of_kind(SCALE)))]
+    return any(depends_on(value, node, order) for value in used for node in nodes)
 
 
 def _pair(first: Path, second: Path, residual: Node | None, context: RunContext) -> _Pair | None:
@@ -114,16 +128,27 @@ def _same_reduction(a: AllReduce, b: AllReduce) -> bool:
     )
 
 
-def _start(node: Any, limit: int = 6) -> Node | None:
-    """The all-reduce behind a chain of views, or None."""
-    while isinstance(node, Node) and limit:
-        if node.target is WAIT:
-            reduce = node.args[0]
-            site = read_all_reduce(reduce) if isinstance(reduce, Node) else None
-            mergeable = site is not None and (site.node.target is ALL_REDUCE or site.spelling is COALESCED_PART)
-            return reduce if mergeable else None  # type: ignore[return-value]
-        node, limit = (node.args[0] if node.args else None), limit - 1
-    return None
+def _may_lead(node: Any, values: dict[Node, Node], limit: int = 6) -> bool:
+    """Whether an all-reduce stands behind a chain of views and products."""
+    if not isinstance(node, Node) or limit == 0:
+        return False
+    if node in values:
+        return True
+    factors = plain_mul(node)
+    behind = factors if factors is not None else node.args[:1] if node.target in VIEWS else ()
+    return any(_may_lead(source, values, limit - 1) for source in behind)
+
+
+def _mergeable_values(graph: Graph) -> dict[Node, Node]:
+    """The finished values of all-reduces that can be merged, with the all-reduces' nodes."""
+    found = (read_all_reduce(node) for node in graph.nodes if node.op == "call_function")
+    return {
+        site.value: site.node
+        for site in found
+        if site is not None
+        and site.value is not site.node
+        and (site.node.target is ALL_REDUCE or site.spelling is COALESCED_PART)
+    }
 
 
 def _merge(graph: Graph, node: Node, pair: _Pair, context: RunContext) -> Node:
@@ -134,7 +159,10 @@ def _merge(graph: Graph, node: Node, pair: _Pair, context: RunContext) -> Node:
         for path in pair.both:
             x = path.all_reduce.x
             for step in path.steps:
-                x = new_call(graph, step.node.target, (x, *step.node.args[1:]), step.node.kwargs, step.node)
+                if step.kind == VIEW:
+                    x = new_call(graph, step.node.target, (x, *step.node.args[1:]), step.node.kwargs, step.node)
+                else:
+                    x = new_call(graph, aten.mul.Tensor, (x, step.value), {}, step.node)
             inputs.append(x)
         total = new_call(graph, aten.add.Tensor, tuple(inputs), {}, node)
         reduced = new_call(graph, ALL_REDUCE, (total, kept.reduction, kept.group), {}, kept.node)

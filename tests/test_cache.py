@@ -216,6 +216,7 @@ FIELDS = {
     "inline_native": False,
     "allow_reassociation": False,
     "assume_replicated_scales": False,
+    "assume_replicated_gates": True,
     "merge_allreduces": False,
     "expect_fused": 1,
     "disabled_passes": ("eliminate_noops",),
