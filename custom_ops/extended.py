@@ -16,7 +16,7 @@ from torch import Tensor
 from fusewire.custom_ops import dispatch
 from fusewire.custom_ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.ir import NATIVE, IrOp, Provider
-from fusewire.custom_ops.norms import add_residual, fused_add_rms_norm, normalize, rms_norm
+from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.providers.batch_invariant import NORM_POLICY
 from fusewire.custom_ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.sharded_norm import (
@@ -24,6 +24,7 @@ from fusewire.custom_ops.sharded_norm import (
     compute_sharded,
     gather_rows,
     own_rows,
+    plain_add_norm,
 )
 from fusewire.custom_ops.workspace import PROVIDERS
 
@@ -62,18 +63,11 @@ def _function(op: IrOp, decision: dispatch.Decision, args: tuple[Any, ...]) -> C
             return whole
     add_norm = _add_norm_for(provider, args[0])
     if op is all_reduce_sandwich_norm:
-        return op.native if add_norm is _plain and provider.name == NATIVE else _sandwich(provider, add_norm)
+        return op.native if add_norm is plain_add_norm and provider.name == NATIVE else _sandwich(provider, add_norm)
     # Where the plain operator would take FlashInfer's kernel, a reduce-scatter and an all-gather move as much.
     if provider.name == NATIVE or provider.name in PROVIDERS:
         return _sharded_native(add_norm)
     return _sharded_by_full_sum(provider, add_norm)
-
-
-def _plain(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_bias: float, form: str
-) -> tuple[Tensor, Tensor]:
-    summed = x if residual is None else add_residual(x, residual)
-    return normalize(summed, weight, eps, weight_bias, form), summed
 
 
 def _by_policy(policy: str) -> AddNorm:
@@ -99,7 +93,7 @@ _kernel = _by_policy(f"{dispatch.NORM_KERNEL},{NATIVE}")
 def _add_norm_for(provider: Provider, x: Tensor) -> AddNorm:
     if provider.batch_invariant:
         return _invariant
-    return _kernel if dispatch._on_gpu(x) else _plain
+    return _kernel if dispatch._on_gpu(x) else plain_add_norm
 
 
 def _sandwich(provider: Provider, add_norm: AddNorm) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -123,7 +117,7 @@ def _sandwich(provider: Provider, add_norm: AddNorm) -> Callable[..., tuple[Tens
 
 
 def _sharded_native(add_norm: AddNorm) -> Callable[..., tuple[Tensor, Tensor]]:
-    if add_norm is _plain:
+    if add_norm is plain_add_norm:
         return all_reduce_rms_norm_sharded.native
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:

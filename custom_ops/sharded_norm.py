@@ -130,7 +130,7 @@ def all_reduce_rms_norm_sharded(
         TrainingError: in backward; the operator is for inference.
     """
     return compute_sharded(
-        _add_norm,
+        plain_add_norm,
         x,
         residual,
         weight,
@@ -145,9 +145,10 @@ def all_reduce_rms_norm_sharded(
     )
 
 
-def _add_norm(
+def plain_add_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_bias: float, form: str
 ) -> tuple[Tensor, Tensor]:
+    """(norm, sum) of x and the residual, if there is one, in plain PyTorch."""
     summed = x if residual is None else add_residual(x, residual)
     return normalize(summed, weight, eps, weight_bias, form), summed
 

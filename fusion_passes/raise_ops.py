@@ -298,11 +298,11 @@ class _Raiser:
     def _raise_second(self, norm: Norm) -> bool:
         """Raise the norm of `residual + norm of an all-reduce`; it may become an epilogue of the fused operator."""
         operands = plain_add(norm.source) if norm.residual is None else (norm.source, norm.residual)
-        if not self.config.fuse_sandwich_norms or operands is None or norm.spelling.startswith("fusewire::"):
-            return False
         name = norm.out.name
-        if name in self.context.plain:
+        if not self.config.fuse_sandwich_norms or operands is None or name in self.context.plain:
             return False
+        if name in self.context.seconds.values():
+            return False  # raised already
         for inner, residual in (operands, operands[::-1]):
             if inner in self.inner and len(inner.users) == 1 and same_shape(inner, residual):
                 if dtype_of(residual) != dtype_of(inner) or depends_on(residual, inner, self.order):

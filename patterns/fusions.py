@@ -95,13 +95,6 @@ EPILOGUES = (
         ("x", "residual", "weight", "eps", "weight_bias", "form", *_INNER, "group"),
         returns_sum=True,
     ),
-    Fusion(
-        "all_reduce + rms_norm + fused_add_rms_norm",
-        Call(fused_add_rms_norm.torch_op, (Capture("residual"), _FUSED_NORM, *_NORM), shared=True),
-        all_reduce_sandwich_norm.torch_op,
-        ("x", "residual", "weight", "eps", "weight_bias", "form", *_INNER, "group"),
-        returns_sum=True,
-    ),
 )
 
 # Sequence parallelism: each rank normalises its own rows of the sum.

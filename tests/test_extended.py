@@ -9,6 +9,7 @@ import torch.distributed._functional_collectives as functional
 from test_flashinfer_provider import fake_flashinfer
 from torch import Tensor
 
+import fusewire
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ir import get_op
 from fusewire.custom_ops.norms import FORMS, add_residual, normalize
@@ -273,6 +274,32 @@ def test_second_weight_of_another_dtype_keeps_the_first_norm(world):
     x, r, w = tensors()
     captured = capture(block, x, r, w, w.float())
     assert (captured.count(SANDWICH), captured.verdicts()) == (0, [("fused", "")])
+
+
+def written_with_operators(x, r, w):
+    return torch.ops.fusewire.fused_add_rms_norm(fusewire.rms_norm(reduce_functional(x), w), r, w)
+
+
+def written_the_other_way_round(x, r, w):
+    return torch.ops.fusewire.fused_add_rms_norm(r, fusewire.rms_norm(reduce_functional(x), w), w)
+
+
+@pytest.mark.parametrize("block", [written_with_operators, written_the_other_way_round])
+def test_a_sandwich_of_operators_fuses(world, block):
+    captured = _called(block)
+    assert (captured.count(SANDWICH), captured.verdicts()) == (1, [("fused", "")])
+
+
+def collective_between(x, r, w):
+    """The residual comes from another all-reduce, which must not change places with the first."""
+    norm = NORMS["G"](reduce_functional(x), w, 1e-6)
+    return NORMS["G"](reduce_functional(r).sin() + norm, w, 1e-6)
+
+
+def test_a_sandwich_keeps_the_order_of_collectives(world):
+    captured = _called(collective_between)
+    assert captured.count(SANDWICH) == 0
+    assert captured.count(all_reduce_rms_norm.torch_op) == 1
 
 
 def test_sandwich_toggle(world):
