@@ -19,7 +19,6 @@ from fusewire.fusion_passes.graph_tools import (
     ADDS,
     VIEWS,
     aten,
-    depends_on,
     dtype_of,
     erase_unused,
     mutation_regions,
@@ -53,17 +52,13 @@ def merge_all_reduces(graph: Graph, context: RunContext) -> bool:
     changed = False
     regions = mutation_regions(graph)
     values = _mergeable_values(graph)
-    order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes) if len(values) > 1 else ():
         if node.target not in ADDS or node._erased:
             continue
         pair = _mergeable(node, context, values)
-        if pair is not None and _computed_from_each_other(pair, order):
-            continue
         # What the one all-reduce reads would be read after a write that stood behind the other.
         if pair is not None and len({regions.get(n, 0) for n in (node, *(p.all_reduce.node for p in pair.both))}) == 1:
-            merged = _merge(graph, node, pair, context)
-            regions[merged], order[merged] = regions[node], order[pair.second.all_reduce.node]
+            regions[_merge(graph, node, pair, context)] = regions[node]
             values = _mergeable_values(graph)
             changed = True
     if changed:
@@ -92,20 +87,16 @@ def _mergeable(node: Node, context: RunContext, values: dict[Node, Node]) -> _Pa
 
 
 def _way(operand: Any, context: RunContext, values: dict[Node, Node]) -> Path | None:
-    """The way from an all-reduce to this node through views and scales that nothing else reads, or None."""
+    """The way from an all-reduce to this node through views and scales that nothing else reads, or None.
+
+    So nothing that another all-reduce sums, and no gate, can be computed from this one's result.
+    """
     if not _may_lead(operand, values):
         return None
     path = PathFinder(values, context.config).find(operand)
     if path is None or len(path.of_kind(VIEW, SCALE)) != len(path.steps) or path.other_readers or path.problem(True):
         return None
     return path
-
-
-def _computed_from_each_other(pair: _Pair, order: dict[Node, int]) -> bool:
-    """Whether what one of two all-reduces reduces, or is multiplied by, is computed from the other's result."""
-    nodes = [path.all_reduce.node for path in pair.both]
-    used = [value for path in pair.both for value in (path.all_reduce.x, *(s.value for s in path.of_kind(SCALE)))]
-    return any(depends_on(value, node, order) for value in used for node in nodes)
 
 
 def _pair(first: Path, second: Path, residual: Node | None, context: RunContext) -> _Pair | None:

@@ -167,9 +167,6 @@ class _Raiser:
             if depends_on(getattr(norm, what), path.all_reduce.node, self.order):
                 return f"the norm's {what} is computed from the all-reduce's own result"
         added = () if self._stays(path) else (residual, *(step.value for step in path.of_kind(ADDEND)))
-        scales = (step.value for step in path.of_kind(SCALE))
-        if any(depends_on(value, path.all_reduce.node, self.order) for value in scales):
-            return "what the all-reduce's result is multiplied by is computed from that result"
         if any(depends_on(value, path.all_reduce.node, self.order) for value in added):
             return "what is added to the all-reduce's result is computed from that result"
         if not (is_row_major(norm.out) and is_row_major(norm.source)):
