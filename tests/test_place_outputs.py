@@ -333,6 +333,8 @@ def _run(name, sharded, protect=True):
             stack.enter_context(mock.patch.object(place_outputs, "never_reuse_outputs"))
             for op in place_outputs._PLACED:
                 matcher.lowering.lowerings.pop(op, None)
+            # Where it may raise, torch itself notices a result in the memory of an input; here the numbers shall tell.
+            stack.enter_context(torch._functorch.config.patch(check_custom_op_aliasing=False))
         for in_place in (False, True):
             torch._dynamo.reset()
             workspace.close()
