@@ -11,14 +11,11 @@ fusewire.run_passes(graph)
 from __future__ import annotations
 
 import contextlib
-import contextvars
-import dataclasses
-import hashlib
-import logging
+import functools
+import inspect
 import operator
-import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,15 +28,8 @@ from fusewire.errors import ConfigError
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment, unknown_option
 from fusewire.fusion_passes.manager import cache_key, run_passes
 from fusewire.fusion_passes.matcher import graph_kind
-from fusewire.fusion_passes.report import (
-    GraphAccount,
-    accounts_from_json,
-    accounts_to_json,
-    add_account,
-    report,
-)
+from fusewire.fusion_passes.warm_cache import KEEPER, accounts_kept, hits_noted, key_of_compilation
 
-log = logging.getLogger("fusewire")
 _HOOK = "post_grad_custom_post_pass"
 _InferenceAware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)  # not in torch 2.11
 
@@ -61,7 +51,7 @@ class FusewirePass(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         run_passes(graph, self.config)
-        keeper = _KEEPER.get()
+        keeper = KEEPER.get()
         if keeper is not None:
             keeper.save()
 
@@ -159,9 +149,9 @@ def fusewire_backend(
         return _callable(compile_fx(model, list(example_inputs), config_patches=patches))
     specialize_epsilons(model)
     existing = patches.get(_HOOK, getattr(inductor_config, _HOOK))
-    key = _account_key(model, example_inputs, config)
+    key = key_of_compilation(model, example_inputs, config)
     patches[_HOOK] = chained_hook(config, existing, key)
-    with _accounts_kept(key):
+    with accounts_kept(key):
         return _callable(compile_fx(model, list(example_inputs), config_patches=patches))
 
 
@@ -187,13 +177,10 @@ def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConf
     """Within the block, whatever torch.compile compiles with Inductor goes through fusewire's passes.
 
     Compilation happens at a compiled function's first call, so that call belongs into the block. A custom pass that is
-    set already runs first.
+    set already, in Inductor's configuration or by a torch.compile call's options, runs first.
 
     Args:
         config: the options; or give single fields as keywords.
-
-    The report's accounts are those of graphs compiled in the block; of graphs that Inductor's compile cache held it
-    says no more than how many there were.
 
     Raises:
         ConfigError: an option is unknown or has a value that cannot be used.
@@ -205,8 +192,67 @@ def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConf
         yield chosen
         return
     hook = chained_hook(chosen, getattr(inductor_config, _HOOK))
-    with inductor_config.patch({_HOOK: hook}), torch._dynamo.config.patch(specialize_float=True), _hits_noted():
+    floats = torch._dynamo.config.patch(specialize_float=True)
+    with inductor_config.patch({_HOOK: hook}), floats, _compilations_accounted(), hits_noted():
         yield chosen
+
+
+_INSTALLING = threading.Lock()
+_blocks = 0  # of enable, now open
+
+
+@contextlib.contextmanager
+def _compilations_accounted() -> Iterator[None]:
+    """Within the block, Inductor compiles by way of `_accounted`."""
+    global _blocks
+    from torch._inductor import compile_fx as module
+
+    with _INSTALLING:
+        _blocks += 1
+        if _blocks == 1:
+            module.compile_fx = _accounted(module.compile_fx)
+    try:
+        yield
+    finally:
+        with _INSTALLING:
+            _blocks -= 1
+            if _blocks == 0 and getattr(module.compile_fx, "fusewire", False):
+                module.compile_fx = inspect.unwrap(module.compile_fx)
+
+
+def _accounted(compile_fx: Callable[..., Any]) -> Callable[..., Any]:
+    """Inductor's `compile_fx` with, if `enable` is in force, an account that a warm compile cache brings back too.
+
+    And whoever sets a custom pass for one compilation would put it in the place of ours; here ours runs behind it.
+    """
+    signature = inspect.signature(compile_fx)
+
+    @functools.wraps(compile_fx)
+    def compile_accounted(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        patches = dict(given.arguments.get("config_patches") or {})
+        outer = getattr(inductor_config, _HOOK)
+        existing = patches.get(_HOOK, outer)
+        ours = _ours_in(existing) or _ours_in(outer)
+        model = given.arguments["model_"]
+        if ours is None or KEEPER.get() is not None or not isinstance(model, GraphModule):
+            return compile_fx(*args, **kwargs)
+        key = key_of_compilation(model, given.arguments["example_inputs_"], ours.config)
+        patches[_HOOK] = chained_hook(ours.config, existing, key)
+        given.arguments["config_patches"] = patches
+        with accounts_kept(key):
+            return compile_fx(*given.args, **given.kwargs)
+
+    compile_accounted.fusewire = True  # type: ignore[attr-defined]
+    return compile_accounted
+
+
+def _ours_in(hook: Any) -> FusewirePass | None:
+    """fusewire's passes among custom passes."""
+    if isinstance(hook, ChainedPass):
+        hook = hook.passes
+    items = hook if isinstance(hook, (list, tuple)) else [hook]
+    return next((item for item in items if isinstance(item, FusewirePass)), None)
 
 
 # Epsilons under dynamic=True
@@ -246,96 +292,3 @@ def _reaches_rsqrt(node: Node, depth: int = 4) -> bool:
     if depth == 0 or name not in ("item", "add", "__add__", "__radd__", "iadd", "sqrt", "reciprocal", "float"):
         return False
     return any(_reaches_rsqrt(user, depth - 1) for user in node.users)
-
-
-# Accounts of graphs that come from the compile cache
-
-
-class _Keeper:
-    """Keeps the accounts of one compilation in a file beside Inductor's cache."""
-
-    def __init__(self, key: str) -> None:
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-        self.file = Path(cache_dir()) / "fusewire" / f"{key}.json"
-        self.before = len(report().graphs)
-
-    def save(self) -> None:
-        """Write what there is so far.
-
-        Called by the passes, so before Inductor puts the graph into its cache: another rank may find it there at once.
-        """
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.file.with_suffix(f".{os.getpid()}")
-            temporary.write_text(accounts_to_json(report().graphs[self.before :]))
-            temporary.replace(self.file)
-        except OSError as error:
-            log.warning("the account of a graph could not be kept beside the compile cache: %s", error)
-
-    def restore(self) -> None:
-        """Bring the accounts back if a warm cache skipped the passes."""
-        if len(report().graphs) == self.before:
-            for account in self._read():
-                add_account(dataclasses.replace(account, cached=True, pass_seconds=0.0))
-
-    def _read(self) -> list[GraphAccount]:
-        try:
-            return accounts_from_json(self.file.read_text())
-        except FileNotFoundError:
-            why = "no account was kept when it was made"
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            why = f"its account cannot be read ({error})"
-        return [_unaccounted(f"the compile cache held this graph, and {why}")]
-
-
-_KEEPER: contextvars.ContextVar[_Keeper | None] = contextvars.ContextVar("fusewire_keeper", default=None)
-
-
-@contextlib.contextmanager
-def _accounts_kept(key: str) -> Iterator[None]:
-    """Keep the accounts of a compilation, or bring them back from an earlier one."""
-    keeper = _Keeper(key)
-    token = _KEEPER.set(keeper)
-    try:
-        yield
-    finally:
-        _KEEPER.reset(token)
-    keeper.restore()
-
-
-def _unaccounted(note: str) -> GraphAccount:
-    return GraphAccount(-1, "inference", notes=(note,), cached=True)
-
-
-@contextlib.contextmanager
-def _hits_noted() -> Iterator[None]:
-    """Say in the report that graphs came from the compile cache, of which no accounts are kept."""
-    from torch._dynamo.utils import counters
-
-    def unaccounted() -> int:
-        cached = sum(graph.cached for graph in report().graphs)
-        return int(counters["inductor"]["fxgraph_cache_hit"]) - cached
-
-    before = unaccounted()
-    yield
-    hits = unaccounted() - before
-    if hits > 0:
-        note = "graph" if hits == 1 else "graphs"
-        add_account(
-            _unaccounted(
-                f"the compile cache held {hits} {note}, rewritten as they were when they were made; with "
-                "backend='fusewire' their accounts are kept too"
-            )
-        )
-
-
-def _account_key(model: GraphModule, example_inputs: Sequence[Any], config: PassConfig) -> str:
-    """Names one compilation: equal exactly when graph, inputs' metadata, options and fusewire are."""
-    parts = [str(model.graph), cache_key(config), torch.__version__, str(torch.is_grad_enabled())]
-    for value in example_inputs:
-        if isinstance(value, torch.Tensor):
-            parts.append(f"{value.dtype}{list(value.shape)}{value.device}")
-        else:
-            parts.append(str(value))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

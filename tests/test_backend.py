@@ -7,6 +7,7 @@ Generating and compiling C++ costs seconds, so most tests keep the fused operato
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -411,9 +412,41 @@ def test_a_custom_pass_that_is_set_already_runs_first(native_calls, order, kind,
     assert len(native_calls) == 1
 
 
-def test_a_custom_pass_in_the_options_runs_first(order):
-    compiled(block, *tensors(), backend="fusewire", options={**CALLS, HOOK: _Theirs()})
+@pytest.mark.parametrize("way", ["enable", "standalone", "backend", "backend within enable"])
+def test_a_custom_pass_in_the_options_runs_first(order, way):
+    """Serving engines hand their pass to each compilation, as an option or as compile_fx's config_patches."""
+    from torch._inductor import compile_fx as module
+
+    own = module.compile_fx
+    enabled = fusewire.enable(**CALLS) if "enable" in way or way == "standalone" else contextlib.nullcontext()
+    with enabled:
+        if way == "enable":
+            compiled(block, *tensors(), options={HOOK: _Theirs()})
+        elif way == "standalone":
+            compiled(block, *tensors(), backend=_engine)
+        else:
+            compiled(block, *tensors(), backend="fusewire", options={**CALLS, HOOK: _Theirs()})
     assert order == [("theirs", 0), ("ours", 1)]
+    assert module.compile_fx is own
+
+
+def _engine(model, inputs):
+    """A backend as engines write them, around torch's standalone_compile."""
+    made = torch._inductor.standalone_compile(model, inputs, options={"config_patches": {HOOK: _Theirs()}})
+    return lambda *args: made(*args)
+
+
+def test_nested_blocks_leave_inductor_as_it_was():
+    from torch._inductor import compile_fx as module
+
+    own = module.compile_fx
+    with fusewire.enable():
+        wrapped = module.compile_fx
+        assert wrapped is not own
+        with fusewire.enable():
+            assert module.compile_fx is wrapped
+        assert module.compile_fx is wrapped
+    assert module.compile_fx is own
 
 
 def test_uuid_of_a_chain():

@@ -17,6 +17,7 @@ import torch
 import torch._inductor.config as inductor_config
 import torch.distributed as dist
 from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,7 +28,7 @@ import fusewire
 from fusewire import PassConfig
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ir import NATIVE, YES, Support
-from fusewire.fusion_passes import backend, manager, registry
+from fusewire.fusion_passes import backend, manager, registry, warm_cache
 from fusewire.fusion_passes import report as reports
 from fusewire.fusion_passes.config import BATCH_INVARIANT_VARIABLE
 
@@ -353,10 +354,11 @@ def test_a_plain_callable_bypasses_the_cache(way):
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_the_account_comes_back_with_the_graph(cache):
-    compiled(cache=cache)
+@pytest.mark.parametrize("way", ["backend", "enable"])
+def test_the_account_comes_back_with_the_graph(way, cache):
+    compiled(way, cache)
     (cold,) = fusewire.report().graphs
-    assert hit(cache=cache)
+    assert hit(way, cache)
     (warm,) = fusewire.report().graphs
     assert warm == dataclasses.replace(cold, cached=True, pass_seconds=0.0)
     assert "from the compile cache" in str(fusewire.report())
@@ -404,7 +406,7 @@ def test_the_account_is_kept_by_the_passes_themselves():
     """Ranks that share a cache directory compile at once: who finds a graph there must find its account."""
     with FakeTensorMode() as mode:
         graph = make_fx(block)(*map(mode.from_tensor, tensors())).graph
-    with backend._accounts_kept("key"):
+    with warm_cache.accounts_kept("key"):
         backend.FusewirePass(PassConfig())(graph)
         (account,) = reports.accounts_from_json((_account_folder() / "key.json").read_text())
     assert account.entries == fusewire.report().entries
@@ -421,14 +423,34 @@ def test_an_account_that_cannot_be_written_is_a_warning(caplog):
     assert fusewire.report().fused == 1
 
 
-def test_enable_says_that_graphs_came_from_the_cache():
-    compiled("enable")
-    assert fusewire.report().fused == 1
-    compiled("enable")
+def _early_bound(model, inputs):
+    """A backend of somebody who imported compile_fx before `enable` was entered."""
+    return compile_fx(model, inputs)
+
+
+def test_graphs_from_the_cache_that_were_compiled_past_enable_are_counted():
+    for _ in range(2):
+        torch._dynamo.reset()
+        fusewire.clear_report()
+        with torch.no_grad(), fusewire.enable(**CALLS):
+            torch.compile(block, backend=_early_bound)(*tensors())
     (graph,) = fusewire.report().graphs
     assert graph.cached
-    assert "the compile cache held 1 graph" in graph.notes[0]
-    assert "backend='fusewire'" in graph.notes[0]
+    assert graph.notes == (
+        "the compile cache held 1 graph, rewritten as they were when they were made; no account was kept",
+    )
+
+
+def test_within_enable_a_pass_given_to_one_compilation_is_in_the_key():
+    """An engine gives its own custom pass with each compilation: that must not take the place of ours."""
+    for text, expected in (("1", False), ("1", True), ("2", False)):
+        torch._dynamo.reset()
+        counters.clear()
+        fusewire.clear_report()
+        with torch.no_grad(), fusewire.enable(**CALLS):
+            torch.compile(block, options={"post_grad_custom_post_pass": _Theirs(text)})(*tensors())
+        assert fusewire.report().fused == 1
+        assert bool(counters["inductor"]["fxgraph_cache_hit"]) == expected
 
 
 def test_backend_within_enable_is_not_counted_twice():
