@@ -194,6 +194,9 @@ class _Run(Measurement):
             size = f"{made.max_tokens} tokens, {'there before' if key not in self.opened else 'all that there is room for'}"
             self.notes.append(f"{keeper.name} was not measured above its workspace's size ({size})")
         for label in keeper.variants:
+            if reason := keeper.left_out(label):
+                self.absent[label] = reason
+                continue
             limit = keeper.token_limit(label, self.hidden, self.dtype, ranks, made.max_tokens)
             self.candidates.append(Candidate(label, keeper.bind(made, label), limit, True, keeper.name))
 

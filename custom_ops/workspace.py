@@ -130,6 +130,10 @@ class WorkspaceProvider(abc.ABC):
     def token_limit(self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> range:
         """The numbers of tokens that a variant takes on a workspace for max_tokens."""
 
+    def left_out(self, variant: str) -> str:
+        """Why a variant serves no call on this machine, or nothing."""
+        return ""
+
     @abc.abstractmethod
     def max_tokens(self, hidden: int, dtype: torch.dtype, world_size: int) -> int:
         """The largest workspace there can be, in tokens."""

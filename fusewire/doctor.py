@@ -18,7 +18,7 @@ import fusewire
 from fusewire.custom_ops import plan_store
 from fusewire.custom_ops.ir import _machine_support, all_ops, ir_op_priority, parse_priorities
 from fusewire.custom_ops.plan_view import explain_plan
-from fusewire.custom_ops.providers import flashinfer as provider
+from fusewire.custom_ops.providers import flashinfer_library as flashinfer
 from fusewire.custom_ops.providers import load_providers
 from fusewire.custom_ops.votes import describe
 
@@ -125,19 +125,21 @@ def _links() -> str:
 
 
 def _flashinfer() -> dict[str, str]:
-    library = provider.library()
+    library = flashinfer.library()
     found = {
         "version": library.version or _package_version("flashinfer-python"),
         "usable": library.reason or "yes",
     }
+    if not library.reason:
+        found["two-shot"] = flashinfer.two_shot().reason or "yes"
     try:
-        kernels = provider.kernels()
+        kernels = flashinfer.kernels()
         found["kernels"] = f"{kernels.state}: {kernels.path}"
         if kernels.state == "missing":
             found["kernels"] += " (compiled at first use, minutes; `python -m fusewire prebuild` does it ahead)"
     except Exception as error:
         found["kernels"] = f"unknown: {describe(error)}"
-    found["compiler"] = provider.find_nvcc() or provider.no_nvcc()
+    found["compiler"] = flashinfer.find_nvcc() or flashinfer.no_nvcc()
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fusewire.custom_ops.providers import flashinfer as provider
+from fusewire.custom_ops.providers import flashinfer_library as flashinfer
 from fusewire.custom_ops.votes import say
 from fusewire.errors import ConfigError, WorkspaceError
 
@@ -41,18 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     choose_architectures(arguments.arch)
-    found = provider.library()
+    found = flashinfer.library()
     if found.reason:
         raise WorkspaceError(found.reason)
-    before = provider.kernels()
+    before = flashinfer.kernels()
     if before.state == "prebuilt":
         print(f"nothing to do: FlashInfer {found.version} loads the all-reduce kernels beside it, {before.path}")
         return 0
     start = time.monotonic()
     known_s = 5.0 if before.state == "cached" else 0.0
-    with provider.toolkit(), cuda_library(), provider.announcement(before, known_s, hint=""):
+    with flashinfer.toolkit(), cuda_library(), flashinfer.announcement(before, known_s, hint=""):
         build()
-    after = provider.kernels()
+    after = flashinfer.kernels()
     if after.state == "missing":
         raise WorkspaceError(f"FlashInfer compiled without an error, but there is no {after.path}")
     target = os.environ.get(ARCHITECTURES, "this machine's GPUs")
@@ -70,7 +70,7 @@ def choose_architectures(named: Sequence[str]) -> None:
     """
     for arch in named:
         match = re.fullmatch(r"(\d+)\.(\d)[af]?", arch)
-        if match is None or int(match.group(1)) not in provider.CAPABILITIES:
+        if match is None or int(match.group(1)) not in flashinfer.CAPABILITIES:
             raise ConfigError(
                 f"--arch {arch}: name a compute capability that FlashInfer has all-reduce kernels for, "
                 "such as 9.0a (H100, H200), 10.0a (B200) or 12.0f"

@@ -200,8 +200,14 @@ def _would_time(name: str, hidden: int, dtype: torch.dtype, world_size: int, gri
     if keeper is None:
         return [f"{name}: all of them"]
     cap = min(grid[-1], keeper.max_tokens(hidden, dtype, world_size))
-    limits = {label: keeper.token_limit(label, hidden, dtype, world_size, cap) for label in keeper.variants}
-    return [f"{label}: {_listed([t for t in grid if t in limit]) or 'none'}" for label, limit in limits.items()]
+    said = []
+    for label in keeper.variants:
+        limit = keeper.token_limit(label, hidden, dtype, world_size, cap)
+        reason = keeper.left_out(label)
+        said.append(
+            f"not {label}: {reason}" if reason else f"{label}: {_listed([t for t in grid if t in limit]) or 'none'}"
+        )
+    return said
 
 
 def _listed(numbers: Sequence[int]) -> str:

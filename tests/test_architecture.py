@@ -39,7 +39,7 @@ LONGEST = 400
 LONG = {
     "custom_ops/dispatch.py": 480,
     "custom_ops/ir.py": 500,
-    "custom_ops/providers/flashinfer.py": 700,
+    "custom_ops/providers/flashinfer.py": 480,
     "custom_ops/workspace.py": 560,
 }
 

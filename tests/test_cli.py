@@ -21,7 +21,7 @@ from fusewire import __main__ as cli
 from fusewire import doctor, prebuild
 from fusewire import tune as tune_command
 from fusewire.custom_ops import plan_store
-from fusewire.custom_ops.providers import flashinfer as provider
+from fusewire.custom_ops.providers import flashinfer_library
 from fusewire.errors import ConfigError, WorkspaceError
 
 
@@ -200,6 +200,9 @@ def test_tune_dry_run(monkeypatch, tmp_path, capsys):
     assert f"table: {tmp_path}/tables" in said
     with fake_flashinfer(), machine_with_gpus(4):
         assert cli.main(["tune", "--hidden", "64", "--max-tokens", "8", "--dry-run"]) == 0
+    assert "not flashinfer/twoshot: FlashInfer 0.6.18's two-shot barrier can let" in capsys.readouterr().out
+    with fake_flashinfer("0.7.2"), machine_with_gpus(4):
+        assert cli.main(["tune", "--hidden", "64", "--max-tokens", "8", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "4 ranks, hidden size 64" in said
     assert "flashinfer/oneshot: 1 2 4 8\n  flashinfer/twoshot: 8\n  native: all of them" in said
@@ -280,7 +283,7 @@ def run_prebuild(monkeypatch, tmp_path, kernels, build=lambda: None, **flashinfe
     monkeypatch.setattr(prebuild, "build", build)
     monkeypatch.setattr(prebuild, "cache_folder", lambda: tmp_path)
     states = iter(kernels)
-    with fake_flashinfer(kernels=lambda: provider.Kernels(next(states), tmp_path / "x.so"), **flashinfer):
+    with fake_flashinfer(kernels=lambda: flashinfer_library.Kernels(next(states), tmp_path / "x.so"), **flashinfer):
         return cli.main(["prebuild"])
 
 
@@ -348,8 +351,8 @@ def test_the_toolkit_behind_a_script_on_path_is_found(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.delenv("FLASHINFER_NVCC", raising=False)
     monkeypatch.setenv("PATH", str(scripts), prepend=os.pathsep)
-    assert provider.cuda_home(provider.find_nvcc()) == home
-    with provider.toolkit():
+    assert flashinfer_library.cuda_home(flashinfer_library.find_nvcc()) == home
+    with flashinfer_library.toolkit():
         assert os.environ["CUDA_HOME"] == str(home)
     assert "CUDA_HOME" not in os.environ
 

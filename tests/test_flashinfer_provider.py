@@ -26,6 +26,7 @@ from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ir import Support, _machine_support
 from fusewire.custom_ops.plans import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.providers import flashinfer as provider
+from fusewire.custom_ops.providers import flashinfer_library
 from fusewire.errors import CaptureError, NoProviderError, PeerTimeoutError, WorkspaceError
 
 from distributed import fake_group, shared_pool
@@ -143,25 +144,26 @@ def fake_flashinfer(version="0.6.18", fault="", kernels="prebuilt", **seams):
     fake = FakeFlashInfer(version, fault)
     registered = all_reduce_rms_norm.providers["flashinfer"]
     able = dataclasses.replace(
-        registered, supported=lambda: Support(not provider.library().reason, provider.library().reason)
+        registered,
+        supported=lambda: Support(not flashinfer_library.library().reason, flashinfer_library.library().reason),
     )
-    state = provider.Kernels(kernels, Path("/nowhere/trtllm_comm/trtllm_comm.so"))
+    state = flashinfer_library.Kernels(kernels, Path("/nowhere/trtllm_comm/trtllm_comm.so"))
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(sys.modules, fake.modules))
         stack.enter_context(mock.patch.dict(all_reduce_rms_norm.providers, {"flashinfer": able}))
         for module, name, value in (
             (provider, "_on_gpu", lambda x: True),
             (dispatch, "_on_gpu", lambda x: True),
-            (provider, "kernels", kernels if callable(kernels) else lambda: state),
+            (flashinfer_library, "kernels", kernels if callable(kernels) else lambda: state),
         ):
             stack.enter_context(mock.patch.object(module, name, seams.get(name, value)))
-        provider.library.cache_clear()
+        flashinfer_library.library.cache_clear()
         _machine_support.cache_clear()
         try:
             yield fake
         finally:
             workspace.close()
-            provider.library.cache_clear()
+            flashinfer_library.library.cache_clear()
             _machine_support.cache_clear()
 
 
@@ -171,9 +173,9 @@ def fake_flashinfer(version="0.6.18", fault="", kernels="prebuilt", **seams):
 def test_a_torch_without_cuda_is_named_before_flashinfer_is_imported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    provider.library.cache_clear()
+    flashinfer_library.library.cache_clear()
     assert "built without CUDA" in provider.supported().reason
-    assert provider.library.cache_info().currsize == 0
+    assert flashinfer_library.library.cache_info().currsize == 0
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "finds no CUDA GPU" in provider.supported().reason
 
@@ -213,7 +215,7 @@ def test_compute_capability(monkeypatch, capability, ok):
 )
 def test_versions(version, ok):
     with fake_flashinfer(version):
-        reason = provider.library().reason
+        reason = flashinfer_library.library().reason
     assert (not reason) == ok
     if not ok:
         assert version in reason
@@ -221,15 +223,15 @@ def test_versions(version, ok):
 
 
 def test_not_installed(monkeypatch):
-    provider.library.cache_clear()
+    flashinfer_library.library.cache_clear()
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     monkeypatch.setattr(
-        provider.importlib,
+        flashinfer_library.importlib,
         "import_module",
         mock.Mock(side_effect=ModuleNotFoundError("no", name="flashinfer")),
     )
-    assert "pip install 'fusewire[flashinfer]'" in provider.library().reason
-    provider.library.cache_clear()
+    assert "pip install 'fusewire[flashinfer]'" in flashinfer_library.library().reason
+    flashinfer_library.library.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -242,15 +244,15 @@ def test_not_installed(monkeypatch):
 )
 def test_whatever_the_import_raises_becomes_the_reason(error):
     with fake_flashinfer():
-        real = provider.importlib.import_module
+        real = flashinfer_library.importlib.import_module
 
         def failing(name):
             if name == "flashinfer.comm":
                 raise error
             return real(name)
 
-        with mock.patch.object(provider.importlib, "import_module", failing):
-            reason = provider.library().reason
+        with mock.patch.object(flashinfer_library.importlib, "import_module", failing):
+            reason = flashinfer_library.library().reason
     assert type(error).__name__ in reason
     assert str(error) in reason
 
@@ -258,11 +260,11 @@ def test_whatever_the_import_raises_becomes_the_reason(error):
 def test_an_api_that_lacks_something_is_named():
     with fake_flashinfer() as fake:
         fake.modules["flashinfer.comm"].allreduce_fusion = lambda input, workspace, pattern: None
-        provider.library.cache_clear()
-        assert "weight_bias" in provider.library().reason
+        flashinfer_library.library.cache_clear()
+        assert "weight_bias" in flashinfer_library.library().reason
         del fake.modules["flashinfer.comm"].allreduce_fusion
-        provider.library.cache_clear()
-        assert "no flashinfer.comm.allreduce_fusion" in provider.library().reason
+        flashinfer_library.library.cache_clear()
+        assert "no flashinfer.comm.allreduce_fusion" in flashinfer_library.library().reason
 
 
 # --- What it can compute ------------------------------------------------------------------------------------
@@ -318,6 +320,20 @@ def test_two_shot_in_fp32_on_two_ranks_stops_at_half_the_workspace():
     assert 500 in span
     assert 501 not in span
     assert 1000 in provider.token_limit(TWO_SHOT, 4096, torch.float32, 4, 1000)
+
+
+@pytest.mark.parametrize(
+    ("version", "ok"),
+    [("0.6.18.post1", False), ("0.7.1", False), ("0.7.2.dev3", False), ("0.7.2", True), ("0.7.2.post1", True)],
+)
+def test_two_shot_waits_for_the_version_whose_barrier_is_right(monkeypatch, version, ok):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    keeper = workspace.PROVIDERS["flashinfer"]
+    with fake_flashinfer(version):
+        assert bool(keeper.token_limit(TWO_SHOT, 8192, BF16, 4, 1024)) == ok
+        assert 1024 in keeper.token_limit(ONE_SHOT, 8192, BF16, 4, 1024)
+        reason = flashinfer_library.two_shot().reason
+        assert reason == "" if ok else f"FlashInfer {version}'s two-shot barrier can let a rank pass early" in reason
 
 
 def test_two_shot_needs_a_thread_for_each_rank():
@@ -380,22 +396,22 @@ def test_without_a_process_group():
 
 
 def test_missing_kernels_without_a_compiler_are_a_reason(monkeypatch):
-    monkeypatch.setattr(provider, "find_nvcc", lambda: None)
+    monkeypatch.setattr(flashinfer_library, "find_nvcc", lambda: None)
     monkeypatch.setenv("CUDA_HOME", "/no/such/cuda")
     with (
         fake_flashinfer(kernels="missing") as fake,
         pytest.raises(WorkspaceError, match=r"nvcc in CUDA_HOME=/no/such"),
     ):
-        provider.load_kernels(loud=True)
+        flashinfer_library.load_kernels(loud=True)
     assert fake.loads == 0
 
 
 def test_compiling_says_what_since_when_and_where(monkeypatch, capsys):
-    monkeypatch.setattr(provider, "find_nvcc", lambda: "/usr/bin/nvcc")
+    monkeypatch.setattr(flashinfer_library, "find_nvcc", lambda: "/usr/bin/nvcc")
     with fake_flashinfer(kernels="missing"):
-        provider.load_kernels(loud=True)
+        flashinfer_library.load_kernels(loud=True)
         said = capsys.readouterr().err
-        provider.load_kernels(loud=False)
+        flashinfer_library.load_kernels(loud=False)
         assert capsys.readouterr().err == ""
     assert "compiles its all-reduce kernels (trtllm_comm) into /nowhere/trtllm_comm" in said
     assert f", since {time.strftime('%H:')}" in said
@@ -405,7 +421,7 @@ def test_compiling_says_what_since_when_and_where(monkeypatch, capsys):
 
 def test_compiled_kernels_are_loaded_in_silence(capsys):
     with fake_flashinfer(kernels="cached") as fake:
-        provider.load_kernels(loud=True)
+        flashinfer_library.load_kernels(loud=True)
     assert fake.loads == 1
     assert capsys.readouterr().err == ""
 

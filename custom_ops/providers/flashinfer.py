@@ -10,25 +10,17 @@ One-shot turns -0.0 into +0.0, and the kernels are built with fast math: values 
 (2**-126; bf16's subnormals too) become zero. Not batch-invariant: how a row's squares are summed depends on
 the number of tokens.
 
-FlashInfer is imported at the first use, and only where CUDA is.
+Whether FlashInfer is there, and its compiled kernels, is the business of `flashinfer_library`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
-import importlib
-import inspect
 import os
-import re
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +30,8 @@ from torch import Tensor
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
 from fusewire.custom_ops.ir import NATIVE, Support, _machine_support
 from fusewire.custom_ops.plans import ONE_SHOT, TWO_SHOT
+from fusewire.custom_ops.providers import flashinfer_library
+from fusewire.custom_ops.providers.flashinfer_library import CAPABILITIES
 from fusewire.custom_ops.votes import Channel, describe
 from fusewire.custom_ops.workspace import (
     PROVIDERS,
@@ -45,97 +39,23 @@ from fusewire.custom_ops.workspace import (
     StreamOrder,
     Workspace,
     WorkspaceProvider,
-    announced,
     device_facts,
 )
 from fusewire.errors import PeerTimeoutError, ProcessGroupError, WorkspaceError
 
 PROVIDER = "flashinfer"
-MIN_VERSION = (0, 6, 15)
 WORLD_SIZES = (2, 4, 8, 16)
-CAPABILITIES = (9, 10, 12)
-MODULE = "trtllm_comm"
 COMPILE_S = 1800.0
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_OBJECTS = 3
 # The offset of the third Lamport buffer is an int32 product that passes 2**31 from here on: it hangs.
 _COMM_BYTES_LIMIT = 1 << 30
 # Kernels take up to 126 registers a thread; more threads than this in a block may not launch.
 _MAX_BLOCK = 512
 _BATCH_INVARIANT = "FUSEWIRE_BATCH_INVARIANT"
 _PATTERN = 1  # AllReduceFusionPattern.kARResidualRMSNorm
-_NEEDED = {
-    "create_allreduce_fusion_workspace": (
-        *("backend", "world_size", "rank", "max_token_num", "hidden_dim", "dtype", "group", "comm_backend"),
-    ),
-    "allreduce_fusion": (
-        *("input", "workspace", "pattern", "output", "residual_in", "rms_gamma", "rms_eps", "residual_out"),
-        *(
-            "norm_out",
-            "use_oneshot",
-            "fp32_acc",
-            "launch_with_pdl",
-            "trigger_completion_at_end",
-            "weight_bias",
-        ),
-    ),
-}
-INSTALL = "pip install 'fusewire[flashinfer]'"
 
 
 # --- Is it there? -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Library:
-    """FlashInfer's communication module, or the reason why it cannot be used."""
-
-    comm: Any
-    version: str
-    reason: str = ""
-
-
-@functools.lru_cache(maxsize=1)
-def library() -> Library:
-    """Import FlashInfer, once. Whatever that raises becomes the reason (AssertionError without CUDA)."""
-    try:
-        package = importlib.import_module("flashinfer")
-        version = str(getattr(package, "__version__", "unknown"))
-    except ModuleNotFoundError as error:
-        if error.name == "flashinfer":
-            return Library(None, "", f"FlashInfer is not installed: {INSTALL}")
-        return Library(None, "", f"importing FlashInfer failed: {describe(error)}")
-    except Exception as error:
-        return Library(None, "", f"importing FlashInfer failed: {describe(error)}")
-    if not version_ok(version):
-        wanted = ".".join(map(str, MIN_VERSION))
-        return Library(None, version, f"FlashInfer {version} is too old, {wanted} is needed: {INSTALL} --upgrade")
-    try:
-        comm = importlib.import_module("flashinfer.comm")
-    except Exception as error:
-        return Library(None, version, f"importing flashinfer.comm {version} failed: {describe(error)}")
-    return Library(comm, version, _missing_api(comm, version))
-
-
-def version_ok(version: str) -> bool:
-    """Whether a version is at least MIN_VERSION; earlier ones compute wrong norms at hidden size 2688."""
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?((?:\.?dev|a|b|rc)\d*)?", version)
-    if match is None:
-        return False
-    found = tuple(int(part or 0) for part in match.groups()[:3])
-    return found > MIN_VERSION or (found == MIN_VERSION and not match.group(4))
-
-
-def _missing_api(comm: Any, version: str) -> str:
-    for name, wanted in _NEEDED.items():
-        function = getattr(comm, name, None)
-        if function is None:
-            return f"FlashInfer {version} has no flashinfer.comm.{name}; install another version"
-        missing = [p for p in wanted if p not in inspect.signature(function).parameters]
-        if missing:
-            lacking = ", ".join(missing)
-            return f"FlashInfer {version}: flashinfer.comm.{name} takes no {lacking}; install another version"
-    return ""
 
 
 def supported() -> Support:
@@ -155,120 +75,8 @@ def supported() -> Support:
             "all-reduce kernels are "
             "built for 9.x, 10.x and 12.x"
         )
-    found = library()
+    found = flashinfer_library.library()
     return Support.no(found.reason) if found.reason else Support(True)
-
-
-# --- The kernels --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """Where FlashInfer's compiled all-reduce kernels are: "prebuilt", "cached" by an earlier compilation, "
-    ""missing"."""
-
-    state: str
-    path: Path
-
-    @property
-    def objects(self) -> list[tuple[str, float]]:
-        """The module's object files compiled so far, with the times they were written."""
-        return [(path.name, path.stat().st_mtime) for path in self.path.parent.glob("*.o")]
-
-
-def kernels() -> Kernels:
-    """Where the kernels are, for the architectures FlashInfer compiles for here. Imports FlashInfer."""
-    env = importlib.import_module("flashinfer.jit").env
-    ahead = Path(env.FLASHINFER_AOT_DIR) / MODULE / f"{MODULE}.so"
-    cached = Path(env.FLASHINFER_JIT_DIR) / MODULE / f"{MODULE}.so"
-    if ahead.exists():
-        return Kernels("prebuilt", ahead)
-    return Kernels("cached" if cached.exists() else "missing", cached)
-
-
-def find_nvcc() -> str | None:
-    """The CUDA compiler that FlashInfer would call, or None."""
-    if os.environ.get("FLASHINFER_NVCC"):
-        return shutil.which(os.environ["FLASHINFER_NVCC"])
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
-        return shutil.which(str(Path(home) / "bin" / "nvcc"))
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-
-
-def no_nvcc() -> str:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    where = f"in CUDA_HOME={home}" if home else "on PATH or in /usr/local/cuda"
-    return (
-        f"there is no nvcc {where}: install the CUDA toolkit (or set CUDA_HOME), or install the compiled "
-        "kernels (package flashinfer-jit-cache of the same version)"
-    )
-
-
-def cuda_home(nvcc: str) -> Path | None:
-    """The toolkit that a compiler belongs to, also where what is on PATH is a script that calls it."""
-    nearby = [Path(nvcc).parent.parent, Path(os.path.realpath(nvcc)).parent.parent]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, timeout=30)
-        nearby += [Path(top).resolve() for top in re.findall(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)]
-    return next((home for home in nearby if (home / "bin/nvcc").exists() and (home / "include/cuda.h").exists()), None)
-
-
-@contextlib.contextmanager
-def toolkit() -> Iterator[None]:
-    """Let FlashInfer find the whole CUDA toolkit: it takes the folder above what `which nvcc` prints for it.
-
-    Raises:
-        WorkspaceError: there is no compiler.
-    """
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise WorkspaceError(no_nvcc())
-    home = None if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") else cuda_home(nvcc)
-    if home is None:
-        yield
-        return
-    extension = sys.modules.get("flashinfer.jit.cpp_ext")
-    if extension is not None:
-        extension.get_cuda_path.cache_clear()
-    os.environ["CUDA_HOME"] = str(home)
-    try:
-        yield
-    finally:
-        del os.environ["CUDA_HOME"]
-
-
-def load_kernels(loud: bool) -> None:
-    """Load FlashInfer's module, compiling it if need be, and say so while it takes minutes.
-
-    Raises:
-        WorkspaceError: it would have to be compiled and there is no compiler.
-    """
-    state = kernels()
-    load = importlib.import_module("flashinfer.comm.trtllm_ar").get_trtllm_comm_module
-    compiled = state.state != "missing"
-    if state.state == "prebuilt" or (compiled and find_nvcc() is None):
-        load()
-        return
-    if not compiled and find_nvcc() is None:
-        raise WorkspaceError(f"FlashInfer's all-reduce kernels are not compiled and {no_nvcc()}")
-    # What an earlier run compiled is compiled anew where its flags changed: that takes as long.
-    with toolkit(), announcement(state, 5.0 if compiled else 0.0) if loud else contextlib.nullcontext():
-        load()
-
-
-_HINT = " (`python -m fusewire prebuild` does it ahead)"
-
-
-def announcement(state: Kernels, after_s: float = 0.0, hint: str = _HINT) -> contextlib.AbstractContextManager[None]:
-    """Says while FlashInfer compiles what happens, since when, and where the result goes."""
-    before = set(state.objects)
-    return announced(
-        f"FlashInfer compiles its all-reduce kernels ({MODULE}) into {state.path.parent}: minutes, once for "
-        f"each version and GPU architecture{hint}",
-        after_s=after_s,
-        detail=lambda: f"; {len(set(state.objects) - before)} of {_OBJECTS} objects done",
-    )
 
 
 # --- What it can compute ------------------------------------------------------------------------------------
@@ -321,14 +129,15 @@ def max_tokens(hidden: int, dtype: torch.dtype, world_size: int) -> int:
 def workspace_bytes(hidden: int, dtype: torch.dtype, world_size: int, tokens: int) -> int:
     """GPU memory of a workspace on each rank: 3 Lamport buffers, one to exchange, a residual of zeros."""
     elements = world_size * tokens * hidden
-    exact = (3 * elements * dtype.itemsize, elements * 2, world_size * 1024)
+    # The second is of 2-byte elements whatever the dtype before FlashInfer 0.7.2.
+    exact = (3 * elements * dtype.itemsize, elements * dtype.itemsize, world_size * 1024)
     granularity = 2 << 20
     symmetric = sum(-(-(size + 2048) // granularity) * granularity for size in exact)
     return symmetric + (tokens + 1) * hidden * dtype.itemsize
 
 
 def token_limit(variant: str, hidden: int, dtype: torch.dtype, world_size: int, tokens: int) -> range:
-    """The numbers of tokens that one variant takes on a workspace for so many tokens."""
+    """The numbers of tokens that one variant's kernel takes on a workspace for so many tokens."""
     if variant == ONE_SHOT:
         return range(tokens + 1)
     if block_threads(hidden, dtype) < world_size:
@@ -468,8 +277,8 @@ class FlashInferProvider(WorkspaceProvider):
         support = _machine_support(all_reduce_rms_norm.providers[PROVIDER])
         if not support:
             raise WorkspaceError(support.reason)
-        load_kernels(loud=group.rank() == 0)
-        return {**device_facts(device), "flashinfer": library().version}
+        flashinfer_library.load_kernels(loud=group.rank() == 0)
+        return {**device_facts(device), "flashinfer": flashinfer_library.library().version}
 
     def judge(self, facts: Sequence[Mapping[str, Any]]) -> Support:
         versions = sorted({str(fact.get("flashinfer")) for fact in facts})
@@ -482,7 +291,13 @@ class FlashInferProvider(WorkspaceProvider):
         return limits(hidden, dtype, world_size)
 
     def token_limit(self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> range:
+        if self.left_out(variant):
+            return range(0)
         return token_limit(variant, hidden, dtype, world_size, max_tokens)
+
+    def left_out(self, variant: str) -> str:
+        # Without a GPU the question is about some other machine's plan.
+        return flashinfer_library.two_shot().reason if variant == TWO_SHOT and torch.cuda.is_available() else ""
 
     def max_tokens(self, hidden: int, dtype: torch.dtype, world_size: int) -> int:
         return max_tokens(hidden, dtype, world_size)
@@ -492,7 +307,7 @@ class FlashInferProvider(WorkspaceProvider):
 
     def create(self, request: Request, channel: Channel) -> Workspace:
         _check_peers(request)
-        comm = library().comm
+        comm = flashinfer_library.library().comm
         with torch.cuda.device(request.device) if request.device.type == "cuda" else contextlib.nullcontext():
             handle = comm.create_allreduce_fusion_workspace(
                 backend="trtllm",
@@ -590,7 +405,7 @@ def _prove_results(workspace: FlashInferWorkspace, limit_s: float = 60.0) -> Non
     hidden, dtype, ranks = workspace.key.hidden, workspace.key.dtype, workspace.world_size
     wrong: list[tuple[str, Tensor]] = []
     for variant, tokens, weight_bias in ((ONE_SHOT, 1, 1.0), (TWO_SHOT, ranks + 1, 0.0)):
-        if tokens not in token_limit(variant, hidden, dtype, ranks, workspace.max_tokens):
+        if tokens not in PROVIDERS[PROVIDER].token_limit(variant, hidden, dtype, ranks, workspace.max_tokens):
             continue
         # Eighths of small integers: every sum is exact in every dtype.
         parts = [_eighths(tokens, hidden, 3 * rank + 1, workspace) for rank in range(ranks)]

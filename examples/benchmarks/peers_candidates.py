@@ -18,7 +18,7 @@ from peers_report import PEER, SPARED
 from torch import Tensor
 
 from fusewire.custom_ops.plans import ONE_SHOT, TWO_SHOT
-from fusewire.custom_ops.providers import flashinfer
+from fusewire.custom_ops.providers import flashinfer, flashinfer_library
 from fusewire.custom_ops.timing import EPS, Inputs
 from fusewire.custom_ops.workspace import REGISTRY, WorkspaceKey
 from fusewire.errors import WorkspaceError
@@ -205,11 +205,11 @@ def norm_family() -> Family:
     """FlashInfer's fused add + RMSNorm, for peers that reduce and then call it. No candidate by itself."""
 
     def alone(bench: Bench) -> None:
-        found = flashinfer.library()
+        found = flashinfer_library.library()
         if found.reason:
             raise WorkspaceError(found.reason)
         norm = importlib.import_module("flashinfer.norm").fused_add_rmsnorm
-        with flashinfer.toolkit() if flashinfer.find_nvcc() else contextlib.nullcontext():
+        with flashinfer_library.toolkit() if flashinfer_library.find_nvcc() else contextlib.nullcontext():
             for rows in (1, 2):
                 x = torch.ones(rows, bench.hidden, dtype=bench.dtype, device=bench.device)
                 norm(x, torch.ones_like(x), bench.weight, EPS)
@@ -279,7 +279,7 @@ def flashinfer_family() -> Family:
     """FlashInfer's own call, trtllm backend, with programmatic dependent launch and without."""
 
     def together(bench: Bench) -> list[Candidate]:
-        made, comm = bench.workspace(flashinfer.PROVIDER), flashinfer.library().comm
+        made, comm = bench.workspace(flashinfer.PROVIDER), flashinfer_library.library().comm
         pattern = comm.AllReduceFusionPattern.kARResidualRMSNorm
 
         def bind(one_shot: bool, pdl: bool) -> Callable[[Arena], Call]:

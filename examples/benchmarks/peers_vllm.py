@@ -12,7 +12,7 @@ from peers_candidates import Arena, Bench, Call, Candidate, Family, both_norms, 
 from peers_report import PEER
 from torch import Tensor
 
-from fusewire.custom_ops.providers import flashinfer
+from fusewire.custom_ops.providers import flashinfer_library
 from fusewire.custom_ops.votes import describe
 from fusewire.errors import WorkspaceError
 
@@ -102,16 +102,16 @@ def vllm_family() -> Family:
     """vLLM's custom all-reduce, one or two steps as it chooses by size, then the norm."""
 
     def alone(bench: Bench) -> None:
-        found = flashinfer.library()
+        found = flashinfer_library.library()
         if found.reason:
             raise WorkspaceError(found.reason)
         if bench.world_size not in (2, 4, 6, 8):
             raise WorkspaceError(f"it is built for 2, 4, 6 or 8 ranks, not {bench.world_size}")
-        with flashinfer.toolkit() if flashinfer.find_nvcc() else contextlib.nullcontext():
+        with flashinfer_library.toolkit() if flashinfer_library.find_nvcc() else contextlib.nullcontext():
             found.comm.vllm_meta_size()  # loads the module, compiling it if need be
 
     def together(bench: Bench) -> list[Candidate]:
-        made = Vllm(flashinfer.library().comm, bench)
+        made = Vllm(flashinfer_library.library().comm, bench)
         bench.closers.append(made.close)
         return with_norms(bench, VLLM, made.reduce, before_replay=made.before_replay)
 
