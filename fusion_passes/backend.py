@@ -25,6 +25,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
 
 from fusewire.errors import ConfigError
+from fusewire.fusion_passes.agreement import compiled_alike
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment, unknown_option
 from fusewire.fusion_passes.manager import cache_key, run_passes
 from fusewire.fusion_passes.matcher import graph_kind
@@ -149,10 +150,14 @@ def fusewire_backend(
         return _callable(compile_fx(model, list(example_inputs), config_patches=patches))
     specialize_epsilons(model)
     existing = patches.get(_HOOK, getattr(inductor_config, _HOOK))
-    key = key_of_compilation(model, example_inputs, config)
-    patches[_HOOK] = chained_hook(config, existing, key)
-    with accounts_kept(key):
-        return _callable(compile_fx(model, list(example_inputs), config_patches=patches))
+
+    def compile_with(model: GraphModule, config: PassConfig) -> Any:
+        key = key_of_compilation(model, example_inputs, config)
+        hook = {_HOOK: chained_hook(config, existing, key)}
+        with accounts_kept(key):
+            return compile_fx(model, list(example_inputs), config_patches={**patches, **hook})
+
+    return _callable(compiled_alike(model, config, compile_with))
 
 
 def _reset() -> None:
@@ -221,9 +226,9 @@ def _compilations_accounted() -> Iterator[None]:
 
 
 def _accounted(compile_fx: Callable[..., Any]) -> Callable[..., Any]:
-    """Inductor's `compile_fx` with, if `enable` is in force, an account that a warm compile cache brings back too.
+    """Inductor's `compile_fx` with, if `enable` is in force, all that the backend does around it.
 
-    And whoever sets a custom pass for one compilation would put it in the place of ours; here ours runs behind it.
+    Whoever sets a custom pass for one compilation would put it in the place of ours; here ours runs behind it.
     """
     signature = inspect.signature(compile_fx)
 
@@ -237,11 +242,16 @@ def _accounted(compile_fx: Callable[..., Any]) -> Callable[..., Any]:
         model = given.arguments["model_"]
         if ours is None or KEEPER.get() is not None or not isinstance(model, GraphModule):
             return compile_fx(*args, **kwargs)
-        key = key_of_compilation(model, given.arguments["example_inputs_"], ours.config)
-        patches[_HOOK] = chained_hook(ours.config, existing, key)
-        given.arguments["config_patches"] = patches
-        with accounts_kept(key):
-            return compile_fx(*given.args, **given.kwargs)
+        inputs = given.arguments["example_inputs_"]
+
+        def compile_with(model: GraphModule, config: PassConfig) -> Any:
+            key = key_of_compilation(model, inputs, config)
+            given.arguments["model_"] = model
+            given.arguments["config_patches"] = {**patches, _HOOK: chained_hook(config, existing, key)}
+            with accounts_kept(key):
+                return compile_fx(*given.args, **given.kwargs)
+
+        return compiled_alike(model, ours.config, compile_with)
 
     compile_accounted.fusewire = True  # type: ignore[attr-defined]
     return compile_accounted

@@ -2,7 +2,8 @@
 
 Views move before the all-reduce (it works elementwise). A bias, or any other addend, joins the residual; a scale moves
 before the all-reduce (a sum of multiples is the multiple of the sum): both round elsewhere than the source did, so they
-are carried only with PassConfig.allow_reassociation.
+are carried only with PassConfig.allow_reassociation. In float16 a scale above 1 and a whole tensor stay where they are:
+what they make of a rank's part, or of the residual, may be too large for the dtype where the sum is not.
 
 A scale may move only if it is the same on every rank. A number in the program is; of a tensor the graph does not say.
 A one-element parameter, buffer or input (Gemma's embedding scale, a layer scale) is taken to be replicated, as all of
@@ -25,12 +26,14 @@ from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.graph_tools import (
     VIEWS,
+    aten,
     cast_source,
     dtype_of,
     is_number,
     is_vector,
     last_size,
     plain_add,
+    plain_div,
     plain_mul,
     same_shape,
     same_size,
@@ -84,8 +87,24 @@ class Path:
                     f"a cast from {dtype_of(source)} to {dtype_of(step.node)} stands between the all-reduce and the "
                     "norm; reduce in the dtype that the norm takes"
                 )
-            if step.kind == SCALE and any(earlier.kind == ADDEND for earlier in self.steps[:index]):
+            if step.kind == ADDEND and dtype_of(step.node) == torch.float16 and not _is_bias(step.value):
+                return (
+                    "a tensor is added between the all-reduce and the norm; added to the residual first, they could make "
+                    "more than float16 holds"
+                )
+            if step.kind != SCALE:
+                continue
+            if any(earlier.kind == ADDEND for earlier in self.steps[:index]):
                 return "a scale after a bias stands between the all-reduce and the norm"
+            before, after = (dtype_of(n) for n in (self.all_reduce.value, step.node))
+            if before != after or after is None or not after.is_floating_point:
+                return f"a scale between the all-reduce and the norm makes {after} of {before}; scale after the norm's cast"
+            if after == torch.float16 and not (is_number(step.value) and abs(step.value) <= 1):
+                what = f"{step.value:g}" if is_number(step.value) else "of unknown size"
+                return (
+                    f"a scale ({what}) stands between the all-reduce and the norm; before the all-reduce it could make of "
+                    "each rank's part more than float16 holds"
+                )
         if self.of_kind(SCALE, ADDEND) and not allow_reassociation:
             return (
                 "a scale or a bias stands between the all-reduce and the norm; moving it rounds elsewhere, which "
@@ -146,6 +165,10 @@ class PathFinder:
             for value, factor in (factors, factors[::-1]):
                 if isinstance(value, Node) and self._may_scale(factor, value):
                     yield value, Step(SCALE, node, factor)
+        elif (quotient := plain_div(node)) is not None:
+            yield quotient[0], Step(SCALE, node, 1.0 / quotient[1])
+        elif node.target is aten.neg.default:
+            yield node.args[0], Step(SCALE, node, -1.0)
         elif (operands := plain_add(node)) is not None:
             for value, addend in (operands, operands[::-1]):
                 if _is_addend(addend, value, node):
@@ -234,6 +257,12 @@ def _is_deterministic(node: Node) -> bool:
 
 def _other_readers(value: Node, steps: Sequence[Step]) -> int:
     return sum(len(node.users) - 1 for node in (value, *(step.node for step in steps)))
+
+
+def _is_bias(value: Any) -> bool:
+    """Whether an addend is a bias, one number for each place in the last dimension."""
+    tensor = value_of(value)
+    return tensor is not None and tensor.dim() == 1
 
 
 def _is_addend(addend: Any, value: Any, node: Node) -> bool:

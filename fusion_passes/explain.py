@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch.fx import Node
 
 from fusewire.fusion_passes.context import MATCH, Refused
-from fusewire.fusion_passes.graph_tools import CASTS, VIEWS, plain_add, plain_mul
+from fusewire.fusion_passes.graph_tools import CASTS, VIEWS, aten, plain_add, plain_mul
 from fusewire.patterns.all_reduce import OTHER_COLLECTIVES, AllReduce, op_name
 
 _LAYER_NORMS = {"aten::native_layer_norm", "aten::var_mean", "prims::var"}
 _MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "aten::convolution"}
+_PASSED = VIEWS | CASTS | {aten.div.Tensor, aten.sub.Tensor, aten.add.Tensor, aten.neg.default}
 _STEPS = 24
 
 
@@ -49,7 +50,7 @@ def _reach(start: Node, norms: set[Node]) -> list[Node]:
         seen.append(node)
         if node in norms:
             continue
-        if node.target in VIEWS | CASTS or plain_add(node) is not None or plain_mul(node) is not None:
+        if node.target in _PASSED or plain_add(node) is not None or plain_mul(node) is not None:
             pending.extend(node.users)
     return seen
 

@@ -19,6 +19,7 @@ prims = torch.ops.prims
 
 ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
 MULS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
+DIVS = frozenset({aten.div.Tensor, aten.div.Scalar})
 CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
 VIEWS = frozenset(
     {
@@ -120,6 +121,15 @@ def plain_mul(node: Any) -> tuple[Any, Any] | None:
     if not isinstance(node, Node) or node.target not in MULS or len(node.args) != 2 or node.kwargs:
         return None
     return node.args[0], node.args[1]
+
+
+def plain_div(node: Any) -> tuple[Any, float] | None:
+    """The dividend and the number that it is divided by, or None."""
+    if not isinstance(node, Node) or node.target not in DIVS or len(node.args) != 2 or node.kwargs:
+        return None
+    value, number = node.args
+    usable = is_number(number) and 1e-30 < abs(number) < 1e30  # type: ignore[arg-type, operator]
+    return (value, float(number)) if usable else None  # type: ignore[arg-type]
 
 
 def writes_in_place(node: Node) -> bool:

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 import fusewire
 from fusewire.custom_ops.ir import _machine_support, all_ops, op_of_target, parse_policy
 from fusewire.errors import ConfigError, ExpectationError
+from fusewire.fusion_passes.agreement import LEFT_ALONE
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment, unknown_name
 from fusewire.fusion_passes.context import MATCH, MERGED, Refused, RunContext
 from fusewire.fusion_passes.explain import explain_unfused
@@ -235,7 +236,8 @@ class _Run:
         norms = {norm.source for norm in find_norms(original)} if left else set()
         for name in left:
             if not self.config.fuse_allreduce_rms:
-                context.refuse(name, MATCH, "fuse_allreduce_rms=False switches the fusion off")
+                reason = LEFT_ALONE.get() or "fuse_allreduce_rms=False switches the fusion off"
+                context.refuse(name, MATCH, reason)
                 continue
             if not self.config.fuse_sequence_parallel and self.entries[name].collective == REDUCE_SCATTER:
                 context.refuse(name, MATCH, "fuse_sequence_parallel=False switches the fusion off")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from fusewire.fusion_passes.carriers import SCALE, VIEW, Path, PathFinder
@@ -116,6 +117,8 @@ def _same_reduction(a: AllReduce, b: AllReduce) -> bool:
         and a.reduction.lower() == SUM
         and b.reduction == a.reduction
         and a.x.meta["val"].dtype == b.x.meta["val"].dtype
+        # A rank's two parts together may be more than float16 holds where the two sums are not.
+        and a.x.meta["val"].dtype != torch.float16
     )
 
 

@@ -251,6 +251,14 @@ def add_account(account: GraphAccount) -> GraphAccount:
     return _STORE.add(account)
 
 
+def forget_accounts(accounts: Sequence[GraphAccount]) -> None:
+    """Take accounts back, of graphs that will not run; the next ones get their numbers."""
+    with _STORE.lock:
+        gone = {account.number for account in accounts}
+        _STORE.graphs[:] = [graph for graph in _STORE.graphs if graph.number not in gone]
+        _STORE.next_number = min([_STORE.next_number, *gone])
+
+
 def accounts_from_json(text: str) -> list[GraphAccount]:
     """Accounts kept beside the compile cache."""
     return [

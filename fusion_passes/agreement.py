@@ -1,0 +1,206 @@
+"""The ranks of a group compare what the passes made of a graph, before it runs.
+
+Each rank compiles for itself and sees its own graph only. Where graphs differ (one rank reads a value that the others do
+not, or has fewer rows of an unevenly divided sequence), a rank may fuse or merge collectives that another keeps as they
+were. The program's own collectives fit together all the same; the rewritten ones would not: wrong numbers, or ranks that
+wait for each other. So every rank posts a digest of its rewritten collectives, in the store that the process group was
+made with. A rank that rewrote something waits for its peers' digests, and if one differs it compiles the graph once more
+with its collectives left alone; as every rank that rewrote something does, they fit together again.
+
+Ranks need not compile at the same time: one may compile anew what the others have, for other shapes. A rank that does not
+even start is taken at its last word on the same place in the program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import torch.distributed as dist
+from torch.fx import Graph, GraphModule, Node
+
+from fusewire.custom_ops.votes import say, timeout_s
+from fusewire.fusion_passes.config import PassConfig
+from fusewire.fusion_passes.report import FUSED, GraphAccount, forget_accounts, report
+
+# Seconds to wait for a rank that has not begun to compile a graph: its last word on the place was the same as this
+# rank's, another, or it has never compiled it.
+SAME_BEFORE_S, OTHER_BEFORE_S, NEVER_BEFORE_S = 2.0, 20.0, 120.0
+_SAY_AFTER_S = 15.0
+_PLAIN = "plain"
+
+# Why collectives are left alone in the compilation that is going on, or "".
+LEFT_ALONE: contextvars.ContextVar[str] = contextvars.ContextVar("fusewire_left_alone", default="")
+_attempts: dict[tuple[str, str], int] = {}
+
+
+def compiled_alike(
+    model: GraphModule, config: PassConfig, compile_with: Callable[[GraphModule, PassConfig], Any]
+) -> Any:
+    """compile_with(model, config), and once more without fusions if the ranks' graphs turn out to differ."""
+    groups = _groups()
+    if not groups:
+        return compile_with(model, config)
+    spare = _copied(model)
+    place = _place(model)
+    meetings = {group.group_name: _Meeting(group, place) for group in groups}
+    before = len(report().graphs)
+    try:
+        result = compile_with(model, config)
+    except BaseException:
+        for meeting in meetings.values():
+            meeting.post(_PLAIN, "could not compile it")
+        raise
+    accounts = report().graphs[before:]
+    reason = "; ".join(filter(None, [_compare(meetings[name], accounts) for name in meetings]))
+    if not reason:
+        return result
+    forget_accounts(accounts)
+    token = LEFT_ALONE.set(reason)
+    try:
+        return compile_with(spare, _plain(config))
+    finally:
+        LEFT_ALONE.reset(token)
+
+
+def _plain(config: PassConfig) -> PassConfig:
+    off = dict.fromkeys(("fuse_allreduce_rms", "merge_allreduces", "shard_residual", "output_in_place"), False)
+    return dataclasses.replace(config, **off)
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    """The groups of this rank whose ranks are processes of their own."""
+    if not dist.is_available() or not dist.is_initialized():
+        return []
+    known = list(dist.distributed_c10d._world.pg_map)
+    return [group for group in known if group.size() > 1 and dist.get_backend(group) != "fake"]
+
+
+def _compare(meeting: _Meeting, accounts: Sequence[GraphAccount]) -> str:
+    """Post this rank's digest for a group, wait for the others', and say how they differ."""
+    entries = [entry for account in accounts for entry in account.entries if entry.group == meeting.name]
+    fused = [entry for entry in entries if entry.status == FUSED]
+    if not entries:
+        return ""
+    digest = _PLAIN
+    if fused:
+        parts = [(entry.collective, entry.status, entry.fusion, entry.dtype) for entry in entries]
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    meeting.post(digest, f"would fuse {len(fused)} of {len(entries)}")
+    if not fused:
+        return ""  # nothing was rewritten: whatever the others do, they will see this
+    others = {rank: said for rank, said in meeting.collect(digest).items() if said["digest"] != digest}
+    if not others:
+        return ""
+    meeting.settle(_PLAIN)
+    listed = ", ".join(f"rank {rank} {said['summary']}" for rank, said in sorted(others.items()))
+    return (
+        f"the ranks' graphs differ, and ranks must run the same collectives: of the collectives over group "
+        f"{meeting.name!r} rank {meeting.rank} would fuse {len(fused)} of {len(entries)}, {listed}; make every rank run "
+        "the same program on equal shapes"
+    )
+
+
+class _Meeting:
+    """One compilation of the graph at one place, as the ranks of one group speak of it."""
+
+    def __init__(self, group: dist.ProcessGroup, place: str) -> None:
+        self.name = group.group_name
+        self.ranks = dist.get_process_group_ranks(group)
+        self.rank = dist.get_rank()
+        self.store = dist.distributed_c10d._get_process_group_store(group)
+        number = _attempts[self.name, place] = _attempts.get((self.name, place), 0) + 1
+        self.place = place
+        self.prefix = f"fusewire/graphs/{place}"
+        self.number = number
+        self._set(f"{number}/begun by {self.rank}", "yes")
+
+    def post(self, digest: str, summary: str) -> None:
+        """Tell the others what this rank made of the graph."""
+        self._set(f"{self.number}/{self.rank}", json.dumps({"digest": digest, "summary": summary}))
+        self.settle(digest)
+
+    def settle(self, digest: str) -> None:
+        """Tell those who compile this place later what this rank runs now."""
+        self._set(f"last word of {self.rank}", digest)
+
+    def collect(self, digest: str) -> dict[int, dict[str, str]]:
+        """What the others made of it; of a rank that does not come, its last word, or that it is not known."""
+        found: dict[int, dict[str, str]] = {}
+        start = time.monotonic()
+        said, pause = False, 0.001
+        missing = [rank for rank in self.ranks if rank != self.rank]
+        while missing:
+            waited = time.monotonic() - start
+            for rank in list(missing):
+                answer = self._get(f"{self.number}/{rank}")
+                if answer is None and waited > self._patience(rank, digest):
+                    last = self._get(f"last word of {rank}")
+                    answer = json.dumps({"digest": last, "summary": "has not compiled it, as far as is known"})
+                if answer is not None:
+                    found[rank] = json.loads(answer)
+                    missing.remove(rank)
+            if missing and not said and waited > _SAY_AFTER_S and self.rank == self.ranks[0]:
+                said = True
+                say(f"compiled {self.place}; waiting for rank(s) {', '.join(map(str, missing))} to compile it")
+            time.sleep(pause if missing else 0)
+            pause = min(pause * 1.5, 0.05)
+        return found
+
+    def _patience(self, rank: int, digest: str) -> float:
+        if self._get(f"{self.number}/begun by {rank}") is not None:
+            return timeout_s()
+        last = self._get(f"last word of {rank}")
+        if last is None:
+            return NEVER_BEFORE_S
+        return SAME_BEFORE_S if last == digest else OTHER_BEFORE_S
+
+    def _set(self, key: str, value: str) -> None:
+        self.store.set(f"{self.prefix}/{key}", value)
+
+    def _get(self, key: str) -> str | None:
+        name = f"{self.prefix}/{key}"
+        return self.store.get(name).decode() if self.store.check([name]) else None
+
+
+def _place(model: GraphModule) -> str:
+    """Where in the program a graph begins: the same on every rank, unless they run different programs."""
+    for node in model.graph.nodes:
+        lines = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "") if node.op != "placeholder" else []
+        if lines:
+            return f"{PurePath(lines[-1][0]).name}:{lines[-1][1]}"
+    return "a graph without a place"
+
+
+def _copied(model: GraphModule) -> GraphModule:
+    """The same graph anew, over the same modules and tensors: a compilation may change the one it is given."""
+    graph, values = Graph(), dict[Node, Node]()
+    result = graph.graph_copy(model.graph, values)
+    (old,) = (node for node in model.graph.nodes if node.op == "output")
+    new = graph.output(result)
+    graph.set_codegen(model.graph._codegen)
+    for source, copied in [*values.items(), (old, new)]:
+        copied.meta = dict(source.meta)
+    copied_model = GraphModule(model, graph)
+    copied_model.meta = dict(model.meta)
+    return copied_model
+
+
+@contextlib.contextmanager
+def patience(same: float, other: float, never: float) -> Iterator[None]:
+    """Other waiting times within the block, for tests."""
+    global SAME_BEFORE_S, OTHER_BEFORE_S, NEVER_BEFORE_S
+    before = SAME_BEFORE_S, OTHER_BEFORE_S, NEVER_BEFORE_S
+    SAME_BEFORE_S, OTHER_BEFORE_S, NEVER_BEFORE_S = same, other, never
+    try:
+        yield
+    finally:
+        SAME_BEFORE_S, OTHER_BEFORE_S, NEVER_BEFORE_S = before
