@@ -491,6 +491,12 @@ def prepare(
         ProcessGroupError: there is no such group.
         PeerTimeoutError: a rank did not take part in time.
     """
+    counts = all(isinstance(number, int) and not isinstance(number, bool) for number in (hidden, max_tokens))
+    if not counts or not isinstance(dtype, torch.dtype):
+        raise ConfigError(
+            f"prepare(hidden={hidden!r}, dtype={dtype!r}, max_tokens={max_tokens!r}): hidden and max_tokens are whole "
+            "numbers, dtype a torch.dtype"
+        )
     if max_tokens < 1 or hidden < 1:
         raise ConfigError(f"prepare(hidden={hidden}, max_tokens={max_tokens}): both must be at least 1")
     from fusewire.custom_ops.providers import load_providers

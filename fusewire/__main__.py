@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit status: 0, or 1 after an error of fusewire's own (2: a wrong call)."""
+    for name in ("stdout", "stderr"):  # None where the shell closed them
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the life of the process)
     parsed = parser().parse_args(arguments)
     try:
         status: int = parsed.run(parsed)
@@ -49,9 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fusewire: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `... | head`: who read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:
+        print(f"fusewire: {error}", file=sys.stderr)
+        _drop_output()
+        return 1
     return status
+
+
+def _drop_output() -> None:
+    """What is left in stdout's buffer goes nowhere, or the interpreter would fail at it once more as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -94,15 +94,21 @@ def chained_hook(config: PassConfig, existing: Any = None, account_key: str = ""
     return ChainedPass([*kept, ours]) if kept else ours
 
 
-def split_options(options: Mapping[str, Any] | None) -> tuple[PassConfig, dict[str, Any]]:
+def split_options(options: Mapping[str, Any] | PassConfig | None) -> tuple[PassConfig, dict[str, Any]]:
     """Sort torch.compile's `options` into a PassConfig and Inductor's own options.
 
     Raises:
         ConfigError: a name is neither (the message suggests the nearest name), or a value is of another type.
     """
+    if isinstance(options, PassConfig):
+        return options, {}
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigError(f"options is {options!r}; it must be a mapping of names to values, or a PassConfig")
     ours: dict[str, Any] = {}
     inductors: dict[str, Any] = {}
     for name, value in (options or {}).items():
+        if not isinstance(name, str):
+            raise ConfigError(f"options has the name {name!r}; names of options are strings")
         plain = name.replace("-", "_")
         if plain in PassConfig.field_names():
             ours[plain] = value
@@ -179,7 +185,7 @@ def _callable(compiled: Any) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConfig]:
-    """Within the block, whatever torch.compile compiles with Inductor goes through fusewire's passes.
+    """Within the block, whatever torch.compile compiles with Inductor in this thread goes through fusewire's passes.
 
     Compilation happens at a compiled function's first call, so that call belongs into the block. A custom pass that is
     set already, in Inductor's configuration or by a torch.compile call's options, runs first.
@@ -192,6 +198,8 @@ def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConf
     """
     if config is not None and fields:
         raise ConfigError("give a PassConfig or single fields, not both")
+    if config is not None and not isinstance(config, PassConfig):
+        raise ConfigError(f"enable takes a PassConfig or fields as keywords, not {type(config).__name__}")
     chosen = config if config is not None else PassConfig.from_options(fields)
     if disabled_by_environment():
         yield chosen
@@ -269,11 +277,12 @@ def _ours_in(hook: Any) -> FusewirePass | None:
 
 
 def specialize_epsilons(model: GraphModule) -> None:
-    """Make Dynamo capture again, with the epsilons of norms as numbers, if dynamic=True made them inputs.
+    """Make Dynamo capture again, with the epsilons and scales of norms as numbers, if dynamic=True made them inputs.
 
-    A float attribute becomes an input of the graph under dynamic=True, and a norm whose epsilon is an input cannot be
-    fused. Dynamo has a restart for floats that Inductor cannot take; this asks for the same for floats that reach a
-    reciprocal square root.
+    A float attribute becomes an input of the graph under dynamic=True. A norm whose epsilon is an input cannot be fused,
+    nor can an all-reduce that is scaled by one (Granite's residual multiplier), which the graph does not know to be the
+    same on every rank. Dynamo has a restart for floats that Inductor cannot take; this asks for the same for floats that
+    reach a root, and for those that are attributes of modules and multiply something.
     """
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
     from torch._dynamo.symbolic_convert import TensorifyState
@@ -286,19 +295,31 @@ def specialize_epsilons(model: GraphModule) -> None:
         name = getattr(getattr(getattr(memo, "node", None), "_expr", None), "name", None)
         if name is None or TensorifyState.should_specialize(name):
             continue
-        if any(_reaches_rsqrt(user) for user in node.users):
+        scales = _is_attribute(node) and any(_scales(user) for user in node.users)
+        if scales or any(_reaches_rsqrt(user) for user in node.users):
             TensorifyState.specialize(name)
             found = True
     if found:
         raise TensorifyScalarRestartAnalysis
 
 
+def _is_attribute(node: Node) -> bool:
+    """Whether an input of the graph is an attribute of a module of the model, and no argument of a call."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    return type(getattr(source, "base", None)).__name__.endswith("NNModuleSource")
+
+
+def _scales(item: Node) -> bool:
+    names = (getattr(user.target, "__name__", str(user.target)) for user in item.users)
+    return any(name.strip("_") in ("mul", "rmul", "imul", "truediv", "div") for name in names)
+
+
 def _reaches_rsqrt(node: Node, depth: int = 4) -> bool:
     name = getattr(node.target, "__name__", str(node.target))
-    if "rsqrt" in name or "rms_norm" in name:
+    if "sqrt" in name or "rms_norm" in name:
         return True
     if name == "pow" or node.target in (operator.pow, torch.pow):
-        return len(node.args) > 1 and bool(node.args[1] == -0.5)
-    if depth == 0 or name not in ("item", "add", "__add__", "__radd__", "iadd", "sqrt", "reciprocal", "float"):
+        return len(node.args) > 1 and node.args[1] in (-0.5, 0.5)
+    if depth == 0 or name not in ("item", "add", "__add__", "__radd__", "iadd", "float"):
         return False
     return any(_reaches_rsqrt(user, depth - 1) for user in node.users)

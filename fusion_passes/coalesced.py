@@ -9,11 +9,14 @@ from torch.fx import Graph, Node
 
 from fusewire.fusion_passes.context import RunContext
 from fusewire.fusion_passes.graph_tools import copy_origin, getitem, getitem_users
-from fusewire.patterns.all_reduce import ALL_REDUCE, COALESCED, positional
+from fusewire.patterns.all_reduce import ALL_REDUCE, COALESCED, WAIT, WAIT_ALL, positional
 
 
 def drop_taken_tensors(graph: Graph, context: RunContext) -> None:
     """Reduce only those tensors of each coalesced all-reduce whose sums are still read."""
+    if WAIT_ALL is not None:
+        for node in graph.find_nodes(op="call_function", target=WAIT_ALL):
+            _wait_for_less(graph, node)
     for node in graph.find_nodes(op="call_function", target=COALESCED):
         tensors, reduction, group = positional(node)
         kept = sorted(getitem_users(node))
@@ -21,6 +24,33 @@ def drop_taken_tensors(graph: Graph, context: RunContext) -> None:
             graph.erase_node(node)
         elif len({index for index, _ in kept}) < len(tensors) and len(kept) == len(node.users):
             _replace(graph, context, node, [(tensors[i], item) for i, item in kept], (reduction, group))
+
+
+def _wait_for_less(graph: Graph, wait: Node) -> None:
+    """Wait only for those tensors of a list that are still read."""
+    tensors: Any = wait.args[0]
+    kept = sorted(getitem_users(wait))
+    if len(kept) != len(wait.users) or len({index for index, _ in kept}) == len(tensors):
+        return
+    indices = sorted({index for index, _ in kept})
+    with graph.inserting_before(wait):
+        if len(indices) > 1:
+            fewer = graph.call_function(WAIT_ALL, ([tensors[i] for i in indices],))
+            fewer.meta["val"] = [tensors[i].meta["val"] for i in indices]
+            copy_origin(wait, fewer)
+            items = {i: getitem(graph, fewer, place) for place, i in enumerate(indices)}
+        else:
+            items = {i: graph.call_function(WAIT, (tensors[i],)) for i in indices}
+            for i, item in items.items():
+                item.meta["val"] = tensors[i].meta["val"]
+    for index, old in kept:
+        copy_origin(old, items[index])
+        old.replace_all_uses_with(items[index])
+        graph.erase_node(old)
+    graph.erase_node(wait)
+    for tensor in tensors:
+        if not tensor.users and tensor.target is operator.getitem:
+            graph.erase_node(tensor)
 
 
 def _replace(

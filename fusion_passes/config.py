@@ -80,7 +80,7 @@ class PassConfig:
     shard_residual: bool = _doc(
         False,
         "Keep the residual sharded by rows between fused operators, so that each rank adds and normalises its own rows "
-        "only; for prefill of many tokens.",
+        "only; for prefill of many tokens. Takes the residual and the weights to be the same on every rank.",
     )
     output_in_place: bool = _doc(
         False,
@@ -108,7 +108,8 @@ class PassConfig:
     )
     allow_reassociation: bool = _doc(
         True,
-        "Let a bias or a scale between the all-reduce and the norm move across the sum, which rounds elsewhere.",
+        "Let a bias or a scale between the all-reduce and the norm move across the sum, which rounds elsewhere (in "
+        "float16 not where that could pass the largest number).",
     )
     merge_allreduces: bool = _doc(
         True,
@@ -128,7 +129,8 @@ class PassConfig:
     )
     expect_fused: int | str | None = _doc(
         None,
-        "Fail the compilation, with the report, unless this many all-reduces were fused ('all': every one found).",
+        "Fail the compilation of a graph that has all-reduces, with the report, unless this many of them were fused "
+        "('all': every one).",
     )
     disabled_passes: tuple[str, ...] = _doc((), "Names of registered passes to leave out.")
     dump_graphs: str | None = _doc(None, "Directory to write each graph to, before and after every pass.")
@@ -163,6 +165,8 @@ class PassConfig:
         self._check_type("expect_fused", (int, str, type(None)), "a count, 'all' or None")
         self._check_type("dump_graphs", (str, type(None)), "the path of a directory, or None")
         self._check_type("disabled_passes", (list, tuple), "a list of names of passes")
+        if not all(isinstance(name, str) for name in self.disabled_passes):
+            raise ConfigError(f"disabled_passes is {self.disabled_passes!r}; it must be a list of names of passes")
         self._check_type("ir_op_priority", (Mapping,), "a mapping of operators to lists of providers")
         for name, providers in self.ir_op_priority.items():
             if isinstance(providers, str) or not isinstance(providers, Iterable):

@@ -32,8 +32,8 @@ def explain_unfused(site: AllReduce, norms: set[Node], fused_sums: set[str]) -> 
     if all(user.op == "output" for user in users):
         return Refused(
             MATCH,
-            "its result is an output of this graph: the norm lies beyond a graph break, or outside the compiled part; "
-            "compile with fullgraph=True to see what breaks the graph",
+            "its result is an output of this graph: the norm lies beyond a graph break or the end of a "
+            "nested_compile_region, or outside the compiled part; compile with fullgraph=True to see what breaks the graph",
         )
     reached = _reach(site.value, norms)
     return Refused(MATCH, _say(site, reached, norms, fused_sums))

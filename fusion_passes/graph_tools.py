@@ -70,6 +70,11 @@ def same_size(a: Any, b: Any) -> bool:
     return False
 
 
+def is_unbacked(size: Any) -> bool:
+    """Whether a size depends on data and is known only when the graph runs."""
+    return isinstance(size, torch.SymInt) and not size.node.has_hint()
+
+
 def same_shape(a: Any, b: Any) -> bool:
     """Whether two nodes have tensors of the same shape, as far as is known without adding a guard."""
     va, vb = value_of(a), value_of(b)

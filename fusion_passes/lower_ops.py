@@ -53,10 +53,9 @@ class _Lowerer:
         except NoProviderError as error:
             choice = None
             self._account(node, "", str(error))
-        if choice is None:
-            return False
-        self._account(node, choice.provider.name, self._why(judge, choice))
-        if choice.provider.name == NATIVE and self.context.config.inline_native and op.inlines:
+        if choice is not None:
+            self._account(node, choice.provider.name, self._why(judge, choice))
+        if choice is not None and choice.provider.name == NATIVE and self.context.config.inline_native and op.inlines:
             self._inline(node, op, arguments, values)
             return True
         node.args = (*arguments, policy)

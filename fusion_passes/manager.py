@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
@@ -26,6 +27,7 @@ from fusewire.fusion_passes.norm_reader import find_norms
 from fusewire.fusion_passes.raise_ops import computes_norms_itself
 from fusewire.fusion_passes.registry import RegisteredPass, pass_names, registered_passes
 from fusewire.fusion_passes.report import (
+    ALL_REDUCE,
     FUSED,
     REDUCE_SCATTER,
     Entry,
@@ -94,10 +96,11 @@ def run_passes(graph: Graph, config: PassConfig | None = None) -> GraphAccount:
         The account of this graph, which `fusewire.report()` has from now on too.
 
     Raises:
-        ConfigError: `disabled_passes` names a pass that does not exist.
+        ConfigError: `disabled_passes` names a pass that does not exist, or an argument is of another kind.
         ExpectationError: the count of fused all-reduces is not what `expect_fused` asks for.
     """
     config = config if config is not None else PassConfig()
+    _check_arguments(graph, config)
     if disabled_by_environment():
         return GraphAccount(-1, "disabled")
     for name in config.disabled_passes:
@@ -113,9 +116,23 @@ def run_passes(graph: Graph, config: PassConfig | None = None) -> GraphAccount:
     return account
 
 
+def _check_arguments(graph: Any, config: Any) -> None:
+    if not isinstance(config, PassConfig):
+        raise ConfigError(f"run_passes takes a PassConfig, not {type(config).__name__}: PassConfig(**options)")
+    if not isinstance(graph, Graph):
+        hint = ": give its .graph" if isinstance(graph, GraphModule) else ""
+        raise ConfigError(f"run_passes takes a torch.fx.Graph, not {type(graph).__name__}{hint}")
+    for node in graph.nodes:
+        if node.op in ("call_method", "call_module") or ("example_value" in node.meta and "val" not in node.meta):
+            raise ConfigError(
+                f"run_passes takes a post-grad graph of ATen operators, and this is one as Dynamo captures it (see "
+                f'{node.name}); use torch.compile(backend="fusewire") or fusewire.enable(), which run at the right place'
+            )
+
+
 def _check_expectation(account: GraphAccount, config: PassConfig) -> None:
     expected = config.expect_fused
-    if expected is None or account.kind == "training" or (expected != "all" and not account.entries):
+    if expected is None or (expected != "all" and not account.entries):
         return
     fused = sum(entry.status == FUSED for entry in account.entries)
     wanted = len(account.entries) if expected == "all" else expected
@@ -132,9 +149,9 @@ class _Run:
         self.passes = [item for item in registered_passes() if self._enabled(item)]
         self.notes: list[str] = []
         self.album = Album()
-        found = [read_all_reduce(node) for node in graph.nodes if node.op == "call_function"]
-        self.sites: list[AllReduce] = [site for site in found if site is not None]
-        self.entries = {site.name: entry_of(site) for site in self.sites}
+        self.sites: list[AllReduce] = []
+        self.entries: dict[str, Entry] = {}
+        self.dumps = config.dump_graphs is not None
 
     def _enabled(self, item: RegisteredPass) -> bool:
         if item.name in self.config.disabled_passes:
@@ -145,6 +162,11 @@ class _Run:
         kind = graph_kind()
         before = len(self.graph.nodes)
         context = RunContext(self.config)
+        if kind != "training":
+            self._run_leading()
+        found = [read_all_reduce(node) for node in self.graph.nodes if node.op == "call_function"]
+        self.sites = [site for site in found if site is not None]
+        self.entries = {site.name: entry_of(site) for site in self.sites}
         if kind == "training":
             reason = "the graph is compiled for training; run the model under torch.no_grad() to fuse"
             context.refused = {site.name: Refused(MATCH, reason) for site in self.sites}
@@ -158,6 +180,13 @@ class _Run:
             self.notes.append(self.album.problem)
         notes, pictures = tuple(self.notes), self.album.pictures
         return GraphAccount(-1, kind, entries, 0.0, before, before, notes, pictures=pictures)
+
+    def _run_leading(self) -> None:
+        """The users' passes that stand before all of fusewire's: they make the graph that is judged."""
+        while self.passes and self.passes[0].user:
+            item = self.passes.pop(0)
+            self._dump(self.graph, f"00_before_{item.name}")
+            item.run(self.graph, RunContext(self.config))
 
     def _has_work(self) -> bool:
         if self.sites or any(item.user for item in self.passes) or computes_norms_itself(self.config):
@@ -230,11 +259,18 @@ class _Run:
 
     def _explain_rest(self, context: RunContext, original: Graph) -> None:
         nodes = {node.name: node for node in original.nodes}
-        fused_sums = {user.name for name in context.fused for value in nodes[name].users for user in value.users}
+        fused = [nodes[name] for name in context.fused if name in nodes]  # a user's pass may have added others
+        fused_sums = {user.name for node in fused for value in node.users for user in value.users}
         judged = {**context.fused, **context.refused, **context.merged}
         left = [site.name for site in self.sites if site.name not in judged]
         norms = {norm.source for norm in find_norms(original)} if left else set()
+        needed = {"raise_ops": "", "fuse_all_reduce": ALL_REDUCE, "fuse_sequence_parallel": REDUCE_SCATTER}
         for name in left:
+            disabled = [key for key, kind in needed.items() if kind in ("", self.entries[name].collective)]
+            disabled = [key for key in disabled if key in self.config.disabled_passes]
+            if disabled:
+                context.refuse(name, MATCH, f"disabled_passes switches {' and '.join(disabled)} off")
+                continue
             if not self.config.fuse_allreduce_rms:
                 reason = LEFT_ALONE.get() or "fuse_allreduce_rms=False switches the fusion off"
                 context.refuse(name, MATCH, reason)
@@ -268,13 +304,17 @@ class _Run:
         return dataclasses.replace(entry, picture=self.album.number(shown, entry.reason if entry.gate else ""))
 
     def _dump(self, graph: Graph, name: str) -> None:
-        if self.config.dump_graphs is None:
+        if not self.dumps:
             return
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        folder = Path(self.config.dump_graphs)
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"rank{rank}_pid{os.getpid()}_graph{id(self) & 0xFFFFFF:06x}_{name}.txt"
-        file.write_text(f"{graph}\n")
+        folder = Path(str(self.config.dump_graphs))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"rank{rank}_pid{os.getpid()}_graph{id(self) & 0xFFFFFF:06x}_{name}.txt"
+            file.write_text(f"{graph}\n")
+        except OSError as error:  # a full disk must not change what this rank fuses
+            self.dumps = False
+            self.notes.append(f"dump_graphs: graphs are missing in {folder}: {error}")
 
 
 class _UserPassFailed(Exception):

@@ -20,7 +20,15 @@ from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.sharded_norm import NO_INNER, all_reduce_rms_norm_sharded, gather_rows, shard_rows
 from fusewire.fusion_passes.context import RunContext
-from fusewire.fusion_passes.graph_tools import copy_origin, getitem, getitem_users, new_call, same_shape, value_of
+from fusewire.fusion_passes.graph_tools import (
+    copy_origin,
+    getitem,
+    getitem_users,
+    is_unbacked,
+    new_call,
+    same_shape,
+    value_of,
+)
 from fusewire.fusion_passes.matcher import fresh_fake, sort_topologically
 from fusewire.patterns.all_reduce import positional
 
@@ -68,6 +76,8 @@ class _Chain:
         tokens = value.numel() // value.shape[-1] if value.shape[-1] else 0
         if len(self.ops) < 2:
             return "no other fused operator takes its residual"
+        if is_unbacked(tokens):
+            return "the number of tokens depends on data"
         if isinstance(tokens, int) and tokens < MIN_TOKENS:
             return f"{tokens} tokens; from {MIN_TOKENS} on it is worth it"
         if len(self.gathered) * OPS_PER_GATHER > len(self.ops):

@@ -10,6 +10,8 @@ import torch
 from torch.fx import Node
 
 WAIT = torch.ops._c10d_functional.wait_tensor.default
+# Waits for a list of tensors, as coalesced collectives have it from torch 2.15 on.
+WAIT_ALL = getattr(getattr(torch.ops._c10d_functional, "wait_tensors", None), "default", None)
 ALL_REDUCE = torch.ops._c10d_functional.all_reduce.default
 COALESCED = torch.ops._c10d_functional.all_reduce_coalesced.default
 REDUCE_SCATTER = torch.ops._c10d_functional.reduce_scatter_tensor.default
@@ -112,7 +114,17 @@ def _read_part(node: Node) -> AllReduce | None:
 def _waited(node: Node) -> Node:
     """The wait for a collective, if there is one and nothing else reads it; else the collective itself."""
     users = list(node.users)
-    return users[0] if len(users) == 1 and users[0].target is WAIT else node
+    if len(users) != 1:
+        return node
+    if users[0].target is WAIT:
+        return users[0]
+    if WAIT_ALL is not None and users[0].target is WAIT_ALL:
+        tensors = users[0].args[0]
+        places = [i for i, tensor in enumerate(tensors) if tensor is node]  # type: ignore[arg-type, union-attr]
+        items = [item for item in users[0].users if item.target is operator.getitem and item.args[1] in places]
+        if len(places) == len(items) == 1:
+            return items[0]
+    return node
 
 
 def positional(node: Node) -> list[Any]:

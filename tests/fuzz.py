@@ -38,13 +38,13 @@ if __name__ == "__main__":  # ranks and workers import this file as `fuzz`, and 
     sys.exit(main())
 
 import torch
+
+from distributed import RankPool, fake_group
 from fuzz_check import check, compare, configurations
 from fuzz_execute import FUSED_OP, Compiled, Executor, Outcome, copy_of, module_of
 from fuzz_generate import generate
 from fuzz_program import EITHER, FUSED, MISSES, REFUSED, SEQUENCE_MISSES, Program, make_arguments
 from fuzz_ranks import Ranks, groups
-
-from distributed import RankPool, fake_group
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     seeds = range(options.seed, options.seed + options.graphs)
     failures: list[Failure] = []
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     if options.show:
         _show(seeds)
     with multiprocessing.get_context("spawn").Pool(options.jobs) as workers:

@@ -19,6 +19,7 @@ READERS = (
     "part of the next sum",
     "norm held",
     "cleared",
+    "to the power of nothing",
 )
 
 
@@ -99,5 +100,10 @@ class ChainLayer(Layer):
             self.do(self.pick(f"{buffer}.copy_({total})", f"{buffer}.add_({total})"))
         elif reader == "part of the next sum":
             self.next_sum = total
+        elif reader == "to the power of nothing":  # a value that the next layer does not need, though it reads it
+            matrix = self.input(f"m{self.count}_", (HIDDEN, HIDDEN))
+            product = self.let(f"{total} @ {matrix}.to({total}.dtype)", "held")
+            writer.held.append(product)
+            self.next_sum = f"({product} ** 0)"
         elif reader == "cleared":
             self.output(f"{total}.clone().zero_()")

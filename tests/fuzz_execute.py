@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
-from fuzz_program import Program, make_arguments
-from fuzz_ranks import GROUPS, Ranks
 from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
@@ -31,6 +29,9 @@ from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.manager import run_passes
 from fusewire.fusion_passes.report import GraphAccount
 from fusewire.patterns.all_reduce import ALL_REDUCE, COALESCED
+
+from fuzz_program import Program, make_arguments
+from fuzz_ranks import GROUPS, Ranks
 
 FUSED_OP = all_reduce_rms_norm.torch_op
 SANDWICH_OP = all_reduce_sandwich_norm.torch_op
@@ -264,6 +265,11 @@ class Compiled:
             warnings.simplefilter("ignore")
             return self.ranks.run(lambda rank: self._execute(rank, tokens))
 
+    def recompiles(self, tokens: int) -> bool:
+        """Whether another number of tokens takes another graph: the program is not as dynamic as it was meant to be."""
+        self._compile(tokens)
+        return self.recompiled
+
     def _compile(self, tokens: int) -> None:
         """Let Dynamo compile, or find what it has compiled, on one thread alone and without executing anything."""
         self.ready, self.other_sizes = False, tokens > 0
@@ -295,7 +301,7 @@ class Compiled:
 
     def _backend(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         if self.other_sizes:
-            self.recompiled = True  # the program is not as dynamic as it was meant to be
+            self.recompiled = True
             return self._stop
         specialize_epsilons(gm)
         patches = {"post_grad_custom_post_pass": _Recorder(self._make), "force_disable_caches": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from fuzz_program import DTYPES, EITHER, FUSED, HIDDEN, MISSES, NORM_MISSES, Miss, Site
 from fuzz_text import NormText, Writer
 

@@ -5,7 +5,7 @@ their own: each rank is a thread, the threads meet at every collective, and each
 Two groups hold the same ranks. So that one taken for the other shows, OTHER has the ranks in reversed order and its sums
 come out half as large again. Ranks that meet at different collectives are an error.
 
-On real process groups the kernels only note each collective and pass it on.
+On real process groups the collectives are the groups' own, and are not noted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Ranks:
     """Where programs run: on two threads of this process (`simulated`), or as this rank of real process groups.
 
     Attributes:
-        log: the collectives of the running thread since `run` began.
+        log: the collectives of the running thread since `run` began, on simulated ranks.
     """
 
     def __init__(self, simulated: bool) -> None:
@@ -87,7 +87,8 @@ class Ranks:
         """What each of a group's ranks gives, in the group's order."""
         if group == GROUPS["ALONE"].group_name:
             return [given]
-        found = self.meeting.exchange(self.rank, what, given)
+        # A copy: this rank may overwrite its tensor before the other one comes to read it.
+        found = self.meeting.exchange(self.rank, what, given.clone())
         return found[::-1] if group == GROUPS["OTHER_NAME"] else found
 
     def rank_in(self, group: str) -> int:
@@ -181,32 +182,6 @@ class _Simulated:
         return torch.cat((parts * size)[:size] if size != 1 else [x])
 
 
-class _Noted:
-    """The groups' own kernels, each call noted."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        names = {name: f"_c10d_functional::{name}" for name in _KERNELS}
-        self.own = {name: torch.library.get_kernel(op, "CPU") for name, op in names.items()}
-        self.keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-
-    def all_reduce(self, x: Tensor, reduction: str, group: str) -> Tensor:
-        self.ranks.log.append((group, reduction.lower(), _total(x)))
-        return self.own["all_reduce"].call_boxed(self.keys, x, reduction, group)
-
-    def all_reduce_coalesced(self, xs: list[Tensor], reduction: str, group: str) -> list[Tensor]:
-        self.ranks.log += [(group, reduction.lower(), _total(x)) for x in xs]
-        return self.own["all_reduce_coalesced"].call_boxed(self.keys, xs, reduction, group)
-
-    def reduce_scatter_tensor(self, x: Tensor, reduction: str, size: int, group: str) -> Tensor:
-        self.ranks.log.append((group, reduction.lower(), _total(x)))
-        return self.own["reduce_scatter_tensor"].call_boxed(self.keys, x, reduction, size, group)
-
-    def all_gather_into_tensor(self, x: Tensor, size: int, group: str) -> Tensor:
-        self.ranks.log.append((group, "gather", _total(x)))
-        return self.own["all_gather_into_tensor"].call_boxed(self.keys, x, size, group)
-
-
 class _Group:
     """A fake group, of which each thread has its own rank."""
 
@@ -224,8 +199,8 @@ class _Group:
 
 
 @contextlib.contextmanager
-def groups(noted: bool = True) -> Iterator[Ranks]:
-    """Name the process groups that programs use, and give their collectives kernels (`noted`); yields the ranks."""
+def groups() -> Iterator[Ranks]:
+    """Name the process groups that programs use, and give the collectives of fake ones kernels; yields the ranks."""
     world = dist.group.WORLD
     rank, size = dist.get_rank(), dist.get_world_size()
     other = dist.new_group(list(range(size)))
@@ -234,8 +209,6 @@ def groups(noted: bool = True) -> Iterator[Ranks]:
     GROUPS.update(WORLD=world, OTHER=other, ALONE=alone, **names)
     ranks = Ranks(dist.get_backend() == "fake")
     with contextlib.ExitStack() as stack:
-        if noted:
-            stack.callback(_replace_kernels(_Simulated(ranks) if ranks.simulated else _Noted(ranks))._destroy)
         for library in _opaque_operators():
             stack.callback(library._destroy)
         for op, native in (
@@ -248,6 +221,7 @@ def groups(noted: bool = True) -> Iterator[Ranks]:
         stack.callback(all_reduce_rms_norm.unregister_impl, BUFFERED)
         if ranks.simulated:
             stack.callback(ranks.threads.shutdown)
+            stack.callback(_replace_kernels(_Simulated(ranks))._destroy)
             for module in (sharded_norm, extended):
                 replacement = functools.partial(_resolve, ranks)
                 stack.enter_context(mock.patch.object(module, "resolve_group", replacement))

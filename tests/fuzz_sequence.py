@@ -118,7 +118,10 @@ class SequenceLayer(Layer):
         if self.miss == "rows: broadcast residual":
             h = self.input("row", (1, *self.rows[1:]))
         elif not h or self.rng.random() < 0.1:
-            h = self.input("rows", self.rows, kind="partial")
+            if self.writer.program.dynamic:  # an argument of its own would have a size of its own
+                h = self.let(f"{self.writer.h}[: {self.writer.h}.shape[0] // 2] * 1.5", "h")
+            else:
+                h = self.input("rows", self.rows, kind="partial")
         if self.miss == "rows: wide residual":
             h = self.let(f"{h}.to(torch.float32)", "h")
         elif self.miss == "rows: residual of the rows":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
+
 from fuzz_program import CHAIN, DTYPES, HIDDEN, NORM_MISSES, SEQUENCE, TAILS, Input, Program
 
 
