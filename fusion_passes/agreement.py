@@ -72,8 +72,9 @@ def compiled_alike(
 
 
 def _plain(config: PassConfig) -> PassConfig:
-    off = dict.fromkeys(("fuse_allreduce_rms", "merge_allreduces", "shard_residual", "output_in_place"), False)
-    return dataclasses.replace(config, **off)
+    return dataclasses.replace(
+        config, fuse_allreduce_rms=False, merge_allreduces=False, shard_residual=False, output_in_place=False
+    )
 
 
 def _groups() -> list[dist.ProcessGroup]:

@@ -166,7 +166,9 @@ class PathFinder:
                 if isinstance(value, Node) and self._may_scale(factor, value):
                     yield value, Step(SCALE, node, factor)
         elif (quotient := plain_div(node)) is not None:
-            yield quotient[0], Step(SCALE, node, 1.0 / quotient[1])
+            value, divisor = quotient
+            if is_number(divisor) and 1e-30 < abs(divisor) < 1e30:
+                yield value, Step(SCALE, node, 1.0 / divisor)
         elif node.target is aten.neg.default:
             yield node.args[0], Step(SCALE, node, -1.0)
         elif (operands := plain_add(node)) is not None:

@@ -28,6 +28,7 @@ def drop_taken_tensors(graph: Graph, context: RunContext) -> None:
 
 def _wait_for_less(graph: Graph, wait: Node) -> None:
     """Wait only for those tensors of a list that are still read."""
+    assert WAIT_ALL is not None
     tensors: Any = wait.args[0]
     kept = sorted(getitem_users(wait))
     if len(kept) != len(wait.users) or len({index for index, _ in kept}) == len(tensors):

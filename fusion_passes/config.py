@@ -109,7 +109,8 @@ class PassConfig:
     allow_reassociation: bool = _doc(
         True,
         "Let a bias or a scale between the all-reduce and the norm move across the sum, which rounds elsewhere (in "
-        "float16 not where that could pass the largest number).",
+        "float16 not where that could pass the largest number); and let norms that divide by a root or by the hidden size, "
+        "which round elsewhere by a unit of float32, count as RMSNorm.",
     )
     merge_allreduces: bool = _doc(
         True,

@@ -128,13 +128,11 @@ def plain_mul(node: Any) -> tuple[Any, Any] | None:
     return node.args[0], node.args[1]
 
 
-def plain_div(node: Any) -> tuple[Any, float] | None:
-    """The dividend and the number that it is divided by, or None."""
+def plain_div(node: Any) -> tuple[Any, Any] | None:
+    """The operands of a true division, or None."""
     if not isinstance(node, Node) or node.target not in DIVS or len(node.args) != 2 or node.kwargs:
         return None
-    value, number = node.args
-    usable = is_number(number) and 1e-30 < abs(number) < 1e30  # type: ignore[arg-type, operator]
-    return (value, float(number)) if usable else None  # type: ignore[arg-type]
+    return node.args[0], node.args[1]
 
 
 def writes_in_place(node: Node) -> bool:

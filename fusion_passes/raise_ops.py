@@ -86,7 +86,7 @@ class _Raiser:
             return False
         for root in norm_roots(self.graph):
             # Raising a norm replaces nodes that the next norm was read from, so each is read when its turn comes.
-            while any(self._raise(norm, every_norm) for norm in norms_at(root)):
+            while any(self._raise(norm, every_norm) for norm in norms_at(root, self.config.allow_reassociation)):
                 changed = True
         if changed:
             drop_taken_tensors(self.graph, self.context)

@@ -6,10 +6,13 @@ to x's dtype and how it multiplies by the weight. `steps` spells a tail in the o
     round     cast to x's dtype
     n*K, K*n  multiply by the weight, written on the right or on the left, K being
               w (as it is), wide(w) (cast to fp32 first), w+b and wide(w)+b (a number added, Gemma's `1 + w`)
+
+Programs that compute the same with other operations take *detours*, which every tail may follow.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from fusewire.custom_ops.norms import ROUND_THEN_SCALE, SCALE_THEN_ROUND
@@ -50,6 +53,48 @@ def tail_name(steps: tuple[str, ...]) -> str:
 def tail_form(steps: tuple[str, ...]) -> str:
     """The rounding order (`form` of the IR operators) that these steps have."""
     return ROUND_THEN_SCALE if len(steps) > 1 and steps[0] == ROUND else SCALE_THEN_ROUND
+
+
+SUMMED, SCALED, SQUARED_ROOT, RECIPROCAL = "summed", "scaled", "squared root", "reciprocal"
+DIVIDED, WEIGHTED_ROOT, WEIGHTED_INPUT = "divided", "weighted root", "weighted input"
+
+
+@dataclass(frozen=True)
+class Detour:
+    """A way to compute a norm by other operations, which round otherwise by a unit in the last place of fp32.
+
+    Attributes:
+        key: what the reader calls it.
+        name: what the report adds to the tail's name.
+        does: what such a norm does, in a sentence that begins with "the norm".
+    """
+
+    key: str
+    name: str
+    does: str
+
+
+DETOURS = (
+    Detour(SUMMED, "sum over the size", "divides a sum by the hidden size instead of taking a mean"),
+    Detour(SCALED, "scaled root", "scales by numbers of its own, such as the square root of the hidden size"),
+    Detour(SQUARED_ROOT, "squared root", "takes a power of a square root, such as a vector's length squared"),
+    Detour(RECIPROCAL, "reciprocal of the root", "takes the reciprocal of a square root instead of rsqrt"),
+    Detour(DIVIDED, "divided by the root", "divides by a square root instead of multiplying by rsqrt"),
+    Detour(WEIGHTED_ROOT, "root weighted first", "multiplies the root by the weight before it multiplies the input"),
+    Detour(
+        WEIGHTED_INPUT, "input weighted first", "multiplies the input by the weight before it multiplies by the root"
+    ),
+)
+
+
+def detour_names(keys: Collection[str]) -> str:
+    """What these detours add to a tail's name in reports."""
+    return "".join(f", {detour.name}" for detour in DETOURS if detour.key in keys)
+
+
+def detour_moves(keys: Collection[str]) -> str:
+    """What a norm with these detours does, as the end of a sentence; "" without any."""
+    return " and ".join(detour.does for detour in DETOURS if detour.key in keys)
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,15 @@ FAULTS = {
     "rounding of 1 + w lost": ("", [(norm_reader, "_weight_of", rounded_sum_unrounded)]),
     "rounding order lost": ("", [(norm_reader, "tail_form", lambda steps: norms.SCALE_THEN_ROUND)]),
     "rounding order turned": ("", [(norm_reader, "tail_form", lambda steps: norms.ROUND_THEN_SCALE)]),
-    "any dimension": ("mean over tokens", [(arithmetic, "_over_last_dimension", lambda mean, wide: True)]),
+    "any dimension": (
+        "mean over tokens",
+        [
+            (arithmetic, "_over_last_dimension", lambda mean, wide: True),
+            (arithmetic, "_is_per_row", lambda node, wide: True),
+        ],
+    ),
+    "any sum": ("sum of squares", [(arithmetic.Row, "is_mean", True)]),
+    "another tensor scaled": ("another tensor scaled", [(norm_reader, "same_input", lambda *_: True)]),
     "any product": ("product, not square", [(arithmetic, "_squared", lambda node: node.args[0])]),
     "any mean": ("sum of squares", [(arithmetic, "_is_mean", lambda node: node.op == "call_function")]),
     "alpha ignored": ("alpha", [(raise_ops, "plain_add", lambda node: tuple(node.args[:2]))]),

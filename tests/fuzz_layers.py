@@ -193,7 +193,8 @@ class Layer(NormText):
 
     def _carried_steps(self, value: str) -> str:
         if self.rng.random() < 0.12:
-            value = self.let(self.pick(f"{value} * 0.37", f"0.25 * {value}", f"{value} * -3"), "v")
+            most = "-0.75" if self.dtype == "fp16" else "-3"  # in float16 a scale above 1 must stay
+            value = self.let(self.pick(f"{value} * 0.37", f"0.25 * {value}", f"{value} * {most}"), "v")
             self.carried = True
         if self.rng.random() < 0.12 and self.rank > 1:
             bias = self.input("bias", (HIDDEN,))

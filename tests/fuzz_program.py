@@ -139,7 +139,7 @@ _ROWS_OF_OTHER_RANKS = ("scatter: other world size", "gather: other world size")
 _ROUNDING = frozenset(
     ["tensor scale", "vector scale", "division", "negation", "number added", "scale after bias", "subtraction", "alpha"]
     + [name for name in MISSES if name.startswith(("bias ", "two "))]
-    + ["doubled", "sum changed before the norm", "rows: biased", "rows: changed before the norm"]
+    + ["doubled", "divided by the root", "sum changed before the norm", "rows: biased", "rows: changed before the norm"]
 )
 # Whose collectives the fused graph may have fewer of, or in another order.
 _UNORDERED = ("coalesced", "gather: twice")

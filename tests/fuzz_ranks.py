@@ -2,8 +2,9 @@
 
 In one process the groups are torch's fake ones, which communicate with nobody. Here their collectives get kernels of
 their own: each rank is a thread, the threads meet at every collective, and each gets what it would get from real ranks.
-Two groups hold the same ranks. So that one taken for the other shows, OTHER has the ranks in reversed order and its sums
-come out half as large again. Ranks that meet at different collectives are an error.
+Outside of `Ranks.run` there is one rank, to which the other gives the double of what it gives itself. Two groups hold the
+same ranks. So that one taken for the other shows, OTHER has the ranks in reversed order and its sums come out half as large
+again. Ranks that meet at different collectives are an error.
 
 On real process groups the collectives are the groups' own, and are not noted.
 """
@@ -36,6 +37,7 @@ BUFFERED = "fuzz_buffered"  # native by another name, so that its calls stay cal
 _SIZE = 2
 _PATIENCE_S = 60.0
 _KERNELS = ("all_reduce", "all_reduce_coalesced", "reduce_scatter_tensor", "all_gather_into_tensor")
+_IN_PLACE = ("all_reduce_", "all_reduce_coalesced_")  # what Inductor makes of the first two
 Collective = tuple[str, str, float]  # group, reduction (or "gather"), sum of the input, to tell them apart
 
 
@@ -88,7 +90,10 @@ class Ranks:
         if group == GROUPS["ALONE"].group_name:
             return [given]
         # A copy: this rank may overwrite its tensor before the other one comes to read it.
-        found = self.meeting.exchange(self.rank, what, given.clone())
+        if hasattr(self.local, "rank"):
+            found = self.meeting.exchange(self.rank, what, given.clone())
+        else:
+            found = [given.clone(), given * 2]
         return found[::-1] if group == GROUPS["OTHER_NAME"] else found
 
     def rank_in(self, group: str) -> int:
@@ -171,6 +176,12 @@ class _Simulated:
     def all_reduce_coalesced(self, xs: list[Tensor], reduction: str, group: str) -> list[Tensor]:
         return [self.all_reduce(x, reduction, group) for x in xs]
 
+    def all_reduce_(self, x: Tensor, reduction: str, group: str) -> Tensor:
+        return x.copy_(self.all_reduce(x, reduction, group))
+
+    def all_reduce_coalesced_(self, xs: list[Tensor], reduction: str, group: str) -> list[Tensor]:
+        return [self.all_reduce_(x, reduction, group) for x in xs]
+
     def reduce_scatter_tensor(self, x: Tensor, reduction: str, size: int, group: str) -> Tensor:
         self.ranks.log.append((group, reduction.lower(), _total(x)))
         total = self._reduced(x, reduction, group, ("reduce_scatter", size))
@@ -238,7 +249,7 @@ def _resolve(ranks: Ranks, name: str) -> _Group:
 
 def _replace_kernels(kernels: Any) -> torch.library.Library:
     library = torch.library.Library("_c10d_functional", "IMPL")
-    for name in _KERNELS:
+    for name in (*_KERNELS, *_IN_PLACE):
         library.impl(name, getattr(kernels, name), "CPU")
     return library
 

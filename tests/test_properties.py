@@ -159,7 +159,6 @@ ALMOST = {
     "two dimensions": lambda x: x * torch.rsqrt(x.pow(2).mean((0, 1), keepdim=True) + 1e-5),
     "sum": lambda x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-5),
     "cube": lambda x: x * torch.rsqrt(x.pow(3).abs().mean(-1, keepdim=True) + 1e-5),
-    "no epsilon": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)),
     "alpha": lambda x: x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), 1, alpha=2)),
     "another tensor": lambda x: x.abs() * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5),
     "another square": lambda x: x * torch.rsqrt((x * x.abs()).abs().mean(-1, keepdim=True) + 1e-5),

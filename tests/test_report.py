@@ -411,7 +411,8 @@ def _gathered(x, r, w):
     [
         (
             _broken,
-            "the norm lies beyond a graph break or the end of a nested_compile_region, or outside the compiled part; compile with fullgraph=True",
+            "the norm lies beyond a graph break or the end of a nested_compile_region, or outside the compiled part; "
+            "compile with fullgraph=True",
         ),
         (_layer_norm, "a LayerNorm follows, which subtracts the mean"),
         (_matmul, "a matrix product follows, not a norm"),
