@@ -22,9 +22,10 @@ from fusewire.fusion_passes.graph_tools import (
     is_vector,
     last_size,
     same_shape,
+    sort_topologically,
     value_of,
 )
-from fusewire.fusion_passes.matcher import FusionMatcher, fresh_fake, sort_topologically
+from fusewire.fusion_passes.matcher import FusionMatcher, fresh_fake
 from fusewire.patterns.all_reduce import ALL_REDUCE, SUM, WAIT
 from fusewire.patterns.fusions import FUSIONS, Fusion
 

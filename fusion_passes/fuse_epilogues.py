@@ -20,8 +20,8 @@ from fusewire.fusion_passes.fuse_all_reduce import (
     check_weight_bias,
     node_of,
 )
-from fusewire.fusion_passes.graph_tools import copy_origin, depends_on, getitem_users
-from fusewire.fusion_passes.matcher import FusionMatcher, fresh_fake, sort_topologically
+from fusewire.fusion_passes.graph_tools import copy_origin, depends_on, getitem_users, sort_topologically
+from fusewire.fusion_passes.matcher import FusionMatcher, fresh_fake
 from fusewire.patterns.fusions import EPILOGUES, Fusion
 
 CLAUSES = (check_epsilon, check_weight_bias, check_weight, check_residual)

@@ -33,9 +33,10 @@ from fusewire.fusion_passes.graph_tools import (
     getitem_users,
     new_call,
     same_shape,
+    sort_topologically,
     value_of,
 )
-from fusewire.fusion_passes.matcher import FusionMatcher, fresh_fake, sort_topologically
+from fusewire.fusion_passes.matcher import FusionMatcher, fresh_fake
 from fusewire.patterns.all_reduce import ALL_GATHER, REDUCE_SCATTER, WAIT
 from fusewire.patterns.fusions import SEQUENCE_FUSIONS, Fusion
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, Node, map_arg
 
 from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
-from fusewire.fusion_passes.matcher import fresh_fake
+from fusewire.fusion_passes.matcher import fresh_fake, known_equal
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -65,9 +65,10 @@ def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal, without adding a guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
-        return bool(a.node.expr == b.node.expr)
-    return False
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr == b.node.expr:
+        return True
+    symbolic = isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt)
+    return symbolic and isinstance(a, (int, torch.SymInt)) and isinstance(b, (int, torch.SymInt)) and known_equal(a, b)
 
 
 def is_unbacked(size: Any) -> bool:
@@ -138,6 +139,8 @@ def plain_div(node: Any) -> tuple[Any, Any] | None:
 def writes_in_place(node: Node) -> bool:
     """Whether a node changes one of its inputs."""
     target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return str(target.name()) == "triton_kernel_wrapper_mutation"  # a user's Triton kernel
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
@@ -149,6 +152,38 @@ def mutation_regions(graph: Graph) -> dict[Node, int]:
             count += 1
         regions[node] = count
     return regions
+
+
+def sort_topologically(graph: Graph) -> None:
+    """Move nodes behind what they use, changing the order no further.
+
+    What writes in place keeps its place among all other nodes, and the output stays last: what is read before a write
+    must not come to stand after it, and a write after the output would never happen.
+
+    Raises:
+        RuntimeError: a node uses what stands behind a write that it stands before.
+    """
+    placed: set[Node] = set()
+    waiting: dict[Node, list[Node]] = {}
+    last: Node | None = None
+    for next_node in list(graph.nodes):
+        if waiting and (writes_in_place(next_node) or next_node.op == "output"):
+            late = next(iter(waiting.values()))[0]
+            raise RuntimeError(f"{late.name} would have to change places with {next_node.name}, which writes in place")
+        pending = [next_node]
+        while pending:
+            node = pending.pop()
+            missing = [source for source in node.all_input_nodes if source not in placed]
+            if missing:
+                waiting.setdefault(missing[-1], []).append(node)
+                continue
+            placed.add(node)
+            if last is not None and last.next is not node:
+                last.append(node)
+            last = node
+            pending.extend(reversed(waiting.pop(node, ())))
+    if waiting:
+        raise RuntimeError("the graph has a cycle")
 
 
 def erase_unused(node: Node) -> None:

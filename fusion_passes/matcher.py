@@ -17,6 +17,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusewire.custom_ops.ir import Support
 from fusewire.patterns.fusions import Call, Capture, Fusion
@@ -70,16 +71,6 @@ class FusionMatcher:
         return self._pass.apply(graph)
 
 
-def sort_topologically(graph: Graph) -> None:
-    """Move nodes behind what they use, changing the order no further."""
-    seen: set[Node] = set()
-    for node in graph.nodes:
-        if not seen.issuperset(node.all_input_nodes):
-            inductor.stable_topological_sort(graph)
-            return
-        seen.add(node)
-
-
 def trace(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
     """The post-grad graph of a function of these fake values, with Inductor's decompositions."""
     with torch.no_grad():
@@ -100,6 +91,11 @@ def fresh_fake(value: Any, *, contiguous: bool = False) -> Any:
             return mode.fake_tensor_converter.from_meta_and_device(mode, meta, value.device)
     with mode if mode is not None else contextlib.nullcontext():
         return torch.empty_strided(*layout, dtype=value.dtype, device=value.device)
+
+
+def known_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal wherever the graph's guards hold; asks for no further guard."""
+    return bool(statically_known_true(a == b))
 
 
 def never_reuse_outputs(op: torch._ops.OpOverload, marked: Callable[[Sequence[Any]], bool]) -> None:

@@ -27,8 +27,8 @@ from fusewire.fusion_passes.graph_tools import (
     plain_add,
     plain_mul,
     same_shape,
+    sort_topologically,
 )
-from fusewire.fusion_passes.matcher import sort_topologically
 from fusewire.patterns.all_reduce import ALL_REDUCE, COALESCED_PART, SUM, WAIT, AllReduce, read_all_reduce
 
 

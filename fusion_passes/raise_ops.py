@@ -33,9 +33,9 @@ from fusewire.fusion_passes.graph_tools import (
     new_call,
     plain_add,
     same_shape,
+    sort_topologically,
     value_of,
 )
-from fusewire.fusion_passes.matcher import sort_topologically
 from fusewire.fusion_passes.norm_reader import Norm, norm_roots, norms_at
 from fusewire.patterns.all_reduce import (
     ALL_GATHER,
@@ -274,11 +274,13 @@ class _Raiser:
         """Let what else reads an all-reduce that was moved behind a view read a view of the moved one."""
         if not site.value.users:
             return
-        sizes = [
-            size if isinstance(size, int) else self._call(aten.sym_size.int, (site.x, dim), {}, site.value)
-            for dim, size in enumerate(site.x.meta["val"].shape)
-        ]
-        site.value.replace_all_uses_with(self._call(aten.view.default, (summed, sizes), {}, site.value))
+        with self.graph.inserting_before(summed.next):
+            sizes = [
+                size if isinstance(size, int) else self._call(aten.sym_size.int, (site.x, dim), {}, site.value)
+                for dim, size in enumerate(site.x.meta["val"].shape)
+            ]
+            viewed = self._call(aten.view.default, (summed, sizes), {}, site.value)
+        site.value.replace_all_uses_with(viewed)
 
     def _gather_once(self, norm: Node) -> None:
         """Let equal all-gathers of one norm (each projection's own) be one."""

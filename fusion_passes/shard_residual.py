@@ -27,9 +27,10 @@ from fusewire.fusion_passes.graph_tools import (
     is_unbacked,
     new_call,
     same_shape,
+    sort_topologically,
     value_of,
 )
-from fusewire.fusion_passes.matcher import fresh_fake, sort_topologically
+from fusewire.fusion_passes.matcher import fresh_fake
 from fusewire.patterns.all_reduce import positional
 
 # Below so many tokens a one-shot kernel, in which every rank has the whole residual, is the faster one.

@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusewire
-from fusewire.fusion_passes import backend, graph_tools, matcher
+from fusewire.fusion_passes import agreement, backend, graph_tools, matcher
 from fusewire.patterns import all_reduce as spellings
 
 from blocks import tensors
@@ -127,14 +127,53 @@ def test_pattern_matcher_users_of_inner_nodes(users, count):
     assert len(_matched(_sin_clamp(users), graph)) == count
 
 
-def test_stable_topological_sort():
-    """sort_topologically in matcher.py: uses move behind definitions, and nothing else moves."""
-    graph = graph_of((aten.sin.default, ([0],)), (aten.cos.default, ([1],)), (aten.relu.default, ([0],)))
-    _, sin, cos, relu, _ = graph.nodes
-    relu.append(sin)
-    pattern_matcher.stable_topological_sort(graph)
-    assert [node for node in graph.nodes if node.op == "call_function"] == [relu, sin, cos]
-    graph.lint()
+@canary("torch.fx.experimental.symbolic_shapes.statically_known_true")
+def test_sizes_that_guards_make_equal_are_known_to_be():
+    """known_equal in matcher.py: what was guarded is known, what was not stays open, and asking adds no guard."""
+    found = []
+
+    def backend(model, given):
+        values = {node.name: node.meta["example_value"] for node in model.graph.nodes if "example_value" in node.meta}
+        x = next(value for value in values.values() if isinstance(value, torch.Tensor))
+        twice = next(value for name, value in values.items() if name.startswith(("cat", "twice")))
+        assert str(twice.shape[0]) != str(x.shape[0])
+        guards = len(x.shape[0].node.shape_env.guards)
+        found.extend(matcher.known_equal(x.shape[0], size) for size in (twice.shape[0], x.shape[1]))
+        assert len(x.shape[0].node.shape_env.guards) == guards
+        return model.forward
+
+    def block(x):
+        half = x[: x.shape[0] // 2]
+        twice = torch.cat([half, half])
+        return twice + x
+
+    torch._dynamo.reset()
+    torch.compile(block, backend=backend, dynamic=True)(torch.ones(6, 4))
+    assert found == [True, False]
+
+
+@canary("torch._ops.HigherOrderOperator")
+def test_a_users_triton_kernel_is_known_to_write():
+    """writes_in_place in graph_tools.py."""
+    from torch._higher_order_ops.triton_kernel_wrap import (
+        triton_kernel_wrapper_functional,
+        triton_kernel_wrapper_mutation,
+    )
+
+    graph = torch.fx.Graph()
+    written = graph.call_function(triton_kernel_wrapper_mutation)
+    functional = graph.call_function(triton_kernel_wrapper_functional)
+    assert graph_tools.writes_in_place(written)
+    assert not graph_tools.writes_in_place(functional)
+
+
+@canary("_codegen")
+def test_a_copied_graph_keeps_its_calling_convention():
+    """_copied in agreement.py: a graph made from nested arguments says in its codegen how to flatten them."""
+    model = torch.fx.symbolic_trace(torch.nn.Linear(2, 2))
+    codegen = torch.fx.graph.CodeGen()
+    model.graph.set_codegen(codegen)
+    assert agreement._copied(model).graph._codegen is codegen
 
 
 @canary("torch._inductor.decomposition.select_decomp_table", "torch.fx.experimental.proxy_tensor.make_fx")

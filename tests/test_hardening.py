@@ -17,6 +17,7 @@ import fusewire
 from fusewire import PassConfig
 from fusewire.errors import ConfigError, NoProviderError
 from fusewire.fusion_passes import registry
+from fusewire.fusion_passes.graph_tools import sort_topologically
 from fusewire.patterns.all_reduce import ALL_REDUCE, WAIT
 
 from blocks import HIDDEN, NORMS, reduce_functional, tensors
@@ -141,6 +142,70 @@ def test_tokens_that_depend_on_data_are_not_sharded():
         captured = capture(block, x, torch.arange(len(x)) % 3, w, shard_residual=True)
     assert captured.verdicts() == [("fused", "")] * 3
     assert any("the number of tokens depends on data" in note for note in captured.accounts[0].notes)
+
+
+# Writes in place keep their place
+
+
+def test_a_write_of_what_was_moved_still_happens():
+    """A cache that takes the sum: the write is the graph's last, and its value is computed from what is moved."""
+    x, w = torch.randn(1, HIDDEN), torch.rand(HIDDEN)
+    index = torch.tensor([2])
+
+    def block(x, w, cache, index):
+        reduced = (x @ x.t() @ x).clone()
+        dist.all_reduce(reduced)  # in place: what views it is computed again from the sum
+        total = reduced.unsqueeze(0).view(1, HIDDEN)
+        normed = NORMS["L"](total, w, 1e-5)
+        cache.index_copy_(0, index, total.reshape(-1, HIDDEN))
+        out = cache.sum(0)
+        x.mul_(0.5)
+        return out, total, normed
+
+    last = []  # before Inductor's own passes, which may write in place instead
+    fusewire.register_pass(
+        "see", lambda graph, _: last.append(next(reversed(graph.nodes)).op), after="lower_ops", source="1"
+    )
+    want = [x.clone(), w, torch.ones(5, HIDDEN), index]
+    expected = [*block(*want), *want]
+    given = [x.clone(), w, torch.ones(5, HIDDEN), index]
+    captured = capture(block, *given)
+    assert captured.verdicts() == [("fused", "")]
+    for got, wanted in zip([*captured.result, *given], expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert last == ["output"]
+
+
+def _graph_of(*steps):
+    """A graph of calls: (target, positions of the nodes it takes); the last but one is returned."""
+    graph = torch.fx.Graph()
+    nodes = [graph.placeholder("x")]
+    for target, sources in steps:
+        nodes.append(graph.call_function(target, tuple(nodes[i] for i in sources)))
+    graph.output(nodes[-1])
+    return graph, nodes
+
+
+SIN, RELU, COPY_ = torch.ops.aten.sin.default, torch.ops.aten.relu.default, torch.ops.aten.copy_.default
+ADD = torch.ops.aten.add.Tensor
+
+
+def test_nodes_move_behind_what_they_use_and_no_further():
+    graph, (_, sin, relu, both, last) = _graph_of((SIN, [0]), (RELU, [0]), (ADD, [1, 2]), (SIN, [0]))
+    both.append(sin)
+    sort_topologically(graph)
+    assert [node for node in graph.nodes if node.op == "call_function"] == [relu, sin, both, last]
+    graph.lint()
+    before = list(graph.nodes)
+    sort_topologically(graph)
+    assert list(graph.nodes) == before
+
+
+def test_nothing_changes_places_with_a_write():
+    graph, (_, sin, _, _, last) = _graph_of((SIN, [0]), (RELU, [1]), (COPY_, [0, 0]), (SIN, [0]))
+    last.append(sin)  # what is read before the write now needs what stands behind it
+    with pytest.raises(RuntimeError, match="would have to change places with copy_"):
+        sort_topologically(graph)
 
 
 # Users' passes, dumps, disabled passes, expectations
