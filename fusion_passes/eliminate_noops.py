@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Graph, Node
 
 from fusewire.fusion_passes.context import RunContext
 from fusewire.fusion_passes.graph_tools import CASTS, VIEWS, aten, same_shape, value_of, writes_in_place
-from fusewire.patterns.all_reduce import WAIT
+from fusewire.patterns.all_reduce import ALL_REDUCE, WAIT
 
 _RESHAPES = VIEWS | {aten.expand.default}
 
@@ -16,13 +18,27 @@ def eliminate_noops(graph: Graph, context: RunContext) -> bool:
     changed = False
     # Where something is written in place, a cast that changes nothing may be the copy that keeps the old value.
     removable = {WAIT} | (_RESHAPES if any(map(writes_in_place, graph.nodes)) else _RESHAPES | CASTS)
+    waits: dict[Any, Node] = {}
     for node in graph.nodes:
         if node.op == "call_function" and node.target in removable and _changes_nothing(node):
             source = node.args[0]
             node.replace_all_uses_with(source)
             graph.erase_node(node)
             changed = True
+        elif node.target is WAIT:
+            waits[node.args[0]] = node
+        elif node.target is aten.sym_size.int and (same := _same_size(node.args[0], waits)) is not None:
+            node.update_arg(0, same)
+            changed = True
     return changed
+
+
+def _same_size(node: Any, waits: dict[Any, Node]) -> Any:
+    """What else has the size of a collective, or of its finished value: to ask these would be to read them."""
+    call = node.args[0] if isinstance(node, Node) and node.target is WAIT else node
+    if isinstance(call, Node) and call.target is ALL_REDUCE:
+        return call.args[0]
+    return waits.get(node)
 
 
 def _changes_nothing(node: Node) -> bool:

@@ -144,6 +144,26 @@ def test_tokens_that_depend_on_data_are_not_sharded():
     assert any("the number of tokens depends on data" in note for note in captured.accounts[0].notes)
 
 
+def test_a_size_of_the_collective_is_no_reader():
+    """Under dynamic=True views are given sizes, which may be asked of the all-reduce itself."""
+    x, r, w = tensors(torch.float32)
+
+    def asks(graph, _):
+        (reduced,) = graph.find_nodes(op="call_function", target=ALL_REDUCE)
+        (wait,) = reduced.users
+        with graph.inserting_after(wait):
+            size = graph.call_function(torch.ops.aten.sym_size.int, (reduced, 0))
+        size.meta["val"] = reduced.meta["val"].shape[0]
+        (taken,) = graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
+        size.append(taken)
+        taken.args = ([size], *taken.args[1:])
+
+    fusewire.register_pass("asks", asks, before="eliminate_noops", source="1")
+    captured = capture(lambda x, r, w: (norm_after(x, r, w), torch.full((3,), 2.0)), x, r, w)
+    assert captured.verdicts() == [("fused", "")]
+    assert captured.result[1].shape == (len(x),)
+
+
 # Writes in place keep their place
 
 
