@@ -231,7 +231,7 @@ class Layer(NormText):
             strided = self.input("strided", self.writer.shape[::-1])
             h = self.let(f"{strided}.permute({', '.join(map(str, reversed(range(self.rank))))})", "h")
         if self.miss == "all-reduce also read":
-            self.output(f"torch.exp(-{v}.abs())")
+            self.output(f"torch.log1p({v}.abs())")
         if self.miss == "step also read":
             self.output(self.pick(f"{v} * 2", f"{v}.float()", f"{v}.sum(-1)"))
         return self.let(self.pick(f"{h} + {v}", f"{v} + {h}", f"torch.add({h}, {v})"), "t")

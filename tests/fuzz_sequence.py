@@ -129,7 +129,7 @@ class SequenceLayer(Layer):
         elif self.miss == "rows: alpha":
             return self.let(self.pick(f"torch.add({h}, {v}, alpha=2)", f"torch.add({v}, {h}, alpha=0.5)"), "t")
         elif self.miss == "rows: also read":
-            self.output(self.pick(f"{v} * 2", f"{v}.float()", f"torch.exp(-{v}.abs())"))
+            self.output(self.pick(f"{v} * 2", f"{v}.float()", f"torch.log1p({v}.abs())"))
         total = self.let(self.pick(f"{h} + {v}", f"{v} + {h}"), "t")
         if self.miss == "rows: changed before the norm":
             self.do(self.pick(f"{total}.mul_(2.0)", f"{total} += 0.5"))
