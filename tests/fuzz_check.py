@@ -246,7 +246,10 @@ def _moved(program: Program, entries: list[Entry]) -> bool:
 
 
 def _in_program_order(entries: Sequence[Entry]) -> list[Entry]:
-    """Collectives of one kind as the program has them, which their names' numbers tell: Inductor moves operators."""
+    """Collectives of one kind as the program has them: Inductor moves operators. Their lines tell, or else their names."""
+    lines = [entry.location.rpartition(":")[2] for entry in entries]
+    if all(line.isdigit() for line in lines):
+        return sorted(entries, key=lambda entry: int(entry.location.rpartition(":")[2]))
     numbers = [re.fullmatch(r"(?:all_reduce|reduce_scatter_tensor)(?:_(\d+))?", entry.node) for entry in entries]
     places = [i for i, number in enumerate(numbers) if number is not None]
     ordered = list(entries)
