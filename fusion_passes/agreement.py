@@ -13,14 +13,13 @@ even start is taken at its last word on the same place in the program.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import dataclasses
 import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -89,8 +88,6 @@ def _compare(meeting: _Meeting, accounts: Sequence[GraphAccount]) -> str:
     """Post this rank's digest for a group, wait for the others', and say how they differ."""
     entries = [entry for account in accounts for entry in account.entries if entry.group == meeting.name]
     fused = [entry for entry in entries if entry.status == FUSED]
-    if not entries:
-        return ""
     digest = _PLAIN
     if fused:
         parts = [(entry.collective, entry.status, entry.fusion, entry.dtype) for entry in entries]
@@ -193,15 +190,3 @@ def _copied(model: GraphModule) -> GraphModule:
     copied_model = GraphModule(model, graph)
     copied_model.meta = dict(model.meta)
     return copied_model
-
-
-@contextlib.contextmanager
-def patience(same: float, other: float, never: float) -> Iterator[None]:
-    """Other waiting times within the block, for tests."""
-    global SAME_BEFORE_S, OTHER_BEFORE_S, NEVER_BEFORE_S
-    before = SAME_BEFORE_S, OTHER_BEFORE_S, NEVER_BEFORE_S
-    SAME_BEFORE_S, OTHER_BEFORE_S, NEVER_BEFORE_S = same, other, never
-    try:
-        yield
-    finally:
-        SAME_BEFORE_S, OTHER_BEFORE_S, NEVER_BEFORE_S = before

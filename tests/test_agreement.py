@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_equal_graphs_fuse():
 def _lone(last, digest):
     """What a rank hears of a peer that does not begin to compile, by the peer's last word on the place."""
     group = dist.group.WORLD
-    with agreement.patience(0.2, 0.3, 0.4):
+    with mock.patch.multiple(agreement, SAME_BEFORE_S=0.2, OTHER_BEFORE_S=0.3, NEVER_BEFORE_S=0.4):
         meeting = agreement._Meeting(group, f"place of {last} {digest}")
         if dist.get_rank() == 1:
             if last:
@@ -157,6 +158,24 @@ def test_a_rank_whose_compilation_fails_keeps_nobody_waiting():
     (reason,) = said
     assert reason.startswith(DIFFER)
     assert "rank 0 could not compile it" in reason
+
+
+def without(x, r, w):
+    """Only the first rank's graph has the collective; both begin at the same line."""
+    x = x * 2
+    total = reduce(x) if dist.get_rank() == 0 else x
+    return NORMS["L"](r + total, w, 1e-5), x
+
+
+def _one_has_none():
+    return _compiling(without, {"inline_native": False})
+
+
+def test_a_rank_whose_graph_has_no_collective_keeps_nobody_waiting():
+    (error, said, seconds), _ = shared_pool(2).run(_one_has_none)
+    assert error == ""
+    assert seconds < 60
+    assert "rank 1 would fuse 0 of 0" in said[0]
 
 
 def _one_expects():
