@@ -31,7 +31,7 @@ from fusewire.custom_ops.timing import (
     Wanted,
     draw,
     fingerprint,
-    peer_copy,
+    peer_copies,
     reference,
     wrong,
 )
@@ -261,8 +261,9 @@ class Measurement:
         def work() -> dict[str, float]:
             if entry is None or entry.workspace is None:
                 raise WorkspaceError("no workspace of symm_mem, whose buffers the copies go to")
-            call, nbytes = peer_copy(getattr(entry.workspace, "made", None), self.device)
-            return {"rate": nbytes / (self.timer.time(call, 8) * 1e-6)}
+            ways, nbytes = peer_copies(getattr(entry.workspace, "made", None), self.device)
+            us = [self.timer.time(call, 8) for call in ways.values()]
+            return {"rate": nbytes / (min(us) * 1e-6)}
 
         verdict = self.vote("links", work)
         if verdict.ok:

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusewire.custom_ops.providers import symm_mem
+from fusewire.custom_ops.providers import symm_mem, symm_mem_copy
 from fusewire.custom_ops.providers import symm_mem_flags as flags
 from fusewire.custom_ops.providers import symm_mem_kernels as kernels
 from fusewire.custom_ops.providers import symm_mem_workspace as spaces
@@ -40,7 +40,11 @@ class CpuWorkspace(spaces.SymmMemWorkspace):
         self.multiprocessors = multiprocessors
         self.layout = spaces.Layout(world, hidden, dtype.itemsize, *tokens, outputs)
         self.ctl = torch.zeros(spaces.CTL_WORDS, dtype=torch.int64)
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.use(torch.empty(0, dtype=torch.uint8))
+
+    def use(self, buffer):
+        self._buffer = buffer
+        self._outputs = self._output_tensors() if buffer is not None and len(buffer) else []
 
     def check(self, synchronize=False):
         pass
@@ -85,7 +89,7 @@ def call_on_cpu(kind, world, hidden, dtype, tokens, weight=BF16, form=SCALE, res
         scale, inner_form = inner
         options["inner"] = InnerNorm(None if scale is None else torch.zeros(hidden, dtype=scale), 1e-6, 1.0, inner_form)
     ws = CpuWorkspace(1, world, hidden, dtype, tokens=(tokens, tokens, tokens))
-    ws._buffer = torch.empty(ws.layout.nbytes, dtype=torch.uint8)
+    ws.use(torch.empty(ws.layout.nbytes, dtype=torch.uint8))
     x = torch.zeros(tokens, hidden, dtype=dtype)
     rows = spaces.shard_rows(tokens, world) if kind == "two_shot_sharded" else tokens
     args = (
@@ -195,12 +199,35 @@ def test_default_plans_fit(world, hidden):
             plans = [
                 symm_mem.plan_one_shot(tokens, packets, 132),
                 symm_mem.plan_two_shot_data(shard, packets, world, 132),
-                symm_mem.plan_two_shot_flags(shard, packets, 132),
+                *(symm_mem.plan_two_shot_flags(shard, packets, 132, full) for full in (True, False)),
             ]
-            assert [check_plan(plan, packets, 132) for plan in plans] == [None] * 3
+            assert [check_plan(plan, packets, 132) for plan in plans] == [None] * 4
             owned = [spaces.owned_rows(tokens, world, rank) for rank in range(world)]
             assert sum(owned) == tokens
             assert max(owned) == owned[0] == shard
+
+
+def test_a_plain_copy_stores_16_bytes_at_a_time_to_every_peer():
+    signature = {"ctl": "*i64", "source": "*u8", "packets": "i32", "rank": "i32", "offset": "i64"}
+    constants = {"WORLD": 4, "BLOCK": 1024}
+    fn = symm_mem_copy.push_to_peers_kernel
+    source = ASTSource(fn=fn, signature={**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+    assert ptx.count("st.global.v4.b32") == 3 * 4
+    assert ptx.count("ld.global.v4.b32") == 4
+
+
+def test_results_in_output_buffers_are_no_aliases_of_each_other():
+    """torch refuses custom operators whose result shares a storage with an argument: here the residual before."""
+    ws = CpuWorkspace(0, 2, 64, BF16, tokens=(8, 16, 32), outputs=2)
+    ws.use(torch.zeros(ws.layout.nbytes, dtype=torch.uint8))
+    first, second = ws.output(0, 3), ws.output(1, 32)
+    assert first.untyped_storage()._cdata != second.untyped_storage()._cdata
+    assert first.shape == (3, 64)
+    second.fill_(1.0)
+    assert not first.any()
+    at = ws.layout.offsets["output1"]
+    assert ws._buffer[at : at + ws.layout.sizes["output1"]].view(BF16).eq(1.0).all()
 
 
 def test_areas_of_the_buffer_do_not_overlap():
@@ -246,7 +273,7 @@ def test_areas_of_the_buffer_do_not_overlap():
 )
 def test_refuses(error, kind, change):
     ws = CpuWorkspace(0, 2, 64, BF16, tokens=(8, 16, 32))
-    ws._buffer = None if change.pop("closed", False) else torch.empty(ws.layout.nbytes, dtype=torch.uint8)
+    ws.use(None if change.pop("closed", False) else torch.empty(ws.layout.nbytes, dtype=torch.uint8))
     call = {"x": torch.zeros(2, 64, dtype=BF16), "residual": None, "weight": None, "form": SCALE, **change}
     with pytest.raises(error):
         getattr(symm_mem, kind)(ws, eps=1e-5, weight_bias=0.0, **call)

@@ -316,7 +316,7 @@ def test_the_wall_clocks_median():
 
 
 class FakeGpu:
-    """What GpuTimer and peer_copy use of torch.cuda: a clock that advances with each replay, streams that are none."""
+    """What GpuTimer and peer_copies use of torch.cuda: a clock that advances with each replay, streams that are none."""
 
     def __init__(self, milliseconds):
         self.now, self.milliseconds, self.replays, self.ended = 0.0, iter(milliseconds), 0, True
@@ -377,15 +377,19 @@ def test_copies_go_to_every_peers_inbox():
         layout=types.SimpleNamespace(sizes={"inbox": nbytes}, offsets={"inbox": 256}),
         _handle=types.SimpleNamespace(get_buffer=get_buffer), world_size=4, rank=1,
     )  # fmt: skip
-    with FakeGpu([]).patched():
-        call, sent = timing.peer_copy(made, torch.device("cpu"))
-        call(0)
-    assert sent == 3 * nbytes
-    assert asked == [(rank, (nbytes,), torch.uint8, 256) for rank in (0, 2, 3)]
-    assert [int(buffers[rank].max()) for rank in range(4)] == [0, 1, 0, 0]
-    made.layout.sizes["inbox"] = 1000
-    with pytest.raises(WorkspaceError, match="too small"):
-        timing.peer_copy(made, torch.device("cpu"))
+    pushed = []
+    module = types.SimpleNamespace(push_to_peers=lambda ws, source, at: pushed.append((ws, len(source), at)))
+    with FakeGpu([]).patched(), mock.patch.dict(sys.modules, {"fusewire.custom_ops.providers.symm_mem_copy": module}):
+        ways, sent = timing.peer_copies(made, torch.device("cpu"))
+        ways["copy engines"](0)
+        ways["kernel"](0)
+        assert sent == 3 * nbytes
+        assert asked == [(rank, (nbytes,), torch.uint8, 256) for rank in (0, 2, 3)]
+        assert [int(buffers[rank].max()) for rank in range(4)] == [0, 1, 0, 0]
+        assert pushed == [(made, nbytes, 256)]
+        made.layout.sizes["inbox"] = 1000
+        with pytest.raises(WorkspaceError, match="too small"):
+            timing.peer_copies(made, torch.device("cpu"))
 
 
 # --- The check ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from fusewire.custom_ops.providers.symm_mem_blocks import (
     end_call,
     load_scale,
     packet_of,
+    peer_at,
     poisoned,
     reduced,
     rows_of,
@@ -118,7 +119,7 @@ def two_shot_flags_kernel(
     mine_rows = rows_of(rank, tokens, shard)
     peers = ()
     for j in tl.static_range(1, WORLD):
-        peers = peers + (tl.load(ctl + CTL_PEERS + (rank + j) % WORLD),)
+        peers = peers + (tl.load(ctl + CTL_PEERS + peer_at(rank, pid, j, WORLD)),)
     # Flags that others write here, by who writes; and those that this rank writes there.
     flags_in = own + thread.to(tl.int64) * flag_bytes
     flags_out = peer_base + rank * flag_bytes
@@ -135,13 +136,13 @@ def two_shot_flags_kernel(
                 partial = ()
                 for j in tl.static_range(g, g + GROUP):
                     if j < WORLD:
-                        peer = (rank + j) % WORLD
+                        peer = peer_at(rank, pid, j, WORLD)
                         valid = mask & (i < rows_of(peer, tokens, shard))
                         at = tl.cast(peer * shard + i, tl.int64) * ROW + byte
                         partial = partial + load16(x_at + at, valid, False)
                 for j in tl.static_range(g, g + GROUP):
                     if j < WORLD:
-                        peer = (rank + j) % WORLD
+                        peer = peer_at(rank, pid, j, WORLD)
                         valid = mask & (i < rows_of(peer, tokens, shard))
                         at = peers[j - 1] + inbox + rank * source_bytes + tl.cast(i, tl.int64) * ROW + byte
                         store16(at, packet_of(partial, j - g), valid, False)
@@ -210,7 +211,7 @@ def two_shot_flags_kernel(
                     rms = ()
                     for j in tl.static_range(g, g + GROUP):
                         if j < WORLD:
-                            peer = (rank + j) % WORLD
+                            peer = peer_at(rank, pid, j, WORLD)
                             valid = mask & (taken < rows_of(peer, tokens, shard))
                             row = tl.cast(peer * shard + taken, tl.int64)
                             arrived = arrived + load16(own + results + row * ROW + byte, valid, True)
@@ -219,7 +220,7 @@ def two_shot_flags_kernel(
                                 rms = rms + (load_i64(own + rstds + row * 8, here),)
                     for j in tl.static_range(g, g + GROUP):
                         if j < WORLD:
-                            peer = (rank + j) % WORLD
+                            peer = peer_at(rank, pid, j, WORLD)
                             here = taken < rows_of(peer, tokens, shard)
                             row = tl.cast(peer * shard + taken, tl.int64)
                             at = row * ROW + byte
@@ -236,7 +237,7 @@ def two_shot_flags_kernel(
                 if bad > 0:
                     nan = tl.full([BLOCK], SENTINEL, tl.int32)
                     for j in tl.static_range(1, WORLD):
-                        peer = (rank + j) % WORLD
+                        peer = peer_at(rank, pid, j, WORLD)
                         valid = mask & (taken < rows_of(peer, tokens, shard))
                         at = own + results + tl.cast(peer * shard + taken, tl.int64) * ROW + byte
                         store16(at, (nan, nan, nan, nan), valid, False)

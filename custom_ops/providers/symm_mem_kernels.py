@@ -63,6 +63,7 @@ from fusewire.custom_ops.providers.symm_mem_blocks import (
     end_call,
     load_scale,
     packet_of,
+    peer_at,
     rows_of,
     slices_sum,
     squares_of,
@@ -150,7 +151,7 @@ def one_shot_kernel(
     own = tl.load(ctl + CTL_PEERS + rank)
     peers = ()
     for j in tl.static_range(1, WORLD):
-        peers = peers + (tl.load(ctl + CTL_PEERS + (rank + j) % WORLD),)
+        peers = peers + (tl.load(ctl + CTL_PEERS + peer_at(rank, tl.program_id(0), j, WORLD)),)
     call = counter >> COUNTER_LOG2
     slot = slots + (call & 1) * slot_bytes
     for row in range(start, tokens, stride):
@@ -198,12 +199,6 @@ def one_shot_kernel(
 
 
 @triton.jit
-def _owner_of(tile: tl.tensor, rank: tl.tensor, WORLD: tl.constexpr) -> tl.tensor:
-    """Tiles go to the peers in turn, beginning with the next rank."""
-    return (rank + 1 + tile % (WORLD - 1)) % WORLD
-
-
-@triton.jit
 def _load_tile(
     x: tl.tensor,
     tile: tl.tensor,
@@ -215,7 +210,7 @@ def _load_tile(
     TILE: tl.constexpr,
 ) -> tl.tuple:
     """Packets of a tile of this rank's partial rows, zeros past the end."""
-    owner = _owner_of(tile, rank, WORLD)
+    owner = peer_at(rank, tile, 1, WORLD)
     q = tile // (WORLD - 1) * TILE + tl.arange(0, TILE)
     at = tl.cast(owner * shard, tl.int64) * (PACKETS * 16) + q.to(tl.int64) * 16
     return load16(x.to(tl.int64) + at, q < rows_of(owner, tokens, shard) * PACKETS, False)
@@ -283,10 +278,10 @@ def two_shot_data_kernel(
     call = counter >> COUNTER_LOG2
     slot = slots + (call & 1) * slot_bytes
     for t in range(pid, tiles, programs):
-        target = tl.load(ctl + CTL_PEERS + _owner_of(t, rank, WORLD)) + slot + rank * source_bytes
+        target = tl.load(ctl + CTL_PEERS + peer_at(rank, t, 1, WORLD)) + slot + rank * source_bytes
         following = _load_tile(x, t + programs, rank, tokens, shard, WORLD, PACKETS, TILE)
         q = t // (WORLD - 1) * TILE + tl.arange(0, TILE)
-        mask = q < rows_of(_owner_of(t, rank, WORLD), tokens, shard) * PACKETS
+        mask = q < rows_of(peer_at(rank, t, 1, WORLD), tokens, shard) * PACKETS
         store16(target + q.to(tl.int64) * 16, sanitize(words), mask, True)
         words = following
     if PDL:
@@ -327,7 +322,7 @@ def two_shot_data_kernel(
         norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST)
         clean = sanitize(total) if FULL else sanitize(norm)
         for j in tl.static_range(1, WORLD):
-            peer = tl.load(ctl + CTL_PEERS + (rank + j) % WORLD)
+            peer = tl.load(ctl + CTL_PEERS + peer_at(rank, pid, j, WORLD))
             store16(peer + results + at, clean, mask, True)
             if FULL:
                 row_at = peer + rstds + tl.cast(rank * shard + i, tl.int64) * 8
@@ -342,7 +337,7 @@ def two_shot_data_kernel(
     # The other owners' rows, as they arrive.
     thread = tl.arange(0, THREADS)
     for t in range(pid, tiles, programs):
-        owner = _owner_of(t, rank, WORLD)
+        owner = peer_at(rank, t, 1, WORLD)
         first = t // (WORLD - 1) * TILE
         limit = rows_of(owner, tokens, shard) * PACKETS
         if first < limit:

@@ -21,7 +21,7 @@ class Plan:
 
     Attributes:
         programs: blocks in the grid; all must fit on the GPU at once.
-        warps: per block, a power of two. Blocks of up to 8 warps may go two to a multiprocessor.
+        warps: per block, a power of two. So many blocks go to a multiprocessor that it has 16 warps.
         block: packets of 16 bytes that a block takes of a row, a power of two, at least 32 * warps.
         slices: blocks that share a row (one-shot and data-as-flag two-shot).
         unroll: packets per thread and tile of the flat copies (data-as-flag two-shot).
@@ -63,7 +63,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 def check_plan(plan: Plan, packets: int, multiprocessors: int) -> str | None:
     """Why a plan cannot be launched for rows of `packets` packets, or None."""
-    per_multiprocessor = 2 if plan.warps <= 8 else 1
+    per_multiprocessor = max(1, 16 // plan.warps)  # at the cap on registers
     if plan.warps not in (1, 2, 4, 8, 16, 32):
         return f"warps is {plan.warps}; it must be a power of two, at most 32"
     if plan.block != _power_of_two(plan.block) or plan.block < plan.threads:
@@ -113,16 +113,18 @@ def plan_two_shot_data(shard: int, packets: int, world_size: int, multiprocessor
 
 
 @functools.lru_cache(maxsize=16384)
-def plan_two_shot_flags(shard: int, packets: int, multiprocessors: int) -> Plan:
-    """One block a multiprocessor, a row at a time; as few blocks as make equally many strides, so that none
-    idles.
+def plan_two_shot_flags(shard: int, packets: int, multiprocessors: int, full: bool) -> Plan:
+    """A row at a time; as few blocks as make equally many strides, so that none idles.
+
+    Many rows: two blocks a multiprocessor or more, one of which transfers while the other waits for its fence or
+    its flags. Fewer: one, so that there are several strides, which overlap.
     """
     block = max(32, _power_of_two(packets))
-    strides = _ceil_div(shard, multiprocessors)
-    return Plan(
-        programs=_ceil_div(shard, strides),
-        warps=min(16 if packets <= 2048 else 32, max(1, block // 32)),
-        block=block,
-        ahead=min(2, strides),
-        lag=min(1, strides - 1),
-    )
+    warps = min(8, max(1, block // 32))
+    each = 16 // warps
+    if packets > 1024 or shard <= each * multiprocessors:
+        warps, each = min(16 if packets <= 2048 else 32, max(1, block // 32)), 1
+    strides = _ceil_div(shard, each * multiprocessors)
+    # With the full residual every rank also normalises its peers' rows: then it helps to take them at once.
+    late = not full or each == 1
+    return Plan(programs=_ceil_div(shard, strides), warps=warps, block=block, lag=min(int(late), strides - 1))

@@ -45,7 +45,7 @@ _FLASHINFER = "flashinfer"
 # The largest workspace that is made: all of it is mapped by every peer.
 MAX_BYTES = 1 << 30
 # Above so many tokens the one-shot and the data-as-flag protocol lose; their buffers are not made larger.
-ONE_SHOT_TOKENS, DATA_TOKENS = 128, 512
+ONE_SHOT_TOKENS = 128
 # A kernel waits so long for a peer, in seconds: long enough for a peer that compiles its kernels first.
 PEER_TIMEOUT_S = 120.0
 
@@ -98,13 +98,18 @@ def supports_args(
     )
 
 
+def data_tokens(world_size: int) -> int:
+    """The most tokens for the data-as-flag protocol: the more ranks, the longer it wins."""
+    return 1024 if world_size > 4 else 512
+
+
 def _layout(hidden: int, dtype: torch.dtype, world_size: int, tokens: int) -> Layout:
     return Layout(
         world_size=world_size,
         hidden=hidden,
         itemsize=dtype.itemsize,
         one_shot_tokens=min(ONE_SHOT_TOKENS, tokens),
-        data_tokens=min(DATA_TOKENS, tokens),
+        data_tokens=min(data_tokens(world_size), tokens),
         max_tokens=tokens,
         outputs=0,
     )
@@ -158,7 +163,7 @@ class HeldWorkspace(Workspace):
     def output(self, asked: int | None, tokens: int) -> dict[str, int]:
         """The option for a call whose result may stay in an output buffer: only the protocol with flags can do so."""
         layout = self.made.layout
-        return {"output": asked} if asked is not None and layout.outputs > asked and tokens > DATA_TOKENS else {}
+        return {"output": asked} if asked is not None and layout.outputs > asked and tokens > layout.data_tokens else {}
 
     def proven(self, kind: str) -> bool:
         """Whether such calls of an operator that extends the plain one come out right: tried and voted on once, by all
@@ -227,7 +232,7 @@ class SymmMemProvider(WorkspaceProvider):
             key.dtype,
             request.max_tokens,
             one_shot_tokens=ONE_SHOT_TOKENS,
-            data_tokens=DATA_TOKENS,
+            data_tokens=data_tokens(request.group.size()),
             outputs=request.outputs,
             timeout_s=PEER_TIMEOUT_S,
             device=request.device,

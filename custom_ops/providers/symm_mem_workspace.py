@@ -231,6 +231,7 @@ class SymmMemWorkspace:
         self._buffer: Tensor | None = None
         self._handle: Any = None
         peers = self._allocate()
+        self._outputs = self._output_tensors()
         self._host_error = torch.zeros(1, dtype=torch.int64, pin_memory=True)
         self._error_word = ctypes.c_int64.from_address(self._host_error.data_ptr())
         self.ctl = self._control_block(peers)
@@ -270,6 +271,17 @@ class SymmMemWorkspace:
         self._buffer, self._handle = buffer, handle
         return peers
 
+    def _output_tensors(self) -> list[Tensor]:
+        """The output buffers, each as a tensor with a storage of its own: a result in one is then no alias of an
+        argument in another, which torch does not allow of custom operators.
+        """
+        assert self._buffer is not None
+        found = []
+        for slot in range(self.layout.outputs):
+            at = self.layout.offsets[f"output{slot}"]
+            found.append(torch.from_dlpack(self._buffer[at : at + self.layout.sizes[f"output{slot}"]]))
+        return found
+
     def _control_block(self, peers: list[int]) -> Tensor:
         words = torch.zeros(CTL_WORDS, dtype=torch.int64)
         words[CTL_HOST_ERROR] = self._host_error.data_ptr()
@@ -300,8 +312,7 @@ class SymmMemWorkspace:
                 f"output({slot}, {tokens}): the workspace has {self.layout.outputs} outputs of "
                 f"{self.layout.max_tokens} tokens"
             )
-        at = self.layout.offsets[f"output{slot}"]
-        flat = self._buffer[at : at + tokens * self.layout.row_bytes]
+        flat = self._outputs[slot][: tokens * self.layout.row_bytes]
         return flat.view(self.dtype).view(tokens, self.hidden)
 
     def check(self, synchronize: bool = False) -> None:
@@ -340,3 +351,4 @@ class SymmMemWorkspace:
             torch.cuda.synchronize(self.device)
             self._buffer = None
             self._handle = None
+            self._outputs.clear()

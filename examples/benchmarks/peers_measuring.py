@@ -216,7 +216,7 @@ class _Hidden:
             return "" if tokens >= peers_report.LARGER else f"timed from {peers_report.LARGER} tokens on"
         own = self.us.get(candidate.label, {})
         smaller = max((t for t in own if t < tokens), default=0)
-        others = [found[smaller] for label, found in self.us.items() if smaller in found and label != COPIES]
+        others = [found[smaller] for label, found in self.us.items() if smaller in found and label not in COPIES]
         if smaller and candidate.kind != CHOSEN and own[smaller] > FAR * min(others):
             return f"not tried: {own[smaller] / min(others):.1f} times as long as the fastest at {smaller} tokens"
         return ""

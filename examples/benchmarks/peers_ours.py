@@ -26,10 +26,10 @@ from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.norms import SCALE_THEN_ROUND
 from fusewire.custom_ops.plans import ONE_SHOT, SYMM_ONE_SHOT, SYMM_TWO_SHOT, TWO_SHOT
 from fusewire.custom_ops.providers import flashinfer, symm_mem
-from fusewire.custom_ops.providers.symm_mem_provider import DATA_TOKENS
 from fusewire.custom_ops.providers.symm_mem_provider import PROVIDER as SYMM_MEM
+from fusewire.custom_ops.providers.symm_mem_provider import data_tokens
 from fusewire.custom_ops.sharded_norm import own_rows
-from fusewire.custom_ops.timing import EPS, Timer, peer_copy
+from fusewire.custom_ops.timing import EPS, Timer, peer_copies
 from fusewire.custom_ops.workspace import PROVIDERS
 from fusewire.errors import WorkspaceError
 
@@ -39,9 +39,10 @@ OURS = (
     ("symm_mem two-shot, in place", "two-shot in place", FUSEWIRE),
     ("symm_mem sharded residual", "sharded residual", SHARDED),
     ("symm_mem sharded residual, in place", "sharded in place", SHARDED),
-    ("plain copy to all peers", "", COPY),
+    ("plain copy to all peers, copy engines", "", COPY),
+    ("plain copy to all peers, kernel", "", COPY),
 )
-COPIES = OURS[5][0]
+COPIES = tuple(label for label, _, kind in OURS if kind == COPY)
 PROVIDED = tuple(
     (f"flashinfer {shot}, as a provider", f"`flashinfer` {shot}", FUSEWIRE) for shot in ("one-shot", "two-shot")
 )
@@ -65,9 +66,9 @@ def symm_mem_family() -> Family:
         keeper, made = PROVIDERS[SYMM_MEM], bench.workspace(SYMM_MEM)
         most, ways = made.max_tokens, {"exact": True, "compiles": True}
         few = keeper.token_limit(SYMM_ONE_SHOT, bench.hidden, bench.dtype, bench.world_size, most)
-        each, large = range(1, most + 1), range(DATA_TOKENS + 1, most + 1)
+        each, large = range(1, most + 1), range(data_tokens(bench.world_size) + 1, most + 1)
         size = f"its workspace takes {most} tokens"
-        in_place = f"only its protocol with flags, above {DATA_TOKENS} tokens, works in place, and {size}"
+        in_place = f"only its protocol with flags, above {large.start - 1} tokens, works in place, and {size}"
         two_shots = [keeper.bind(made, SYMM_TWO_SHOT, output) for output in (0, 1)]
 
         def rotating(arena: Arena) -> Call:
@@ -97,10 +98,11 @@ def symm_mem_family() -> Family:
             Candidate(*OURS[4], sharded(True), large, in_place, **ways),
         ]
         try:
-            copy, sent = peer_copy(made.made, bench.device)
-            found.append(Candidate(*OURS[5], lambda arena: copy, sent=sent))
+            copies, sent = peer_copies(made.made, bench.device)
+            for names, copy in zip(OURS[5:], copies.values(), strict=True):
+                found.append(Candidate(*names, lambda arena, copy=copy: copy, sent=sent))
         except WorkspaceError as error:
-            bench.missing[COPIES] = str(error)
+            bench.missing.update(dict.fromkeys(COPIES, str(error)))
         return found
 
     return Family("fusewire's symm_mem", OURS, together, together_s=900.0)

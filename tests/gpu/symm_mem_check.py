@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 4 tests/gpu/symm_mem_check.py --out /tmp/check  # correctness
     torchrun --nproc-per-node 4 tests/gpu/symm_mem_check.py --out /tmp/check --bench  # timing
-    ... --bench --sweep --tokens 1,16,512,2048  # and launch parameters
+    ... --bench --sweep flags --tokens 512,2048  # and launch parameters
 
 Prints a table last; logs, results.csv and bench.csv go to --out. Exits with 1 if a case failed. Nothing waits
 for ever: kernels give up after 5 s, and a step that takes longer than --limit ends the process, with the
@@ -476,6 +476,8 @@ def graphs(run: Run) -> tuple:
         for data, new in zip(inputs, fresh, strict=True):
             for name in ("x", "residual", "weight"):
                 data[name].copy_(new[name])
+            if data["inner"] is not None:
+                data["inner"].weight.copy_(new["inner"].weight)
         graph.replay()
         graph.replay()
         ws.check(synchronize=True)
@@ -589,10 +591,10 @@ def sweep_plans(kind: str, tokens: int, ws: SymmMemWorkspace, world: int, pdl: b
             elif kind == "data" and halve == 1:
                 plans.append(Plan(sms, min(16, warps), block, slices, unroll))
     else:
-        base = plan_two_shot_flags(rows, packets, sms)
-        for warps, per in ((4, 2), (8, 1), (8, 2), (16, 1), (32, 1)):
+        base = plan_two_shot_flags(rows, packets, sms, True)
+        for warps, per in ((4, 2), (4, 4), (8, 1), (8, 2), (16, 1), (32, 1)):
             strides = -(-rows // (sms * per))
-            for ahead, lag in ((1, 0), (1, 1), (2, 1), (4, 1), (strides, 1), (strides, 0)):
+            for ahead, lag in ((1, 0), (1, 1), (2, 0), (2, 1)):
                 programs = -(-rows // strides)
                 new = {"programs": programs, "warps": warps, "ahead": max(1, min(ahead, strides)), "lag": lag}
                 plans.append(dataclasses.replace(base, block=max(base.block, 32 * warps), **new))
@@ -628,7 +630,7 @@ def candidates(run: Run, ws: SymmMemWorkspace, tokens: int, sets: list[dict]) ->
 
     plans = {kind: [] for kind in ("one_shot", "data", "flags")}
     if run.args.sweep:
-        plans = {kind: sweep_plans(kind, tokens, ws, run.world, run.args.pdl) for kind in plans}
+        plans |= {kind: sweep_plans(kind, tokens, ws, run.world, run.args.pdl) for kind in run.args.sweep}
     if tokens <= ws.layout.one_shot_tokens:
         add("one_shot", "one_shot", plans["one_shot"])
     if tokens <= ws.layout.data_tokens:
@@ -667,6 +669,15 @@ def peer_copies(run: Run, ws: SymmMemWorkspace, tokens: int, sets: list[dict]):
     return function
 
 
+def peer_pushes(run: Run, ws: SymmMemWorkspace, tokens: int, sets: list[dict]):
+    """The same bytes by a kernel's stores."""
+    from fusewire.custom_ops.providers.symm_mem_copy import push_to_peers
+
+    rows = max(1, 2 * tokens // run.world)
+    parts = [s["x"][:rows].view(torch.uint8).reshape(-1) for s in sets]
+    return lambda i: push_to_peers(ws, parts[i % len(parts)], ws.layout.offsets["inbox"])
+
+
 def bench(run: Run) -> None:
     def tail(total, residual, weight):
         kept = total + residual
@@ -680,7 +691,9 @@ def bench(run: Run) -> None:
         made = run.step(
             "workspace",
             f"{tokens}x{hidden}",
-            lambda h=hidden: run.workspace(h, BF16, max_tokens=max(run.args.tokens)).rank * 0,
+            lambda h=hidden: (
+                run.workspace(h, BF16, max_tokens=max(run.args.tokens), data_tokens=run.args.data_tokens).rank * 0
+            ),
         )
         if made:
             rows += bench_one(run, hidden, tokens, fused_tail)
@@ -720,6 +733,7 @@ def bench_one(run: Run, hidden: int, tokens: int, fused_tail) -> list[tuple]:
 
     everything = {("NCCL", None): reduce, ("compiled", None): compiled, **found}
     everything["p2p copy", None] = peer_copies(run, ws, tokens, sets)
+    everything["p2p kernel", None] = peer_pushes(run, ws, tokens, sets)
     rows, best = [], {}
     for (name, plan), function in everything.items():
 
@@ -767,11 +781,15 @@ def main() -> int:
     numbers = {"type": lambda text: [int(n) for n in text.split(",")]}
     parser.add_argument("--out", default="symm_mem_check", help="folder for the logs and the CSV files")
     parser.add_argument("--bench", action="store_true", help="time instead of checking")
-    parser.add_argument("--sweep", action="store_true", help="with --bench: launch parameters too")
+    kinds = ("one_shot", "data", "flags")
+    parser.add_argument(
+        "--sweep", nargs="*", choices=kinds, help="with --bench: launch parameters of these kernels too"
+    )
     parser.add_argument("--pdl", action="store_true", help="with --sweep: programmatic dependent launch too")
     parser.add_argument("--quick", action="store_true", help="fewer hidden sizes")
     parser.add_argument("--limit", type=float, default=180.0, help="seconds that one step may take")
     parser.add_argument("--hidden", default=[8192], **numbers)
+    parser.add_argument("--data-tokens", type=int, default=1024, help="with --bench: most tokens for data as flag")
     parser.add_argument("--tokens", default=[2**i for i in range(14)], **numbers)
     args = parser.parse_args()
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
