@@ -199,7 +199,7 @@ def test_default_plans_fit(world, hidden):
             plans = [
                 symm_mem.plan_one_shot(tokens, packets, 132),
                 symm_mem.plan_two_shot_data(shard, packets, world, 132),
-                *(symm_mem.plan_two_shot_flags(shard, packets, 132, full) for full in (True, False)),
+                *(symm_mem.plan_two_shot_flags(shard, packets, world, 132, full) for full in (True, False)),
             ]
             assert [check_plan(plan, packets, 132) for plan in plans] == [None] * 4
             owned = [spaces.owned_rows(tokens, world, rank) for rank in range(world)]

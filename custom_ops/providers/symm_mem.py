@@ -298,7 +298,7 @@ def _two_shot(
         tiles = (rounding, full, plan.slices, plan.block, plan.unroll, plan.threads, plan.pdl)
         _launch(ws, "two_shot_data_kernel", plan, tensors, numbers, inner, tiles)
     else:
-        plan = plan or plan_two_shot_flags(shard, layout.packets, ws.multiprocessors, full)
+        plan = plan or plan_two_shot_flags(shard, layout.packets, ws.world_size, ws.multiprocessors, full)
         results = at["results"] if output is None else at[f"output{output}"]
         areas = (at["inbox"], layout.flags_shard * layout.row_bytes, results, at["flags_rstds"])
         flags = (at["partial_flags"], at["result_flags"], 8 * layout.flags_shard)

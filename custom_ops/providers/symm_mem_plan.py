@@ -113,18 +113,18 @@ def plan_two_shot_data(shard: int, packets: int, world_size: int, multiprocessor
 
 
 @functools.lru_cache(maxsize=16384)
-def plan_two_shot_flags(shard: int, packets: int, multiprocessors: int, full: bool) -> Plan:
+def plan_two_shot_flags(shard: int, packets: int, world_size: int, multiprocessors: int, full: bool) -> Plan:
     """A row at a time; as few blocks as make equally many strides, so that none idles.
 
-    Many rows: two blocks a multiprocessor or more, one of which transfers while the other waits for its fence or
-    its flags. Fewer: one, so that there are several strides, which overlap.
+    Many rows: as many blocks a multiprocessor as leave 4 packets to a thread, so that one transfers while others wait
+    for a fence or a flag. Fewer rows: fewer blocks, so that there are several strides, which overlap. With the full
+    residual, where every rank also normalises its peers' rows, it helps to take those at once; and above 4 ranks one
+    block a multiprocessor is the faster.
     """
     block = max(32, _power_of_two(packets))
-    warps = min(8, max(1, block // 32))
-    each = 16 // warps
-    if packets > 1024 or shard <= each * multiprocessors:
-        warps, each = min(16 if packets <= 2048 else 32, max(1, block // 32)), 1
-    strides = _ceil_div(shard, each * multiprocessors)
-    # With the full residual every rank also normalises its peers' rows: then it helps to take them at once.
-    late = not full or each == 1
-    return Plan(programs=_ceil_div(shard, strides), warps=warps, block=block, lag=min(int(late), strides - 1))
+    most = min(16 if packets <= 2048 else 32, max(1, block // 32))
+    warps = most if full and world_size > 4 else min(most, max(1, block // 128))
+    while warps < most and shard <= 16 // warps * multiprocessors:
+        warps *= 2
+    strides = _ceil_div(shard, max(1, 16 // warps) * multiprocessors)
+    return Plan(programs=_ceil_div(shard, strides), warps=warps, block=block, lag=0 if full else min(1, strides - 1))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -153,15 +154,15 @@ def replay_ms(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    times = []
-    for _ in range(replays + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        dist.barrier()
-        start.record()
+    # One after the other, as a server runs them: alone, a replay would also count how far apart the ranks start.
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 4)]
+    dist.barrier()
+    events[0].record()
+    for event in events[1:]:
         graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+        event.record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
     worst = torch.tensor(statistics.median(times[3:]), device="cuda")
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     if inspect is not None:

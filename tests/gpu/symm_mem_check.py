@@ -591,7 +591,7 @@ def sweep_plans(kind: str, tokens: int, ws: SymmMemWorkspace, world: int, pdl: b
             elif kind == "data" and halve == 1:
                 plans.append(Plan(sms, min(16, warps), block, slices, unroll))
     else:
-        base = plan_two_shot_flags(rows, packets, sms, True)
+        base = plan_two_shot_flags(rows, packets, world, sms, True)
         for warps, per in ((4, 2), (4, 4), (8, 1), (8, 2), (16, 1), (32, 1)):
             strides = -(-rows // (sms * per))
             for ahead, lag in ((1, 0), (1, 1), (2, 0), (2, 1)):
