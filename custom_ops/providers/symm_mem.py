@@ -50,6 +50,7 @@ from fusewire.errors import ArgumentError
 DATA = "data"  # data as flag: lower latency
 FLAGS = "flags"  # one flag a row: more throughput
 _NO_WEIGHT = -1
+_TENSORS = 6  # the kernels' first arguments
 
 _compiled: dict[Any, Any] = {}
 _compile_only = False
@@ -366,7 +367,9 @@ def _run(key: Any, name: str, ws: SymmMemWorkspace, plan: Plan, args: tuple[Any,
     grid = (plan.programs, 1, 1)
     if compiled is not None:
         if not _compile_only:
-            compiled[grid](*args)
+            # Addresses, since of each tensor Triton would ask the driver whose memory it is.
+            pointers = [None if tensor is None else tensor.data_ptr() for tensor in args[:_TENSORS]]
+            compiled[grid](*pointers, *args[_TENSORS:])
         return
     from fusewire.custom_ops.providers import symm_mem_flags, symm_mem_kernels
 
