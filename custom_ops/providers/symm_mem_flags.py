@@ -41,6 +41,8 @@ from fusewire.custom_ops.providers.symm_mem_ptx import (
     load_i64,
     put_tagged,
     read_counter,
+    read_word,
+    recomputed,
     set_flags,
     store16,
     wait_flag,
@@ -117,9 +119,6 @@ def two_shot_flags_kernel(
     peer_base = load_i64(ctl_at + 8 * CTL_PEERS + thread.to(tl.int64) * 8, is_peer)
     peer_rows = rows_of(thread, tokens, shard)
     mine_rows = rows_of(rank, tokens, shard)
-    peers = ()
-    for j in tl.static_range(1, WORLD):
-        peers = peers + (tl.load(ctl + CTL_PEERS + peer_at(rank, pid, j, WORLD)),)
     # Flags that others write here, by who writes; and those that this rank writes there.
     flags_in = own + thread.to(tl.int64) * flag_bytes
     flags_out = peer_base + rank * flag_bytes
@@ -132,19 +131,21 @@ def two_shot_flags_kernel(
         i = pid + s * programs
         pushed = i < shard
         if pushed:
+            turn = recomputed(pid)
             for g in tl.static_range(1, WORLD, GROUP):
                 partial = ()
                 for j in tl.static_range(g, g + GROUP):
                     if j < WORLD:
-                        peer = peer_at(rank, pid, j, WORLD)
+                        peer = peer_at(rank, turn, j, WORLD)
                         valid = mask & (i < rows_of(peer, tokens, shard))
                         at = tl.cast(peer * shard + i, tl.int64) * ROW + byte
                         partial = partial + load16(x_at + at, valid, False)
                 for j in tl.static_range(g, g + GROUP):
                     if j < WORLD:
-                        peer = peer_at(rank, pid, j, WORLD)
+                        peer = peer_at(rank, turn, j, WORLD)
                         valid = mask & (i < rows_of(peer, tokens, shard))
-                        at = peers[j - 1] + inbox + rank * source_bytes + tl.cast(i, tl.int64) * ROW + byte
+                        base = read_word(ctl_at + 8 * CTL_PEERS + tl.cast(peer, tl.int64) * 8)
+                        at = base + inbox + rank * source_bytes + tl.cast(i, tl.int64) * ROW + byte
                         store16(at, packet_of(partial, j - g), valid, False)
         # This rank's own row.
         done = i - ahead * programs
@@ -160,8 +161,9 @@ def two_shot_flags_kernel(
             bad = tl.max(late, axis=0)
             tl.debug_barrier()
             sums = ()
+            none = recomputed(0)
             for src in tl.static_range(WORLD):
-                here = own + inbox + src * source_bytes + local
+                here = own + inbox + (none + src) * source_bytes + local
                 words = load16(here, mask & (rank != src), True)
                 sums = accumulate(sums, words, src, mine, rank, KIND)
             scale = kept_scale if KEEP else load_scale(weight, packet, mask, KIND, WKIND)
@@ -180,12 +182,13 @@ def two_shot_flags_kernel(
                     INNER_WKIND,
                     INNER_ROUND_FIRST,
                 )
-                rstd = reciprocal_rms(squares_of(total, mask, KIND), eps, HIDDEN)
-            else:
-                rstd = reciprocal_rms(tl.sum(sum_of_squares(total, KIND), axis=0), eps, HIDDEN)
+            squares = squares_of(total, mask, KIND) if INNER else tl.sum(sum_of_squares(total, KIND), axis=0)
+            rstd = reciprocal_rms(squares, eps, HIDDEN)
             norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST)
+            turn = recomputed(pid)
             for j in tl.static_range(1, WORLD):
-                store16(peers[j - 1] + results + at, total if FULL else norm, mask, False)
+                base = read_word(ctl_at + 8 * CTL_PEERS + tl.cast(peer_at(rank, turn, j, WORLD), tl.int64) * 8)
+                store16(base + results + at, total if FULL else norm, mask, False)
             if FULL:
                 row_at = peer_base + rstds + tl.cast(rank * shard + done, tl.int64) * 8
                 put_tagged(row_at, rstd, tag_of(call), is_peer)
@@ -204,6 +207,7 @@ def two_shot_flags_kernel(
             late = wait_flag(flag, call, is_peer & (taken < peer_rows), ctl_at, WAIT_RESULT_FLAG, thread, True)
             bad = tl.max(late, axis=0)
             tl.debug_barrier()
+            turn = recomputed(pid)
             if FULL or not IN_PLACE:
                 scale = kept_scale if KEEP else load_scale(weight, packet, mask, KIND, WKIND)
                 for g in tl.static_range(1, WORLD, GROUP):
@@ -211,7 +215,7 @@ def two_shot_flags_kernel(
                     rms = ()
                     for j in tl.static_range(g, g + GROUP):
                         if j < WORLD:
-                            peer = peer_at(rank, pid, j, WORLD)
+                            peer = peer_at(rank, turn, j, WORLD)
                             valid = mask & (taken < rows_of(peer, tokens, shard))
                             row = tl.cast(peer * shard + taken, tl.int64)
                             arrived = arrived + load16(own + results + row * ROW + byte, valid, True)
@@ -220,7 +224,7 @@ def two_shot_flags_kernel(
                                 rms = rms + (load_i64(own + rstds + row * 8, here),)
                     for j in tl.static_range(g, g + GROUP):
                         if j < WORLD:
-                            peer = peer_at(rank, pid, j, WORLD)
+                            peer = peer_at(rank, turn, j, WORLD)
                             here = taken < rows_of(peer, tokens, shard)
                             row = tl.cast(peer * shard + taken, tl.int64)
                             at = row * ROW + byte
@@ -237,7 +241,7 @@ def two_shot_flags_kernel(
                 if bad > 0:
                     nan = tl.full([BLOCK], SENTINEL, tl.int32)
                     for j in tl.static_range(1, WORLD):
-                        peer = peer_at(rank, pid, j, WORLD)
+                        peer = peer_at(rank, turn, j, WORLD)
                         valid = mask & (taken < rows_of(peer, tokens, shard))
                         at = own + results + tl.cast(peer * shard + taken, tl.int64) * ROW + byte
                         store16(at, (nan, nan, nan, nan), valid, False)

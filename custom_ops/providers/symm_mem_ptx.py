@@ -351,6 +351,22 @@ def read_counter(addr: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def read_word(addr: tl.tensor) -> tl.tensor:
+    """A 64-bit word, read where it stands: a compiler moves a plain load of what a loop does not change out of it."""
+    return tl.inline_asm_elementwise("ld.global.b64 $0, [$1];", "=l,l", (addr,), dtype=tl.int64, is_pure=False, pack=1)
+
+
+@triton.jit
+def recomputed(value: tl.tensor) -> tl.tensor:
+    """The 32-bit value, of which the compiler does not know that it is the same each time.
+
+    What follows from it is computed anew where it is used. With 8 ranks there are so many addresses that a loop does
+    not change that keeping them would take more registers than there are.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", (value,), dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def add_counter(addr: tl.tensor, amount: tl.tensor, mask: tl.tensor) -> None:
     """Add to a launch counter where mask; nothing comes back, so nobody waits for it."""
     tl.inline_asm_elementwise(

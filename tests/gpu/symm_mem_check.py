@@ -592,9 +592,9 @@ def sweep_plans(kind: str, tokens: int, ws: SymmMemWorkspace, world: int, pdl: b
                 plans.append(Plan(sms, min(16, warps), block, slices, unroll))
     else:
         base = plan_two_shot_flags(rows, packets, world, sms, True)
-        for warps, per in ((4, 2), (4, 4), (8, 1), (8, 2), (16, 1), (32, 1)):
+        for warps, per in ((4, 4), (8, 2), (16, 1), (32, 1)):
             strides = -(-rows // (sms * per))
-            for ahead, lag in ((1, 0), (1, 1), (2, 0), (2, 1)):
+            for ahead, lag in ((1, 0), (1, 1), (2, 1)):
                 programs = -(-rows // strides)
                 new = {"programs": programs, "warps": warps, "ahead": max(1, min(ahead, strides)), "lag": lag}
                 plans.append(dataclasses.replace(base, block=max(base.block, 32 * warps), **new))
