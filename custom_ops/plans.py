@@ -8,6 +8,7 @@ NVLink multicast; "native" is NCCL's all-reduce and Inductor's add + RMSNorm in 
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -66,9 +67,27 @@ class _Measured:
         )
 
 
+def _doubling(*costs: float) -> tuple[tuple[int, float], ...]:
+    """Microseconds at 1, 2, 4, ... tokens."""
+    return tuple((1 << power, cost) for power, cost in enumerate(costs))
+
+
 # Hopper boards with NVSwitch: 18 NVLink 4 links, 450 GB/s per direction, 132 SMs.
 _H200 = ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
 _TABLES = (
+    _Measured(
+        _H200,
+        2,
+        4096,
+        torch.bfloat16,
+        "measured on 2 H200s, 2026-11-20",
+        {
+            NATIVE: _doubling(8.9, 9.3, 9.8, 10.1, 11.1, 12.7, 14.5, 19.3, 32.3, 38.8, 57.7, 93.7, 171.4, 314.2),
+            ONE_SHOT: _doubling(4.9, 5.0, 5.3, 5.5, 6.3, 6.6, 7.4, 8.4, 12.4, 21.5, 43.4, 86.7, 167.4, 332.2),
+            SYMM_ONE_SHOT: _doubling(2.8, 2.9, 3.4, 3.9, 4.4, 5.2, 6.0, 6.5),
+            SYMM_TWO_SHOT: _doubling(4.0, 4.1, 4.2, 4.8, 5.7, 5.9, 6.9, 8.0, 11.8, 16.5, 34.3, 59.7, 113.1, 220.2),
+        },
+    ),
     _Measured(
         _H200,
         2,
@@ -76,23 +95,14 @@ _TABLES = (
         torch.bfloat16,
         "measured on 2 H200s, 2026-11-20",
         {
-            NATIVE: (
-                *((1, 11.3), (4, 12.7), (16, 14.9), (32, 16.5), (64, 20.6), (128, 33.4), (256, 40.8)),
-                *((512, 60.8), (1024, 104.9), (2048, 187.7), (8192, 769.9)),
-            ),
-            ONE_SHOT: (
-                *((1, 5.8), (4, 6.3), (16, 7.5), (32, 8.2), (64, 9.2), (128, 13.4), (256, 19.5)),
-                *((512, 38.8), (1024, 79.0), (2048, 153.4)),
-            ),
+            NATIVE: _doubling(10.4, 10.6, 11.1, 11.7, 13.8, 15.6, 20.3, 33.1, 39.5, 57.1, 92.8, 170.8, 314.2, 602.4),
+            ONE_SHOT: _doubling(5.6, 5.9, 6.0, 6.7, 7.1, 7.7, 9.7, 12.5, 20.2, 39.2, 79.5, 154.5, 304.2, 602.4),
             TWO_SHOT: (
                 *((4, 39.8), (16, 18.5), (32, 18.0), (64, 19.4), (128, 20.4), (256, 26.2), (512, 50.5)),
                 *((1024, 86.2), (2048, 163.7), (8192, 617.1)),
             ),
-            SYMM_ONE_SHOT: (*((1, 2.8), (2, 3.4), (4, 4.1), (8, 4.8), (16, 6.2), (32, 6.8), (64, 8.7), (128, 10.9)),),
-            SYMM_TWO_SHOT: (
-                *((1, 4.3), (2, 4.3), (4, 4.8), (8, 5.8), (16, 6.2), (32, 7.4), (64, 9.1), (128, 14.4)),
-                *((256, 18.0), (512, 30.2), (1024, 62.0), (2048, 118.9), (4096, 230.2), (8192, 469.3)),
-            ),
+            SYMM_ONE_SHOT: _doubling(3.1, 3.6, 4.3, 5.0, 6.0, 6.8, 8.7, 10.8),
+            SYMM_TWO_SHOT: _doubling(4.4, 4.4, 4.9, 6.0, 6.3, 7.8, 9.6, 14.1, 17.6, 30.0, 58.4, 104.2, 198.1, 387.3),
         },
     ),
     _Measured(
@@ -102,23 +112,14 @@ _TABLES = (
         torch.bfloat16,
         "measured on 4 H200s, 2026-11-20",
         {
-            NATIVE: (
-                *((1, 15.1), (4, 17.0), (16, 17.5), (32, 20.5), (64, 24.2), (128, 33.3), (256, 48.4)),
-                *((512, 73.8), (1024, 124.7), (2048, 225.4), (4096, 424.6), (8192, 811.7)),
-            ),
-            ONE_SHOT: (
-                *((1, 6.6), (4, 7.1), (16, 8.9), (32, 11.1), (64, 15.9), (128, 25.9), (256, 49.0)),
-                *((512, 95.5), (1024, 189.6), (2048, 374.9)),
-            ),
+            NATIVE: _doubling(14.1, 14.5, 15.2, 16.0, 16.6, 20.3, 25.0, 35.6, 48.1, 69.9, 114.4, 206.7, 388.7, 747.3),
+            ONE_SHOT: _doubling(6.4, 6.5, 6.8, 8.0, 9.1, 11.3, 16.3, 27.1, 49.0, 95.8, 189.2, 375.5, 746.0, 1493.9),
             TWO_SHOT: (
                 *((16, 32.2), (32, 25.8), (64, 27.0), (128, 32.6), (256, 42.6), (512, 68.1)),
                 *((1024, 119.5), (2048, 225.3), (4096, 435.9), (8192, 858.1)),
             ),
-            SYMM_ONE_SHOT: (*((1, 3.3), (2, 4.0), (4, 5.1), (8, 5.8), (16, 7.8), (32, 10.3), (64, 15.1), (128, 23.9)),),
-            SYMM_TWO_SHOT: (
-                *((1, 4.5), (2, 4.6), (4, 4.8), (8, 5.8), (16, 6.6), (32, 7.6), (64, 10.8), (128, 15.7)),
-                *((256, 25.4), (512, 45.6), (1024, 87.6), (2048, 163.1), (4096, 312.4), (8192, 601.7)),
-            ),
+            SYMM_ONE_SHOT: _doubling(3.4, 3.9, 4.8, 5.5, 7.9, 10.1, 14.9, 23.8),
+            SYMM_TWO_SHOT: _doubling(4.5, 4.6, 4.8, 5.7, 6.6, 7.7, 10.8, 15.2, 25.2, 45.4, 87.4, 156.2, 299.7, 588.9),
         },
     ),
     _Measured(
@@ -128,25 +129,14 @@ _TABLES = (
         torch.bfloat16,
         "measured on 8 H200s, 2026-11-20",
         {
-            NATIVE: (
-                *((1, 20.9), (4, 24.8), (16, 27.6), (32, 27.6), (64, 33.2), (128, 42.1), (256, 57.6)),
-                *((512, 89.4), (1024, 144.6), (2048, 265.4), (4096, 474.4), (8192, 903.8)),
-            ),
-            ONE_SHOT: (
-                *((1, 8.6), (4, 11.6), (16, 16.2), (32, 23.1), (64, 34.7), (128, 72.2), (256, 123.9)),
-                *((512, 215.3), (1024, 418.7), (2048, 838.6)),
-            ),
+            NATIVE: _doubling(19.9, 21.8, 23.0, 23.9, 25.2, 25.9, 33.6, 43.4, 55.6, 85.5, 132.0, 245.6, 430.3, 833.2),
+            ONE_SHOT: _doubling(7.6, 8.0, 8.7, 10.7, 13.8, 20.1, 32.7, 70.0, 122.0, 213.9, 417.7, 827.9, 1672.1),
             TWO_SHOT: (
                 *((16, 64.9), (32, 49.4), (64, 44.8), (128, 49.6), (256, 65.7), (512, 100.6)),
                 *((1024, 170.9), (2048, 318.1), (4096, 609.5)),
             ),
-            SYMM_ONE_SHOT: (
-                *((1, 4.0), (2, 4.9), (4, 6.0), (8, 7.6), (16, 11.5), (32, 17.0), (64, 30.1), (128, 51.9)),
-            ),
-            SYMM_TWO_SHOT: (
-                *((1, 5.1), (2, 5.2), (4, 5.9), (8, 6.0), (16, 8.3), (32, 9.1), (64, 12.9), (128, 19.0)),
-                *((256, 29.7), (512, 53.8), (1024, 111.5), (2048, 206.7), (4096, 393.7), (8192, 752.2)),
-            ),
+            SYMM_ONE_SHOT: _doubling(4.0, 4.6, 5.9, 7.7, 11.4, 17.2, 29.1, 51.9),
+            SYMM_TWO_SHOT: _doubling(5.0, 5.1, 5.3, 5.9, 9.3, 9.0, 12.2, 18.7, 30.0, 54.2, 103.8, 200.1, 409.2, 739.9),
         },
     ),
 )
@@ -161,14 +151,24 @@ def find_plan(gpu: str, world_size: int, hidden: int, dtype: torch.dtype, tuned:
     """
     if tuned is not None:
         return tuned
-    tables = [table for table in _TABLES if gpu in table.gpus and table.world_size == world_size]
-    if not tables:
-        limit = _CAUTIOUS_LIMITS.get(world_size, 0)
-        where = f"{world_size} x {gpu}"
-        return Plan(
-            f"nothing was measured on {where}: one kernel up to {limit >> 10} KiB",
-            limits={SYMM_ONE_SHOT: limit // 8, SYMM_TWO_SHOT: limit, ONE_SHOT: limit},
-        )
+    tables = [table for table in _TABLES if gpu in table.gpus]
+    if world_size in (table.world_size for table in tables):
+        return _nearest([table for table in tables if table.world_size == world_size], gpu, hidden, dtype)
+    below = max((table.world_size for table in tables if table.world_size < world_size), default=0)
+    above = min((table.world_size for table in tables if table.world_size > world_size), default=0)
+    if below and above:
+        ends = [find_plan(gpu, size, hidden, dtype) for size in (below, above)]
+        return _between(*ends, math.log(world_size / below) / math.log(above / below))
+    limit = _CAUTIOUS_LIMITS.get(world_size, 0)
+    where = f"{world_size} x {gpu}"
+    return Plan(
+        f"nothing was measured on {where}: one kernel up to {limit >> 10} KiB",
+        limits={SYMM_ONE_SHOT: limit // 8, SYMM_TWO_SHOT: limit, ONE_SHOT: limit},
+    )
+
+
+def _nearest(tables: Sequence[_Measured], gpu: str, hidden: int, dtype: torch.dtype) -> Plan:
+    """The plan of the table whose hidden size is the nearest."""
     nearest = min(
         tables,
         key=lambda table: (max(table.hidden, hidden) / min(table.hidden, hidden), table.dtype != dtype),
@@ -177,3 +177,12 @@ def find_plan(gpu: str, world_size: int, hidden: int, dtype: torch.dtype, tuned:
     if (nearest.hidden, nearest.dtype) != (hidden, dtype):
         note += f", at hidden size {nearest.hidden} in {str(nearest.dtype).removeprefix('torch.')}, by bytes"
     return nearest.plan(note)
+
+
+def _between(below: Plan, above: Plan, share: float) -> Plan:
+    """Costs for a world size between two that were measured: `share` of the way from the one to the other."""
+    costs: dict[str, Points] = {}
+    for label, points in below.costs.items():
+        pairs = ((size, cost, above.cost(label, size)) for size, cost in points)
+        costs[label] = tuple((size, low ** (1 - share) * high**share) for size, low, high in pairs if high is not None)
+    return Plan(f"between what was {below.source} and {above.source}", costs)

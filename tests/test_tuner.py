@@ -998,7 +998,13 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(capsys):
 
 SHIPPED = Table(
     dataclasses.replace(KEY, hidden=8192, world_size=4),
-    {label: tuple(points) for label, points in plans._TABLES[1].tokens.items()},
+    {
+        "native": ((1, 15.1), (64, 24.2), (1024, 124.7), (8192, 811.7)),
+        plans.ONE_SHOT: ((1, 6.6), (64, 15.9), (1024, 189.6)),
+        plans.TWO_SHOT: ((64, 27.0), (1024, 119.5), (8192, 858.1)),
+        plans.SYMM_ONE_SHOT: ((1, 3.3), (64, 15.1)),
+        plans.SYMM_TWO_SHOT: ((1, 4.5), (64, 10.8), (1024, 87.6), (8192, 601.7)),
+    },
     measured="then",
     seconds=20.0,
     link_rate=400e9,

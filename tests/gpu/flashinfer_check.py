@@ -180,7 +180,7 @@ class Context:
     def make(self, hidden: int, dtype: torch.dtype, tokens: int, group: dist.ProcessGroup | None = None):
         """The workspace, or None with the reason."""
         keeper = workspace.PROVIDERS["flashinfer"]
-        found = workspace._prepare_one(keeper, group or self.group, hidden, dtype, self.device, tokens)
+        found = workspace._prepare_one(keeper, group or self.group, hidden, dtype, self.device, tokens, 0)
         key = workspace.WorkspaceKey("flashinfer", found.group_name, dtype, hidden)
         entry = workspace.REGISTRY.entries.get(key)
         return (entry.workspace if entry else None), found.reason
