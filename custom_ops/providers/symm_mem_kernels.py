@@ -324,7 +324,8 @@ def two_shot_data_kernel(
         # threads at one address, which held it up by 3 us at 16 tokens on 4 GPUs.
         clean = sanitize(total) if FULL else sanitize(norm)
         for j in tl.static_range(1, WORLD):
-            peer = tl.load(ctl + CTL_PEERS + peer_at(rank, pid, j, WORLD))
+            # By rows, so that all blocks of a row send to a peer at the same time: one of them brings the rstd.
+            peer = tl.load(ctl + CTL_PEERS + peer_at(rank, i, j, WORLD))
             store16(peer + results + at, clean, mask, True)
             if FULL:
                 row_at = peer + rstds + tl.cast(rank * shard + i, tl.int64) * 8
