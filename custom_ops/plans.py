@@ -157,8 +157,8 @@ def find_plan(gpu: str, world_size: int, hidden: int, dtype: torch.dtype, tuned:
     below = max((table.world_size for table in tables if table.world_size < world_size), default=0)
     above = min((table.world_size for table in tables if table.world_size > world_size), default=0)
     if below and above:
-        ends = [find_plan(gpu, size, hidden, dtype) for size in (below, above)]
-        return _between(*ends, math.log(world_size / below) / math.log(above / below))
+        fewer, more = (find_plan(gpu, size, hidden, dtype) for size in (below, above))
+        return _between(fewer, more, math.log(world_size / below) / math.log(above / below))
     limit = _CAUTIOUS_LIMITS.get(world_size, 0)
     where = f"{world_size} x {gpu}"
     return Plan(

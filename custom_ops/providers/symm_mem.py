@@ -216,8 +216,7 @@ def two_shot_sharded(
         residual: this rank's rows, (S, hidden) or only the `owned_rows(T, R, rank)` first of them; rows past
             the owned ones are not read.
         norm_out: the complete norm, of x's shape.
-        residual_out: (S, hidden), made if None; rows past the owned ones are not written (and are zeros if
-            made here).
+        residual_out: (S, hidden), made if None; rows past the owned ones become zeros.
         output: the norm is left in that output buffer, without a copy; norm_out must then be None.
 
     Returns:
@@ -231,8 +230,6 @@ def two_shot_sharded(
     residual = residual_shard(residual, x, shard, owned, ws)
     if need_residual and residual_out is None:
         residual_out = x.new_empty((shard, ws.hidden))
-        if owned < shard:
-            residual_out[owned:].zero_()
     elif need_residual:
         residual_out = output_like(residual_out, x.new_empty((shard, ws.hidden), device="meta"), x, "residual_out")
     else:

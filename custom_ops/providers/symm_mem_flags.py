@@ -195,6 +195,11 @@ def two_shot_flags_kernel(
             store16(norm_out.to(tl.int64) + at, norm, mask, False)
             if WRITE_RESIDUAL:
                 store16(residual_out.to(tl.int64) + kept, total, mask, False)
+        if WRITE_RESIDUAL and not FULL:  # noqa: SIM102
+            if (done >= mine_rows) & (done < shard):  # a row of the shard that no token is for
+                zeros = tl.zeros([BLOCK], tl.int32)
+                there = residual_out.to(tl.int64) + tl.cast(done, tl.int64) * ROW + byte
+                store16(there, (zeros, zeros, zeros, zeros), mask, False)
         if pushed | finished:
             tl.debug_barrier()
             first = flags_out + partial_flags + tl.cast(i, tl.int64) * 8

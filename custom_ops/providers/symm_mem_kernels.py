@@ -337,6 +337,11 @@ def two_shot_data_kernel(
         for src in tl.static_range(WORLD):
             here = own + slot + src * source_bytes + local
             store16(here, (empty, empty, empty, empty), mask & (rank != src), False)
+    if WRITE_RESIDUAL and not FULL:  # rows of the shard that no token is for
+        zeros = tl.zeros([BLOCK], tl.int32)
+        for i in range(tl.where(pid < groups * SLICES, mine_rows + pid // SLICES, shard), shard, groups):
+            there = residual_out.to(tl.int64) + tl.cast(i, tl.int64) * ROW + byte
+            store16(there, (zeros, zeros, zeros, zeros), mask, False)
     # The other owners' rows, as they arrive.
     thread = tl.arange(0, THREADS)
     for t in range(pid, tiles, programs):

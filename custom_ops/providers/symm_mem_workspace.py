@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fusewire.custom_ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.providers.symm_mem_plan import MAX_SLICES
@@ -279,7 +280,7 @@ class SymmMemWorkspace:
         found = []
         for slot in range(self.layout.outputs):
             at = self.layout.offsets[f"output{slot}"]
-            found.append(torch.from_dlpack(self._buffer[at : at + self.layout.sizes[f"output{slot}"]]))
+            found.append(from_dlpack(self._buffer[at : at + self.layout.sizes[f"output{slot}"]]))
         return found
 
     def _control_block(self, peers: list[int]) -> Tensor:
