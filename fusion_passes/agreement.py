@@ -5,7 +5,8 @@ not, or has fewer rows of an unevenly divided sequence), a rank may fuse or merg
 were. The program's own collectives fit together all the same; the rewritten ones would not: wrong numbers, or ranks that
 wait for each other. So every rank posts a digest of its rewritten collectives, in the store that the process group was
 made with. A rank that rewrote something waits for its peers' digests, and if one differs it compiles the graph once more
-with its collectives left alone; as every rank that rewrote something does, they fit together again.
+with its collectives left alone; as every rank that rewrote something does, they fit together again. With collectives over
+several groups in a graph, what one group's ranks leave alone concerns the others', so they tell each other.
 
 Ranks need not compile at the same time: one may compile anew what the others have, for other shapes. A rank that does not
 even start is taken at its last word on the same place in the program.
@@ -27,14 +28,16 @@ import torch.distributed as dist
 from torch.fx import Graph, GraphModule, Node
 
 from fusewire.custom_ops.votes import say, timeout_s
+from fusewire.errors import ProcessGroupError
 from fusewire.fusion_passes.config import PassConfig
-from fusewire.fusion_passes.report import FUSED, GraphAccount, forget_accounts, report
+from fusewire.fusion_passes.report import FUSED, Entry, forget_accounts, report
 
 # Seconds to wait for a rank that has not begun to compile a graph: its last word on the place was the same as this
 # rank's, another, or it has never compiled it.
 SAME_BEFORE_S, OTHER_BEFORE_S, NEVER_BEFORE_S = 2.0, 20.0, 120.0
 _SAY_AFTER_S = 15.0
 _PLAIN = "plain"
+_END = "end"
 
 # Why collectives are left alone in the compilation that is going on, or "".
 LEFT_ALONE: contextvars.ContextVar[str] = contextvars.ContextVar("fusewire_left_alone", default="")
@@ -59,7 +62,7 @@ def compiled_alike(
             meeting.post(_PLAIN, "could not compile it")
         raise
     accounts = report().graphs[before:]
-    reason = "; ".join(filter(None, [_compare(meetings[name], accounts) for name in meetings]))
+    reason = _reason(list(meetings.values()), [entry for account in accounts for entry in account.entries])
     if not reason:
         return result
     forget_accounts(accounts)
@@ -84,27 +87,67 @@ def _groups() -> list[dist.ProcessGroup]:
     return [group for group in known if group.size() > 1 and dist.get_backend(group) != "fake"]
 
 
-def _compare(meeting: _Meeting, accounts: Sequence[GraphAccount]) -> str:
-    """Post this rank's digest for a group, wait for the others', and say how they differ."""
-    entries = [entry for account in accounts for entry in account.entries if entry.group == meeting.name]
+def _reason(meetings: Sequence[_Meeting], entries: Sequence[Entry]) -> str:
+    """Why this rank leaves its collectives alone, or ""."""
+    fused = {entry.group for entry in entries if entry.status == FUSED}
+    for meeting in meetings:
+        _post(meeting, [entry for entry in entries if entry.group == meeting.name], len(fused))
+    # What nobody rewrote here does not matter, unless this rank has rewritten something over another group.
+    concerned = [meeting for meeting in meetings if fused and (meeting.name in fused or meeting.collectives)]
+    reason = "; ".join(filter(None, [_compare(meeting) for meeting in concerned]))
+    return _spread(concerned, reason)
+
+
+def _post(meeting: _Meeting, entries: Sequence[Entry], groups: int) -> None:
+    """Post this rank's digest for a group."""
     fused = [entry for entry in entries if entry.status == FUSED]
     digest = _PLAIN
     if fused:
         parts = [(entry.collective, entry.status, entry.fusion, entry.dtype) for entry in entries]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    meeting.post(digest, f"would fuse {len(fused)} of {len(entries)}")
-    if not fused:
-        return ""  # nothing was rewritten: whatever the others do, they will see this
-    others = {rank: said for rank, said in meeting.collect(digest).items() if said["digest"] != digest}
+    meeting.collectives = len(entries)
+    meeting.post(digest, f"would fuse {len(fused)} of {len(entries)}", groups)
+
+
+def _compare(meeting: _Meeting) -> str:
+    """Wait for the others' digests and say how they differ."""
+    others = {rank: said for rank, said in meeting.collect().items() if said["digest"] != meeting.digest}
     if not others:
         return ""
-    meeting.settle(_PLAIN)
     listed = ", ".join(f"rank {rank} {said['summary']}" for rank, said in sorted(others.items()))
     return (
         f"the ranks' graphs differ, and ranks must run the same collectives: of the collectives over group "
-        f"{meeting.name!r} rank {meeting.rank} would fuse {len(fused)} of {len(entries)}, {listed}; make every rank run "
-        "the same program on equal shapes"
+        f"{meeting.name!r} rank {meeting.rank} {meeting.summary}, {listed}; make every rank run the same program on equal "
+        "shapes"
     )
+
+
+def _spread(meetings: Sequence[_Meeting], reason: str) -> str:
+    """Why this rank leaves its collectives alone, or "" if no rank does with which it has to do, by however many others.
+
+    With collectives over one group alone each rank knows by now. On a mesh with d axes, of which one group has fallen out,
+    any rank is at most 2 d - 1 groups away from any other.
+
+    Raises:
+        ProcessGroupError: it did not reach every rank in so many steps.
+    """
+    groups = max((meeting.groups for meeting in meetings), default=0)
+    for step in range(1, 2 * groups if groups > 1 else 1):
+        for meeting in meetings:
+            meeting.tell(str(step), reason)
+        for meeting in meetings:
+            reason = reason or meeting.hear(str(step))
+    for meeting in meetings:
+        meeting.tell(_END, reason)
+        if reason:
+            meeting.settle(_PLAIN)
+    late = "" if reason or groups < 2 else next(filter(None, (meeting.hear(_END) for meeting in meetings)), "")
+    if late:
+        raise ProcessGroupError(
+            f"this rank would run fused collectives and others that it shares groups with would not: {late}. Set "
+            "FUSEWIRE_DISABLE=1, or make every rank run the same program on equal shapes"
+        )
+    return reason
 
 
 class _Meeting:
@@ -119,20 +162,45 @@ class _Meeting:
         self.place = place
         self.prefix = f"fusewire/graphs/{place}"
         self.number = number
+        self.digest, self.summary = _PLAIN, ""
+        self.collectives = 0  # of this rank's graph, over this group
+        self.groups = 0  # over so many groups somebody here has fused collectives
+        self.alike: list[int] = []  # the ranks that have compiled the same now
         self._set(f"{number}/begun by {self.rank}", "yes")
 
-    def post(self, digest: str, summary: str) -> None:
-        """Tell the others what this rank made of the graph."""
-        self._set(f"{self.number}/{self.rank}", json.dumps({"digest": digest, "summary": summary}))
+    def post(self, digest: str, summary: str, groups: int = 0) -> None:
+        """Tell the others what this rank made of the graph, and over how many groups it has fused collectives."""
+        self.digest, self.summary, self.groups = digest, summary, groups
+        said = {"digest": digest, "summary": summary, "groups": groups}
+        self._set(f"{self.number}/{self.rank}", json.dumps(said))
         self.settle(digest)
+
+    def tell(self, step: str, reason: str) -> None:
+        """Tell the others whether this rank leaves its collectives alone, as far as it has heard."""
+        self._set(f"{self.number}/{step} of {self.rank}", reason)
+
+    def hear(self, step: str) -> str:
+        """Why another rank that compiled the same leaves its collectives alone, or "". Waits for them all."""
+        for rank in self.alike:
+            start, pause, said = time.monotonic(), 0.001, None
+            while said is None:
+                late = time.monotonic() - start > timeout_s()
+                said = self._get(f"{self.number}/{step} of {rank}")
+                said = self._get(f"{self.number}/{_END} of {rank}") if said is None else said
+                said = f"it said nothing for {timeout_s():g} s" if said is None and late else said
+                time.sleep(pause if said is None else 0)
+                pause = min(pause * 1.5, 0.05)
+            if said:
+                return f"rank {rank} of group {self.name!r} leaves its collectives alone: {said}"
+        return ""
 
     def settle(self, digest: str) -> None:
         """Tell those who compile this place later what this rank runs now."""
         self._set(f"last word of {self.rank}", digest)
 
-    def collect(self, digest: str) -> dict[int, dict[str, str]]:
+    def collect(self) -> dict[int, dict[str, Any]]:
         """What the others made of it; of a rank that does not come, its last word, or that it is not known."""
-        found: dict[int, dict[str, str]] = {}
+        found: dict[int, dict[str, Any]] = {}
         start = time.monotonic()
         said, pause = False, 0.001
         missing = [rank for rank in self.ranks if rank != self.rank]
@@ -140,11 +208,15 @@ class _Meeting:
             waited = time.monotonic() - start
             for rank in list(missing):
                 answer = self._get(f"{self.number}/{rank}")
-                if answer is None and waited > self._patience(rank, digest):
-                    last = self._get(f"last word of {rank}")
-                    answer = json.dumps({"digest": last, "summary": "has not compiled it, as far as is known"})
                 if answer is not None:
                     found[rank] = json.loads(answer)
+                    self.groups = max(self.groups, found[rank]["groups"])
+                    if found[rank]["digest"] == self.digest != _PLAIN:
+                        self.alike.append(rank)
+                elif waited > self._patience(rank, self.digest):
+                    last = self._get(f"last word of {rank}")
+                    found[rank] = {"digest": last, "summary": "has not compiled it, as far as is known"}
+                if rank in found:
                     missing.remove(rank)
             if missing and not said and waited > _SAY_AFTER_S and self.rank == self.ranks[0]:
                 said = True

@@ -67,6 +67,39 @@ def _divergent(name, way, options):
     return [bool(torch.equal(got, results[0])) and (got - want).abs().max().item() for got in results], reasons()
 
 
+_MESH = {}
+
+
+def mesh(x, r, w):
+    """Sums over the rows of a mesh of 2 x 2 ranks, then over its columns; the first rank reads the first sum."""
+    total = functional.all_reduce(x, "sum", _MESH["row"])
+    seen = total.abs().max() if dist.get_rank() == 0 else None
+    again = functional.all_reduce(NORMS["L"](r + total, w, 1e-5) * 0.5, "sum", _MESH["column"])
+    return NORMS["L"](r + again, w, 1e-5), seen
+
+
+def _on_a_mesh(options):
+    for axis, groups in {"row": ([0, 1], [2, 3]), "column": ([0, 2], [1, 3])}.items():
+        for ranks in groups:
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                _MESH[axis] = group
+    given = inputs()
+    got = compiled(mesh, *given, **options)[0]
+    entries = fusewire.report().entries
+    return (got - mesh(*given)[0]).abs().max().item(), [(entry.status, entry.reason) for entry in entries]
+
+
+def test_ranks_of_other_groups_learn_of_it():
+    """Ranks 2 and 3 agree with all that they share a group with, but those run plain collectives."""
+    for rank, (error, said) in enumerate(shared_pool(4).run(_on_a_mesh, {"batch_invariant": True})):
+        assert error < 1e-5
+        assert [status for status, _ in said] == ["refused"] * 2, said
+        assert all(DIFFER in reason for _, reason in said), said
+        heard = rank >= 2
+        assert all((f"rank {rank - 2} of group" in reason) == heard for _, reason in said), said
+
+
 @pytest.mark.parametrize("way", ["backend", "enable"])
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -111,7 +144,8 @@ def _lone(last, digest):
         # The second compilation of this place, which the other rank never begins.
         meeting = agreement._Meeting(group, meeting.place)
         start = time.monotonic()
-        found = meeting.collect(digest)
+        meeting.digest = digest
+        found = meeting.collect()
         waited = time.monotonic() - start
         dist.barrier()
         return found[1]["digest"], waited
