@@ -80,8 +80,7 @@ def compiled(name, plan, args):
             signature[param.name] = param.annotation_type or "fp32"
             assert param.annotation_type in ("i32", "i64", "fp32") or type(value) is float
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": plan.warps, "maxnreg": plan.registers, "launch_pdl": plan.pdl}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=plan.options)
 
 
 def call_on_cpu(kind, world, hidden, dtype, tokens, weight=BF16, form=SCALE, residual=True, inner=None, **options):
@@ -229,7 +228,9 @@ def test_a_plain_copy_stores_16_bytes_at_a_time_to_every_peer():
     constants = {"WORLD": 4, "BLOCK": 1024}
     fn = symm_mem_copy.push_to_peers_kernel
     source = ASTSource(fn=fn, signature={**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+    ptx = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": False}
+    ).asm["ptx"]
     assert ptx.count("st.global.v4.b32") == 3 * 4
     assert ptx.count("ld.global.v4.b32") == 4
 

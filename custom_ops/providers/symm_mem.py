@@ -371,10 +371,9 @@ def _run(key: Any, name: str, ws: SymmMemWorkspace, plan: Plan, args: tuple[Any,
     from fusewire.custom_ops.providers import symm_mem_flags, symm_mem_kernels
 
     kernel = getattr(symm_mem_flags if hasattr(symm_mem_flags, name) else symm_mem_kernels, name)
-    options = {"num_warps": plan.warps, "maxnreg": plan.registers, "launch_pdl": plan.pdl}
     if _compile_only:
-        kernel.warmup(*args, grid=grid, **options)
+        kernel.warmup(*args, grid=grid, **plan.options)
         return
-    launched = kernel[grid](*args, **options)
+    launched = kernel[grid](*args, **plan.options)
     if hasattr(launched, "__getitem__"):
         _compiled[key] = launched

@@ -46,4 +46,6 @@ def push_to_peers(ws: SymmMemWorkspace, source: Tensor, offset: int) -> None:
     """
     grid = (2 * ws.multiprocessors,)
     packets = source.numel() // 16
-    push_to_peers_kernel[grid](ws.ctl, source, packets, ws.rank, offset, ws.world_size, _BLOCK, num_warps=_WARPS)
+    push_to_peers_kernel[grid](
+        ws.ctl, source, packets, ws.rank, offset, ws.world_size, _BLOCK, num_warps=_WARPS, enable_fp_fusion=False
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 MAX_SLICES = 8  # blocks that may share a row
 MAX_PROGRAMS = 1 << 16
@@ -51,6 +52,16 @@ class Plan:
         multiprocessor.
         """
         return min(128, _REGISTERS // self.threads)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton compiles by."""
+        return {
+            "num_warps": self.warps,
+            "maxnreg": self.registers,
+            "launch_pdl": self.pdl,
+            "enable_fp_fusion": True,  # the default up to Triton 3.9, which announces another
+        }
 
 
 def _power_of_two(n: int) -> int:

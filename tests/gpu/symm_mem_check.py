@@ -370,9 +370,8 @@ def precompile(run: Run, calls: list) -> None:
     errors = []
     for name, plan, args in list(found.values())[run.rank :: run.world]:
         kernel = getattr(symm_mem_flags, name, None) or getattr(symm_mem_kernels, name)
-        options = {"num_warps": plan.warps, "maxnreg": plan.registers, "launch_pdl": plan.pdl}
         try:
-            kernel.warmup(*args, grid=(plan.programs,), **options)
+            kernel.warmup(*args, grid=(plan.programs,), **plan.options)
         except Exception as error:
             run.log.write(traceback.format_exc())
             errors.append(f"{name} {plan}: {' '.join(str(error).split())[:150]}")
