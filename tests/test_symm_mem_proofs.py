@@ -18,6 +18,7 @@ import torch.distributed as dist
 from fusewire.custom_ops import workspace
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.providers import symm_mem, symm_mem_proofs, symm_mem_provider
+from fusewire.custom_ops.providers.symm_mem_workspace import Layout
 from fusewire.custom_ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.sharded_norm import all_reduce_rms_norm_sharded, own_rows
 
@@ -238,3 +239,23 @@ if __name__ == "__main__":
         except Exception:
             traceback.print_exc()
             sys.exit(1)
+
+
+@pytest.mark.parametrize(("ranks", "data"), [(2, 512), (4, 512), (5, 1024), (8, 1024)])
+def test_a_workspace_is_made_as_it_was_counted(ranks, data):
+    """What the ranks vote on is the memory that is then taken; more ranks use the low-latency protocol for longer."""
+    made = []
+
+    def record(group_name, hidden, dtype, max_tokens, *, timeout_s, device, barrier, **sizes):
+        sizes = {name: min(size, max_tokens) if name != "outputs" else size for name, size in sizes.items()}
+        made.append(Layout(ranks, hidden, dtype.itemsize, max_tokens=max_tokens, **sizes))
+        return SimpleNamespace(rank=0, world_size=ranks, nbytes=made[-1].nbytes)
+
+    group = SimpleNamespace(size=lambda: ranks)
+    for tokens in (100, 4096):
+        key = workspace.WorkspaceKey("symm_mem", "group", torch.bfloat16, 8192)
+        request = workspace.Request(key, group, torch.device("cpu"), tokens)
+        with mock.patch.object(symm_mem_provider, "SymmMemWorkspace", record):
+            symm_mem_provider.SymmMemProvider().create(request, SimpleNamespace(barrier=lambda: None))
+        assert made[-1].nbytes == symm_mem_provider.SymmMemProvider().nbytes(8192, torch.bfloat16, ranks, tokens)
+        assert made[-1].data_tokens == min(data, tokens)
