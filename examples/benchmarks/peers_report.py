@@ -75,16 +75,14 @@ class Size:
         return max(rates) if rates else None
 
     def rate_share(self, *kinds: str) -> float | None:
-        """The rate at which the fastest of these kinds sends, over the plain copy's.
-
-        A two-shot all-reduce of T x H bf16 numbers over R ranks sends 2 (R - 1) / R * T * H * 2 bytes from each GPU:
-        partial sums to their owners, and results back.
-        """
+        """The rate at which the fastest of these kinds sends, over the plain copy's."""
         ours, copy = self.best(*kinds), self.link_rate()
-        if ours is None or copy is None:
-            return None
-        nbytes = 2 * (self.world_size - 1) / self.world_size * self.tokens * self.hidden * 2
-        return nbytes / (ours.us * 1e-6) / copy
+        return None if ours is None or copy is None else self.sent / (ours.us * 1e-6) / copy
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a two-shot all-reduce of bf16 numbers sends from each GPU: partial sums out, results back."""
+        return 2 * (self.world_size - 1) / self.world_size * self.tokens * self.hidden * 2
 
 
 def sizes(rows: Iterable[Row]) -> list[Size]:
@@ -327,23 +325,37 @@ def save(rows: Sequence[Row], facts: dict[str, Any], out: Path, pictures: bool) 
 _STYLE = {PEER: ("-", 1.3), SPARED: (":", 1.0), FUSEWIRE: ("-", 2.2), SHARDED: ("--", 2.2), CHOSEN: ("-", 3.2)}
 
 
+def _timed(size: Size, column: str) -> bool:
+    return any(row.us and row.column == column for row in size.rows)
+
+
 def draw(found: Sequence[Size], path: Path, device: str) -> None:
-    """Time against tokens, a line for each candidate, and below it the ratio to the best peer."""
+    """Time against tokens, a line for each column of the table, and below it the ratio to the best peer."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 11), dpi=130, layout="constrained")
+    figure = Figure(figsize=(12, 11), dpi=100, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    names = list(dict.fromkeys((r.kind, r.candidate) for s in found for r in s.rows if r.us and r.kind != COPY))
-    warm, cold = colormaps["autumn"], colormaps["winter"]
-    for number, (kind, name) in enumerate(sorted(names, key=lambda pair: KINDS.index(pair[0]))):
-        points = [(s.tokens, row.us, s.best(PEER)) for s in found for row in s.rows if row.candidate == name and row.us]
+    rows = [row for size in found for row in size.rows if row.us and row.kind != COPY]
+    columns = sorted(dict.fromkeys((row.kind, row.column) for row in rows), key=lambda pair: KINDS.index(pair[0]))
+    ours, theirs = colormaps["autumn"], colormaps["tab20b"]
+    for number, (kind, column) in enumerate(columns):
+        times = [(s, min(r.us for r in s.rows if r.column == column and r.us)) for s in found if _timed(s, column)]
         line, width = _STYLE[kind]
-        colour = "black" if kind == CHOSEN else (cold if kind in (PEER, SPARED) else warm)((number * 0.37) % 0.9)
-        style = {"linestyle": line, "linewidth": width, "color": colour, "marker": "os^vDPX*"[number % 8]}
-        above.plot([t for t, _, _ in points], [us for _, us, _ in points], label=name, markersize=4, **style)
-        ratios = [(t, us / best.us) for t, us, best in points if best]
-        below.plot([t for t, _ in ratios], [ratio for _, ratio in ratios], markersize=4, **style)
+        colour = theirs(number % 12) if kind in (PEER, SPARED) else ours((number * 0.23) % 0.9)
+        style = {"linestyle": line, "linewidth": width, "marker": "os^vDPX*"[number % 8], "markersize": 4}
+        style["color"] = "black" if kind == CHOSEN else colour
+        above.plot([s.tokens for s, _ in times], [us for _, us in times], label=column.replace("`", ""), **style)
+        ratios = [(s.tokens, us / best.us) for s, us in times if (best := s.best(PEER))]
+        below.plot([t for t, _ in ratios], [ratio for _, ratio in ratios], **style)
+    rates = [rate for size in found if (rate := size.link_rate())]
+    if rates:
+        copied = [(s, s.sent / max(rates) * 1e6) for s in found]
+        floor = {"linestyle": (0, (1, 1)), "linewidth": 1.6, "color": "#444444"}
+        above.plot([s.tokens for s, _ in copied], [us for _, us in copied], label="a plain copy of the bytes", **floor)
+        shares = [(s.tokens, us / best.us) for s, us in copied if (best := s.best(PEER))]
+        below.plot([t for t, _ in shares], [share for _, share in shares], **floor)
+        above.set_ylim(bottom=min(row.us for row in rows) * 0.7)
     for limit in (1.03, 0.9, 0.75):
         below.axhline(limit, color="#999999", linewidth=0.8, linestyle=(0, (2, 3)))
     tokens = sorted({size.tokens for size in found})
