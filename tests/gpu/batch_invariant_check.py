@@ -123,9 +123,9 @@ def batch_invariance_faults(
             wrong = [at for at, one in zip(probes, alone, strict=True) if not same_bits(one, _pick(batch, [at]))]
             faults.append(f"row {wrong[0]} of {n} differs from the row alone ({len(wrong)} of {len(probes)} rows)")
         for boundary in (b for b in _BOUNDARIES if b < n):
-            for index in (slice(boundary, None), slice(0, boundary)):
-                if not same_bits(part(index), _pick(batch, index)):
-                    faults.append(f"rows {index.start}:{index.stop} of {n} differ from the same among all")
+            for rows in (slice(boundary, None), slice(0, boundary)):
+                if not same_bits(part(rows), _pick(batch, rows)):
+                    faults.append(f"rows {rows.start}:{rows.stop} of {n} differ from the same among all")
         order = torch.arange(n, device=x.device).roll(n // 3 + 1)
         if not same_bits(part(order), _pick(batch, order)):
             faults.append(f"{n} rows in another order differ")

@@ -105,6 +105,7 @@ class Run:
         self.log = (self.out / f"rank{self.rank}.log").open("w", buffering=1)
         self.results: list[tuple[str, str, bool, str]] = []
         self.ws: SymmMemWorkspace | None = None
+        self.wanted: tuple = ()  # what self.ws was made for
         self.dead = False
         dist.all_reduce(torch.ones(1, device=self.device))
 
@@ -127,14 +128,14 @@ class Run:
     def workspace(self, hidden: int, dtype: torch.dtype, **options) -> SymmMemWorkspace:
         """The workspace for these activations; the one before is closed."""
         wanted = (hidden, dtype, tuple(options.items()))
-        if self.ws is None or self.ws.closed or self.ws.wanted != wanted:
+        if self.ws is None or self.ws.closed or self.wanted != wanted:
             self.drop()
             options = {"one_shot_tokens": 256, "data_tokens": 1024, "outputs": 2, "timeout_s": 5.0, **options}
             tokens = options.pop("max_tokens", 2048)
             name = dist.group.WORLD.group_name
             options["barrier"] = lambda: dist.barrier(group=self.args.cpu_group)
             self.ws = SymmMemWorkspace(name, hidden, dtype, tokens, device=self.device, **options)
-            self.ws.wanted = wanted
+            self.wanted = wanted
         return self.ws
 
     def drop(self) -> None:
@@ -232,7 +233,8 @@ def draw(run: Run, case: Case, seed: int) -> dict:
     data["norm"] = exact_norm(bounds[0], outer)
     if inner is not None:
         # Where fp32 and float64 round the inner norm to different neighbours, so does all that follows.
-        data["low"], data["high"] = torch.minimum(*bounds[1:]), torch.maximum(*bounds[1:])
+        _, one, other = bounds
+        data["low"], data["high"] = torch.minimum(one, other), torch.maximum(one, other)
         ends = [exact_norm(bound, outer, like=bounds[0]) for bound in bounds[1:]]
         data["spread"] = (ends[1] - ends[0]).abs()
     return data
