@@ -111,7 +111,9 @@ def _post(meeting: _Meeting, entries: Sequence[Entry], groups: int) -> None:
 
 def _compare(meeting: _Meeting) -> str:
     """Wait for the others' digests and say how they differ."""
-    others = {rank: said for rank, said in meeting.collect().items() if said["digest"] != meeting.digest}
+    # Where this rank rewrote nothing, a rank that never compiles the graph is no other than one that did the same.
+    fitting = (meeting.digest, None) if meeting.digest == _PLAIN else (meeting.digest,)
+    others = {rank: said for rank, said in meeting.collect().items() if said["digest"] not in fitting}
     if not others:
         return ""
     listed = ", ".join(f"rank {rank} {said['summary']}" for rank, said in sorted(others.items()))
@@ -230,7 +232,7 @@ class _Meeting:
             return timeout_s()
         last = self._get(f"last word of {rank}")
         if last is None:
-            return NEVER_BEFORE_S
+            return OTHER_BEFORE_S if digest == _PLAIN else NEVER_BEFORE_S
         return SAME_BEFORE_S if last == digest else OTHER_BEFORE_S
 
     def _set(self, key: str, value: str) -> None:

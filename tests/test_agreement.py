@@ -147,15 +147,26 @@ def _lone(last, digest):
         meeting.digest = digest
         found = meeting.collect()
         waited = time.monotonic() - start
+        said = agreement._compare(meeting)
         dist.barrier()
-        return found[1]["digest"], waited
+        return found[1]["digest"], waited, said
 
 
-@pytest.mark.parametrize(("last", "hears", "least"), [("mine", "mine", 0.2), ("plain", "plain", 0.3), ("", None, 0.4)])
-def test_a_rank_that_compiles_alone_takes_the_others_last_word(last, hears, least):
-    (digest, waited), _ = shared_pool(2).run(_lone, last, "mine")
+@pytest.mark.parametrize(
+    ("last", "own", "hears", "least", "differs"),
+    [
+        ("mine", "mine", "mine", 0.2, False),
+        ("plain", "mine", "plain", 0.3, True),
+        ("", "mine", None, 0.4, True),
+        ("", "plain", None, 0.3, False),
+        ("mine", "plain", "mine", 0.3, True),
+    ],
+)
+def test_a_rank_that_compiles_alone_takes_the_others_last_word(last, own, hears, least, differs):
+    (digest, waited, said), _ = shared_pool(2).run(_lone, last, own)
     assert digest == hears
     assert least <= waited < 5
+    assert (DIFFER in said) == differs
 
 
 def _compiling(fn, options):
