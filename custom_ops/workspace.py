@@ -63,8 +63,7 @@ class Workspace(abc.ABC):
             raise WorkspaceError(f"the workspace ({self.key}) is closed; call fusewire.prepare(...) to make a new one")
         if tokens > self.max_tokens:
             raise WorkspaceError(
-                f"{tokens} tokens do not fit the workspace ({self.key}), made for {self.max_tokens}; close "
-                "it with "
+                f"{tokens} tokens do not fit the workspace ({self.key}), made for {self.max_tokens}; close it with "
                 f"fusewire.close() and call fusewire.prepare(..., max_tokens={tokens})"
             )
         if device != self.device:
@@ -158,6 +157,10 @@ class WorkspaceProvider(abc.ABC):
             output: the workspace's output buffer in which the sum may be left; it stays valid until the next such
                 call with that buffer. A provider that knows no such buffers returns memory of its own.
         """
+
+    def ahead(self, workspace: Workspace) -> Sequence[Callable[[], object]]:
+        """What compiles the kernels that calls will need, one piece each and alike on every rank; none launches."""
+        return ()
 
     def bind_extended(
         self, workspace: Workspace, variant: str, op_name: str, args: tuple[Any, ...], output: int | None = None
@@ -344,10 +347,8 @@ def refuse_capture(provider: str, what: str) -> None:
     """Raise CaptureError if a CUDA graph is being captured on the current stream."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise CaptureError(
-            f"{provider} has no workspace yet ({what}) and cannot make one while a CUDA graph is captured; "
-            "call "
-            "fusewire.prepare(group, hidden, dtype, max_tokens=...) on every rank, or run the model once, "
-            "before capture"
+            f"{provider} has no workspace yet ({what}) and cannot make one while a CUDA graph is captured; call "
+            "fusewire.prepare(group, hidden, dtype, max_tokens=...) on every rank, or run the model once, before capture"
         )
 
 
@@ -361,8 +362,7 @@ def check_memory(nbytes: int, device: torch.device, spare: int = 64 << 20) -> No
         free, total = torch.cuda.mem_get_info(device)
     if free < nbytes + spare:
         raise WorkspaceError(
-            f"{device} has {free >> 20} MiB of {total >> 20} free and the workspace needs "
-            f"{(nbytes >> 20) + 1}; leave it "
+            f"{device} has {free >> 20} MiB of {total >> 20} free and the workspace needs {(nbytes >> 20) + 1}; leave it "
             "more memory (gpu_memory_utilization and the like), or ask fusewire.prepare for fewer tokens"
         )
 
@@ -467,8 +467,8 @@ def prepare(
     tune: bool = False,
     output_in_place: bool = False,
 ) -> list[WorkspaceInfo]:
-    """Make the workspaces for one hidden size ahead of the first call. A collective: every rank calls it
-    alike.
+    """Make the workspaces for one hidden size ahead of the first call, and compile what calls will need. A collective:
+    every rank calls it alike.
 
     Needed before capturing a CUDA graph by hand, and to choose the size: a workspace made at the first call
     is sized by the plan for this GPU. What failed before is tried again.
@@ -535,21 +535,21 @@ def _prepare_one(
             REGISTRY.machines.pop((provider.name, group.group_name), None)
         elif existing.workspace.max_tokens < wanted:
             raise WorkspaceError(
-                f"the workspace ({key}) holds {existing.workspace.max_tokens} tokens, {wanted} are asked "
-                "for; "
+                f"the workspace ({key}) holds {existing.workspace.max_tokens} tokens, {wanted} are asked for; "
                 "fusewire.close() it first on every rank (CUDA graphs captured with it become invalid)"
             )
+    from fusewire.custom_ops.ahead import compile_ahead
+
     entry = REGISTRY.open(provider, group, dtype, hidden, device, lambda machine: wanted, outputs)
+    compile_ahead(provider, entry, group)
     REGISTRY.version += 1  # calls that went elsewhere for want of a workspace are decided again
     return _info(entry)
 
 
 def close(group: dist.ProcessGroup | str | None = None) -> None:
-    """Free all workspaces, or those of one group. Idempotent; runs at exit by itself. Every rank calls it
-    alike.
+    """Free all workspaces, or those of one group. Idempotent; runs at exit by itself. Every rank calls it alike.
 
-    CUDA graphs captured with a workspace must not be replayed afterwards. The next call makes a new
-    workspace.
+    CUDA graphs captured with a workspace must not be replayed afterwards. The next call makes a new workspace.
     """
     REGISTRY.close(group.group_name if isinstance(group, dist.ProcessGroup) else group)
 

@@ -20,6 +20,7 @@ from fusewire.custom_ops.ir import NATIVE, YES, Support
 from fusewire.custom_ops.plans import SYMM_ONE_SHOT, SYMM_TWO_SHOT
 from fusewire.custom_ops.providers import symm_mem
 from fusewire.custom_ops.providers import symm_mem_proofs as proofs
+from fusewire.custom_ops.providers.symm_mem_ahead import compilations
 from fusewire.custom_ops.providers.symm_mem_arguments import InnerNorm
 from fusewire.custom_ops.providers.symm_mem_workspace import (
     MAX_WORLD_SIZE,
@@ -276,6 +277,10 @@ class SymmMemProvider(WorkspaceProvider):
             return run(call, x, residual, weight, eps, weight_bias, form, **options)
 
         return bound if output is None or one_shot else in_place
+
+    def ahead(self, workspace: Workspace) -> Sequence[Callable[[], object]]:
+        assert isinstance(workspace, HeldWorkspace)
+        return compilations(workspace.made)
 
     def bind_extended(
         self, workspace: Workspace, variant: str, op_name: str, args: tuple[Any, ...], output: int | None = None
