@@ -166,6 +166,14 @@ class Program:
 
         return run
 
+    def op_prefetch(self, kinds, operands):
+        at = self.address(operands[0])
+
+        def run(r, block, thread):
+            block.load(at(r), 16, thread)  # of memory that is there
+
+        return run
+
     def op_st(self, kinds, operands):
         at, values = self.address(operands[0]), self.vector(operands[1])
         size = int(kinds[-1][1:]) // 8

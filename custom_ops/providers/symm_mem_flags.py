@@ -39,6 +39,7 @@ from fusewire.custom_ops.providers.symm_mem_ptx import (
     grid_dependency_wait,
     load16,
     load_i64,
+    prefetch,
     put_tagged,
     read_counter,
     read_word,
@@ -152,10 +153,13 @@ def two_shot_flags_kernel(
         finished = (done >= 0) & (done < mine_rows)
         if finished:
             local = tl.cast(done, tl.int64) * ROW + byte
-            at = tl.cast(rank * shard, tl.int64) * ROW + local
+            first_row = tl.cast(rank * shard, tl.int64) * ROW
+            at = first_row + local
             kept = at if FULL else local
-            mine = load16(x_at + at, mask, False)
-            add = load16(residual.to(tl.int64) + kept, mask, False) if HAS_RESIDUAL else mine
+            # Into L2 while the flags are awaited; registers are for the peers' parts.
+            prefetch(x_at + at, mask)
+            if HAS_RESIDUAL:
+                prefetch(residual.to(tl.int64) + kept, mask)
             flag = flags_in + partial_flags + tl.cast(done, tl.int64) * 8
             late = wait_flag(flag, call, is_peer, ctl_at, WAIT_PARTIAL_FLAG, thread, False)
             bad = tl.max(late, axis=0)
@@ -163,9 +167,11 @@ def two_shot_flags_kernel(
             sums = ()
             none = recomputed(0)
             for src in tl.static_range(WORLD):
-                here = own + inbox + (none + src) * source_bytes + local
-                words = load16(here, mask & (rank != src), True)
-                sums = accumulate(sums, words, src, mine, rank, KIND)
+                # This rank's own part lies in x.
+                part_at = tl.where(rank == src, x_at + first_row, own + inbox + (none + src) * source_bytes)
+                words = load16(part_at + local, mask, True)
+                sums = accumulate(sums, words, src, words, rank, KIND)
+            add = load16(residual.to(tl.int64) + kept, mask, False) if HAS_RESIDUAL else (mask,)
             scale = kept_scale if KEEP else load_scale(weight, packet, mask, KIND, WKIND)
             total = poisoned(reduced(sums, add, KIND, HAS_RESIDUAL and not INNER), bad)
             if INNER:

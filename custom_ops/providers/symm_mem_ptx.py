@@ -185,6 +185,19 @@ def load16(addr: tl.tensor, mask: tl.tensor, COHERENT: tl.constexpr) -> tl.tuple
 
 
 @triton.jit
+def prefetch(addr: tl.tensor, mask: tl.tensor) -> None:
+    """Bring what lies at each address to L2, without a register for it."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r",
+        (addr, mask.to(tl.int32)),
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def load8(addr: tl.tensor, mask: tl.tensor) -> tl.tuple:
     """8 bytes at each address as two int32 tensors, zeros where masked."""
     return tl.inline_asm_elementwise(
