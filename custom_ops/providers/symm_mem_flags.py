@@ -42,12 +42,17 @@ from fusewire.custom_ops.providers.symm_mem_ptx import (
     prefetch,
     put_tagged,
     read_counter,
-    read_word,
     recomputed,
     set_flags,
     store16,
     wait_flag,
 )
+
+
+@triton.jit
+def base_of(ctl_at: tl.tensor, peer: tl.tensor) -> tl.tensor:
+    """Where a peer's buffer begins."""
+    return load_i64(ctl_at + 8 * CTL_PEERS + tl.cast(peer, tl.int64) * 8, peer >= 0)
 
 
 @triton.jit(do_not_specialize=INTS)
@@ -145,7 +150,7 @@ def two_shot_flags_kernel(
                     if j < WORLD:
                         peer = peer_at(rank, turn, j, WORLD)
                         valid = mask & (i < rows_of(peer, tokens, shard))
-                        base = read_word(ctl_at + 8 * CTL_PEERS + tl.cast(peer, tl.int64) * 8)
+                        base = base_of(ctl_at, peer)
                         at = base + inbox + rank * source_bytes + tl.cast(i, tl.int64) * ROW + byte
                         store16(at, packet_of(partial, j - g), valid, False)
         # This rank's own row.
@@ -193,7 +198,7 @@ def two_shot_flags_kernel(
             norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST)
             turn = recomputed(pid)
             for j in tl.static_range(1, WORLD):
-                base = read_word(ctl_at + 8 * CTL_PEERS + tl.cast(peer_at(rank, turn, j, WORLD), tl.int64) * 8)
+                base = base_of(ctl_at, peer_at(rank, turn, j, WORLD))
                 store16(base + results + at, total if FULL else norm, mask, False)
             if FULL:
                 row_at = peer_base + rstds + tl.cast(rank * shard + done, tl.int64) * 8

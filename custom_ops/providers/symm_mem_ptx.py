@@ -171,9 +171,7 @@ def _load_asm(op: str) -> str:
 
 @triton.jit
 def load16(addr: tl.tensor, mask: tl.tensor, COHERENT: tl.constexpr) -> tl.tuple:
-    """16 bytes at each address as four int32 tensors, zeros where masked. COHERENT: written by a peer, never
-    from L1.
-    """
+    """16 bytes at each address as four int32 tensors, zeros where masked. COHERENT: written by a peer, never from L1."""
     return tl.inline_asm_elementwise(
         _load_asm("ld.relaxed.sys.global" if COHERENT else "ld.global"),
         "=&r,=&r,=&r,=&r,l,r",
@@ -212,7 +210,7 @@ def load8(addr: tl.tensor, mask: tl.tensor) -> tl.tuple:
 
 @triton.jit
 def load_i64(addr: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """The 64-bit word at each address, zero where masked."""
+    """The 64-bit word at each address, zero where masked; read where it stands, also if a loop does not change it."""
     return tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b64 $0, 0; @p ld.global.b64 $0, [$1]; }",
         "=&l,l,r",
@@ -230,9 +228,7 @@ def _store_asm(op: str) -> str:
 
 @triton.jit
 def store16(addr: tl.tensor, words: tl.tuple, mask: tl.tensor, POLLED: tl.constexpr) -> None:
-    """Store four int32 tensors as 16 bytes at each address. POLLED: a peer polls it, so relaxed at system
-    scope.
-    """
+    """Store four int32 tensors as 16 bytes at each address. POLLED: a peer polls it, so relaxed at system scope."""
     tl.inline_asm_elementwise(
         _store_asm("st.relaxed.sys.global" if POLLED else "st.global"),
         "=r,l,r,r,r,r,r",
@@ -361,12 +357,6 @@ def read_counter(addr: tl.tensor) -> tl.tensor:
     return tl.inline_asm_elementwise(
         "ld.relaxed.gpu.global.b64 $0, [$1];", "=l,l", (addr,), dtype=tl.int64, is_pure=False, pack=1
     )
-
-
-@triton.jit
-def read_word(addr: tl.tensor) -> tl.tensor:
-    """A 64-bit word, read where it stands: a compiler moves a plain load of what a loop does not change out of it."""
-    return tl.inline_asm_elementwise("ld.global.b64 $0, [$1];", "=l,l", (addr,), dtype=tl.int64, is_pure=False, pack=1)
 
 
 @triton.jit
