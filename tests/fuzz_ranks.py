@@ -12,6 +12,7 @@ On real process groups the collectives are the groups' own, and are not noted.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -72,7 +73,9 @@ class Ranks:
             self.local.log = []
             return [work(self.rank)]
         self.meeting = _Meeting()
-        futures = [self.threads.submit(self._as_rank, rank, work) for rank in range(_SIZE)]
+        # In this thread's context: from torch 2.15 on what is compiled depends on settings that are kept there.
+        contexts = [contextvars.copy_context() for _ in range(_SIZE)]
+        futures = [self.threads.submit(c.run, self._as_rank, rank, work) for rank, c in enumerate(contexts)]
         errors = [error for error in (future.exception() for future in futures) if error is not None]
         for error in sorted(errors, key=lambda e: isinstance(e, _LeftAlone)):
             raise error  # the other rank's own error rather than that this one waited in vain
