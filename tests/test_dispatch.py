@@ -75,7 +75,7 @@ def test_costs_between_two_world_sizes_lie_between_theirs():
     for tokens in (1, 100, 4096, 20000):
         for variant in (plans.SYMM_TWO_SHOT, plans.NATIVE):
             costs = [plan.cost(variant, tokens * 8192 * 2) for plan in known.values()]
-            assert costs == sorted(costs)
+            assert costs == sorted(set(costs))
     rooms = {"symm_mem": Room(4096)}
     assert label(2048, "symm_mem,native", known[3], ranks=3, rooms=rooms) == plans.SYMM_TWO_SHOT
 
