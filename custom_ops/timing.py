@@ -124,7 +124,7 @@ class GpuTimer(Timer):
 def peer_copies(made: Any, device: torch.device) -> tuple[dict[str, Callable[[int], None]], int]:
     """Ways to copy to all peers at once, over all links of this GPU, by name; and how many bytes a call sends.
 
-    The copy engines are the faster with one peer; with several they come to half of what a kernel's stores do.
+    The copy engines are the faster with one peer; with several they come to two thirds of what a kernel's stores do.
 
     Args:
         made: a SymmMemWorkspace that no kernel is running on; what lies in its inbox is of no use afterwards.

@@ -320,8 +320,8 @@ def two_shot_data_kernel(
         squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, SLICES)
         rstd = reciprocal_rms(squares, eps, HIDDEN)
         norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST)
-        # The row after its rstd is known, not before: whoever had all of the row would wait for the rstd alone, all
-        # threads at one address, which held it up by 3 us at 16 tokens on 4 GPUs.
+        # The row after its rstd is known, not before: that took 3 us more at 16 tokens on 4 GPUs, probably since all
+        # threads that had the row then waited for the rstd at one address.
         clean = sanitize(total) if FULL else sanitize(norm)
         for j in tl.static_range(1, WORLD):
             # By rows, so that all blocks of a row send to a peer at the same time: one of them brings the rstd.
