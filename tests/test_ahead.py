@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -50,6 +53,29 @@ def test_no_call_compiles_afterwards(world, hidden, dtype):
 def test_the_pieces_are_kernels_that_compile():
     for piece in ahead.compilations(made(2, 64, BF16, (4, 8, 16))):
         assert compiled(*caught_launch(piece)).asm["cubin"]
+
+
+KEYS = """
+import sys
+from fusewire.custom_ops.providers import symm_mem_copy, symm_mem_flags, symm_mem_kernels
+kernels = [
+    symm_mem_kernels.one_shot_kernel, symm_mem_kernels.two_shot_data_kernel,
+    symm_mem_flags.two_shot_flags_kernel, symm_mem_copy.push_to_peers_kernel,
+]
+for i in map(int, sys.argv[1]):
+    kernels[i].cache_key
+print(*(kernel.cache_key for kernel in kernels))
+"""
+
+
+def test_ranks_find_what_others_compiled_whatever_they_compiled_before():
+    """Each rank compiles a share of the kernels, and takes the rest from the cache on disk, by their keys."""
+    keys = {
+        subprocess.run([sys.executable, "-c", KEYS, order], capture_output=True, text=True, check=True).stdout
+        for order in ("0123", "3210", "1032")
+    }
+    assert len(keys) == 1
+    assert len(set(keys.pop().split())) == 4
 
 
 class Provider(workspace.WorkspaceProvider):

@@ -172,7 +172,7 @@ def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, 
     accesses = re.findall(r"\b(?:ld|st)(?:\.\w+)*\.global(\.[\w.]+)", text)
     weights = [options.get("weight", BF16), *options.get("inner", ())[:1]]
     narrow = any(weight in (BF16, FP16) for weight in weights) and dtype == FP32
-    assert set(accesses) <= {".v4.b32", ".b64", *([".v2.b32"] if narrow else [])}
+    assert set(accesses) <= {".v4.b32", ".b64", ".v2.b64", *([".v2.b32"] if narrow else [])}
     pushes = text.count("st.relaxed.sys.global.v4.b32")
     assert "multimem" not in text
     if "inner" in options:

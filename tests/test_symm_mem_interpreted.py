@@ -82,6 +82,14 @@ ARITHMETIC = {
 }
 
 
+def bits_float(word):
+    return np.uint32(word).view(np.float32)
+
+
+def float_bits(value):
+    return int(np.float32(value).view(np.uint32))
+
+
 class Program:
     """PTX as a list of functions of (registers, block, thread) that return where to jump, or None."""
 
@@ -119,6 +127,9 @@ class Program:
 
     def op_arithmetic(self, name, kinds, operands):
         to, a, b = map(self.slot, operands)
+        if kinds[-1] == "f32":
+            assert [name, *kinds] == ["add", "rn", "f32"]
+            return lambda r, block, thread: r.__setitem__(to, float_bits(bits_float(r[a]) + bits_float(r[b])))
         work = ARITHMETIC[name]
         mask = 1 if kinds[0] == "pred" else BITS[int(kinds[-1][1:])]
 
@@ -160,6 +171,7 @@ class Program:
         size = int(kinds[-1][1:]) // 8
 
         def run(r, block, thread):
+            assert at(r) % (size * len(to)) == 0, "a misaligned address"
             data = block.load(at(r), size * len(to), thread)
             for i, slot in enumerate(to):
                 r[slot] = int.from_bytes(data[i * size : (i + 1) * size], "little")
@@ -179,6 +191,7 @@ class Program:
         size = int(kinds[-1][1:]) // 8
 
         def run(r, block, thread):
+            assert at(r) % (size * len(values)) == 0, "a misaligned address"
             for i, slot in enumerate(values):  # the words of a vector may arrive one by one
                 block.store(at(r) + i * size, r[slot].to_bytes(size, "little"), thread)
 
@@ -748,6 +761,14 @@ SCENARIOS = {
         ("two_shot", 1, {"residual": False, "weight": FP32}),
         ("two_shot_sharded", 4, {"plan": Plan(3, 1, 32, slices=3, unroll=4), "inner": (FP16, ROUND)}),
     ]),
+    # Each thread adds the slices' squares itself, or has their sum from each slice.
+    "two-shot, data, slices, 3 ranks": (3, 264, FP32, [
+        ("two_shot", 4, {"plan": SLICED, "bias": 1.0}),
+        ("two_shot", 5, {"plan": Plan(3, 1, 32, slices=3, unroll=8), **INNER}),
+        ("two_shot", 2, {"plan": Plan(2, 1, 64, slices=2), "inner": (None, ROUND), "form": ROUND}),
+        ("two_shot", 3, {"plan": Plan(3, 1, 32, slices=3, unroll=8), "residual": False}),
+        ("two_shot", 4, {}),
+    ]),
     # With these orders a single slot would not do.
     **{f"two-shot, data, racing, 2 ranks, order {seed}": (2, 64, BF16, _racing("data", 12), seed) for seed in (4, 8)},
     "two-shot, flags, racing, 2 ranks": (2, 64, BF16, _racing("flags", 8)),
@@ -796,7 +817,8 @@ def every_scenario():
                 specs = [(kind, tokens, {**options, **norm}) for tokens in range(1, 10) for norm in norms]
                 order.shuffle(specs)
                 if options.get("protocol") != "flags":
-                    specs = [(k, n, {**o, "plan": SLICED} if order.random() < 0.3 else o) for k, n, o in specs]
+                    plans = [None, None, SLICED, Plan(3, 1, 32, slices=3, unroll=1 if kind == "one_shot" else 8)]
+                    specs = [(k, n, {**o, "plan": order.choice(plans)}) for k, n, o in specs]
                 for part in range(3):
                     key = f"{name}, {world} ranks, {str(dtype)[6:]}, part {part + 1}"
                     found[key] = (world, hidden, dtype, specs[part::3], seed + 10 * part)

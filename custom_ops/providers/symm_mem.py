@@ -149,7 +149,7 @@ def two_shot(
     output: int | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows are summed by their owner, who pushes r and 1 / rms; every rank scales all rows: 2 (R - 1) / R T H
+    """Rows are summed by their owner, who pushes r and its mean square; every rank scales all rows: 2 (R - 1) / R T H
     numbers out.
 
     Arguments, results and errors as `one_shot`, but up to `ws.layout.max_tokens` rows, and
@@ -292,7 +292,7 @@ def _two_shot(
         plan = plan or plan_two_shot_data(shard, layout.packets, ws.world_size, ws.multiprocessors)
         source = layout.data_shard * layout.row_bytes
         slots = (at["data_slots"], ws.world_size * source, source)
-        numbers = (*slots, at["data_results"], at["data_rstds"], at["data_slices"], eps, weight_bias)
+        numbers = (*slots, at["data_results"], at["data_squares"], at["data_slices"], eps, weight_bias)
         tiles = (rounding, full, plan.slices, plan.block, plan.unroll, plan.threads, plan.pdl)
         _launch(ws, "two_shot_data_kernel", plan, tensors, numbers, inner, tiles)
     else:

@@ -24,14 +24,15 @@ from fusewire.custom_ops.providers.symm_mem_ptx import (
     SENTINEL,
     WAIT_SLICE,
     add_counter,
-    poll_tagged,
+    poll_sums,
     put_tagged,
 )
+from fusewire.custom_ops.providers.triton_keys import settle_keys
 
 # Not specialised on being 1 or a multiple of 16: one compiled kernel serves all token counts and layouts.
 INTS = (
     *("tokens", "shard", "rank", "ahead", "lag", "slots", "slot_bytes", "source_bytes", "results", "rstds"),
-    *("slices_at", "inbox", "partial_flags", "result_flags", "flag_bytes"),
+    *("slices_at", "squares_at", "inbox", "partial_flags", "result_flags", "flag_bytes"),
 )
 
 
@@ -62,6 +63,16 @@ def peer_at(rank: tl.tensor, turn: tl.tensor, j: tl.constexpr, WORLD: tl.constex
     more throughput than if all blocks send to the same peer at once.
     """
     return (rank + 1 + (turn + j - 1) % (WORLD - 1)) % WORLD
+
+
+@triton.jit
+def recomputed(value: tl.tensor) -> tl.tensor:
+    """The 32-bit value, of which the compiler does not know that it is the same each time.
+
+    What follows from it is computed anew where it is used. With 8 ranks there are so many addresses that a loop does
+    not change that keeping them would take more registers than there are.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", (value,), dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -163,13 +174,9 @@ def slices_sum(
     """
     if SLICES > 1:
         put_tagged(at + part * 8, value, tag_of(call), lane == 0)
-        addrs = ()
-        for s in tl.static_range(SLICES):
-            addrs = addrs + (at + s * 8,)
-        bits = poll_tagged(addrs, tag_of(call), ctl, WAIT_SLICE, rank, SLICES, True)
-        value = bits[0].to(tl.float32, bitcast=True)
-        for s in tl.static_range(1, SLICES):
-            value += bits[s].to(tl.float32, bitcast=True)
+        value = poll_sums((), (at,), tag_of(call), ctl, WAIT_SLICE, rank, 0, 1, SLICES, True)[0].to(
+            tl.float32, bitcast=True
+        )
     return value
 
 
@@ -180,3 +187,6 @@ def poisoned(words: tl.tuple, bad: tl.tensor) -> tl.tuple:
     for k in tl.static_range(4):
         out = out + (tl.where(bad > 0, SENTINEL, words[k]),)
     return out
+
+
+settle_keys(globals())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusewire.custom_ops.providers.symm_mem_blocks import peer_at
 from fusewire.custom_ops.providers.symm_mem_ptx import CTL_PEERS, load16, store16
+from fusewire.custom_ops.providers.triton_keys import settle_keys
 
 if TYPE_CHECKING:
     from fusewire.custom_ops.providers.symm_mem_workspace import SymmMemWorkspace
@@ -49,3 +50,6 @@ def push_to_peers(ws: SymmMemWorkspace, source: Tensor, offset: int) -> None:
     push_to_peers_kernel[grid](
         ws.ctl, source, packets, ws.rank, offset, ws.world_size, _BLOCK, num_warps=_WARPS, enable_fp_fusion=False
     )
+
+
+settle_keys(globals())

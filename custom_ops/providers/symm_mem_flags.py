@@ -18,6 +18,7 @@ from fusewire.custom_ops.providers.symm_mem_blocks import (
     packet_of,
     peer_at,
     poisoned,
+    recomputed,
     reduced,
     rows_of,
     squares_of,
@@ -42,11 +43,11 @@ from fusewire.custom_ops.providers.symm_mem_ptx import (
     prefetch,
     put_tagged,
     read_counter,
-    recomputed,
     set_flags,
     store16,
     wait_flag,
 )
+from fusewire.custom_ops.providers.triton_keys import settle_keys
 
 
 @triton.jit
@@ -262,3 +263,6 @@ def two_shot_flags_kernel(
                         at = own + results + tl.cast(peer * shard + taken, tl.int64) * ROW + byte
                         store16(at, (nan, nan, nan, nan), valid, False)
     end_call(ctl, CTL_FLAGS, THREADS)
+
+
+settle_keys(globals())

@@ -12,40 +12,39 @@ Three kernels for (tokens, hidden) activations; each sums in rank order in fp32,
 INNER puts an RMSNorm of the sum before the residual, where a row is summed; what travels stays the same. Blocks
 that share a row then exchange two sums of squares, in words of their own: in one call a word means one thing.
 
-FULL two-shots leave the complete residual on every rank: the owner pushes the rounded residual and 1 / rms,
-and every rank scales all rows. Else the residual stays sharded, and the owner pushes normalised rows.
+FULL two-shots leave the complete residual on every rank: the owner pushes the rounded residual and its sum of
+squares (with flags: 1 / rms), and every rank scales all rows. Else the residual stays sharded, and the owner pushes
+normalised rows; but data as flag with few rows goes as in a FULL one, which need not wait for a row's other slices.
 
 Why no rank overwrites what another still reads:
 
-(I) A rank that has ended call n knows that every rank has begun call n, and so has ended call n - 1: launches
-on a stream do not overlap (with programmatic dependent launch a kernel first waits for those before it). In a
-one-shot it has received something from every rank. In a two-shot it has rows from each owner, and an owner
-(it may be that rank itself) needs partial rows from every rank before it sends any. A rank pushes for call n
-+ 1 only after it has ended call n. Hence:
+(I) A rank that has ended call n knows that every rank has begun call n, and so has ended call n - 1: launches on a
+stream do not overlap (with programmatic dependent launch a kernel first waits for those before it). In a one-shot it
+has received something from every rank. In a two-shot it has rows from each owner, and an owner (it may be that rank
+itself) needs partial rows from every rank before it sends any. A rank pushes for call n + 1 only after it has ended
+call n. Hence:
 
-* One-shot packets of call n go to slot n % 2, and their reader resets them to the sentinel in call n. They
-  are written again in call n + 2, by ranks that have ended call n + 1: by (I), after the reader has ended
-  call n. Slots alternate per one-shot call; other calls in between only widen the gap.
+* One-shot packets of call n go to slot n % 2, and their reader resets them to the sentinel in call n. They are
+  written again in call n + 2, by ranks that have ended call n + 1: by (I), after the reader has ended call n. Slots
+  alternate per one-shot call; other calls in between only widen the gap.
 * Partial rows, data as flag: two slots and the argument again.
-* Results, data as flag: one area. Rank p reads and resets the rows of owner o in call n; o writes them again
-  in call n + 1 after it has p's partial row of call n + 1 (of the same row and slice), so p has ended call n.
-* Partial rows with flags: one area. An owner has read row i of call n before it pushes the result of row i.
-  Rank p pushes for call n + 1 after it has all results of call n, so after every owner has read all of its
-  rows.
-* Results with flags, and output buffers handed out in place: o writes row i on rank p in call n + 1 after it
-  has seen p's flag of call n + 1. All that p put on its stream before that call, readers of the old output
-  included, is over by then.
-* Tagged words and flags name their call; each is written again at the earliest in the next call of its kind,
-  by a writer who waits for the same things as with the data they go with. Tags repeat after 2**31 calls.
+* Results, data as flag: one area. Rank p reads and resets the rows of owner o in call n; o writes them again in call
+  n + 1 after it has p's partial row of call n + 1 (of the same row and slice), so p has ended call n.
+* Partial rows with flags: one area. An owner has read row i of call n before it pushes the result of row i. Rank p
+  pushes for call n + 1 after it has all results of call n, so after every owner has read all of its rows.
+* Results with flags, and output buffers handed out in place: o writes row i on rank p in call n + 1 after it has seen
+  p's flag of call n + 1. All that p put on its stream before that call, readers of the old output included, is over
+  by then.
+* Tagged words and flags name their call; each is written again at the earliest in the next call of its kind, by a
+  writer who waits for the same things as with the data they go with. Tags repeat after 2**31 calls.
 
-Why it cannot deadlock: all blocks of a grid are on the GPU at once (the host sees to it), so waiting blocks
-keep none from running. A block does its pushes of a step before any wait of that step, and waits only for
-pushes of the same or an earlier step; so no block can be the first to wait for ever.
+Why it cannot deadlock: all blocks of a grid are on the GPU at once (the host sees to it), so waiting blocks keep none
+from running. A block does its pushes of a step before any wait of that step, and waits only for pushes of the same or
+an earlier step; so no block can be the first to wait for ever.
 
-State on the device: a launch adds exactly 2**16 to its counter, whatever its grid (block 0 adds the rest). A
-block reads the counter before its own share is in, so `counter >> 16` is the number of calls before this one,
-the same for all blocks. Nothing is counted on the host, so CUDA graphs replay. Ranks must make the same calls
-in the same order.
+State on the device: a launch adds exactly 2**16 to its counter, whatever its grid (block 0 adds the rest). A block
+reads the counter before its own share is in, so `counter >> 16` is the number of calls before this one, the same for
+all blocks. Nothing is counted on the host, so CUDA graphs replay. Ranks must make the same calls in the same order.
 """
 
 # In Triton a tuple grows by addition, and its type with it.
@@ -82,6 +81,7 @@ from fusewire.custom_ops.providers.symm_mem_ptx import (
     CTL_ONE_SHOT,
     CTL_PEERS,
     CTL_ZEROS,
+    LINE,
     SENTINEL,
     WAIT_ONE_SHOT,
     WAIT_PARTIAL_DATA,
@@ -90,12 +90,13 @@ from fusewire.custom_ops.providers.symm_mem_ptx import (
     grid_dependency_wait,
     load16,
     poll16,
-    poll_tagged,
+    poll_sums,
     put_tagged,
     read_counter,
     sanitize,
     store16,
 )
+from fusewire.custom_ops.providers.triton_keys import settle_keys
 
 
 @triton.jit(do_not_specialize=INTS)
@@ -171,22 +172,17 @@ def one_shot_kernel(
         sources = poll16(addrs, ctl_at, WAIT_ONE_SHOT, 0, WORLD, 1, False)
         total = sum_ranks(sources, mine, rank, add, WORLD, KIND, HAS_RESIDUAL and not INNER)
         if INNER:
-            inner_at = own + slices_at + tl.cast(row, tl.int64) * (16 * SLICES) + 8 * SLICES
+            inner_at = own + slices_at + tl.cast(row, tl.int64) * LINE + LINE // 2
             squares = squares_of(total, mask, KIND)
             squares = slices_sum(squares, inner_at, part, call, ctl_at, rank, lane, SLICES)
             total = add_normalized(
                 total, add, squares, inner_scale, inner_eps, inner_bias, HIDDEN, KIND, INNER_WKIND, INNER_ROUND_FIRST
             )
         squares = squares_of(total, mask, KIND) if INNER else tl.sum(sum_of_squares(total, KIND), axis=0)
-        exchange = own + slices_at + tl.cast(row, tl.int64) * (16 * SLICES if INNER else 8 * SLICES)
+        exchange = own + slices_at + tl.cast(row, tl.int64) * LINE
         squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, SLICES)
-        rstd = reciprocal_rms(squares, eps, HIDDEN)
-        store16(
-            norm_out.to(tl.int64) + at,
-            normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST),
-            mask,
-            False,
-        )
+        norm = normalized(total, reciprocal_rms(squares, eps, HIDDEN), scale, bias, KIND, WKIND, ROUND_FIRST)
+        store16(norm_out.to(tl.int64) + at, norm, mask, False)
         if WRITE_RESIDUAL:
             store16(residual_out.to(tl.int64) + at, total, mask, False)
         empty = tl.full([BLOCK], SENTINEL, tl.int32)
@@ -231,7 +227,7 @@ def two_shot_data_kernel(
     slot_bytes: tl.int64,
     source_bytes: tl.int64,
     results: tl.int64,
-    rstds: tl.int64,
+    squares_at: tl.int64,
     slices_at: tl.int64,
     eps: tl.float32,
     bias: tl.float32,
@@ -255,7 +251,7 @@ def two_shot_data_kernel(
     THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """`shard` rows a rank. `slots` (partial rows), `results`, `rstds`, `slices_at`: byte offsets into the
+    """`shard` rows a rank. `slots` (partial rows), `results`, `squares_at`, `slices_at`: byte offsets into the
     symmetric buffer.
 
     FULL: residual and residual_out are (tokens, hidden); else (shard, hidden), this rank's own rows.
@@ -264,6 +260,10 @@ def two_shot_data_kernel(
     SLICE: tl.constexpr = (PACKETS + SLICES - 1) // SLICES
     ROW: tl.constexpr = PACKETS * 16
     TILE: tl.constexpr = THREADS * UNROLL
+    # How many words with squares a thread reads for a row: one of each slice while those are few, else one with their
+    # sum. With the former the owner need not wait for its slices, so then, too, rows go out before they are normalised.
+    WORDS: tl.constexpr = SLICES if SLICES * UNROLL <= 16 else 1
+    RAW: tl.constexpr = FULL or WORDS > 1
     if PDL:
         grid_dependency_wait()
     pid = tl.program_id(0)
@@ -309,27 +309,35 @@ def two_shot_data_kernel(
         sources = poll16(addrs, ctl_at, WAIT_PARTIAL_DATA, 0, WORLD, 1, False)
         total = sum_ranks(sources, mine, rank, add, WORLD, KIND, HAS_RESIDUAL and not INNER)
         if INNER:
-            inner_at = own + slices_at + tl.cast(i, tl.int64) * (16 * SLICES) + 8 * SLICES
+            inner_at = own + slices_at + tl.cast(i, tl.int64) * LINE + LINE // 2
             squares = squares_of(total, mask, KIND)
             squares = slices_sum(squares, inner_at, part, call, ctl_at, rank, lane, SLICES)
             total = add_normalized(
                 total, add, squares, inner_scale, inner_eps, inner_bias, HIDDEN, KIND, INNER_WKIND, INNER_ROUND_FIRST
             )
+        if RAW:
+            clean = sanitize(total)
+            for j in tl.static_range(1, WORLD):
+                # By rows, so that all blocks of a row send to a peer at the same time, which needs all of it.
+                peer = tl.load(ctl + CTL_PEERS + peer_at(rank, i, j, WORLD))
+                store16(peer + results + at, clean, mask, True)
         squares = squares_of(total, mask, KIND) if INNER else tl.sum(sum_of_squares(total, KIND), axis=0)
-        exchange = own + slices_at + tl.cast(i, tl.int64) * (16 * SLICES if INNER else 8 * SLICES)
+        line = squares_at + tl.cast((rank * shard + i) * SLICES, tl.int64) * LINE
+        if WORDS > 1:
+            for j in tl.static_range(1, WORLD):
+                peer = tl.load(ctl + CTL_PEERS + peer_at(rank, i, j, WORLD))
+                put_tagged(peer + line + part * 8, squares, tag_of(call), lane == 0)
+        exchange = own + slices_at + tl.cast(i, tl.int64) * LINE
         squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, SLICES)
-        rstd = reciprocal_rms(squares, eps, HIDDEN)
-        norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST)
-        # The row after its rstd is known, not before: that took 3 us more at 16 tokens on 4 GPUs, probably since all
-        # threads that had the row then waited for the rstd at one address.
-        clean = sanitize(total) if FULL else sanitize(norm)
-        for j in tl.static_range(1, WORLD):
-            # By rows, so that all blocks of a row send to a peer at the same time: one of them brings the rstd.
-            peer = tl.load(ctl + CTL_PEERS + peer_at(rank, i, j, WORLD))
-            store16(peer + results + at, clean, mask, True)
-            if FULL:
-                row_at = peer + rstds + tl.cast(rank * shard + i, tl.int64) * 8
-                put_tagged(row_at, rstd, tag_of(call), (lane == 0) & (part == 0))
+        norm = normalized(total, reciprocal_rms(squares, eps, HIDDEN), scale, bias, KIND, WKIND, ROUND_FIRST)
+        if WORDS == 1:
+            clean = sanitize(norm)
+            for j in tl.static_range(1, WORLD):
+                peer = tl.load(ctl + CTL_PEERS + peer_at(rank, i, j, WORLD))
+                if RAW:
+                    put_tagged(peer + line + part * LINE, squares, tag_of(call), lane == 0)
+                else:
+                    store16(peer + results + at, clean, mask, True)
         store16(norm_out.to(tl.int64) + at, norm, mask, False)
         if WRITE_RESIDUAL:
             store16(residual_out.to(tl.int64) + kept, total, mask, False)
@@ -355,28 +363,34 @@ def two_shot_data_kernel(
                 q = first + u * THREADS + thread
                 here = own + results + start + q.to(tl.int64) * 16
                 addrs = addrs + (tl.where(q < limit, here, ctl_at + 8 * CTL_ZEROS),)
-            arrived = poll16(addrs, ctl_at, WAIT_RESULT_DATA, owner, UNROLL, 0, True)
-            if FULL:
-                rows = ()
+            if RAW:
+                lines = ()
                 scales = ()
                 for u in tl.static_range(UNROLL):
                     q = tl.minimum(first + u * THREADS + thread, limit - 1)
-                    row = (owner * shard + q // PACKETS).to(tl.int64)
-                    rows = rows + (own + rstds + row * 8,)
+                    line = (owner * shard + q // PACKETS) * SLICES
+                    line = line if WORDS > 1 else line + q % PACKETS // SLICE
+                    lines = lines + (own + squares_at + line.to(tl.int64) * LINE,)
                     scales = scales + (load_scale(weight, q % PACKETS, q >= 0, KIND, WKIND),)
-                bits = poll_tagged(rows, tag_of(call), ctl_at, WAIT_RESULT_DATA, owner, UNROLL, True)
+                arrived = poll_sums(
+                    addrs, lines, tag_of(call), ctl_at, WAIT_RESULT_DATA, owner, UNROLL, UNROLL, WORDS, True
+                )
+            else:
+                arrived = poll16(addrs, ctl_at, WAIT_RESULT_DATA, owner, UNROLL, 0, True)
             empty = tl.full([THREADS], SENTINEL, tl.int32)
             for u in tl.static_range(UNROLL):
                 q = first + u * THREADS + thread
                 there = start + q.to(tl.int64) * 16
                 got = packet_of(arrived, u)
-                if FULL:
-                    rstd = bits[u].to(tl.float32, bitcast=True)
+                norm = got
+                if RAW:
+                    rstd = reciprocal_rms(arrived[4 * UNROLL + u].to(tl.float32, bitcast=True), eps, HIDDEN)
                     norm = normalized(got, rstd, scales[u], bias, KIND, WKIND, ROUND_FIRST)
-                    store16(norm_out.to(tl.int64) + there, norm, q < limit, False)
-                    if WRITE_RESIDUAL:
-                        store16(residual_out.to(tl.int64) + there, got, q < limit, False)
-                else:
-                    store16(norm_out.to(tl.int64) + there, got, q < limit, False)
+                store16(norm_out.to(tl.int64) + there, norm, q < limit, False)
+                if FULL and WRITE_RESIDUAL:
+                    store16(residual_out.to(tl.int64) + there, got, q < limit, False)
                 store16(own + results + there, (empty, empty, empty, empty), q < limit, False)
     end_call(ctl, CTL_DATA, THREADS)
+
+
+settle_keys(globals())

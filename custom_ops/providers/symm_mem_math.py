@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fusewire.custom_ops.providers.symm_mem_ptx import load8, load16
+from fusewire.custom_ops.providers.triton_keys import settle_keys
 
 BF16 = tl.constexpr(0)
 FP16 = tl.constexpr(1)
@@ -171,3 +172,6 @@ def normalized(
 def reciprocal_rms(sum_squares: tl.tensor, eps: tl.tensor, HIDDEN: tl.constexpr) -> tl.tensor:
     """1 / sqrt(mean of squares + eps)."""
     return tl.math.rsqrt(sum_squares / HIDDEN + eps)
+
+
+settle_keys(globals())

@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 
 from fusewire.custom_ops.providers import symm_mem_workspace as workspace
+from fusewire.custom_ops.providers.triton_keys import settle_keys
 
 CTL_ONE_SHOT = tl.constexpr(workspace.CTL_ONE_SHOT)
 CTL_DATA = tl.constexpr(workspace.CTL_DATA)
@@ -44,6 +45,7 @@ CTL_HOST_ERROR = tl.constexpr(workspace.CTL_HOST_ERROR)
 CTL_LIMIT_NS = tl.constexpr(workspace.CTL_LIMIT_NS)
 CTL_PEERS = tl.constexpr(workspace.CTL_PEERS)
 CTL_ZEROS = tl.constexpr(workspace.CTL_ZEROS)
+LINE = tl.constexpr(workspace.LINE)
 
 WAIT_ONE_SHOT = tl.constexpr(workspace.WAIT_ONE_SHOT)
 WAIT_PARTIAL_DATA = tl.constexpr(workspace.WAIT_PARTIAL_DATA)
@@ -111,33 +113,31 @@ def _slow_path(ctl: str, code: str, late: bool, blame: list[str]) -> list[str]:
 
 
 @triton.constexpr_function
-def _poll_asm(n: int, step: int, late: bool) -> str:
-    """Load n packets until none holds the sentinel. Operands: 4n words out, n addresses, control block, code,
-    rank.
+def _poll_asm(packets: int, rows: int, words: int, step: int, late: bool) -> str:
+    """Load packets, and rows of tagged words, until no packet holds the sentinel and all words carry the tag.
+
+    Operands: 4 words a packet and a sum a row out, the packets' addresses, the rows' addresses, tag, control block,
+    code, rank; without rows no tag.
     """
-    ctl, code, rank = f"${5 * n}", f"${5 * n + 1}", f"${5 * n + 2}"
-    loads, blame = [], [f"mov.b32 s, {rank};"]
-    for j in range(n):
-        words = ", ".join(f"${4 * j + k}" for k in range(4))
-        loads.append(f"ld.relaxed.sys.global.v4.b32 {{{words}}}, [${4 * n + j}];")
-    for j in reversed(range(n)):
+    sums, at = 4 * packets, 4 * packets + rows
+    tag, ctl, code, rank = (f"${at + packets + rows + k - (rows == 0)}" for k in range(4))
+    body, blame = [".reg .b32 f, g, k;", ".reg .b64 v;", "again:", "mov.b32 k, 0;"], [f"mov.b32 s, {rank};"]
+    for j in range(packets):
+        to = ", ".join(f"${4 * j + k}" for k in range(4))
+        body.append(f"ld.relaxed.sys.global.v4.b32 {{{to}}}, [${at + j}];")
+    for j, s in [(j, s) for j in range(rows) for s in range(words)]:
+        to, row = f"${sums + j}", f"[${at + packets + j}+{8 * s}]"
+        if s % 2 == 0:  # two at once, if there are two
+            load = f"v2.b64 {{u, v}}, {row}" if s + 1 < words else f"b64 u, {row}"
+            body.append(f"ld.relaxed.sys.global.{load};")
+        body += [f"mov.b64 {{{'f' if s else to}, g}}, {'v' if s % 2 else 'u'};", f"xor.b32 g, g, {tag};"]
+        body += ["or.b32 k, k, g;", *([f"add.rn.f32 {to}, {to}, f;"] if s else [])]
+    if packets:
+        body += [*_max_of(0, 4 * packets), "setp.eq.u32 p, m, 0xffffffff;", "@p mov.b32 k, 1;"]
+    for j in reversed(range(packets if step else 0)):
         blame += [*_max_of(4 * j, 4), "setp.eq.u32 p, m, 0xffffffff;", f"@p add.u32 s, {rank}, {j * step};"]
-    check = [*_max_of(0, 4 * n), "setp.ne.u32 p, m, 0xffffffff;", "@p bra done;"]
-    return "\n".join([*_BEGIN, "again:", *loads, *check, *_slow_path(ctl, code, late, blame), "done:", "}"])
-
-
-@triton.constexpr_function
-def _poll_tagged_asm(n: int, late: bool) -> str:
-    """Load n tagged words until all carry the tag. Operands: n values out, n addresses, tag, control block,
-    code, rank.
-    """
-    tag, ctl, code, rank = f"${2 * n}", f"${2 * n + 1}", f"${2 * n + 2}", f"${2 * n + 3}"
-    body = [".reg .b32 g;", "again:", "mov.b32 m, 0;"]
-    for j in range(n):
-        body += [f"ld.relaxed.sys.global.b64 u, [${n + j}];", f"mov.b64 {{${j}, g}}, u;"]
-        body += [f"xor.b32 g, g, {tag};", "or.b32 m, m, g;"]
-    body += ["setp.eq.u32 p, m, 0;", "@p bra end;", *_slow_path(ctl, code, late, [f"mov.b32 s, {rank};"])]
-    nans = [f"mov.b32 ${j}, 0x7fffffff;" for j in range(n)]
+    body += ["setp.eq.u32 p, k, 0;", "@p bra end;", *_slow_path(ctl, code, late, blame)]
+    nans = [f"mov.b32 ${sums + j}, 0x7fffffff;" for j in range(rows)]
     return "\n".join([*_BEGIN, *body, "done:", *nans, "end:", "}"])
 
 
@@ -265,7 +265,7 @@ def poll16(
     the sentinel, a NaN.
     """
     return tl.inline_asm_elementwise(
-        _poll_asm(N, RANK_STEP, LATE),
+        _poll_asm(N, 0, 0, RANK_STEP, LATE),
         _constraints(4 * N, N, "l,r,r"),
         addrs + (ctl, code, rank),
         dtype=_int32s(4 * N),
@@ -289,23 +289,26 @@ def put_tagged(addr: tl.tensor, value: tl.tensor, tag: tl.tensor, mask: tl.tenso
 
 
 @triton.jit
-def poll_tagged(
-    addrs: tl.tuple,
+def poll_sums(
+    packets: tl.tuple,
+    rows: tl.tuple,
     tag: tl.tensor,
     ctl: tl.tensor,
     code: tl.constexpr,
     rank: tl.tensor,
-    N: tl.constexpr,
+    PACKETS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
     LATE: tl.constexpr,
 ) -> tl.tuple:
-    """Wait until the tagged words at N addresses carry the tag; the bits of their N values, NaN if the wait
-    gave up.
+    """Wait for packets, and for rows of WORDS tagged words, all at once: the packets' words, then the bits of the sum of
+    each row's values, in order; NaN if the wait gave up.
     """
     return tl.inline_asm_elementwise(
-        _poll_tagged_asm(N, LATE),
-        _constraints(N, N, "r,l,r,r"),
-        addrs + (tag, ctl, code, rank),
-        dtype=_int32s(N),
+        _poll_asm(PACKETS, ROWS, WORDS, 0, LATE),
+        _constraints(4 * PACKETS + ROWS, PACKETS + ROWS, "r,l,r,r"),
+        packets + rows + (tag, ctl, code, rank),
+        dtype=_int32s(4 * PACKETS + ROWS),
         is_pure=False,
         pack=1,
     )
@@ -360,16 +363,6 @@ def read_counter(addr: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def recomputed(value: tl.tensor) -> tl.tensor:
-    """The 32-bit value, of which the compiler does not know that it is the same each time.
-
-    What follows from it is computed anew where it is used. With 8 ranks there are so many addresses that a loop does
-    not change that keeping them would take more registers than there are.
-    """
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", (value,), dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def add_counter(addr: tl.tensor, amount: tl.tensor, mask: tl.tensor) -> None:
     """Add to a launch counter where mask; nothing comes back, so nobody waits for it."""
     tl.inline_asm_elementwise(
@@ -396,3 +389,6 @@ def grid_dependency_launch() -> None:
     tl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", (), dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+settle_keys(globals())

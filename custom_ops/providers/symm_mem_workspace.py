@@ -34,6 +34,9 @@ CTL_PEERS = 8  # base address of each rank's buffer, own included
 CTL_ZEROS = 16  # 16 bytes that stay zero: where masked lanes poll
 CTL_WORDS = 32
 
+# Bytes of a cache line. Words that many threads poll lie in lines of their own; two words a slice fit.
+LINE = 128
+
 # What a kernel was waiting for.
 WAIT_ONE_SHOT, WAIT_PARTIAL_DATA, WAIT_RESULT_DATA, WAIT_PARTIAL_FLAG, WAIT_RESULT_FLAG, WAIT_SLICE = range(1, 7)
 _WAITS = {
@@ -86,10 +89,10 @@ class Layout:
             "one_shot_slots": 2 * world * self.one_shot_tokens * row,
             "data_slots": 2 * data * row,
             "data_results": data * row,
-            # Two words a slice: an inner norm has squares of its own to exchange.
-            "one_shot_slices": 2 * 8 * MAX_SLICES * self.one_shot_tokens,
-            "data_slices": 2 * 8 * MAX_SLICES * self.data_shard,
-            "data_rstds": 8 * data,
+            # A line a row, two words a slice: an inner norm has squares of its own to exchange.
+            "one_shot_slices": LINE * self.one_shot_tokens,
+            "data_slices": LINE * self.data_shard,
+            "data_squares": LINE * MAX_SLICES * data,
             "flags_rstds": 8 * flags,
             "partial_flags": 8 * flags,
             "result_flags": 8 * flags,

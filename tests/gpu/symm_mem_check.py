@@ -152,18 +152,21 @@ class Run:
         watchdog.daemon = True
         watchdog.start()
         ok, detail, prints = True, "", None
+        start = time.monotonic()
         try:
             prints = work()
         except Exception as error:
             ok, detail = False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self.log.write(traceback.format_exc())
+        took = time.monotonic() - start
         everyone = self.gather((ok, detail, prints), end=True)
         watchdog.cancel()
         details = [f"rank {rank}: {d}" for rank, (good, d, _) in enumerate(everyone) if not good]
         if not details and len({p for _, _, p in everyone}) > 1:
             details = ["the ranks' results differ"]
         self.results.append((phase, name, not details, "; ".join(details)))
-        self.log.write(f"{'ok' if not details else 'FAIL'} {phase}: {name} {'; '.join(details)}\n")
+        times = f"{took:.2f} s + {time.monotonic() - start - took:.2f} s for the peers"
+        self.log.write(f"{'ok' if not details else 'FAIL'} {phase}: {name} ({times}) {'; '.join(details)}\n")
         if details:
             self.say(f"FAIL {phase}: {name}: {details[0]}")
             self.dead = any("CUDA error" in d or "AcceleratorError" in d for d in details)
