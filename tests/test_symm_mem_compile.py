@@ -41,7 +41,7 @@ class CpuWorkspace(spaces.SymmMemWorkspace):
         self.group_name, self.timeout_s, self.device = "simulated", 5.0, torch.device("cpu")
         self.multiprocessors = multiprocessors
         self.layout = spaces.Layout(world, hidden, dtype.itemsize, *tokens, outputs)
-        self.ctl = torch.zeros(spaces.CTL_WORDS, dtype=torch.int64)
+        self.ctl, self.known = torch.zeros(spaces.CTL_WORDS, dtype=torch.int64), {}
         self.use(torch.empty(0, dtype=torch.uint8))
 
     def use(self, buffer):

@@ -59,7 +59,7 @@ class CpuWorkspace(spaces.SymmMemWorkspace):
         self.rank, self.world_size, self.hidden, self.dtype = rank, layout.world_size, layout.hidden, dtype
         self.group_name, self.timeout_s, self.device = "simulated", LIMIT_S, torch.device("cpu")
         self.layout, self.multiprocessors, self._buffer = layout, multiprocessors, buffers[rank]
-        self._outputs = self._output_tensors()
+        self._outputs, self.known = self._output_tensors(), {}
         self._host_error = torch.zeros(1, dtype=torch.int64)
         self._error_word = ctypes.c_int64.from_address(self._host_error.data_ptr())
         self.ctl = self._control_block([buffer.data_ptr() for buffer in buffers])

@@ -234,6 +234,7 @@ class SymmMemWorkspace:
         self.multiprocessors: int = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._buffer: Tensor | None = None
         self._handle: Any = None
+        self.known: dict[Any, Any] = {}  # launches, for calls like them (symm_mem_again)
         peers = self._allocate()
         self._outputs = self._output_tensors()
         self._host_error = torch.zeros(1, dtype=torch.int64, pin_memory=True)
@@ -355,4 +356,5 @@ class SymmMemWorkspace:
             torch.cuda.synchronize(self.device)
             self._buffer = None
             self._handle = None
+            self.known = {}
             self._outputs.clear()

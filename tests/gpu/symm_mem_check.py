@@ -365,7 +365,11 @@ def precompile(run: Run, calls: list) -> None:
     from fusewire.custom_ops.providers import symm_mem_flags, symm_mem_kernels
 
     found, original = {}, symm_mem._run
-    symm_mem._run = lambda key, name, ws, plan, args: found.setdefault((key[0], *key[2:]), (name, plan, args))
+
+    def find(key, name, ws, plan, args) -> None:
+        found.setdefault((key[0], *key[2:]), (name, plan, args))
+
+    symm_mem._run = find
     try:
         for work in calls:
             work()
