@@ -9,6 +9,7 @@ here watches.
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import inspect
 import pickle
@@ -29,12 +30,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.torch_version import TorchVersion
 
 import fusewire
 from fusewire.fusion_passes import agreement, backend, graph_tools, matcher
 from fusewire.patterns import all_reduce as spellings
 
 from blocks import tensors
+from distributed import fake_group
 from graphs import capture
 
 aten, prims, c10d = torch.ops.aten, torch.ops.prims, torch.ops._c10d_functional
@@ -505,6 +508,23 @@ def test_waits_are_impure():
     _, wait, relu, _ = graph.nodes
     assert wait.is_impure()
     assert not relu.is_impure()
+
+
+def test_a_gather_waited_for_twice_is_refused_by_torch_itself():
+    """_refused_by_torch in fuzz_check.py: up to 2.14 torch compiles this, 2.15 does not."""
+
+    def twice(x):
+        raw = c10d.all_gather_into_tensor(x * 2, 2, dist.group.WORLD.group_name)
+        first, second = c10d.wait_tensor(raw), c10d.wait_tensor(raw)
+        rows = c10d.reduce_scatter_tensor(torch.relu(second * 2), "sum", 2, dist.group.WORLD.group_name)
+        return first, c10d.wait_tensor(rows)
+
+    with fake_group(2):
+        torch._dynamo.reset()
+        refuses = TorchVersion(torch.__version__) >= (2, 15)
+        told = pytest.raises(Exception, match="used before it has been defined")
+        with told if refuses else contextlib.nullcontext():
+            torch.compile(twice)(torch.randn(6, 16))
 
 
 @canary("torch._ops.OpOverload", "_schema")
