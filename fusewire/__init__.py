@@ -4,6 +4,12 @@ torch.compile(model, backend="fusewire")
 print(fusewire.report())
 """
 
+from pathlib import Path as _Path
+
+# In a clone, where `python -m fusewire` finds this folder first, the package's parts lie beside it.
+if not _Path(__file__).with_name("custom_ops").is_dir():
+    __path__.append(str(_Path(__file__).parent.parent))
+
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ir import ir_op_priority, register_op
 from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm

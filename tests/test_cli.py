@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -41,6 +42,15 @@ def test_every_command_has_help_and_a_module():
             cli.main([name, "--help"])
         assert end.value.code == 0
         assert command.help
+
+
+def test_the_command_works_in_a_clone_that_is_not_what_is_installed():
+    """In a clone `python -m fusewire` finds its folder, and beside it, not in it, the rest of the package."""
+    clone = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}  # with -S: no editable installs
+    command = [sys.executable, "-S", "-m", "fusewire", "doctor", "--help"]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_wrong_call_ends_with_two(capsys):
