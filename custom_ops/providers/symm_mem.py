@@ -155,7 +155,7 @@ def two_shot(
     output: int | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows are summed by their owner, who pushes r and its mean square; every rank scales all rows: 2 (R - 1) / R T H
+    """Rows are summed by their owner, who pushes r and its squares; every rank normalises all rows: 2 (R - 1) / R T H
     numbers out.
 
     Arguments, results and errors as `one_shot`, but up to `ws.layout.max_tokens` rows, and
@@ -203,8 +203,8 @@ def two_shot_sharded(
     output: int | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `two_shot`, but each rank adds and normalises only its own rows and pushes them; the residual stays
-    sharded.
+    """As `two_shot`, but each rank adds and normalises only its own rows and pushes them (few rows are pushed as in
+    `two_shot`, with their squares); the residual stays sharded.
 
     Rank r owns rows r * S to min((r + 1) * S, T) of the flattened x, S = `shard_rows(T, R)` = ceil(T / R).
 
