@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from fusewire.custom_ops.ahead import compile_ahead
 from distributed import shared_pool
 
 BF16, FP32 = torch.bfloat16, torch.float32
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 symm_mem = pytest.importorskip("fusewire.custom_ops.providers.symm_mem")
 ahead = pytest.importorskip("fusewire.custom_ops.providers.symm_mem_ahead")
 
@@ -76,6 +78,26 @@ def test_ranks_find_what_others_compiled_whatever_they_compiled_before():
     }
     assert len(keys) == 1
     assert len(set(keys.pop().split())) == 4
+
+
+@pytest.mark.parametrize(
+    ("directory", "inside"),
+    [
+        ("/tmp/torchinductor_someone/triton/3", "/tmp/torchinductor_someone/triton"),  # as Inductor sets it on GPU 3
+        ("/home/someone/.triton/cache", "/home/someone/.triton/cache"),
+        ("/scratch/rank3", "/scratch/rank3"),
+        (None, None),
+    ],
+)
+def test_ranks_share_a_cache_where_inductor_has_given_each_its_own(monkeypatch, directory, inside):
+    if directory is None:
+        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    else:
+        monkeypatch.setenv("TRITON_CACHE_DIR", directory)
+    with symm_mem.compiling_only():
+        assert os.environ.get("TRITON_CACHE_DIR") == inside
+        assert triton.knobs.cache.dir == inside or inside is None
+    assert os.environ.get("TRITON_CACHE_DIR") == directory
 
 
 class Provider(workspace.WorkspaceProvider):

@@ -46,6 +46,7 @@ from fusewire.custom_ops.providers.symm_mem_plan import (
     plan_two_shot_flags,
 )
 from fusewire.custom_ops.providers.symm_mem_workspace import SymmMemWorkspace, owned_rows, shard_rows
+from fusewire.custom_ops.providers.triton_cache import shared_cache
 from fusewire.errors import ArgumentError
 
 DATA = "data"  # data as flag: lower latency
@@ -67,7 +68,8 @@ def compiling_only() -> Iterator[None]:
     global _compile_only
     before, _compile_only = _compile_only, True
     try:
-        yield
+        with shared_cache():
+            yield
     finally:
         _compile_only = before
 

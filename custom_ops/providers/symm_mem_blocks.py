@@ -27,7 +27,7 @@ from fusewire.custom_ops.providers.symm_mem_ptx import (
     poll_sums,
     put_tagged,
 )
-from fusewire.custom_ops.providers.triton_keys import settle_keys
+from fusewire.custom_ops.providers.triton_cache import settle_keys
 
 # Not specialised on being 1 or a multiple of 16: one compiled kernel serves all token counts and layouts.
 INTS = (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusewire.custom_ops.providers.symm_mem_blocks import peer_at
 from fusewire.custom_ops.providers.symm_mem_ptx import CTL_PEERS, load16, store16
-from fusewire.custom_ops.providers.triton_keys import settle_keys
+from fusewire.custom_ops.providers.triton_cache import settle_keys
 
 if TYPE_CHECKING:
     from fusewire.custom_ops.providers.symm_mem_workspace import SymmMemWorkspace

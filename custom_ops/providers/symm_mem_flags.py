@@ -47,7 +47,7 @@ from fusewire.custom_ops.providers.symm_mem_ptx import (
     store16,
     wait_flag,
 )
-from fusewire.custom_ops.providers.triton_keys import settle_keys
+from fusewire.custom_ops.providers.triton_cache import settle_keys
 
 
 @triton.jit

@@ -96,7 +96,7 @@ from fusewire.custom_ops.providers.symm_mem_ptx import (
     sanitize,
     store16,
 )
-from fusewire.custom_ops.providers.triton_keys import settle_keys
+from fusewire.custom_ops.providers.triton_cache import settle_keys
 
 
 @triton.jit(do_not_specialize=INTS)

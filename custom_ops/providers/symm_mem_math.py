@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fusewire.custom_ops.providers.symm_mem_ptx import load8, load16
-from fusewire.custom_ops.providers.triton_keys import settle_keys
+from fusewire.custom_ops.providers.triton_cache import settle_keys
 
 BF16 = tl.constexpr(0)
 FP16 = tl.constexpr(1)

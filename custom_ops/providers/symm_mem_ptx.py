@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 
 from fusewire.custom_ops.providers import symm_mem_workspace as workspace
-from fusewire.custom_ops.providers.triton_keys import settle_keys
+from fusewire.custom_ops.providers.triton_cache import settle_keys
 
 CTL_ONE_SHOT = tl.constexpr(workspace.CTL_ONE_SHOT)
 CTL_DATA = tl.constexpr(workspace.CTL_DATA)
