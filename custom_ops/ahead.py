@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from fusewire.custom_ops.votes import Channel, agree
+from fusewire.custom_ops.coordination.timeouts import ANNOUNCE_COMPILING_AFTER_S
+from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.workspace import REGISTRY, Entry, WorkspaceProvider, announced
-
-_SAY_AFTER_S = 3.0
 
 
 def compile_ahead(provider: WorkspaceProvider, entry: Entry, group: dist.ProcessGroup) -> None:
@@ -26,8 +25,8 @@ def compile_ahead(provider: WorkspaceProvider, entry: Entry, group: dist.Process
     channel = Channel(group, f"{entry.key} ahead")
     for topic, share in (("own share", pieces[group.rank() :: group.size()]), ("all", pieces)):
         text = f"compiling {len(pieces)} kernels of {provider.name} ahead (once: they are kept on disk)"
-        with announced(text, after_s=_SAY_AFTER_S):
-            verdict = agree(channel, f"compile ahead, {topic}", lambda share=share: _run(share))  # type: ignore[misc]
+        with announced(text, after_s=ANNOUNCE_COMPILING_AFTER_S):
+            verdict = vote(channel, f"compile ahead, {topic}", lambda share=share: _run(share))  # type: ignore[misc]
         if not verdict.ok:
             REGISTRY._drop(entry.key)
             entry.workspace, entry.reason = None, f"compiling ahead: {verdict.reason}"

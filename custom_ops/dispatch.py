@@ -33,23 +33,25 @@ from fusewire.custom_ops.all_reduce_norm import (
     all_reduce_sum,
     resolve_group,
 )
+from fusewire.custom_ops.decisions import Decision, Decisions
 from fusewire.custom_ops.ir import (
     NATIVE,
     IrOp,
     Provider,
     Refusal,
+    Support,
     parse_policy,
     unknown_provider,
 )
 from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.plan_vote import agreed_plan, tuned_plan
 from fusewire.custom_ops.plans import Plan, find_plan
+from fusewire.custom_ops.provider_vote import agree_on_providers
 from fusewire.custom_ops.workspace import (
     OUTPUTS,
     PROVIDERS,
     REGISTRY,
     Entry,
-    Workspace,
     WorkspaceKey,
     WorkspaceProvider,
 )
@@ -60,6 +62,7 @@ DEFAULT_WORKSPACE_BYTES = 512 << 20
 _LIMITED_BY_SIZE = "flashinfer"
 NORM_KERNEL = "triton_batch_invariant"
 _MAX_DECISIONS = 1 << 15
+_TRIES = 3  # to decide while nothing changes
 _OPTIONS: dict[str, Callable[[str], float]] = {"max_size_mb": float, "output": int}
 
 
@@ -265,23 +268,7 @@ def _octaves(end: int) -> list[tuple[int, int]]:
 # --- The selector -------------------------------------------------------------------------------------------
 
 
-class Decision(NamedTuple):
-    """The provider of a call.
-
-    Attributes:
-        held: name, workspace, variant and output buffer, where it works in a workspace.
-        extended: what fusewire.custom_ops.extended made of it, by operator.
-    """
-
-    provider: Provider
-    snapshot: tuple[tuple[str, Provider], ...]
-    group: weakref.ref[dist.ProcessGroup] | None
-    held: tuple[str, Workspace, str, int | None] | None
-    extended: dict[Any, Provider]
-
-
-_decisions: dict[tuple[Any, ...], Decision] = {}
-_version = 0
+_decisions = Decisions(_MAX_DECISIONS)
 _resolve: Callable[[str], Any] = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined,assignment]
 
 
@@ -295,7 +282,8 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
 
 
 def decide(op: IrOp, args: tuple[Any, ...], policy: str) -> Decision:
-    """The decision for a call: made once, then looked up.
+    """The decision for a call: made once, then looked up. Thread-safe. A collective the first time, as far as the ranks
+    have to vote: every rank of the group makes the same calls, in the same order.
 
     Raises:
         NoProviderError: the policy names nothing that can serve; the message has each one's reason.
@@ -303,7 +291,6 @@ def decide(op: IrOp, args: tuple[Any, ...], policy: str) -> Decision:
         CaptureError: the ranks have not yet agreed on a workspace and a CUDA graph is being captured.
         PeerTimeoutError: a rank did not take part in the vote.
     """
-    global _version
     x, residual, weight, eps, weight_bias, form, group_name = args
     key = (
         x.shape,
@@ -317,18 +304,19 @@ def decide(op: IrOp, args: tuple[Any, ...], policy: str) -> Decision:
         form,
         eps,
     )
-    if _version != REGISTRY.version:
-        _decisions.clear()
-        _version = REGISTRY.version
-    found = _decisions.get(key)
+    found = _decisions.get(key, REGISTRY.version)
     if found is not None and _holds(found, op, group_name):
         return found
-    decision, keep = _decide(op, args, policy)
-    if keep:
-        if len(_decisions) >= _MAX_DECISIONS:
-            _decisions.clear()
-        _version = REGISTRY.version
-        _decisions[key] = decision
+    for _ in range(_TRIES):
+        version = REGISTRY.version
+        decision, keep = _decide(op, args, policy)
+        if not keep:
+            break
+        if REGISTRY.version == version:
+            _decisions.keep(key, decision, version)
+            break
+        # What it follows from has changed meanwhile, by the votes that it took or by another thread. What was voted
+        # on is known by now, so to decide again asks nobody.
     return decision
 
 
@@ -345,17 +333,19 @@ def _holds(decision: Decision, op: IrOp, group_name: str) -> bool:
 def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[Decision, bool]:
     """The decision, and whether it may be kept."""
     read = read_policy(op, policy)
+    agreed = agree_on_providers(op, read.names, args)
     for name in read.names:
         if name not in op.providers:
             raise ConfigError(unknown_provider(op, name))
     snapshot = tuple((name, op.providers[name]) for name in read.names)
     x = args[0]
     if not _on_gpu(x):
-        chosen = op.choose(*args, policy=",".join(read.names)).provider
-        return Decision(chosen, snapshot, None, None, {}), True
+        chosen = op.choose(*args, policy=",".join(read.names), known=agreed.support).provider
+        voters = None if agreed.group is None else weakref.ref(agreed.group)
+        return Decision(chosen, snapshot, voters, None, {}), True
     group = resolve_group(args[6])
     shape = Shape(x.numel() // x.shape[-1] if x.shape[-1] else 0, x.shape[-1], x.dtype, group.size())
-    found, entries, keep = _look(op, args, read, shape, group)
+    found, entries, keep = _look(op, args, read, shape, group, agreed.support)
     if found.candidate is None:
         listed = "\n".join(f"  - {refusal}" for refusal in found.refusals)
         raise NoProviderError(
@@ -411,9 +401,14 @@ def _native_with_norm_kernel(
 
 
 def _look(
-    op: IrOp, args: tuple[Any, ...], policy: Policy, shape: Shape, group: dist.ProcessGroup
+    op: IrOp,
+    args: tuple[Any, ...],
+    policy: Policy,
+    shape: Shape,
+    group: dist.ProcessGroup,
+    agreed: Mapping[str, Support],
 ) -> tuple[Pick, dict[str, Entry], bool]:
-    """Ask every provider, with the votes this takes, and choose."""
+    """Ask every provider that the ranks have not agreed on, with the votes this takes, and choose."""
     reasons: dict[str, str] = {}
     rooms: dict[str, Room] = {}
     entries: dict[str, Entry] = {}
@@ -421,7 +416,8 @@ def _look(
     for name in policy.names:
         provider = op.providers[name]
         # A provider with a workspace is not asked about this machine here: that is for the ranks to vote on.
-        support = provider.supports_args(*args) if name in PROVIDERS else provider.check(*args)
+        check = provider.supports_args if name in PROVIDERS else provider.check
+        support = agreed[name] if name in agreed else check(*args)
         if not support:
             reasons[name] = support.reason
         elif name in PROVIDERS:

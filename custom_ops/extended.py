@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusewire.custom_ops import dispatch
 from fusewire.custom_ops.all_reduce_norm import resolve_group
+from fusewire.custom_ops.decisions import Decision
 from fusewire.custom_ops.ir import NATIVE, IrOp, Provider
 from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.providers.batch_invariant import NORM_POLICY
@@ -54,7 +55,7 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
     return found
 
 
-def _function(op: IrOp, decision: dispatch.Decision, args: tuple[Any, ...]) -> Callable[..., Any]:
+def _function(op: IrOp, decision: Decision, args: tuple[Any, ...]) -> Callable[..., Any]:
     provider = decision.provider
     if decision.held is not None:
         name, workspace, variant, output = decision.held

@@ -132,6 +132,11 @@ def _always(*_: Any, **__: Any) -> Support:
     return YES
 
 
+def checks_nothing(check: Callable[..., Support]) -> bool:
+    """Whether a provider was registered without this check, so that it says yes on every rank."""
+    return check is _always
+
+
 @dataclass
 class IrOp:
     """An operator: its native semantics, its providers, and the order in which they are tried."""
@@ -204,7 +209,14 @@ class IrOp:
         """The providers to try, in order: the innermost `ir_op_priority(...)`, else the process-wide default."""
         return _SCOPED.get().get(self.name, self.default_priority)
 
-    def choose(self, *args: Any, policy: str = "", static: bool = False, machine: bool = True) -> Choice:
+    def choose(
+        self,
+        *args: Any,
+        policy: str = "",
+        static: bool = False,
+        machine: bool = True,
+        known: Mapping[str, Support] = MappingProxyType({}),
+    ) -> Choice:
         """The first provider by priority that can serve a call with these arguments.
 
         Args:
@@ -212,6 +224,7 @@ class IrOp:
             policy: the providers to try; the op's own priority if empty.
             static: leave limits on the number of tokens aside, as at compile time.
             machine: ask what this machine has, too; with `static` it can be left to a vote at run time.
+            known: answers of providers that are not to be asked, since the ranks have voted on them.
 
         Raises:
             NoProviderError: none can; the message gives each one's reason.
@@ -222,17 +235,16 @@ class IrOp:
             provider = self.providers.get(name)
             if provider is None:
                 raise ConfigError(unknown_provider(self, name))
-            if static:
+            if name in known:
+                support = known[name]
+            elif static:
                 support = provider.check_static(*args) if machine else provider.supports_args(*args)
             else:
                 support = provider.check(*args)
             if support:
                 return Choice(provider, tuple(refusals))
             if not isinstance(support, Support):
-                raise SchemaError(
-                    f"provider {name!r} of {self.name} refuses with {support!r}, which has no reason; its checks "
-                    "must return YES or Support.no(reason)"
-                )
+                raise SchemaError(no_without_reason(self, name, support))
             refusals.append(Refusal(name, support.reason))
         listed = "\n".join(f"  - {refusal}" for refusal in refusals) or "  (the priority list is empty)"
         raise NoProviderError(
@@ -243,6 +255,13 @@ class IrOp:
     def set_default_priority(self, providers: Sequence[str]) -> None:
         """Set the process-wide order in which providers are tried."""
         self.default_priority = check_priority(self, providers)
+
+
+def no_without_reason(op: IrOp, name: str, answer: object) -> str:
+    return (
+        f"provider {name!r} of {op.name} refuses with {answer!r}, which has no reason; its checks "
+        "must return YES or Support.no(reason)"
+    )
 
 
 def unknown_provider(op: IrOp, name: str) -> str:

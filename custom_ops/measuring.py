@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.vote import Channel, VoteResult, describe, vote
 from fusewire.custom_ops.norms import SCALE_THEN_ROUND
 from fusewire.custom_ops.timing import (
     EPS,
@@ -35,7 +37,6 @@ from fusewire.custom_ops.timing import (
     reference,
     wrong,
 )
-from fusewire.custom_ops.votes import Channel, Verdict, agree, describe, say
 from fusewire.custom_ops.workspace import REGISTRY, WorkspaceKey, check_memory
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
@@ -91,8 +92,8 @@ class Measurement:
         self.timer: Timer = GpuTimer(self.device) if self.device.type == "cuda" else CpuTimer(self.device)
         self.loud = self.group.rank() == 0
 
-    def vote(self, topic: str, work: Callable[[], Mapping[str, Any] | None]) -> Verdict:
-        return agree(self.channel, topic, work)
+    def vote(self, topic: str, work: Callable[[], Mapping[str, Any] | None]) -> VoteResult:
+        return vote(self.channel, topic, work)
 
     def measure(self) -> None:
         """Fill `times` and the rest."""
@@ -106,7 +107,7 @@ class Measurement:
         finally:
             self.busy = False
         for note in self.notes if self.loud else ():
-            say(f"tuning {self.title}: {note}")
+            log_line(f"tuning {self.title}: {note}")
 
     def _measure_sizes(self, order: Sequence[int]) -> None:
         progress = Progress(self.title, len(order), self.loud)
@@ -271,7 +272,7 @@ class Measurement:
         else:
             self.notes.append(f"the links' rate was not measured: {verdict.reason}")
 
-    def _reject(self, verdict: Verdict, what: str) -> None:
+    def _reject(self, verdict: VoteResult, what: str) -> None:
         for rank, fact in zip(verdict.ranks, verdict.facts, strict=True):
             for label, reason in fact.get(what, {}).items():
                 self._leave_out(label, f"on rank {rank}, {reason}")
@@ -282,7 +283,7 @@ class Measurement:
         self.rejected[label] = reason
         self.times.pop(label, None)
         if self.loud:
-            say(f"tuning {self.title}: {label} IS LEFT OUT: {reason}")
+            log_line(f"tuning {self.title}: {label} IS LEFT OUT: {reason}")
 
     def _said(self, tokens: int) -> str:
         found = sorted((us[tokens], label) for label, us in self.times.items() if tokens in us)

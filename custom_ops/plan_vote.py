@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.vote import Channel, VoteResult, vote
 from fusewire.custom_ops.plan_store import (
     Table,
     key_of,
@@ -25,7 +27,6 @@ from fusewire.custom_ops.plan_store import (
     table_from_json,
 )
 from fusewire.custom_ops.plans import Plan
-from fusewire.custom_ops.votes import Channel, Verdict, agree, say
 from fusewire.custom_ops.workspace import REGISTRY, refuse_capture
 from fusewire.errors import ConfigError, WorkspaceError
 
@@ -94,7 +95,7 @@ def tuned_plan(
             return known.plan  # measured before, and not on disk because it could not be written
         _keep(group, hidden, dtype, agreed)
         if agreed.note and group.rank() == 0:
-            say(f"hidden size {hidden}, {str(dtype).removeprefix('torch.')}: {agreed.note}")
+            log_line(f"hidden size {hidden}, {str(dtype).removeprefix('torch.')}: {agreed.note}")
         if agreed.tune:
             _tune(group, hidden, dtype, device, max_tokens, agreed)
         return agreed_plan(group, hidden, dtype)
@@ -111,7 +112,7 @@ def _tune(
     except WorkspaceError as error:  # the same on every rank; a model need not fail for want of a table
         agreed = dataclasses.replace(agreed, tune=False, note=f"tuning failed: {error}")
         _keep(group, hidden, dtype, agreed)
-        say(agreed.note)
+        log_line(agreed.note)
 
 
 def keep(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, table: Table, note: str = "") -> None:
@@ -121,7 +122,7 @@ def keep(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, table: Table
 
 def _keep(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, agreed: Agreed) -> None:
     REGISTRY.plans[group.group_name, hidden, dtype] = agreed
-    REGISTRY.version += 1  # decisions made before are void
+    REGISTRY.changed()  # decisions made before are void
 
 
 def _with_rejected(table: Table, note: str) -> str:
@@ -132,7 +133,7 @@ def _with_rejected(table: Table, note: str) -> str:
 def _agree(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, device: torch.device, tune: bool) -> Agreed:
     label = f"tuned table, group {group.group_name}, hidden {hidden}, {dtype}"
     channel, reference = Channel(group, label), weakref.ref(group)
-    verdict = agree(channel, "facts", lambda: {**machine_facts(device), "tune": tune or wants_tuning()})
+    verdict = vote(channel, "facts", lambda: {**machine_facts(device), "tune": tune or wants_tuning()})
     if not verdict.ok:
         return Agreed(reference, note=f"no tuned table: {verdict.reason}")
     key = key_of(verdict.facts, hidden, dtype)
@@ -147,7 +148,7 @@ def _agree(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, device: to
             "reason": found.reason,
         }
 
-    verdict = agree(channel, "table", look)
+    verdict = vote(channel, "table", look)
     if not verdict.ok:
         return Agreed(reference, note=f"no tuned table: {verdict.reason}")
     table, note = _chosen(verdict)
@@ -162,7 +163,7 @@ def _agree(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, device: to
     return Agreed(reference, plan, note, table is None and all(asking))
 
 
-def _chosen(verdict: Verdict) -> tuple[Table | None, str]:
+def _chosen(verdict: VoteResult) -> tuple[Table | None, str]:
     """The table of the first rank that has one, and what to say about the others."""
     holders = [i for i, fact in enumerate(verdict.facts) if fact["digest"]]
     reasons = [f"rank {r}: {f['reason']}" for r, f in zip(verdict.ranks, verdict.facts, strict=True) if f["reason"]]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fusewire.custom_ops.all_reduce_norm import sum_in_rank_order
+from fusewire.custom_ops.coordination.store import log_line
 from fusewire.custom_ops.norms import SCALE_THEN_ROUND, add_residual, normalize
-from fusewire.custom_ops.votes import say
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
 EPS = 1e-6
@@ -256,7 +256,7 @@ class Progress:
             return
         count = f"{self.done}/{self.total}"
         if not self.bar:
-            say(f"tuning {self.title}: {count} {said}")
+            log_line(f"tuning {self.title}: {count} {said}")
             return
         filled = self.WIDTH * self.done // self.total
         bar = "#" * filled + "." * (self.WIDTH - filled)

@@ -20,12 +20,13 @@ from torch import Tensor
 from fusewire.custom_ops import dispatch, plan_store, plan_vote
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.all_reduce_norm import resolve_group
+from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.vote import in_thread
 from fusewire.custom_ops.ir import NATIVE
 from fusewire.custom_ops.measuring import Candidate, Measurement
 from fusewire.custom_ops.norms import SCALE_THEN_ROUND
 from fusewire.custom_ops.plan_store import PlanKey, Table
 from fusewire.custom_ops.timing import EPS
-from fusewire.custom_ops.votes import in_thread, say
 from fusewire.custom_ops.workspace import (
     _ABANDONED,
     PROVIDERS,
@@ -239,7 +240,7 @@ class _Run(Measurement):
         if problem:
             problem = f"the table was not saved everywhere: {problem}"
             if self.loud:
-                say(f"tuning {self.title}: {problem}")
+                log_line(f"tuning {self.title}: {problem}")
         plan_vote.keep(self.group, self.hidden, self.dtype, table, problem)
         return Tuned(table, path, problem)
 
@@ -263,4 +264,4 @@ class _Run(Measurement):
             entry = REGISTRY.entries.pop(key, None)
             if entry is not None and entry.workspace is not None:
                 _ABANDONED.append(entry.workspace)
-        REGISTRY.version += 1
+        REGISTRY.changed()

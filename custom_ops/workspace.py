@@ -28,8 +28,11 @@ import torch
 import torch.distributed as dist
 
 from fusewire.custom_ops.all_reduce_norm import resolve_group
+from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.timeouts import MACHINE_CHECK_S
+from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.ir import Support
-from fusewire.custom_ops.votes import Channel, agree, say
+from fusewire.custom_ops.stream_order import StreamOrder
 from fusewire.errors import CaptureError, ConfigError, PeerTimeoutError, WorkspaceError
 
 # --- Workspaces ---------------------------------------------------------------------------------------------
@@ -55,10 +58,14 @@ class Workspace(abc.ABC):
         self.max_tokens = max_tokens
         self.nbytes = nbytes
         self.device = device
+        self.order = StreamOrder.of(device)
         self.closed = False
 
     def check_call(self, tokens: int, device: torch.device) -> None:
-        """Raise WorkspaceError if a call does not fit. What ranks could see differently ends here, loudly."""
+        """Raise WorkspaceError if a call does not fit. What ranks could see differently ends here, loudly.
+
+        Call it with `order.lock` held until the call is launched, so that no other thread closes the workspace meanwhile.
+        """
         if self.closed:
             raise WorkspaceError(f"the workspace ({self.key}) is closed; call fusewire.prepare(...) to make a new one")
         if tokens > self.max_tokens:
@@ -73,12 +80,17 @@ class Workspace(abc.ABC):
             )
 
     def close(self) -> None:
-        """Wait for the device and free the buffers. Idempotent. CUDA graphs captured with it are invalid."""
-        if not self.closed:
+        """Wait for the device and free the buffers. Idempotent. CUDA graphs captured with it are invalid.
+
+        Thread-safe: a call of another thread is launched before, and waited for, or finds the workspace closed.
+        """
+        with self.order.lock:
+            if self.closed:
+                return
             self.closed = True
-            if self.device.type == "cuda" and torch.cuda.is_initialized():
-                torch.cuda.synchronize(self.device)
-            self.release()
+        if self.device.type == "cuda" and torch.cuda.is_initialized():
+            torch.cuda.synchronize(self.device)
+        self.release()
 
     @abc.abstractmethod
     def release(self) -> None: ...
@@ -104,7 +116,7 @@ class WorkspaceProvider(abc.ABC):
     # Ways to compute one call, as fusewire.custom_ops.plans names their costs ("flashinfer/oneshot", ...).
     variants: tuple[str, ...]
     # How long `machine` may take, in seconds, where it has to compile.
-    machine_s: float = 120.0
+    machine_s: float = MACHINE_CHECK_S
 
     @abc.abstractmethod
     def machine(self, group: dist.ProcessGroup, device: torch.device) -> Mapping[str, Any]:
@@ -220,8 +232,13 @@ class WorkspaceRegistry:
     machines: dict[tuple[str, str], Entry] = field(default_factory=dict)
     # fusewire.custom_ops.plan_vote.Agreed, by (group's name, hidden size, dtype): which tuned table the ranks go by.
     plans: dict[tuple[str, int, torch.dtype], Any] = field(default_factory=dict)
-    version: int = 0  # changes when an entry goes: decisions cached elsewhere are void then
+    version: int = 0  # grows when an entry goes: decisions cached elsewhere are void then
     _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def changed(self) -> None:
+        """Make decisions void that follow from what the registry held before. Thread-safe."""
+        with self._lock:
+            self.version += 1
 
     def machine(self, provider: WorkspaceProvider, group: dist.ProcessGroup, device: torch.device) -> Entry:
         """The vote on whether the ranks' machines can serve at all: once per provider and group.
@@ -236,8 +253,11 @@ class WorkspaceRegistry:
             return found
         refuse_capture(provider.name, f"group {name}")
         with self._lock:
+            found = self.machines.get((provider.name, name))
+            if found is not None and found.serves(group):  # voted on by another thread meanwhile
+                return found
             channel = Channel(group, f"{provider.name} group {name}")
-            verdict = agree(channel, "machine", lambda: provider.machine(group, device), work_s=provider.machine_s)
+            verdict = vote(channel, "machine", lambda: provider.machine(group, device), work_s=provider.machine_s)
             judged = provider.judge(verdict.facts) if verdict.ok else Support(True)
             key = WorkspaceKey(provider.name, name, torch.uint8, 0)
             entry = Entry(key, weakref.ref(group), None, verdict.reason or judged.reason, verdict.facts)
@@ -259,7 +279,7 @@ class WorkspaceRegistry:
         Args:
             tokens: says from the machines' entry for how many tokens to make it; the smallest of the ranks'
                 counts.
-            outputs: how many output buffers to make with it, the same on every rank.
+            outputs: how many output buffers to make with it; the smallest of the ranks' numbers.
 
         Raises:
             CaptureError, PeerTimeoutError: as `machine`.
@@ -270,6 +290,9 @@ class WorkspaceRegistry:
             return found
         refuse_capture(provider.name, str(key))
         with self._lock:
+            found = self.entries.get(key)
+            if found is not None and found.serves(group):  # made by another thread meanwhile
+                return found
             self._drop(key)
             machine = self.machine(provider, group, device)
             entry = Entry(key, weakref.ref(group), None, machine.reason, machine.facts)
@@ -295,19 +318,20 @@ class WorkspaceRegistry:
             tokens = min(asked, cap)
             extra = outputs * tokens * key.hidden * key.dtype.itemsize
             check_memory(provider.nbytes(key.hidden, key.dtype, group.size(), tokens) + extra, device)
-            return {"tokens": tokens}
+            return {"tokens": tokens, "outputs": outputs}
 
         def create() -> None:
-            made.append(provider.create(Request(key, group, device, agreed, entry.facts, outputs), channel))
+            made.append(provider.create(Request(key, group, device, agreed, entry.facts, buffers), channel))
 
-        verdict = agree(channel, "room", room)
+        verdict = vote(channel, "room", room)
         if verdict.ok:
             agreed = min(facts["tokens"] for facts in verdict.facts)
-            verdict = agree(channel, "create", create, work_s=channel.wait_s, release_peers=True)
+            buffers = min(facts["outputs"] for facts in verdict.facts)
+            verdict = vote(channel, "create", create, work_s=channel.wait_s, release_peers=True)
         try:
             for stage in ("alone", "together"):
                 if verdict.ok:
-                    verdict = agree(channel, f"prove {stage}", functools.partial(provider.prove, made[0], stage))
+                    verdict = vote(channel, f"prove {stage}", functools.partial(provider.prove, made[0], stage))
         except PeerTimeoutError:
             _ABANDONED.extend(made)
             raise
@@ -319,10 +343,16 @@ class WorkspaceRegistry:
             with contextlib.suppress(Exception):
                 workspace.close()
 
+    def forget(self, key: WorkspaceKey) -> None:
+        """Let the ranks vote again on a provider that failed: on the machines, and on this workspace. Thread-safe."""
+        with self._lock:
+            self._drop(key)
+            self.machines.pop((key.provider, key.group_name), None)
+
     def _drop(self, key: WorkspaceKey) -> None:
         entry = self.entries.pop(key, None)
         if entry is not None:
-            self.version += 1
+            self.changed()
             if entry.workspace is not None:
                 entry.workspace.close()
 
@@ -335,7 +365,7 @@ class WorkspaceRegistry:
                 del self.machines[pair]
             for voted in [v for v in self.plans if group_name in (None, v[0])]:
                 del self.plans[voted]
-            self.version += 1
+            self.changed()
 
 
 REGISTRY = WorkspaceRegistry()
@@ -343,13 +373,13 @@ REGISTRY = WorkspaceRegistry()
 _ABANDONED: list[Workspace] = []
 
 
-def refuse_capture(provider: str, what: str) -> None:
-    """Raise CaptureError if a CUDA graph is being captured on the current stream."""
+_PREPARE = "call fusewire.prepare(..., max_tokens=...) on every rank, or run the model once, before capture"
+
+
+def refuse_capture(who: str, what: str, lacks: str = "has no workspace yet", remedy: str = _PREPARE) -> None:
+    """Raise CaptureError if a CUDA graph is being captured on the current stream: ranks cannot vote meanwhile."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise CaptureError(
-            f"{provider} has no workspace yet ({what}) and cannot make one while a CUDA graph is captured; call "
-            "fusewire.prepare(group, hidden, dtype, max_tokens=...) on every rank, or run the model once, before capture"
-        )
+        raise CaptureError(f"{who} {lacks} ({what}), and ranks cannot vote while a CUDA graph is captured; {remedy}")
 
 
 def check_memory(nbytes: int, device: torch.device, spare: int = 64 << 20) -> None:
@@ -367,35 +397,6 @@ def check_memory(nbytes: int, device: torch.device, spare: int = 64 << 20) -> No
         )
 
 
-class StreamOrder:
-    """Keeps calls on one device one after another, whatever streams they are on.
-
-    Kernels that wait for their peers take the whole GPU: two at once, in different order on two ranks, wait
-    for each other for ever. A call on another stream than the last waits for what that one holds. Captured
-    calls are ordered by their graph, so capture is left alone; replays on a stream of their own are the
-    caller's to order.
-    """
-
-    _by_device: dict[int, StreamOrder] = {}  # noqa: RUF012 - one per device for the process
-
-    def __init__(self) -> None:
-        self._raw: int | None = None
-        self._stream: torch.cuda.Stream | None = None
-
-    @classmethod
-    def of(cls, device: torch.device) -> StreamOrder:
-        return cls._by_device.setdefault(-1 if device.index is None else device.index, cls())
-
-    def enter(self, device_index: int) -> None:
-        """Call right before launching on the current stream of the device."""
-        raw = torch._C._cuda_getCurrentRawStream(device_index)
-        if raw != self._raw and not torch.cuda.is_current_stream_capturing():
-            stream = torch.cuda.current_stream(device_index)
-            if self._stream is not None:
-                stream.wait_event(self._stream.record_event())
-            self._raw, self._stream = raw, stream
-
-
 @contextlib.contextmanager
 def announced(
     text: str, *, after_s: float = 0.0, every_s: float = 30.0, detail: Callable[[], str] = str
@@ -406,14 +407,14 @@ def announced(
     """
     start, since, done, said = time.monotonic(), time.strftime("%H:%M:%S"), threading.Event(), after_s <= 0
     if said:
-        say(f"{text}, since {since}{detail()}")
+        log_line(f"{text}, since {since}{detail()}")
 
     def tick() -> None:
         nonlocal said
         while not done.wait(every_s if said else after_s):
             what = text.partition(":")[0] if said else text
             said = True
-            say(f"{what}, since {since}, for {time.monotonic() - start:.0f} s{detail()}")
+            log_line(f"{what}, since {since}, for {time.monotonic() - start:.0f} s{detail()}")
 
     ticker = threading.Thread(target=tick, name="fusewire progress", daemon=True)
     ticker.start()
@@ -423,7 +424,7 @@ def announced(
         done.set()
         ticker.join()
         if said:
-            say(f"{text.partition(':')[0]}: ended after {time.monotonic() - start:.0f} s")
+            log_line(f"{text.partition(':')[0]}: ended after {time.monotonic() - start:.0f} s")
 
 
 # --- For users ----------------------------------------------------------------------------------------------
@@ -531,8 +532,7 @@ def _prepare_one(
     existing = REGISTRY.entries.get(key)
     if existing is not None and existing.serves(group):
         if existing.workspace is None:
-            REGISTRY._drop(key)
-            REGISTRY.machines.pop((provider.name, group.group_name), None)
+            REGISTRY.forget(key)
         elif existing.workspace.max_tokens < wanted:
             raise WorkspaceError(
                 f"the workspace ({key}) holds {existing.workspace.max_tokens} tokens, {wanted} are asked for; "
@@ -542,7 +542,7 @@ def _prepare_one(
 
     entry = REGISTRY.open(provider, group, dtype, hidden, device, lambda machine: wanted, outputs)
     compile_ahead(provider, entry, group)
-    REGISTRY.version += 1  # calls that went elsewhere for want of a workspace are decided again
+    REGISTRY.changed()  # calls that went elsewhere for want of a workspace are decided again
     return _info(entry)
 
 

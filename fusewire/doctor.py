@@ -16,11 +16,11 @@ import torch
 
 import fusewire
 from fusewire.custom_ops import plan_store
+from fusewire.custom_ops.coordination.vote import describe
 from fusewire.custom_ops.ir import _machine_support, all_ops, ir_op_priority, parse_priorities
 from fusewire.custom_ops.plan_view import explain_plan
 from fusewire.custom_ops.providers import flashinfer_library as flashinfer
 from fusewire.custom_ops.providers import load_providers
-from fusewire.custom_ops.votes import describe
 
 PLAN_HIDDEN_SIZES = (2048, 4096, 5120, 8192)
 _VARIABLES = ("FUSEWIRE_", "FLASHINFER_", "NCCL_", "TORCH_SYMM_MEM", "CUDA_", "TORCH_NCCL_")

@@ -37,6 +37,10 @@ class PeerTimeoutError(FusewireError):
     """A rank did not take part in a collective in time."""
 
 
+class RankMismatchError(FusewireError):
+    """The ranks of a process group are about to run graphs whose collectives do not fit together."""
+
+
 class ExpectationError(FusewireError):
     """Compilation fused another number of all-reduces than `PassConfig.expect_fused` asks for."""
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from fusewire.custom_ops.coordination.store import log_line
 from fusewire.custom_ops.providers import flashinfer_library as flashinfer
-from fusewire.custom_ops.votes import say
 from fusewire.errors import ConfigError, WorkspaceError
 
 ARCHITECTURES = "FLASHINFER_CUDA_ARCH_LIST"
@@ -126,7 +126,7 @@ def cuda_library() -> Iterator[None]:
             raise WorkspaceError(f"{' '.join(command)} failed: {made.stderr.strip()[-500:]}")
         before = os.environ.get("LIBRARY_PATH")
         os.environ["LIBRARY_PATH"] = f"{folder}{os.pathsep}{before}" if before else folder
-        say("there is no CUDA driver here: linking against an empty libcuda.so.1 in its place")
+        log_line("there is no CUDA driver here: linking against an empty libcuda.so.1 in its place")
         try:
             yield
         finally:

@@ -25,10 +25,12 @@ import torch.multiprocessing as mp
 
 from fusewire.custom_ops import plan_store, tuner
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.timeouts import timeout_s
+from fusewire.custom_ops.coordination.vote import describe
 from fusewire.custom_ops.ir import _machine_support
 from fusewire.custom_ops.plan_store import Table
 from fusewire.custom_ops.providers import load_providers
-from fusewire.custom_ops.votes import describe, say, timeout_s
 from fusewire.custom_ops.workspace import PROVIDERS
 from fusewire.errors import ConfigError, FusewireError, PeerTimeoutError, WorkspaceError
 
@@ -115,7 +117,7 @@ def _as_rank(arguments: argparse.Namespace, place: tuple[str, int, int] | None) 
     group = dist.group.WORLD
     assert group is not None
     if arguments.cpu and group.rank() == 0:
-        say(f"measuring {_ON_CPU}")
+        log_line(f"measuring {_ON_CPU}")
     return [
         tuner.tune(
             group,
@@ -222,7 +224,7 @@ def _show(arguments: argparse.Namespace, found: Sequence[tuner.Tuned]) -> None:
         print("\n\n".join(as_text(tuned) for tuned in found))
     if arguments.plot:
         draw([tuned.table for tuned in found], arguments.plot)
-        say(f"drawn: {arguments.plot}")
+        log_line(f"drawn: {arguments.plot}")
 
 
 def as_text(tuned: tuner.Tuned) -> str:

@@ -16,22 +16,25 @@ import inspect
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch._dynamo.exc import RestartAnalysis
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
 
 from fusewire.errors import ConfigError
-from fusewire.fusion_passes.agreement import compiled_alike
-from fusewire.fusion_passes.config import PassConfig, disabled_by_environment, unknown_option
+from fusewire.fusion_passes.config import DISABLE_VARIABLE, PassConfig, disabled_by_environment, unknown_option
 from fusewire.fusion_passes.manager import cache_key, run_passes
 from fusewire.fusion_passes.matcher import graph_kind
+from fusewire.fusion_passes.spmd.agreement import POSTED, Posting, announce_unfused, settle
 from fusewire.fusion_passes.warm_cache import KEEPER, accounts_kept, hits_noted, key_of_compilation
 
 _HOOK = "post_grad_custom_post_pass"
+_DISABLED = f"has set {DISABLE_VARIABLE}"
 _InferenceAware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)  # not in torch 2.11
 
 
@@ -44,21 +47,28 @@ class FusewirePass(CustomGraphPass):
         config: the options; defaults if None.
         account_key: names the place where the account of this compilation is kept. As part of the cache's key it makes
             sure that whoever finds a compiled graph in the cache finds the account of it too.
+        unfused: process groups whose collectives are left as written, with the reason.
     """
 
-    def __init__(self, config: PassConfig | None = None, account_key: str = "") -> None:
+    def __init__(
+        self,
+        config: PassConfig | None = None,
+        account_key: str = "",
+        unfused: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.config = config if config is not None else PassConfig()
         self.account_key = account_key
+        self.unfused = dict(unfused)
 
     def __call__(self, graph: Graph) -> None:
-        run_passes(graph, self.config)
+        run_passes(graph, self.config, unfused=self.unfused)
         keeper = KEEPER.get()
         if keeper is not None:
             keeper.save()
 
     def uuid(self) -> Any:
         """Enters the compile cache's key."""
-        return f"fusewire-{cache_key(self.config)}-{self.account_key}"
+        return f"fusewire-{cache_key(self.config)}-{self.account_key}-{sorted(self.unfused)}"
 
 
 class ChainedPass(CustomGraphPass):
@@ -80,9 +90,8 @@ class ChainedPass(CustomGraphPass):
         return tuple(keys) if all(keys) else None
 
 
-def chained_hook(config: PassConfig, existing: Any = None, account_key: str = "") -> CustomGraphPass:
+def chained_hook(ours: FusewirePass, existing: Any = None) -> CustomGraphPass:
     """fusewire's passes behind whatever custom pass is set already."""
-    ours = FusewirePass(config, account_key)
     if existing is None:
         return ours
     earlier = existing if isinstance(existing, (list, tuple)) else [existing]
@@ -153,17 +162,36 @@ def fusewire_backend(
     if mode is not None and mode != "default":
         patches = {**torch._inductor.list_mode_options(mode), **patches}
     if disabled_by_environment():
+        announce_unfused(_DISABLED)
         return _callable(compile_fx(model, list(example_inputs), config_patches=patches))
     specialize_epsilons(model)
     existing = patches.get(_HOOK, getattr(inductor_config, _HOOK))
+    with _compilation(model, example_inputs, config) as ours:
+        hook = {_HOOK: chained_hook(ours, existing)}
+        return _callable(compile_fx(model, list(example_inputs), config_patches={**patches, **hook}))
 
-    def compile_with(model: GraphModule, config: PassConfig) -> Any:
-        key = key_of_compilation(model, example_inputs, config)
-        hook = {_HOOK: chained_hook(config, existing, key)}
-        with accounts_kept(key):
-            return compile_fx(model, list(example_inputs), config_patches={**patches, **hook})
 
-    return _callable(compiled_alike(model, config, compile_with))
+@contextlib.contextmanager
+def _compilation(model: GraphModule, example_inputs: Sequence[Any], config: PassConfig) -> Iterator[FusewirePass]:
+    """The passes for one compilation, with what the ranks agreed on and what is kept beside the compile cache.
+
+    Raises:
+        PeerTimeoutError, RankMismatchError: the compile cache may hold the graph, and the ranks cannot agree to run it.
+    """
+    with accounts_kept(key_of_compilation(model, example_inputs, config)) as keeper:
+        # Whoever finds the graph in the cache runs no pass that could ask the peers.
+        prints = keeper.fingerprints
+        unfused = settle(prints, wait=not config.compile_alone)
+        token = POSTED.set(frozenset(Posting(item.program, item.rewritten, item.label) for item in prints))
+        try:
+            yield FusewirePass(config, keeper.key, unfused)
+        except RestartAnalysis:  # no failure: Dynamo captures the graph anew
+            raise
+        except Exception as error:
+            announce_unfused(f"could not compile a graph: {type(error).__name__}")
+            raise
+        finally:
+            POSTED.reset(token)
 
 
 def _reset() -> None:
@@ -202,9 +230,10 @@ def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConf
         raise ConfigError(f"enable takes a PassConfig or fields as keywords, not {type(config).__name__}")
     chosen = config if config is not None else PassConfig.from_options(fields)
     if disabled_by_environment():
+        announce_unfused(_DISABLED)
         yield chosen
         return
-    hook = chained_hook(chosen, getattr(inductor_config, _HOOK))
+    hook = chained_hook(FusewirePass(chosen), getattr(inductor_config, _HOOK))
     floats = torch._dynamo.config.patch(specialize_float=True)
     with inductor_config.patch({_HOOK: hook}), floats, _compilations_accounted(), hits_noted():
         yield chosen
@@ -212,25 +241,37 @@ def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConf
 
 _INSTALLING = threading.Lock()
 _blocks = 0  # of enable, now open
+_installed: Callable[..., Any] | None = None  # our wrapper, as long as it may still be in use
 
 
 @contextlib.contextmanager
 def _compilations_accounted() -> Iterator[None]:
-    """Within the block, Inductor compiles by way of `_accounted`."""
-    global _blocks
+    """Within the block, Inductor compiles by way of `_accounted`.
+
+    What others wrapped around Inductor's function stays: wrappers from before the block come back as they were, and where
+    somebody wraps ours within the block it stays below, where it does nothing once no block is open.
+    """
+    global _blocks, _installed
     from torch._inductor import compile_fx as module
 
     with _INSTALLING:
         _blocks += 1
-        if _blocks == 1:
-            module.compile_fx = _accounted(module.compile_fx)
+        if not any(function is _installed for function in _wrappers(module.compile_fx)):
+            _installed = module.compile_fx = _accounted(module.compile_fx)
     try:
         yield
     finally:
         with _INSTALLING:
             _blocks -= 1
-            if _blocks == 0 and getattr(module.compile_fx, "fusewire", False):
-                module.compile_fx = inspect.unwrap(module.compile_fx)
+            if _blocks == 0 and module.compile_fx is _installed:
+                module.compile_fx = module.compile_fx.__wrapped__  # type: ignore[attr-defined]
+
+
+def _wrappers(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """A function, the one that it wraps, and so on."""
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)  # type: ignore[assignment]
 
 
 def _accounted(compile_fx: Callable[..., Any]) -> Callable[..., Any]:
@@ -250,18 +291,10 @@ def _accounted(compile_fx: Callable[..., Any]) -> Callable[..., Any]:
         model = given.arguments["model_"]
         if ours is None or KEEPER.get() is not None or not isinstance(model, GraphModule):
             return compile_fx(*args, **kwargs)
-        inputs = given.arguments["example_inputs_"]
+        with _compilation(model, given.arguments["example_inputs_"], ours.config) as passes:
+            given.arguments["config_patches"] = {**patches, _HOOK: chained_hook(passes, existing)}
+            return compile_fx(*given.args, **given.kwargs)
 
-        def compile_with(model: GraphModule, config: PassConfig) -> Any:
-            key = key_of_compilation(model, inputs, config)
-            given.arguments["model_"] = model
-            given.arguments["config_patches"] = {**patches, _HOOK: chained_hook(config, existing, key)}
-            with accounts_kept(key):
-                return compile_fx(*given.args, **given.kwargs)
-
-        return compiled_alike(model, ours.config, compile_with)
-
-    compile_accounted.fusewire = True  # type: ignore[attr-defined]
     return compile_accounted
 
 

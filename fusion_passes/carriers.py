@@ -9,12 +9,11 @@ A scale may move only if it is the same on every rank. A number in the program i
 A one-element parameter, buffer or input (Gemma's embedding scale, a layer scale) is taken to be replicated, as all of
 a tensor-parallel model's unsharded parameters are, unless PassConfig.assume_replicated_scales is off. A gate (one number
 a token, computed: the sigmoid gate of a shared expert) may move only with PassConfig.assume_replicated_gates, and only if
-all that it is computed from are results of collectives, inputs and parameters.
+all that it is computed from are results of collectives, inputs and parameters (fusion_passes/spmd/replication.py).
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.graph_tools import (
     VIEWS,
@@ -39,7 +37,8 @@ from fusewire.fusion_passes.graph_tools import (
     same_size,
     value_of,
 )
-from fusewire.patterns.all_reduce import ALL_GATHER, WAIT, AllReduce, read_all_reduce
+from fusewire.fusion_passes.spmd.replication import UNKNOWN, Replication
+from fusewire.patterns.all_reduce import AllReduce, read_all_reduce
 
 VIEW, CAST, SCALE, ADDEND = "view", "cast", "scale", "addend"
 _LIMIT = 12
@@ -47,11 +46,15 @@ _LIMIT = 12
 
 @dataclass(frozen=True)
 class Step:
-    """One node on the way; `value` is the factor of a scale, or what an add adds."""
+    """One node on the way; `value` is the factor of a scale, or what an add adds.
+
+    `assumption` is the option (a field of PassConfig) by which the factor is taken to be the same on every rank, or "".
+    """
 
     kind: str
     node: Node
     value: Any = None
+    assumption: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ class Path:
     def other_readers(self) -> int:
         """How often values on the way, the all-reduce's among them, are read by something else."""
         return _other_readers(self.all_reduce.value, self.steps)
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """For each scale that is taken to be the same on every rank, the option that allows it."""
+        return tuple(step.assumption for step in self.of_kind(SCALE) if step.assumption)
 
     def problem(self, allow_reassociation: bool) -> str:
         """Why this way cannot be cleared, or ""."""
@@ -124,7 +132,7 @@ class PathFinder:
     def __init__(self, by_value: dict[Node, Node], config: PassConfig) -> None:
         self.by_value = by_value
         self.config = config
-        self._equal: dict[Node, frozenset[Any] | None] = {}
+        self.replication = Replication()
 
     def find(self, node: Any) -> Path | None:
         """A way from an all-reduce to this node through steps that can be carried, or None."""
@@ -163,8 +171,8 @@ class PathFinder:
             yield source, Step(CAST, node)
         elif (factors := plain_mul(node)) is not None:
             for value, factor in (factors, factors[::-1]):
-                if isinstance(value, Node) and self._may_scale(factor, value):
-                    yield value, Step(SCALE, node, factor)
+                if isinstance(value, Node) and (assumption := self._may_scale(factor, value)) is not None:
+                    yield value, Step(SCALE, node, factor, assumption)
         elif (quotient := plain_div(node)) is not None:
             value, divisor = quotient
             if is_number(divisor) and 1e-30 < abs(divisor) < 1e30:
@@ -176,12 +184,16 @@ class PathFinder:
                 if _is_addend(addend, value, node):
                     yield value, Step(ADDEND, node, addend)
 
-    def _may_scale(self, factor: Any, value: Node) -> bool:
-        return (
-            is_number(factor)
-            or self._is_replicated_scale(factor, value)
-            or (self.config.assume_replicated_gates and self._is_replicated_gate(factor, value))
-        )
+    def _may_scale(self, factor: Any, value: Node) -> str | None:
+        """The option by which a factor is taken to be the same on every rank, "" if none is needed; None if it may not
+        move."""
+        if is_number(factor):
+            return ""
+        if self._is_replicated_scale(factor, value):
+            return "assume_replicated_scales"
+        if self.config.assume_replicated_gates and self._is_replicated_gate(factor, value):
+            return "assume_replicated_gates" if self.replication.origin(factor).assumed else ""
+        return None
 
     def _is_replicated_gate(self, factor: Any, value: Node) -> bool:
         """Whether a factor is one number a token, computed from what is the same on every rank."""
@@ -190,36 +202,13 @@ class PathFinder:
             return False
         one = isinstance(gate.shape[-1], int) and gate.shape[-1] == 1
         rows = gate.dim() == scaled.dim() and all(map(same_size, gate.shape[:-1], scaled.shape[:-1]))
-        return bool(one and rows and gate.dtype == scaled.dtype) and self._equal_over(factor) is not None
+        return bool(one and rows and gate.dtype == scaled.dtype) and not self.replication.origin(factor).problem
 
     def _fits_group(self, factor: Any, site: AllReduce) -> bool:
         """Whether a factor is the same on the ranks of an all-reduce's group."""
         if not isinstance(factor, Node) or factor.op != "call_function":
             return True
-        groups = self._equal_over(factor)
-        return groups is not None and groups <= {site.group}
-
-    def _equal_over(self, node: Node) -> frozenset[Any] | None:
-        """The groups on whose ranks a node has the same value, if it is computed from results of their collectives, inputs
-        and parameters by operations that give every rank the same; else None."""
-        if node not in self._equal:
-            self._equal[node] = self._search_equal(node)
-        return self._equal[node]
-
-    def _search_equal(self, node: Node) -> frozenset[Any] | None:
-        pending, seen, groups = [node], {node}, set()
-        while pending:
-            current = pending.pop()
-            group = _result_for_all(current)
-            if group is not None:
-                groups.add(group)
-            elif current.op not in ("placeholder", "get_attr"):
-                if current.op != "call_function" or not _is_deterministic(current):
-                    return None
-                new = [source for source in current.all_input_nodes if source not in seen]
-                seen.update(new)
-                pending.extend(new)
-        return frozenset(groups)
+        return self.replication.judge(factor, site.group).kind != UNKNOWN
 
     def _is_replicated_scale(self, factor: Any, value: Node) -> bool:
         tensor, scaled = value_of(factor), value_of(value)
@@ -232,29 +221,6 @@ class PathFinder:
             and scaled.dim() > 0
             and torch.result_type(scaled, tensor) == scaled.dtype
         )
-
-
-def _result_for_all(node: Node) -> Any:
-    """The group whose ranks all have this result of a collective, or None."""
-    source = node.args[0] if node.target is WAIT else node
-    if not isinstance(source, Node):
-        return None
-    if source.target is ALL_GATHER:
-        return source.args[2] if source is not node else None
-    site = read_all_reduce(source)
-    if site is None or site.spelling.scatters or site.value is not node:
-        return None
-    return site.group
-
-
-def _is_deterministic(node: Node) -> bool:
-    """Whether an operation gives every rank the same of the same inputs: PyTorch's own, without random numbers."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return target is operator.getitem
-    if target in (rms_norm.torch_op, fused_add_rms_norm.torch_op):
-        return True
-    return target.namespace in ("aten", "prims") and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _other_readers(value: Node, steps: Sequence[Step]) -> int:

@@ -80,7 +80,8 @@ class PassConfig:
     shard_residual: bool = _doc(
         False,
         "Keep the residual sharded by rows between fused operators, so that each rank adds and normalises its own rows "
-        "only; for prefill of many tokens. Takes the residual and the weights to be the same on every rank.",
+        "only; for prefill of many tokens. Right only if residual and weights are the same on every rank (see "
+        "assume_replicated_residuals).",
     )
     output_in_place: bool = _doc(
         False,
@@ -128,10 +129,22 @@ class PassConfig:
         "parameters to be the same on every rank, so that it can move before the all-reduce. The graph does not prove "
         "that the parameters are.",
     )
+    assume_replicated_residuals: bool = _doc(
+        True,
+        "Take the residual that is added after an all-reduce, and the norm's weight, to be the same on every rank. "
+        "Kernels (every provider but native and rank_ordered) and shard_residual need it: there the rank that owns a row "
+        "adds its own residual for all ranks. False: where the graph does not prove it, only native serves, which adds "
+        "each rank's own as the model does, and the residual is not sharded.",
+    )
     expect_fused: int | str | None = _doc(
         None,
         "Fail the compilation of a graph that has all-reduces, with the report, unless this many of them were fused "
         "('all': every one).",
+    )
+    compile_alone: bool = _doc(
+        False,
+        "Do not wait for the group's other ranks while compiling: for a process that compiles what all of them load. They "
+        "compare what they run at its first call.",
     )
     disabled_passes: tuple[str, ...] = _doc((), "Names of registered passes to leave out.")
     dump_graphs: str | None = _doc(None, "Directory to write each graph to, before and after every pass.")

@@ -64,13 +64,24 @@ def check_reduction(captures: Captures) -> Support:
 def check_group(captures: Captures) -> Support:
     group = captures["group"]
     if not isinstance(group, str):
-        return Support.no("the process group is a value of the graph and not a name known at compile time")
+        return Support.no(_unnamed_group())
     try:
         world_size = resolve_group(group).size()
     except ProcessGroupError as error:
         return Support.no(str(error))
     return Support.all_of(
         (world_size > 1, "the process group has one rank (world size 1), so there is nothing to communicate")
+    )
+
+
+def _unnamed_group() -> str:
+    problem = "the process group is a value of the graph and not a name known at compile time"
+    # torch 2.13 has the module, and has imported it where the setting took effect.
+    if not getattr(getattr(torch.distributed, "config", None), "compile_on_one_rank", False):
+        return problem
+    return (
+        f"{problem}, because torch.distributed.config.compile_on_one_rank is on; to fuse, switch it off (set it to False, "
+        "and leave TORCH_DISTRIBUTED_COMPILE_ON_ONE_RANK unset), so that every rank compiles for itself"
     )
 
 

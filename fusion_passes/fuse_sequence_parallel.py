@@ -1,4 +1,8 @@
-"""Fuse sequence parallelism: reduce-scatter, [add,] norm of this rank's rows, all-gather become one operator."""
+"""Fuse sequence parallelism: reduce-scatter, [add,] norm of this rank's rows, all-gather become one operator.
+
+The residual is each rank's own rows here, in the source and in the operator, so it need not be the same on every rank. The
+norm's weight must be, for kernels: lower_ops sees to that (see REPLICATED_ARGUMENTS in fusion_passes/spmd/replication.py).
+"""
 
 from __future__ import annotations
 

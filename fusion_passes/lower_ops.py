@@ -3,6 +3,10 @@
 Native is the operator's meaning in plain PyTorch: it is traced and written into the graph, where Inductor fuses it with
 its neighbours. Any other provider stays a call of the operator, with the providers that this graph may use as its
 `policy`, so that the choice by number of tokens is made at run time.
+
+A kernel may add one rank's residual, and multiply by one rank's weight, for all ranks. Where these are not proved to be
+the same on every rank, PassConfig.assume_replicated_residuals decides: they are taken to be, and the report says so, or
+only providers that add each rank's own may serve.
 """
 
 from __future__ import annotations
@@ -13,12 +17,23 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
-from fusewire.custom_ops.ir import NATIVE, Choice, IrOp, op_of_target
+from fusewire.custom_ops.ir import NATIVE, Choice, IrOp, op_of_target, parse_policy
 from fusewire.errors import NoProviderError
 from fusewire.fusion_passes.context import RunContext
 from fusewire.fusion_passes.graph_tools import copy_origin, value_of
 from fusewire.fusion_passes.matcher import fresh_fake, trace
+from fusewire.fusion_passes.spmd.replication import (
+    ASSUMPTION_COUNTED,
+    PROVED,
+    REPLICATED_ARGUMENTS,
+    Replication,
+    Verdict,
+)
 from fusewire.patterns.all_reduce import positional
+
+# These sum x and leave the rest to each rank, so residuals and weights may differ between ranks as in the source. Of all
+# others, a user's too, that is not known; they are taken for kernels.
+_LEAVE_THE_REST = (NATIVE, "rank_ordered", "rank_ordered_batch_invariant")
 
 
 def lower_ops(graph: Graph, context: RunContext) -> bool:
@@ -31,9 +46,17 @@ class _Lowerer:
         self.graph = graph
         self.context = context
         self.traced: dict[Any, GraphModule] = {}
+        self.unproved: dict[Node, Verdict] = {}
 
     def run(self) -> bool:
         changed = False
+        # Before any is replaced: judged one by one, they would be judged by what native does.
+        replication = Replication()
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node.target in REPLICATED_ARGUMENTS:
+                verdict = replication.judge_call(node)
+                if verdict.kind != PROVED:
+                    self.unproved[node] = verdict
         for node in list(self.graph.nodes):
             op = op_of_target(node.target) if node.op == "call_function" else None
             if op is not None:
@@ -42,10 +65,13 @@ class _Lowerer:
 
     def _lower(self, node: Node, op: IrOp) -> bool:
         arguments = positional(node)
-        policy = arguments.pop() or self.context.config.policy(op.name)
+        policy, left_out = self._policy(node, op, arguments.pop() or self.context.config.policy(op.name))
         values = [value_of(a) if isinstance(a, Node) else a for a in arguments]
         if any(isinstance(a, Node) and v is None for a, v in zip(arguments, values, strict=True)):
-            return False  # a number of the graph's own: the operator decides at run time
+            # A number of the graph's own: the operator decides at run time.
+            if left_out:
+                self._keep(node, arguments, policy)
+            return bool(left_out)
         try:
             # Of an operator whose ranks vote at run time, no rank may decide alone here, by what its machine has.
             judge, judged = (op, tuple(values)) if op.base is None else (op.base, op.base_args(tuple(values)))
@@ -54,14 +80,40 @@ class _Lowerer:
             choice = None
             self._account(node, "", str(error))
         if choice is not None:
-            self._account(node, choice.provider.name, self._why(judge, choice))
+            self._account(node, choice.provider.name, "; ".join(filter(None, (left_out, self._why(judge, choice)))))
+            self._count_assumption(node, choice)
         if choice is not None and choice.provider.name == NATIVE and self.context.config.inline_native and op.inlines:
             self._inline(node, op, arguments, values)
             return True
+        self._keep(node, arguments, policy)
+        return True
+
+    def _policy(self, node: Node, op: IrOp, policy: str) -> tuple[str, str]:
+        """The policy without the providers that may not serve this call, and why they may not (or "")."""
+        if node not in self.unproved or self.context.config.assume_replicated_residuals:
+            return policy, ""
+        names = parse_policy(op if op.base is None else op.base, policy)
+        if NATIVE in names:
+            names = names[: names.index(NATIVE) + 1]  # what follows is never reached
+        kept = [name for name in names if name in _LEAVE_THE_REST]
+        if len(kept) == len(names):
+            return policy, ""
+        left_out = ", ".join(name for name in names if name not in kept)
+        return ",".join(kept or [NATIVE]), (
+            f"{left_out}: {self.unproved[node].reason} and may differ between ranks (assume_replicated_residuals=False)"
+        )
+
+    def _count_assumption(self, node: Node, choice: Choice) -> None:
+        """Count a call whose provider needs what is not proved."""
+        needed = node in self.unproved and choice.provider.name not in _LEAVE_THE_REST
+        if needed and ASSUMPTION_COUNTED not in node.meta:
+            self.context.assumed["assume_replicated_residuals"] += 1
+
+    def _keep(self, node: Node, arguments: list[Any], policy: str) -> None:
+        """Let a call stay, with its policy."""
         node.args = (*arguments, policy)
         node.kwargs = {}
         node.meta.pop("eager_input_vals", None)  # of fewer arguments; Inductor pairs the two
-        return True
 
     def _why(self, op: IrOp, choice: Choice) -> str:
         """Why providers of higher priority do not serve, and what is left to run time."""

@@ -8,21 +8,23 @@ import hashlib
 import logging
 import os
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx import Graph, GraphModule
 
 import fusewire
 from fusewire.custom_ops.ir import _machine_support, all_ops, op_of_target, parse_policy
 from fusewire.errors import ConfigError, ExpectationError
-from fusewire.fusion_passes.agreement import LEFT_ALONE
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment, unknown_name
 from fusewire.fusion_passes.context import MATCH, MERGED, Refused, RunContext
 from fusewire.fusion_passes.explain import explain_unfused
 from fusewire.fusion_passes.html import Album
-from fusewire.fusion_passes.matcher import graph_kind
+from fusewire.fusion_passes.matcher import copied, exchange_nodes, graph_kind
 from fusewire.fusion_passes.norm_reader import find_norms
 from fusewire.fusion_passes.raise_ops import computes_norms_itself
 from fusewire.fusion_passes.registry import RegisteredPass, pass_names, registered_passes
@@ -36,6 +38,15 @@ from fusewire.fusion_passes.report import (
     add_account,
     describe_counts,
     entry_of,
+    source_location,
+)
+from fusewire.fusion_passes.spmd.agreement import settle
+from fusewire.fusion_passes.spmd.fingerprint import (
+    GroupFingerprint,
+    arrived,
+    collectives_of,
+    fingerprints,
+    insert_rendezvous,
 )
 from fusewire.patterns.all_reduce import AllReduce, read_all_reduce
 from fusewire.patterns.norms import NORM_OPS
@@ -83,14 +94,18 @@ def _groups() -> list[str]:
     return sorted(f"group {group.group_name}: {group.size()} ranks" for group in known)
 
 
-def run_passes(graph: Graph, config: PassConfig | None = None) -> GraphAccount:
+def run_passes(
+    graph: Graph, config: PassConfig | None = None, *, unfused: Mapping[str, str] = MappingProxyType({})
+) -> GraphAccount:
     """Run all enabled passes over a post-grad graph, in place.
 
-    fusewire's own passes are tried on a copy first: what they refuse, or fail at, leaves this graph as it is.
+    fusewire's own passes are tried on a copy first: what they refuse, or fail at, leaves this graph as it is. Where they
+    rewrote what ranks of other processes take part in, this waits until those have compiled the graph too.
 
     Args:
         graph: a functional post-grad torch.fx.Graph whose nodes carry `meta["val"]`.
         config: the options; defaults if None.
+        unfused: names of process groups whose collectives are to be left as written, with the reason for the report.
 
     Returns:
         The account of this graph, which `fusewire.report()` has from now on too.
@@ -98,6 +113,8 @@ def run_passes(graph: Graph, config: PassConfig | None = None) -> GraphAccount:
     Raises:
         ConfigError: `disabled_passes` names a pass that does not exist, or an argument is of another kind.
         ExpectationError: the count of fused all-reduces is not what `expect_fused` asks for.
+        PeerTimeoutError: a rank did not compile the graph in time.
+        RankMismatchError: a rank already runs another graph.
     """
     config = config if config is not None else PassConfig()
     _check_arguments(graph, config)
@@ -107,9 +124,10 @@ def run_passes(graph: Graph, config: PassConfig | None = None) -> GraphAccount:
         if name not in pass_names():
             raise ConfigError(f"disabled_passes: {unknown_name('pass', name, pass_names())}")
     start = time.perf_counter()
-    run = _Run(graph, config)
+    run = _Run(graph, config, unfused)
     account = run.run()
-    account = dataclasses.replace(account, pass_seconds=time.perf_counter() - start, nodes_after=len(graph.nodes))
+    seconds = time.perf_counter() - start - run.waited_s
+    account = dataclasses.replace(account, pass_seconds=seconds, nodes_after=len(graph.nodes))
     account = add_account(account)
     log.info("%s", Report((account,)).summary)
     _check_expectation(account, config)
@@ -143,9 +161,12 @@ def _check_expectation(account: GraphAccount, config: PassConfig) -> None:
 
 
 class _Run:
-    def __init__(self, graph: Graph, config: PassConfig) -> None:
+    def __init__(self, graph: Graph, config: PassConfig, unfused: Mapping[str, str]) -> None:
         self.graph = graph
         self.config = config
+        self.unfused = dict(unfused)
+        self.prints: list[GroupFingerprint] = []
+        self.waited_s = 0.0  # for other ranks
         self.passes = [item for item in registered_passes() if self._enabled(item)]
         self.notes: list[str] = []
         self.album = Album()
@@ -167,19 +188,71 @@ class _Run:
         found = [read_all_reduce(node) for node in self.graph.nodes if node.op == "call_function"]
         self.sites = [site for site in found if site is not None]
         self.entries = {site.name: entry_of(site) for site in self.sites}
+        program = arrived(self.graph)
         if kind == "training":
             reason = "the graph is compiled for training; run the model under torch.no_grad() to fuse"
             context.refused = {site.name: Refused(MATCH, reason) for site in self.sites}
+            self._settle(program, context)
         elif self._has_work():
-            original = _copy(self.graph)
-            self.album = Album(original if self.sites else None)
-            context = self._attempt(original)
+            original = copied(self.graph)
+            context = self._agreed(original, program)
             self._explain_rest(context, original)
+        else:
+            self._settle(program, context)
+        if kind != "training":
+            insert_rendezvous(self.graph, self.prints)
         entries = tuple(self._pictured(self._entry(site.name, context), context) for site in self.sites)
         if self.album.problem:
             self.notes.append(self.album.problem)
-        notes, pictures = tuple(self.notes), self.album.pictures
-        return GraphAccount(-1, kind, entries, 0.0, before, before, notes, pictures=pictures)
+        return GraphAccount(
+            -1,
+            kind,
+            entries,
+            0.0,
+            before,
+            before,
+            tuple(self.notes),
+            pictures=self.album.pictures,
+            fingerprints=tuple(self.prints),
+            unfused=tuple(sorted(self.unfused)),
+        )
+
+    def _agreed(self, original: Graph, program: Mapping[str, tuple[str, list[str]]]) -> RunContext:
+        """Rewrite the graph as far as the ranks of each group agree."""
+        notes = list(self.notes)
+        self.album = Album(original if self.sites else None)
+        context = self._attempt(original)
+        unfused = self._settle(program, context)
+        if unfused:
+            self.unfused.update(unfused)
+            self.notes, self.album = notes, Album(original if self.sites else None)
+            exchange_nodes(self.graph, copied(original))
+            context = self._attempt(original)
+            self.prints = self._fingerprints(program, context)
+        return context
+
+    def _settle(self, program: Mapping[str, tuple[str, list[str]]], context: RunContext) -> dict[str, str]:
+        """Compare with the peers what became of the graph; the groups whose ranks differ, with the reason."""
+        self.prints = self._fingerprints(program, context)
+        start = time.perf_counter()
+        try:
+            return settle(self.prints, wait=not self.config.compile_alone)
+        finally:
+            self.waited_s += time.perf_counter() - start
+
+    def _fingerprints(
+        self, program: Mapping[str, tuple[str, list[str]]], context: RunContext
+    ) -> list[GroupFingerprint]:
+        moved: dict[str, list[str]] = {}
+        seen = Counter[str]()  # numbered by group: of this rank's other groups the peers know nothing
+        for site in self.sites:
+            group = self.entries[site.name].group
+            for text in context.moved.get(site.name, ()):
+                moved.setdefault(group, []).append(f"all-reduce {seen[group]} {text}")
+            seen[group] += 1
+        first = next((nodes[0] for nodes in collectives_of(self.graph).values()), None)
+        place = "" if first is None else source_location(first)
+        return fingerprints(program, self.graph, moved, place or "a graph")
 
     def _run_leading(self) -> None:
         """The users' passes that stand before all of fusewire's: they make the graph that is judged."""
@@ -200,13 +273,14 @@ class _Run:
 
     def _attempt(self, original: Graph) -> RunContext:
         """Try on copies until nothing more is refused, then rewrite the graph itself."""
-        excluded: dict[str, Refused] = {}
+        left = (site for site in self.sites if self.entries[site.name].group in self.unfused)
+        excluded = {site.name: Refused(MATCH, self.unfused[self.entries[site.name].group]) for site in left}
         apart: set[str] = set()
         plain: set[str] = set()
         try:
             for _ in range(3 * len(self.sites) + 2):  # each round but the last learns of one site at least
                 trial = RunContext(self.config, dict(excluded), set(apart), set(plain))
-                self._apply(_copy(original), trial, trial_run=True)
+                self._apply(copied(original), trial, trial_run=True)
                 vain = trial.merged_in_vain()
                 # A reason found at a merged all-reduce is not yet its own.
                 new = {n: why for n, why in trial.refused.items() if n not in excluded and n not in vain}
@@ -228,10 +302,10 @@ class _Run:
             raise failure.error from None
         except Exception as error:
             log.warning("fusewire took its changes of a graph back, since a pass failed on it", exc_info=True)
-            _restore(self.graph, original)
+            exchange_nodes(self.graph, copied(original))
             return self._failed(f"a pass of fusewire failed and its changes were taken back: {_say(error)}")
         context.refused = {**context.refused, **excluded}
-        self.notes += context.notes
+        self.notes += context.notes + context.assumptions()
         return context
 
     def _failed(self, reason: str) -> RunContext:
@@ -272,8 +346,7 @@ class _Run:
                 context.refuse(name, MATCH, f"disabled_passes switches {' and '.join(disabled)} off")
                 continue
             if not self.config.fuse_allreduce_rms:
-                reason = LEFT_ALONE.get() or "fuse_allreduce_rms=False switches the fusion off"
-                context.refuse(name, MATCH, reason)
+                context.refuse(name, MATCH, "fuse_allreduce_rms=False switches the fusion off")
                 continue
             if not self.config.fuse_sequence_parallel and self.entries[name].collective == REDUCE_SCATTER:
                 context.refuse(name, MATCH, "fuse_sequence_parallel=False switches the fusion off")
@@ -325,27 +398,3 @@ class _UserPassFailed(Exception):
 
 def _say(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _copy(graph: Graph) -> Graph:
-    """A copy with the same node names, and metadata of its own."""
-    copied = Graph()
-    mapping: dict[Node, Node] = {}
-    for node in graph.nodes:
-        # Arguments are set afterwards: create_node would search each of them for symbols, half of its time.
-        new = copied.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-        new.args = map_arg(node.args, mapping.__getitem__)
-        if node.kwargs:
-            new.kwargs = map_arg(node.kwargs, mapping.__getitem__)
-        new.meta = dict(node.meta)
-        mapping[node] = new
-    owner = graph.owning_module
-    copied.owning_module = owner if owner is not None else GraphModule(torch.nn.Module(), Graph())
-    return copied
-
-
-def _restore(graph: Graph, original: Graph) -> None:
-    """Make a graph that a pass left half rewritten what it was."""
-    for node in reversed(list(graph.nodes)):
-        graph.erase_node(node)
-    graph.output(graph.graph_copy(original, {}))

@@ -15,7 +15,7 @@ from torch._inductor import lowering
 from torch._inductor import pattern_matcher as inductor
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -119,6 +119,33 @@ def never_reuse_outputs(op: torch._ops.OpOverload, marked: Callable[[Sequence[An
 
     lower._fusewire = True  # type: ignore[attr-defined]
     lowering.lowerings[op] = lower
+
+
+def copied(graph: Graph) -> Graph:
+    """A copy with the same node names, and metadata of its own."""
+    result = Graph()
+    mapping: dict[Node, Node] = {}
+    for node in graph.nodes:
+        # Arguments are set afterwards: create_node would search each of them for symbols, half of its time.
+        new = result.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        new.args = map_arg(node.args, mapping.__getitem__)
+        if node.kwargs:
+            new.kwargs = map_arg(node.kwargs, mapping.__getitem__)
+        new.meta = dict(node.meta)
+        mapping[node] = new
+    owner = graph.owning_module
+    result.owning_module = owner if owner is not None else GraphModule(torch.nn.Module(), Graph())
+    return result
+
+
+def exchange_nodes(graph: Graph, other: Graph) -> None:
+    """Make each of two graphs hold the nodes of the other, with their names and metadata."""
+    kept = ("_owning_module", "_tracer_cls", "_tracer_extras", "_codegen")
+    for name in set(graph.__dict__) - set(kept):
+        graph.__dict__[name], other.__dict__[name] = other.__dict__[name], graph.__dict__[name]
+    for held in (graph, other):
+        for node in (held._root, *held.nodes):
+            node.graph = held
 
 
 def graph_kind() -> str:

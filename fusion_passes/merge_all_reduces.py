@@ -29,6 +29,7 @@ from fusewire.fusion_passes.graph_tools import (
     same_shape,
     sort_topologically,
 )
+from fusewire.fusion_passes.spmd.fingerprint import scale_text
 from fusewire.patterns.all_reduce import ALL_REDUCE, COALESCED_PART, SUM, WAIT, AllReduce, read_all_reduce
 
 
@@ -148,6 +149,9 @@ def _mergeable_values(graph: Graph) -> dict[Node, Node]:
 def _merge(graph: Graph, node: Node, pair: _Pair, context: RunContext) -> Node:
     """Put one all-reduce in the place of an add of two; returns it."""
     kept, gone = pair.first.all_reduce, pair.second.all_reduce
+    texts = [
+        " ".join(["one sum", *map(scale_text, (step.value for step in path.of_kind(SCALE)))]) for path in pair.both
+    ]
     with graph.inserting_before(max(kept.node, gone.node)):
         inputs = []
         for path in pair.both:
@@ -174,4 +178,7 @@ def _merge(graph: Graph, node: Node, pair: _Pair, context: RunContext) -> Node:
     context.origin[reduced.name] = context.origin.pop(kept.name, kept.name)
     name = context.origin.pop(gone.name, gone.name)
     context.merged[name] = f"{MERGED} {context.origin[reduced.name]}"
+    moved = [*context.moved.pop(name, []), f"merged: {texts[0]} + {texts[1]}"]
+    context.moved.setdefault(context.origin[reduced.name], []).extend(moved)
+    context.assumed.update(option for path in pair.both for option in path.assumptions)
     return reduced

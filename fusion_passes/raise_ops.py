@@ -37,6 +37,7 @@ from fusewire.fusion_passes.graph_tools import (
     value_of,
 )
 from fusewire.fusion_passes.norm_reader import Norm, norm_roots, norms_at
+from fusewire.fusion_passes.spmd.fingerprint import scale_text
 from fusewire.patterns.all_reduce import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -115,6 +116,10 @@ class _Raiser:
         self.taken.add(name)
         self.context.spelling[name] = norm.spelling
         self.context.refused.pop(name, None)  # another norm may have been tried before, by a longer way
+        scales = [scale_text(step.value) for step in path.of_kind(SCALE)]
+        if scales:
+            self.context.moved.setdefault(name, []).extend(scales)
+        self.context.assumed.update(path.assumptions)
         summed = self._cleared(norm, path)
         self.context.origin[summed.all_input_nodes[0].name] = name
         self._place(norm, path, summed, residual)

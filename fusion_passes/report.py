@@ -15,6 +15,7 @@ from typing import Any
 from torch.fx import Node
 
 from fusewire.fusion_passes.graph_tools import value_of
+from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint
 from fusewire.patterns.all_reduce import AllReduce
 
 FUSED, REFUSED = "fused", "refused"
@@ -100,6 +101,8 @@ class GraphAccount:
         notes: anything else the user should know (a pass that failed, a graph taken from the compile cache).
         cached: the passes did not run, since the compile cache held the finished graph; the account is the one kept
             when it was made.
+        fingerprints: what each process group's ranks must have alike to run the graph.
+        unfused: the groups whose collectives were left as written because the ranks' graphs differ.
         pictures: the different subgraphs around the all-reduces, where somebody wants to see them (fusewire explain).
     """
 
@@ -112,6 +115,8 @@ class GraphAccount:
     notes: tuple[str, ...] = ()
     cached: bool = False
     pictures: tuple[Picture, ...] = ()
+    fingerprints: tuple[GroupFingerprint, ...] = ()
+    unfused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -251,14 +256,6 @@ def add_account(account: GraphAccount) -> GraphAccount:
     return _STORE.add(account)
 
 
-def forget_accounts(accounts: Sequence[GraphAccount]) -> None:
-    """Take accounts back, of graphs that will not run; the next ones get their numbers."""
-    with _STORE.lock:
-        gone = {account.number for account in accounts}
-        _STORE.graphs[:] = [graph for graph in _STORE.graphs if graph.number not in gone]
-        _STORE.next_number = min([_STORE.next_number, *gone])
-
-
 def accounts_from_json(text: str) -> list[GraphAccount]:
     """Accounts kept beside the compile cache."""
     return [
@@ -267,6 +264,8 @@ def accounts_from_json(text: str) -> list[GraphAccount]:
                 **data,
                 "entries": tuple(Entry(**e) for e in data["entries"]),
                 "notes": tuple(data["notes"]),
+                "fingerprints": tuple(GroupFingerprint(**f) for f in data["fingerprints"]),
+                "unfused": tuple(data["unfused"]),
                 "pictures": tuple(_picture_from(p) for p in data["pictures"]),
             }
         )

@@ -4,6 +4,9 @@ Between the fused operators of a decoder nobody reads the residual but the next 
 every rank: each rank adds and normalises its own rows, and only normalised rows travel. Where something else reads a
 residual (the last hidden state, an auxiliary head), it is gathered there, which costs about half an all-reduce: a chain
 of operators is sharded only if it is long enough to pay for its gathers.
+
+The rank that owns a row adds its own residual and multiplies by its own weight, for all ranks. So both must be the same on
+every rank; where the graph does not prove that, PassConfig.assume_replicated_residuals decides.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from fusewire.fusion_passes.graph_tools import (
     value_of,
 )
 from fusewire.fusion_passes.matcher import fresh_fake
+from fusewire.fusion_passes.spmd.replication import ASSUMPTION_COUNTED, PROVED, Replication
 from fusewire.patterns.all_reduce import positional
 
 # Below so many tokens a one-shot kernel, in which every rank has the whole residual, is the faster one.
@@ -47,11 +51,16 @@ def shard_residual(graph: Graph, context: RunContext) -> bool:
     if not context.config.shard_residual:
         return False
     changed = False
+    replication = Replication()
     for chain in _chains(graph):
+        verdicts = [verdict for op in chain.ops if (verdict := replication.judge_call(op)).kind != PROVED]
         problem = chain.problem()
+        if not problem and verdicts and not context.config.assume_replicated_residuals:
+            problem = f"{verdicts[0].reason} and may differ between ranks (assume_replicated_residuals=False)"
         if problem:
             context.notes.append(f"shard_residual: {len(chain.ops)} operators stay as they are: {problem}")
             continue
+        context.assumed["assume_replicated_residuals"] += len(verdicts)
         _Sharder(graph, context).run(chain)
         changed = True
     if changed:
@@ -163,18 +172,20 @@ class _Sharder:
 
     def _sharded(self, op: Node, shards: dict[Node, Node]) -> Node:
         """Put the sharded operator beside a fused one, and its norm in the norm's place."""
-        x, residual, weight, eps, weight_bias, form, *rest = positional(op)[:-1]
+        x, residual, weight, eps, weight_bias, form, *rest, policy = positional(op)
         inner, group = (rest[:-1] or [None, 0.0, 0.0, NO_INNER]), rest[-1]
         with self.graph.inserting_before(op):
             if residual is not None and residual not in shards:
                 shards[residual] = new_call(self.graph, shard_rows.torch_op, (residual, group), {}, op)
             shard = None if residual is None else shards[residual]
-            arguments = (x, shard, weight, eps, weight_bias, form, *inner, group)
+            arguments = (x, shard, weight, eps, weight_bias, form, *inner, group, *([policy] if policy else []))
             new = self.graph.call_function(all_reduce_rms_norm_sharded.torch_op, arguments)
             copy_origin(op, new)
             new.meta["val"] = self._values(op, shard)
-            name: str = op.meta["fusewire_all_reduce"]
-            new.meta["fusewire_all_reduce"] = name
+            name: str = op.meta.get("fusewire_all_reduce", "")  # a call of the program's own stands for no all-reduce
+            if name:
+                new.meta["fusewire_all_reduce"] = name
+            new.meta[ASSUMPTION_COUNTED] = True
         for index, item in getitem_users(op):
             if index == 0:
                 with self.graph.inserting_before(item):

@@ -6,71 +6,119 @@ import contextlib
 import contextvars
 import dataclasses
 import hashlib
+import json
 import logging
 import os
+import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.compiler._cache import CacheArtifact, CacheArtifactFactory, CacheArtifactManager
 from torch.fx import GraphModule
 
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.manager import cache_key
 from fusewire.fusion_passes.report import GraphAccount, accounts_from_json, accounts_to_json, add_account, report
+from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint
 
 log = logging.getLogger("fusewire")
 
 
 class Keeper:
-    """Keeps the accounts of one compilation in a file beside Inductor's cache."""
+    """Keeps the accounts of one compilation in a file beside Inductor's cache.
 
-    def __init__(self, key: str) -> None:
+    The file also holds a random part of the compiled graphs' key in that cache. So whoever finds a graph there has its
+    account, and a graph whose account was lost is compiled anew.
+
+    Args:
+        name: tells one compilation from others (see `key_of_compilation`).
+    """
+
+    def __init__(self, name: str) -> None:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-        self.file = Path(cache_dir()) / "fusewire" / f"{key}.json"
+        self.file = Path(cache_dir()) / "fusewire" / f"{name}.json"
         self.before = len(report().graphs)
+        self.kept: list[GraphAccount] = []
+        self.salt = uuid.uuid4().hex[:16]
+        self._read()
+        self.key = f"{name}-{self.salt}"
+
+    @property
+    def fingerprints(self) -> list[GroupFingerprint]:
+        """What ranks must have alike to run the graphs that were kept."""
+        return [item for account in self.kept for item in account.fingerprints]
 
     def save(self) -> None:
         """Write what there is so far.
 
         Called by the passes, so before Inductor puts the graph into its cache: another rank may find it there at once.
         """
+        text = json.dumps({"salt": self.salt, "graphs": accounts_to_json(report().graphs[self.before :])})
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.file.with_suffix(f".{os.getpid()}")
-            temporary.write_text(accounts_to_json(report().graphs[self.before :]))
-            temporary.replace(self.file)
+            _write(self.file, text)
         except OSError as error:
             log.warning("the account of a graph could not be kept beside the compile cache: %s", error)
+        CacheArtifactManager.record_artifact(_Accounts.type(), self.file.name, text.encode())
 
     def restore(self) -> None:
         """Bring the accounts back if a warm cache skipped the passes."""
-        if len(report().graphs) == self.before:
-            for account in self._read():
-                add_account(dataclasses.replace(account, cached=True, pass_seconds=0.0))
+        if len(report().graphs) > self.before or not self.kept:
+            return
+        for account in self.kept:
+            add_account(dataclasses.replace(account, cached=True, pass_seconds=0.0))
+        CacheArtifactManager.record_artifact(_Accounts.type(), self.file.name, self.file.read_bytes())
 
-    def _read(self) -> list[GraphAccount]:
+    def _read(self) -> None:
         try:
-            return accounts_from_json(self.file.read_text())
+            data = json.loads(self.file.read_text())
+            kept, salt = accounts_from_json(data["graphs"]), str(data["salt"])
         except FileNotFoundError:
-            why = "no account was kept when it was made"
+            return
         except (OSError, ValueError, TypeError, KeyError) as error:
-            why = f"its account cannot be read ({error})"
-        return [_unaccounted(f"the compile cache held this graph, and {why}")]
+            log.warning("the account of a graph cannot be read, so the graph is compiled anew: %s", error)
+            return
+        # A graph that was left as written since the ranks' graphs differed says nothing about this time.
+        if not any(account.unfused for account in kept):
+            self.kept, self.salt = kept, salt
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file in one step, so that nobody reads half of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+@CacheArtifactFactory.register
+class _Accounts(CacheArtifact):
+    """Accounts as torch.compiler.save_cache_artifacts takes them along."""
+
+    def populate_cache(self) -> None:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        _write(Path(cache_dir()) / "fusewire" / Path(self.key).name, self.content.decode())
+
+    @staticmethod
+    def type() -> str:
+        return "fusewire"
 
 
 KEEPER: contextvars.ContextVar[Keeper | None] = contextvars.ContextVar("fusewire_keeper", default=None)
 
 
 @contextlib.contextmanager
-def accounts_kept(key: str) -> Iterator[None]:
+def accounts_kept(name: str) -> Iterator[Keeper]:
     """Keep the accounts of a compilation, or bring them back from an earlier one."""
     global _accounted_hits
-    keeper, before = Keeper(key), _cache_hits()
+    keeper, before = Keeper(name), _cache_hits()
     token = KEEPER.set(keeper)
     try:
-        yield
+        yield keeper
     finally:
         KEEPER.reset(token)
     _accounted_hits += _cache_hits() - before

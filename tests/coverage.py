@@ -110,7 +110,8 @@ def measure(name: str) -> Coverage:
     found.merged = sum(entry.fusion.startswith(MERGED) for entry in report.entries)
     found.reasons = Counter(_reason(entry.reason) for entry in report.entries if entry.status != "fused")
     found.graph_breaks = Counter(counters["graph_break"])
-    found.notes = [note for graph in report.graphs for note in graph.notes]
+    notes = [note for graph in report.graphs for note in graph.notes]
+    found.notes = [note for note in notes if not note.startswith("taken to be equal on all ranks")]
     return found
 
 

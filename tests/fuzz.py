@@ -1,7 +1,8 @@
 """Random tensor-parallel programs, and what must hold of each one after fusewire's passes.
 
-    python -m tests.fuzz --graphs 10000 --gloo 500 --seed 0     what runs every night
-    python -m tests.fuzz --seed 1234 --show                     one program again, with its source and its graphs
+    python -m tests.fuzz --graphs 10000 --gloo 500 --differ 200     what runs every night
+    python -m tests.fuzz --seed 1234 --show                         one program again, with its source and its graphs
+    python -m tests.fuzz --seed 1234 --differ 1                     one program on ranks that differ, and what came of it
 
 A seed makes a program: Python source of one to five layers, each an all-reduce, or a reduce-scatter and an all-gather,
 with what follows. There are three kinds: layers of any form, layers of sequence parallelism, and chains of decoder-like
@@ -18,6 +19,7 @@ In one process the process groups are torch's fake ones, and two threads are the
     fuzz_layers.py     layers around an all-reduce              fuzz_check.py      configurations, and what must hold
     fuzz_sequence.py   layers of sequence parallelism           fuzz_compiled.py   code that Inductor has generated
     fuzz_chains.py     decoder-like chains                      fuzz_generate.py   from a seed to a program
+    fuzz_differ.py     ranks that differ
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ if __name__ == "__main__":  # ranks and workers import this file as `fuzz`, and 
 
 import torch
 
+import fuzz_differ
 from distributed import RankPool, fake_group
 from fuzz_check import check, compare, configurations
 from fuzz_execute import FUSED_OP, Compiled, Executor, Outcome, copy_of, module_of
@@ -113,15 +116,17 @@ def _in_chunks(seeds: Sequence[int], size: int) -> list[Sequence[int]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the number of failing programs, at most 1 as an exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzz fusewire's passes.")
-    parser.add_argument("--graphs", type=int, default=1, help="programs over fake process groups (default 1)")
+    parser.add_argument("--graphs", type=int, help="programs over fake process groups (default 1; 0 with --differ)")
     parser.add_argument("--gloo", type=int, default=0, help="programs executed on 2 gloo processes (default 0)")
+    parser.add_argument("--differ", type=int, default=0, help="programs on 2 gloo processes that differ (default 0)")
     parser.add_argument("--seed", type=int, default=0, help="the first program's seed (default 0)")
     parser.add_argument("--jobs", type=int, default=1, help="processes for the fake groups (default 1)")
     parser.add_argument("--show", action="store_true", help="print each program, its graph and the rewritten graph")
     options = parser.parse_args(argv)
     start = time.perf_counter()
-    seeds = range(options.seed, options.seed + options.graphs)
-    failures: list[Failure] = []
+    graphs = options.graphs if options.graphs is not None else int(not options.differ)
+    seeds = range(options.seed, options.seed + graphs)
+    failures: list[Failure | fuzz_differ.Result] = []
     seen: Counter[str] = Counter()
     if options.show:
         _show(seeds)
@@ -140,10 +145,26 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"{failure}\n", flush=True)
                 failures += failed
                 print(f"gloo: seeds up to {chunk[-1]}, {len(failures)} failed", flush=True)
+    if options.differ:
+        failed, counts = _differ(
+            range(options.seed, options.seed + options.differ), options.show or options.differ == 1
+        )
+        failures += failed
+        seen += counts
     for key in sorted(seen):
         print(f"{seen[key]:7d} {key}")
     print(f"{len(failures)} failures in {time.perf_counter() - start:.0f} s; seeds from {options.seed}")
     return int(bool(failures))
+
+
+def _differ(seeds: Sequence[int], show: bool) -> tuple[list[fuzz_differ.Result], Counter[str]]:
+    """Run programs on ranks that differ; prints those that fail, or all of them."""
+
+    def tell(result: fuzz_differ.Result) -> None:
+        print(f"{result}\n" if show or result.problems else f"seed {result.plan.seed}", flush=True)
+
+    with RankPool(2) as pool:
+        return fuzz_differ.run_seeds(pool, seeds, tell=tell)
 
 
 def _show(seeds: Iterable[int]) -> None:

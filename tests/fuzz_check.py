@@ -24,7 +24,7 @@ from fuzz_ranks import BUFFERED, ELSEWHERE, Ranks
 
 _SHARDING = ("sharded", "sharded calls", "sharded in place")  # with the residual in another form on its way
 _IN_PLACE = ("in place", "sharded in place")
-_NO_NOTE_OF = ("shard_residual: ", "output_in_place: ")
+_NO_NOTE_OF = ("shard_residual: ", "output_in_place: ", "taken to be equal on all ranks: ")
 
 
 def configurations(program: Program) -> dict[str, PassConfig]:

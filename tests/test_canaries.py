@@ -14,6 +14,7 @@ import copy
 import inspect
 import pickle
 import re
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -29,11 +30,13 @@ from torch._inductor import custom_graph_pass, pattern_matcher
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.compiler._cache import CacheArtifactManager
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.torch_version import TorchVersion
 
 import fusewire
-from fusewire.fusion_passes import agreement, backend, graph_tools, matcher
+from fusewire.custom_ops.coordination import timeouts
+from fusewire.fusion_passes import backend, graph_tools, matcher, warm_cache
 from fusewire.patterns import all_reduce as spellings
 
 from blocks import tensors
@@ -170,13 +173,55 @@ def test_a_users_triton_kernel_is_known_to_write():
     assert not graph_tools.writes_in_place(functional)
 
 
-@canary("_codegen")
-def test_a_copied_graph_keeps_its_calling_convention():
-    """_copied in agreement.py: a graph made from nested arguments says in its codegen how to flatten them."""
-    model = torch.fx.symbolic_trace(torch.nn.Linear(2, 2))
-    codegen = torch.fx.graph.CodeGen()
-    model.graph.set_codegen(codegen)
-    assert agreement._copied(model).graph._codegen is codegen
+@canary("_codegen", "_owning_module", "_root", "_tracer_cls", "_tracer_extras")
+def test_graphs_that_exchange_their_nodes():
+    """exchange_nodes in matcher.py: a graph is its attributes, and each node knows its graph."""
+    one, other = graph_of((torch.relu, ([0],))), graph_of((torch.sin, ([0],)), (torch.cos, ([1],)))
+    one.output(list(one.nodes)[-1])
+    other.output(list(other.nodes)[-1])
+    module = torch.fx.GraphModule(torch.nn.Module(), one)
+    graph = module.graph
+    names = [node.name for node in graph.nodes], [node.name for node in other.nodes]
+    x = torch.ones(2)
+    matcher.exchange_nodes(graph, other)
+    assert ([node.name for node in other.nodes], [node.name for node in graph.nodes]) == names
+    assert all(node.graph is graph for node in graph.nodes)
+    assert graph.owning_module is module
+    graph.lint()
+    module.recompile()
+    assert torch.equal(module(x), x.sin().cos())
+    added = graph.call_function(torch.tan, (next(iter(graph.nodes)),))
+    assert added in graph.find_nodes(op="call_function", target=torch.tan)
+    assert not other.find_nodes(op="call_function", target=torch.sin)
+
+
+@canary("_device_types", "_get_backend", "_timeout")
+def test_the_time_limit_of_a_group():
+    """group_timeout_s in custom_ops/coordination/timeouts.py: without it a group's own limit is not heard of."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=7))
+    try:
+        assert timeouts.group_timeout_s(dist.group.WORLD) == 7.0
+    finally:
+        dist.destroy_process_group()
+
+
+@canary("torch.compiler._cache")
+def test_what_a_portable_cache_takes_along(tmp_path, monkeypatch):
+    """_Accounts in warm_cache.py: a kind of artifact of our own, by name, as bytes."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with CacheArtifactManager.with_fresh_cache():
+        CacheArtifactManager.record_artifact(warm_cache._Accounts.type(), "name.json", b"{}")
+        data, _ = torch.compiler.save_cache_artifacts()
+    with CacheArtifactManager.with_fresh_cache():
+        torch.compiler.load_cache_artifacts(data)
+    assert (tmp_path / "fusewire" / "name.json").read_bytes() == b"{}"
+
+
+@canary("torch._dynamo.exc.RestartAnalysis")
+def test_what_makes_dynamo_capture_again_is_no_failure():
+    """_compilation in backend.py tells the peers of a compilation that fails; this is none."""
+    assert issubclass(torch._dynamo.exc.TensorifyScalarRestartAnalysis, torch._dynamo.exc.RestartAnalysis)
+    assert issubclass(torch._dynamo.exc.RestartAnalysis, Exception)
 
 
 @canary("torch._inductor.decomposition.select_decomp_table", "torch.fx.experimental.proxy_tensor.make_fx")

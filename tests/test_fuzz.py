@@ -15,8 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import fusewire
+
 import fuzz
 import fuzz_compiled
+import fuzz_differ
 from distributed import shared_pool
 from fuzz_faults import FAULTS, holds
 
@@ -118,6 +121,50 @@ def test_generated_code(which):
 @pytest.mark.parametrize("seed", chunk(300_000, 60))
 def test_generated_code_of_many(seed):
     generated_code_agrees(fuzz.generate(seed))
+
+
+# Ranks that differ
+
+DIFFER = 18
+
+
+def right_or_all_raise(seeds):
+    failed, seen = fuzz_differ.run_seeds(shared_pool(2), seeds)
+    no_failures(failed)
+    return seen
+
+
+def test_ranks_that_differ():
+    seen = right_or_all_raise(chunk(0, DIFFER))
+    assert seen["plans where all is right"] >= DIFFER // 3, seen
+    assert seen["plans with collectives that mix with no others"], seen
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("start", range(0, 200, 50))
+def test_many_ranks_that_differ(start):
+    right_or_all_raise(chunk(500_000 + start, 50))
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("fault", fuzz_differ.FAULTS)
+def test_broken_coordination_is_caught(fault):
+    """Without one of its guards fusewire gives wrong numbers, or another guard is there."""
+    if not fuzz_differ.FAULTS[fault].shows:
+        no_failures(fuzz_differ.run_seeds(shared_pool(2), chunk(0, 60), fault)[0])
+        return
+    results = (fuzz_differ.run_seed(shared_pool(2), seed, fault) for seed in chunk(0, 200))
+    assert any(not result.unfit and any(outcome.wrong for outcome in result.outcomes) for result in results)
+
+
+def test_plans_depend_on_their_seed_alone_and_try_everything():
+    plans = [fuzz_differ.plan_of(seed) for seed in chunk(0, 40)]
+    assert list(map(str, plans)) == [str(fuzz_differ.plan_of(seed)) for seed in chunk(0, 40)]
+    many = [fuzz_differ.plan_of(seed) for seed in chunk(0, 600)]
+    assert {change.kind for plan in many for change in plan.changes} == set(fuzz_differ.KINDS)
+    assert set(fuzz_differ.OPTIONS) == set(fusewire.PassConfig.field_names())
 
 
 # The generator

@@ -346,7 +346,7 @@ def test_nothing_moves_past_a_write(program, dtype, inline):
     account = run_passes(copied.graph, PassConfig(inline_native=inline))
     copied.graph.lint()
     got = run(copied, inputs)
-    assert account.notes == ()
+    assert all(note.startswith("taken to be equal on all ranks: 1 scale") for note in account.notes)
     for before, after in zip([*want.outputs, *want.inputs], [*got.outputs, *got.inputs], strict=True):
         assert torch.equal(before, after), program
     assert len(got.collectives) <= len(want.collectives)

@@ -97,7 +97,8 @@ def test_chains(world, block, ops, gathers, takes, dynamic):
     assert (captured.count(GATHER), captured.count(TAKE)) == (gathers, takes)
     assert captured.count(PLAIN) == captured.count(SANDWICH) == 0
     assert all(entry.fusion.endswith("residual sharded") for entry in captured.account.entries)
-    assert not captured.account.notes
+    (note,) = captured.account.notes
+    assert note.startswith(f"taken to be equal on all ranks: the residual or weight of {ops} operators")
 
 
 def test_off_by_default(world):
@@ -154,6 +155,21 @@ def test_a_residual_that_is_summed_again_is_gathered(world):
     assert (captured.count(SHARDED), captured.count(GATHER)) == (4, 1)
 
 
+@pytest.mark.parametrize("policy", ["", "rank_ordered"])
+def test_calls_of_the_programs_own(world, policy):
+    """They keep the providers that they name."""
+
+    def block(x, residual, w):
+        for _ in range(4):
+            call = (x.sin(), residual, w, 1e-5, 0.0, "scale_then_round", world.group_name, policy)
+            x, residual = torch.ops.fusewire.all_reduce_rms_norm(*call)
+        return x
+
+    captured = sharded(block, *tensors(shape=(32,)), ir_op_priority={"all_reduce_rms_norm": ("native",)})
+    calls = captured.graph.find_nodes(op="call_function", target=SHARDED)
+    assert [call.args[-1] for call in calls] == [policy or "native"] * 4
+
+
 def test_batch_invariant_mode(world):
     captured = sharded(residual_returned, batch_invariant=True, inline_native=True)
     assert (captured.count(SHARDED), captured.count(TAKE)) == (4, 1)
@@ -172,7 +188,10 @@ def test_two_groups_are_two_chains(world):
 
     captured = sharded(block)
     assert captured.count(SHARDED) == 2
-    assert len(captured.account.notes) == 1
+    assert [note.partition(":")[0] for note in captured.account.notes] == [
+        "shard_residual",
+        "taken to be equal on all ranks",
+    ]
 
 
 def _same_on_a_rank(name: str, tokens: int, dynamic: bool, inline: bool) -> list[bool]:

@@ -36,7 +36,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import numpy as np
 import triton.language as tl
 
-from fusewire.custom_ops.providers import symm_mem
+from fusewire.custom_ops.providers import symm_mem, symm_mem_protocol
 from fusewire.custom_ops.providers import symm_mem_blocks as blocks
 from fusewire.custom_ops.providers import symm_mem_flags as flags
 from fusewire.custom_ops.providers import symm_mem_kernels as kernels
@@ -53,16 +53,26 @@ LIMIT_S = 1.0  # of simulated time
 
 
 class CpuWorkspace(spaces.SymmMemWorkspace):
-    """A workspace whose buffers are CPU memory: same layout, same control block."""
+    """A workspace whose buffers are CPU memory: same layout, same control block. `multiprocessors`: of this rank's GPU;
+    `plan_alike` makes launches be planned by the least of all ranks.
+    """
 
     def __init__(self, rank, buffers, layout, dtype, multiprocessors):
         self.rank, self.world_size, self.hidden, self.dtype = rank, layout.world_size, layout.hidden, dtype
         self.group_name, self.timeout_s, self.device = "simulated", LIMIT_S, torch.device("cpu")
         self.layout, self.multiprocessors, self._buffer = layout, multiprocessors, buffers[rank]
+        self.own_multiprocessors = multiprocessors
         self._outputs, self.known = self._output_tensors(), {}
         self._host_error = torch.zeros(1, dtype=torch.int64)
         self._error_word = ctypes.c_int64.from_address(self._host_error.data_ptr())
         self.ctl = self._control_block([buffer.data_ptr() for buffer in buffers])
+
+
+def plan_alike(workspaces):
+    """What the vote of the ranks comes to: each tells its number, and all plan by the same."""
+    facts = [{"multiprocessors": ws.own_multiprocessors} for ws in workspaces]
+    for ws in workspaces:
+        ws.multiprocessors = symm_mem_protocol.least_multiprocessors(facts)
 
 
 # --- PTX ----------------------------------------------------------------------------------------------------
@@ -347,7 +357,7 @@ class Rank:
             self.error = error
             return
         self.begun += 1
-        assert check_plan(plan, self.ws.layout.packets, self.ws.multiprocessors) is None
+        assert check_plan(plan, self.ws.layout.packets, self.ws.own_multiprocessors) is None
         refer(call, plan, self.ws)
         fn, values = self.machine.bound(name, args)
         self.blocks = [
@@ -673,7 +683,9 @@ ONE_SHOT_TOKENS, DATA_TOKENS, MAX_TOKENS = 9, 16, 24
 
 
 def simulate(world, hidden, dtype, specs, seed=0, multiprocessors=3, missing=None):
-    """Run the calls on all ranks. `missing`: (rank, call, turns), a rank that stops in the middle of a call."""
+    """Run the calls on all ranks. `multiprocessors`: of every rank's GPU, or a tuple of each rank's. `missing`: (rank,
+    call, turns), a rank that stops in the middle of a call.
+    """
     torch.manual_seed(seed)
     machine = Machine(seed)
     install(machine)
@@ -685,8 +697,10 @@ def simulate(world, hidden, dtype, specs, seed=0, multiprocessors=3, missing=Non
         for area in areas:
             buffer[area] = 255
     calls = [make_call(kind, tokens, world, hidden, dtype, **options) for kind, tokens, options in specs]
-    for rank in range(world):
-        ws = CpuWorkspace(rank, buffers, layout, dtype, multiprocessors)
+    counts = multiprocessors if isinstance(multiprocessors, tuple) else (multiprocessors,) * world
+    spaces_of_ranks = [CpuWorkspace(rank, buffers, layout, dtype, counts[rank]) for rank in range(world)]
+    plan_alike(spaces_of_ranks)
+    for rank, ws in enumerate(spaces_of_ranks):
         machine.hold(ws._host_error)
         dies = missing[1:] if missing and missing[0] == rank else None
         machine.ranks.append(Rank(machine, ws, calls, dies))
@@ -783,6 +797,11 @@ SCENARIOS = {
         ("one_shot", 2, INNER), ("two_shot_sharded", 6, INNER), ("two_shot", 19, INNER), ("one_shot", 3, {}),
         ("two_shot", 3, {"need_residual": False}), ("one_shot", 8, {"weight": None, "inner": (None, SCALE)}),
     ]),
+    # Planned by its own number, each of these ranks would share a row among another number of blocks.
+    **{f"GPUs with {counts} multiprocessors": (len(counts), 1536, BF16, [
+        ("two_shot", 2 * len(counts), {"protocol": "data"}), ("two_shot_sharded", len(counts), {"protocol": "data"}),
+        ("one_shot", 2, INNER), ("two_shot", 5, {"protocol": "flags"}),
+    ], 0, counts) for counts in ((3, 4), (4, 3), (2, 4, 3))},
 }  # fmt: skip
 PROTOCOLS = {
     "one-shot": ("one_shot", {}),
@@ -825,7 +844,7 @@ def every_scenario():
     for name, scenario in list(SCENARIOS.items()):
         if len(scenario) < 7:
             for seed in range(10, 30):
-                found[f"{name}, seed {seed}"] = (*scenario[:4], seed)
+                found[f"{name}, seed {seed}"] = (*scenario[:4], seed, *scenario[5:])
         else:
             for turns in (*range(1, 40, 3), *range(40, 200, 20)):
                 gone, last, _ = scenario[-1]

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import traceback
 from types import SimpleNamespace
 from unittest import mock
@@ -155,7 +156,8 @@ def _held(outputs=0):
         nbytes=0, rank=group.rank(), world_size=group.size(), hidden=16, dtype=torch.float32, layout=layout
     )
     made.device, made.check, made.close = torch.device("cpu"), lambda synchronize=False: None, lambda: None
-    with mock.patch.object(workspace.StreamOrder, "of", return_value=SimpleNamespace(enter=lambda _: None)):
+    order = SimpleNamespace(lock=threading.RLock(), enter=lambda _: None)
+    with mock.patch.object(workspace.StreamOrder, "of", return_value=order):
         return symm_mem_provider.HeldWorkspace(workspace.Request(key, group, torch.device("cpu"), 64), made)
 
 
@@ -270,7 +272,8 @@ def test_a_workspace_is_made_as_it_was_counted(ranks, data):
     """What the ranks vote on is the memory that is then taken; more ranks use the low-latency protocol for longer."""
     made = []
 
-    def record(group_name, hidden, dtype, max_tokens, *, timeout_s, device, barrier, **sizes):
+    def record(group_name, hidden, dtype, max_tokens, *, timeout_s, device, multiprocessors, barrier, **sizes):
+        assert multiprocessors == 78  # the least of the ranks
         sizes = {name: min(size, max_tokens) if name != "outputs" else size for name, size in sizes.items()}
         made.append(Layout(ranks, hidden, dtype.itemsize, max_tokens=max_tokens, **sizes))
         return SimpleNamespace(rank=0, world_size=ranks, nbytes=made[-1].nbytes)
@@ -278,7 +281,8 @@ def test_a_workspace_is_made_as_it_was_counted(ranks, data):
     group = SimpleNamespace(size=lambda: ranks)
     for tokens in (100, 4096):
         key = workspace.WorkspaceKey("symm_mem", "group", torch.bfloat16, 8192)
-        request = workspace.Request(key, group, torch.device("cpu"), tokens)
+        facts = tuple({"multiprocessors": 78 + (rank + 1) % ranks} for rank in range(ranks))
+        request = workspace.Request(key, group, torch.device("cpu"), tokens, facts)
         with mock.patch.object(symm_mem_provider, "SymmMemWorkspace", record):
             symm_mem_provider.SymmMemProvider().create(request, SimpleNamespace(barrier=lambda: None))
         assert made[-1].nbytes == symm_mem_provider.SymmMemProvider().nbytes(8192, torch.bfloat16, ranks, tokens)

@@ -783,7 +783,7 @@ def job_wrong(cache, fault):
 
     with on_rank(cache, lambda label, tokens, _: 1.0 if label == plans.TWO_SHOT else 5.0), contextlib.ExitStack() as s:
         s.enter_context(mock.patch.object(keeper, "bind", bound))
-        said = s.enter_context(mock.patch.object(measuring, "say"))
+        said = s.enter_context(mock.patch.object(measuring, "log_line"))
         # In the order 4, 16, 8: what was measured before the fault showed is to go, too.
         tuned = tuner.tune(dist.group.WORLD, HIDDEN, BF16, tokens=(4, 8, 16))
         loud = [call.args[0] for call in said.call_args_list if "LEFT OUT" in call.args[0]]

@@ -28,15 +28,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
+from fusewire.custom_ops.coordination.vote import Channel, describe
 from fusewire.custom_ops.ir import NATIVE, Support, _machine_support
 from fusewire.custom_ops.plans import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.providers import flashinfer_library
 from fusewire.custom_ops.providers.flashinfer_library import CAPABILITIES
-from fusewire.custom_ops.votes import Channel, describe
 from fusewire.custom_ops.workspace import (
     PROVIDERS,
     Request,
-    StreamOrder,
     Workspace,
     WorkspaceProvider,
     device_facts,
@@ -205,7 +204,6 @@ class FlashInferWorkspace(Workspace):
         # The kernels always add a residual. -0.0 is the one value that adds nothing, not even to -0.0.
         self._no_residual = torch.full((request.max_tokens, hidden), -0.0, dtype=dtype, device=request.device)
         self._no_weight = torch.zeros(hidden, dtype=dtype, device=request.device)
-        self._order = StreamOrder.of(request.device) if request.device.type == "cuda" else None
 
     def run(
         self,
@@ -216,34 +214,41 @@ class FlashInferWorkspace(Workspace):
         eps: float,
         weight_bias: float,
     ) -> tuple[Tensor, Tensor]:
-        """One call, with native's results. Raises WorkspaceError if the workspace is closed or too small."""
+        """One call, with native's results: a collective.
+
+        Thread-safe, but the ranks' calls must come in one order, so that of several threads is the caller's to keep.
+
+        Raises:
+            WorkspaceError: the workspace is closed or too small.
+        """
         shape, hidden = x.shape, self.key.hidden
         flat = dense(x).view(-1, hidden)
         tokens = flat.shape[0]
-        self.check_call(tokens, x.device)
-        norm, residual_out = torch.empty_like(flat), torch.empty_like(flat)
-        if tokens:  # none is a launch of no blocks, which is an error
-            if weight is None:
-                weight, weight_bias = self._no_weight, 1.0
-            before = self._no_residual[:tokens] if residual is None else dense(residual).view(-1, hidden)
-            if self._order is not None:
-                self._order.enter(x.get_device())
-            self._fused(
-                input=flat,
-                workspace=self.handle,
-                pattern=_PATTERN,
-                launch_with_pdl=False,  # gamma and residual are read before the wait for the kernel before
-                trigger_completion_at_end=True,
-                output=norm,  # not written by this pattern, but allocated for every call if left out
-                residual_in=before,
-                rms_gamma=dense(weight),
-                rms_eps=eps,
-                residual_out=residual_out,
-                norm_out=norm,
-                use_oneshot=one_shot,
-                fp32_acc=True,
-                weight_bias=weight_bias,
-            )
+        with self.order.lock:
+            self.check_call(tokens, x.device)
+            norm, residual_out = torch.empty_like(flat), torch.empty_like(flat)
+            if tokens:  # none is a launch of no blocks, which is an error
+                if weight is None:
+                    weight, weight_bias = self._no_weight, 1.0
+                before = self._no_residual[:tokens] if residual is None else dense(residual).view(-1, hidden)
+                if self.device.type == "cuda":
+                    self.order.enter(x.get_device())
+                self._fused(
+                    input=flat,
+                    workspace=self.handle,
+                    pattern=_PATTERN,
+                    launch_with_pdl=False,  # gamma and residual are read before the wait for the kernel before
+                    trigger_completion_at_end=True,
+                    output=norm,  # not written by this pattern, but allocated for every call if left out
+                    residual_in=before,
+                    rms_gamma=dense(weight),
+                    rms_eps=eps,
+                    residual_out=residual_out,
+                    norm_out=norm,
+                    use_oneshot=one_shot,
+                    fp32_acc=True,
+                    weight_bias=weight_bias,
+                )
         return norm.view(shape), residual_out.view(shape)
 
     def release(self) -> None:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusewire.custom_ops.coordination.vote import describe
 from fusewire.custom_ops.ir import Support
-from fusewire.custom_ops.votes import describe
 from fusewire.custom_ops.workspace import announced
 from fusewire.errors import WorkspaceError
 

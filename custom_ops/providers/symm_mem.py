@@ -19,8 +19,9 @@ once before capturing a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -54,8 +55,10 @@ FLAGS = "flags"  # one flag a row: more throughput
 _NO_WEIGHT = -1
 _TENSORS = 6  # the kernels' first arguments
 
+# Kernels by all that they were compiled by. Threads may both compile one and keep either: the two are the same.
 _compiled: dict[Any, Any] = {}
-_compile_only = False
+_compile_only: ContextVar[bool] = ContextVar("fusewire_symm_mem_compile_only", default=False)
+compiles_only: Callable[[], bool] = _compile_only.get
 
 
 @contextmanager
@@ -63,15 +66,15 @@ def compiling_only() -> Iterator[None]:
     """Inside, calls compile what they would launch and launch nothing; their results are uninitialised.
 
     A rank that compiles while its peers already wait in the kernel makes them wait for the compiler, perhaps
-    past the time limit. So compile on all ranks (not thread-safe), let them meet, then call.
+    past the time limit. So compile on all ranks, let them meet, then call. Calls of other threads are launched
+    meanwhile as ever; threads that are started inside do not inherit it.
     """
-    global _compile_only
-    before, _compile_only = _compile_only, True
+    token = _compile_only.set(True)
     try:
         with shared_cache():
             yield
     finally:
-        _compile_only = before
+        _compile_only.reset(token)
 
 
 def one_shot(
@@ -115,7 +118,7 @@ def one_shot(
     """
     usual = plan is None and inner is None and norm_out is None and residual_out is None and need_residual
     key = key_of(one_shot, x, residual, weight, eps, weight_bias, form) if usual else None
-    if not _compile_only and (results := repeated(ws, key, x, residual, weight)) is not None:
+    if not compiles_only() and (results := repeated(ws, key, x, residual, weight)) is not None:
         return results
     rows, tokens = prepared(ws, x, weight, eps, weight_bias, form, ws.layout.one_shot_tokens, "one-shot")
     check_inner(inner, residual, x)
@@ -172,7 +175,7 @@ def two_shot(
     usual = plan is None and inner is None and norm_out is None and residual_out is None and need_residual
     usual = usual and protocol is None and output is None
     key = key_of(two_shot, x, residual, weight, eps, weight_bias, form) if usual else None
-    if not _compile_only and (results := repeated(ws, key, x, residual, weight)) is not None:
+    if not compiles_only() and (results := repeated(ws, key, x, residual, weight)) is not None:
         return results
     rows, tokens = prepared(ws, x, weight, eps, weight_bias, form, ws.layout.max_tokens, "two-shot")
     check_inner(inner, residual, x)
@@ -350,7 +353,7 @@ def _run(key: Any, name: str, ws: SymmMemWorkspace, plan: Plan, args: tuple[Any,
         raise ArgumentError(f"this plan cannot be used: {reason}")
     grid = (plan.programs, 1, 1)
     if compiled is not None:
-        if not _compile_only:
+        if not compiles_only():
             # Addresses, since of each tensor Triton would ask the driver whose memory it is.
             pointers = [None if tensor is None else tensor.data_ptr() for tensor in args[:_TENSORS]]
             compiled[grid](*pointers, *args[_TENSORS:])
@@ -359,7 +362,7 @@ def _run(key: Any, name: str, ws: SymmMemWorkspace, plan: Plan, args: tuple[Any,
     from fusewire.custom_ops.providers import symm_mem_flags, symm_mem_kernels
 
     kernel = getattr(symm_mem_flags if hasattr(symm_mem_flags, name) else symm_mem_kernels, name)
-    if _compile_only:
+    if compiles_only():
         kernel.warmup(*args, grid=grid, **plan.options)
         return None
     launched = kernel[grid](*args, **plan.options)

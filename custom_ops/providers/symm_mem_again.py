@@ -57,12 +57,15 @@ def key_of(
 
 
 def remember(ws: SymmMemWorkspace, key: Hashable, compiled: Any, programs: int, arguments: tuple[Any, ...]) -> None:
-    """Keep a launch (see `Known`) for `repeated`, until the workspace is closed."""
+    """Keep a launch (see `Known`) for `repeated`, until the workspace is closed. Thread-safe."""
     from triton import knobs
 
-    if len(ws.known) >= _MAX_KNOWN:
-        ws.known.clear()
-    ws.known[key] = Known(compiled, programs, arguments, knobs.runtime)
+    known = ws.known
+    if ws.closed:  # by another thread meanwhile; what is kept in `known` from here on, nobody will find
+        return
+    if len(known) >= _MAX_KNOWN:
+        known.clear()
+    known[key] = Known(compiled, programs, arguments, knobs.runtime)
 
 
 def repeated(

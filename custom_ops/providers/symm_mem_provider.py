@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
+from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.timeouts import KERNEL_WAIT_S
+from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.ir import NATIVE, YES, Support
 from fusewire.custom_ops.plans import SYMM_ONE_SHOT, SYMM_TWO_SHOT
 from fusewire.custom_ops.providers import symm_mem
 from fusewire.custom_ops.providers import symm_mem_proofs as proofs
 from fusewire.custom_ops.providers.symm_mem_ahead import compilations
 from fusewire.custom_ops.providers.symm_mem_arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem_protocol import differences, least_multiprocessors, protocol
 from fusewire.custom_ops.providers.symm_mem_workspace import (
     MAX_WORLD_SIZE,
     Layout,
@@ -29,11 +34,9 @@ from fusewire.custom_ops.providers.symm_mem_workspace import (
     unsupported_reason,
 )
 from fusewire.custom_ops.sharded_norm import all_reduce_rms_norm_sharded
-from fusewire.custom_ops.votes import Channel, agree, say
 from fusewire.custom_ops.workspace import (
     PROVIDERS,
     Request,
-    StreamOrder,
     Workspace,
     WorkspaceProvider,
     device_facts,
@@ -47,8 +50,9 @@ _FLASHINFER = "flashinfer"
 MAX_BYTES = 1 << 30
 # Above so many tokens the one-shot and the data-as-flag protocol lose; their buffers are not made larger.
 ONE_SHOT_TOKENS = 128
-# A kernel waits so long for a peer, in seconds: long enough for a peer that compiles its kernels first.
-PEER_TIMEOUT_S = 120.0
+# Sizes of the layout by which ranks compare how they would lay out any. They are multiples of no large power of two, so
+# that its alignment shows; and no limit between protocols lies above.
+_PROBE_HIDDEN, _PROBE_TOKENS = 2888, 8001
 
 
 def supported() -> Support:
@@ -134,9 +138,9 @@ class HeldWorkspace(Workspace):
         super().__init__(request.key, request.max_tokens, made.nbytes, request.device)
         self.made = made
         self.rank, self.world_size = made.rank, made.world_size
-        self._order = StreamOrder.of(request.device)
         self._group = request.group
         self._proofs: dict[str, str] = {}  # per kind of call, why not, or ""
+        self._proving = threading.Lock()
 
     def run(
         self,
@@ -149,15 +153,22 @@ class HeldWorkspace(Workspace):
         form: str,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """One call, with native's results (those of the sharded operator for `symm_mem.two_shot_sharded`).
+        """One call, with native's results (those of the sharded operator for `symm_mem.two_shot_sharded`): a collective.
+
+        Thread-safe: one call is launched after the other, on the streams too. But the ranks' calls must come in one
+        order, and which of two threads is first is not decided here: the caller makes it the same on every rank.
 
         Raises:
             WorkspaceError: the workspace is closed or too small.
             PeerTimeoutError: an earlier call waited for a peer in vain.
         """
-        self.check_call(x.numel() // self.key.hidden, x.device)
-        self._order.enter(x.get_device())
-        norm, summed = call(self.made, x, residual, weight, eps, weight_bias, form, **options)
+        if symm_mem.compiles_only():  # nothing is launched, and other threads' calls need not wait for the compiler
+            norm, summed = call(self.made, x, residual, weight, eps, weight_bias, form, **options)
+        else:
+            with self.order.lock:
+                self.check_call(x.numel() // self.key.hidden, x.device)
+                self.order.enter(x.get_device())
+                norm, summed = call(self.made, x, residual, weight, eps, weight_bias, form, **options)
         assert summed is not None
         return norm, summed
 
@@ -168,23 +179,30 @@ class HeldWorkspace(Workspace):
 
     def proven(self, kind: str) -> bool:
         """Whether such calls of an operator that extends the plain one come out right: tried and voted on once, by all
-        ranks together, at the first of them. During the capture of a CUDA graph nothing can be tried."""
+        ranks together, at the first of them. During the capture of a CUDA graph nothing can be tried. Thread-safe.
+        """
         if kind not in self._proofs:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 what = f"{kind} calls were not tried before capture, so two kernels serve"
-                say(f"{self.key}: {what}; run the model once before capture")
+                log_line(f"{self.key}: {what}; run the model once before capture")
                 return False
-            channel = Channel(self._group, f"{self.key} {kind}")
-            verdict = None
-            for stage in ("alone", "together"):
-                if verdict is None or verdict.ok:
-                    share = functools.partial(proofs.prove, self.run, self.made, kind, stage)
-                    verdict = agree(channel, f"prove {kind} {stage}", share)
-            assert verdict is not None
-            self._proofs[kind] = verdict.reason
-            if verdict.reason:
-                say(f"{self.key}: no kernel of its own for {kind} calls: {verdict.reason}")
+            with self._proving:
+                if kind not in self._proofs:  # another thread may have tried them meanwhile
+                    self._proofs[kind] = self._prove(kind)
         return not self._proofs[kind]
+
+    def _prove(self, kind: str) -> str:
+        """Make the calls with a known answer and vote: why such calls cannot be made, or nothing."""
+        channel = Channel(self._group, f"{self.key} {kind}")
+        verdict = None
+        for stage in ("alone", "together"):
+            if verdict is None or verdict.ok:
+                share = functools.partial(proofs.prove, self.run, self.made, kind, stage)
+                verdict = vote(channel, f"prove {kind} {stage}", share)
+        assert verdict is not None
+        if verdict.reason:
+            log_line(f"{self.key}: no kernel of its own for {kind} calls: {verdict.reason}")
+        return verdict.reason
 
     def release(self) -> None:
         """Free the symmetric buffers."""
@@ -203,12 +221,22 @@ class SymmMemProvider(WorkspaceProvider):
             raise WorkspaceError(support.reason)
         import triton
 
-        return {**device_facts(device), "triton": triton.__version__}
+        probe = _layout(_PROBE_HIDDEN, torch.bfloat16, group.size(), _PROBE_TOKENS)
+        return {
+            **device_facts(device),
+            "rank": dist.get_rank(),
+            "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
+            "protocol": protocol(probe, triton.__version__),
+        }
 
     def judge(self, facts: Sequence[Mapping[str, Any]]) -> Support:
-        versions = sorted({str(fact.get("triton")) for fact in facts})
+        different = differences(facts)
         same = Support.all_of(
-            (len(versions) == 1, f"the ranks have different versions of Triton: {', '.join(versions)}")
+            (
+                not different,
+                f"the ranks would misread each other's buffers: {different}; install the same fusewire and Triton for "
+                "every rank",
+            )
         )
         return super().judge(facts) and same
 
@@ -235,8 +263,9 @@ class SymmMemProvider(WorkspaceProvider):
             one_shot_tokens=ONE_SHOT_TOKENS,
             data_tokens=data_tokens(request.group.size()),
             outputs=request.outputs,
-            timeout_s=PEER_TIMEOUT_S,
+            timeout_s=KERNEL_WAIT_S,
             device=request.device,
+            multiprocessors=least_multiprocessors(request.facts),
             barrier=channel.barrier,
         )
         return HeldWorkspace(request, made)

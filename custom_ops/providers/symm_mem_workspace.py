@@ -10,9 +10,8 @@ one at a time.
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fusewire.custom_ops.all_reduce_norm import resolve_group
+from fusewire.custom_ops.environment import scoped_variable
 from fusewire.custom_ops.providers.symm_mem_plan import MAX_SLICES
 from fusewire.errors import ArgumentError, CaptureError, PeerTimeoutError, WorkspaceError
 
@@ -150,21 +150,11 @@ def unsupported_reason(world_size: int, hidden: int, dtype: torch.dtype) -> str 
     return None
 
 
-@contextmanager
-def _without_multicast() -> Iterator[None]:
+def _without_multicast() -> AbstractContextManager[None]:
     """Rendezvous without a multicast object: nothing here uses one, and a broken one can take a host's GPUs
-    down.
+    down. For the whole process; thread-safe.
     """
-    name = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    return scoped_variable("TORCH_SYMM_MEM_DISABLE_MULTICAST", lambda before: "1")
 
 
 class SymmMemWorkspace:
@@ -180,6 +170,8 @@ class SymmMemWorkspace:
         outputs: buffers of (max_tokens, hidden) in which a two-shot can leave its result in place.
         timeout_s: how long a kernel waits for a peer before it gives up, in seconds.
         device: this rank's GPU; the current one by default.
+        multiprocessors: the least number of multiprocessors of the ranks' GPUs, by which all ranks plan their launches.
+            By default the ranks tell each other theirs, by the group's own communication.
         barrier: returns once every rank of the group has called it; by default the group's own barrier.
 
     Raises:
@@ -201,6 +193,7 @@ class SymmMemWorkspace:
         outputs: int = 0,
         timeout_s: float = 30.0,
         device: torch.device | None = None,
+        multiprocessors: int | None = None,
         barrier: Callable[[], None] | None = None,
     ) -> None:
         group = resolve_group(group_name)
@@ -231,7 +224,7 @@ class SymmMemWorkspace:
             max_tokens=max_tokens,
             outputs=outputs,
         )
-        self.multiprocessors: int = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.multiprocessors = self._planned_multiprocessors(multiprocessors)
         self._buffer: Tensor | None = None
         self._handle: Any = None
         self.known: dict[Any, Any] = {}  # launches, for calls like them (symm_mem_again)
@@ -246,6 +239,17 @@ class SymmMemWorkspace:
             dist.barrier(group=group)
         else:
             barrier()
+
+    def _planned_multiprocessors(self, least: int | None) -> int:
+        """The number to plan launches by, the same on every rank: how words are laid out follows from it."""
+        own: int = torch.cuda.get_device_properties(self.device).multi_processor_count
+        if least is None:
+            counts = [own] * self.world_size
+            dist.all_gather_object(counts, own, group=self._group)
+            return min(counts)
+        if not 1 <= least <= own:
+            raise ArgumentError(f"multiprocessors is {least}; {self.device} has {own}, and all blocks must fit on it")
+        return least
 
     def _allocate(self) -> list[int]:
         from torch.distributed import _symmetric_memory as symm_mem

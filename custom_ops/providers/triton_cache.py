@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from fusewire.custom_ops.environment import scoped_variable
 
 _DIRECTORY = "TRITON_CACHE_DIR"
 
@@ -22,19 +23,15 @@ def settle_keys(namespace: Mapping[str, Any]) -> None:
         getattr(function, "cache_key", None)
 
 
-@contextmanager
-def shared_cache() -> Iterator[None]:
-    """Inside, ranks that share a host's disk share Triton's cache. For the whole process: not thread-safe.
+def shared_cache() -> AbstractContextManager[None]:
+    """Inside, ranks that share a host's disk share Triton's cache. For the whole process; thread-safe.
 
     The first kernel that Inductor compiles points Triton at a cache for this GPU alone, .../triton/<number of the GPU>; the
     folder above serves all.
     """
-    directory = os.environ.get(_DIRECTORY)
-    if directory is None or not Path(directory).name.isdecimal() or Path(directory).parent.name != "triton":
-        yield
-        return
-    os.environ[_DIRECTORY] = str(Path(directory).parent)
-    try:
-        yield
-    finally:
-        os.environ[_DIRECTORY] = directory
+    return scoped_variable(_DIRECTORY, _folder_of_all_gpus)
+
+
+def _folder_of_all_gpus(directory: str | None) -> str | None:
+    path = Path(directory or "")
+    return str(path.parent) if path.name.isdecimal() and path.parent.name == "triton" else None

@@ -1,4 +1,5 @@
-"""What a call costs the host where no CUDA graph replays it: fusewire's operator by provider, and a compiled layer.
+"""What a call costs the host where no CUDA graph replays it: fusewire's operator by provider, the ranks' comparison before
+a graph runs, and a compiled layer.
 
     torchrun --nproc-per-node 2 examples/benchmarks/host_time.py
     torchrun --nproc-per-node 2 examples/benchmarks/host_time.py --cpu    # on gloo ranks: to try the command
@@ -112,6 +113,12 @@ def main() -> int:
             except NoProviderError as error:
                 if dist.get_rank() == 0:
                     print(f"all_reduce_rms_norm, {name}: {' '.join(str(error).split())[:200]}", flush=True)
+        for what, strict in (("the same graph again", False), ("a strict call", True)):
+
+            def compared(strict: bool = strict) -> None:
+                torch.ops.fusewire.rendezvous(x, group, "a fingerprint", "host_time", strict)
+
+            say(f"rendezvous, {what}", host_time(compared, options.calls, synchronize))
         for backend in ("inductor", "fusewire"):
             torch._dynamo.reset()
             run = torch.compile(Layers(), backend=backend)

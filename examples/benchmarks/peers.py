@@ -38,7 +38,7 @@ from peers_measuring import Run
 from peers_report import Row
 
 from fusewire.custom_ops import plan_store
-from fusewire.custom_ops.votes import describe
+from fusewire.custom_ops.coordination.vote import describe
 
 TOKENS = tuple(1 << power for power in range(14))
 HIDDEN = (4096, 5120, 7168, 8192)

@@ -16,11 +16,11 @@ from peers_ours import COPIES, chosen, families, most_bytes
 from peers_report import CHOSEN, COPY, SHARDED, Row
 from peers_timers import Calls, Recording, Replays
 
+from fusewire.custom_ops.coordination.vote import Channel, VoteResult, describe, vote
 from fusewire.custom_ops.measuring import coarse_first
 from fusewire.custom_ops.providers import symm_mem
 from fusewire.custom_ops.sharded_norm import gather_rows
 from fusewire.custom_ops.timing import draw, fingerprint, reference, wrong
-from fusewire.custom_ops.votes import Channel, Verdict, agree, describe
 from fusewire.custom_ops.workspace import check_memory, close
 from fusewire.errors import PeerTimeoutError
 
@@ -61,13 +61,11 @@ class Run:
         self.channel = Channel(group, "peers")
         self.rows: list[Row] = []
         self.notes: list[str] = []
-        self._votes = 0
 
-    def vote(self, topic: str, work: Callable[[], Mapping[str, Any] | None], **options: Any) -> Verdict:
-        """As `agree`, without gradients, whatever thread it is in."""
+    def vote(self, topic: str, work: Callable[[], Mapping[str, Any] | None], **options: Any) -> VoteResult:
+        """Vote, without gradients, whatever thread it is in."""
         self._alive()
-        self._votes += 1  # sizes come again, and the store keeps every vote
-        return agree(self.channel, f"{topic} ({self._votes})", torch.no_grad()(work), **options)
+        return vote(self.channel, topic, torch.no_grad()(work), **options)
 
     def say(self, text: str) -> None:
         if self.group.rank() == 0:
@@ -284,7 +282,7 @@ class _Size:
             if candidate.kind == CHOSEN and candidate.label not in self.one.rejected:
                 notes[candidate.label] = chosen(self.arena, self.bench.name)
 
-    def _judge(self, topic: str, fit: Sequence[Candidate], verdict: Verdict) -> None:
+    def _judge(self, topic: str, fit: Sequence[Candidate], verdict: VoteResult) -> None:
         """What the ranks found, together: a candidate that failed on any of them is left out on all."""
         for rank, fact in zip(verdict.ranks, verdict.facts, strict=True):
             for label, reason in fact.get("failed", {}).items():

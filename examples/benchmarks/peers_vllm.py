@@ -12,8 +12,8 @@ from peers_candidates import Arena, Bench, Call, Candidate, Family, both_norms, 
 from peers_report import PEER
 from torch import Tensor
 
+from fusewire.custom_ops.coordination.vote import describe
 from fusewire.custom_ops.providers import flashinfer_library
-from fusewire.custom_ops.votes import describe
 from fusewire.errors import WorkspaceError
 
 VLLM = both_norms("vLLM custom all-reduce", "vLLM custom all-reduce", PEER)

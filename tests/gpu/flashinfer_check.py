@@ -27,8 +27,9 @@ os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops import dispatch, plan_view, votes, workspace
+from fusewire.custom_ops import dispatch, plan_view, workspace
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.coordination import timeouts
 from fusewire.custom_ops.norms import add_residual, normalize
 from fusewire.custom_ops.plans import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.providers import flashinfer as provider
@@ -642,7 +643,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=120))
     load_providers()
-    os.environ.setdefault(votes.TIMEOUT_VARIABLE, "60")
+    os.environ.setdefault(timeouts.TIMEOUT_VARIABLE, "60")
     checks = Checks(device, args.out / f"rank{dist.get_rank()}.log")
     run_phases(Context(checks, args))
     failed = torch.tensor([len(checks.failures)], device=device)

@@ -34,6 +34,7 @@ import fusewire
 from fusewire import tune as command
 from fusewire.custom_ops import dispatch, plan_store, plan_vote, plans, tuner
 from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm as op
+from fusewire.custom_ops.decisions import Decision
 from fusewire.custom_ops.norms import normalize
 
 EPS = 1e-5
@@ -141,7 +142,7 @@ def use(group: dist.ProcessGroup, args: argparse.Namespace) -> None:
     )
 
 
-def call_and_check(group: dist.ProcessGroup, args: argparse.Namespace, tokens: int) -> dispatch.Decision:
+def call_and_check(group: dist.ProcessGroup, args: argparse.Namespace, tokens: int) -> Decision:
     """One call through the dispatcher, held against the reference; how it was decided."""
     own = torch.Generator("cuda").manual_seed(dist.get_rank())
     shared = torch.Generator("cuda").manual_seed(99)

@@ -1,0 +1,322 @@
+"""Votes: a question that every rank of a group answers, with one outcome for all of them.
+
+A vote is an exchange over the group's store, one text from each rank to all:
+
+1. Every rank but the group's first posts its ballot, with a random nonce, under a key of its own.
+2. The first rank waits for all ballots, marks each as taken, and then writes the outcome, all ballots, over the marks.
+3. Every other rank reads the outcome from its key and removes the key.
+
+The first rank writes over nothing but what it has read, so what it writes for one try never meets another. A rank that
+gives up removes its ballot unless that is taken; then the outcome follows. So all ranks get the outcome or each an error,
+unless the first rank dies between its writes. Nothing counts calls: ranks fit again after one has come once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fusewire.custom_ops.coordination.store import GroupStore, poll
+from fusewire.custom_ops.coordination.timeouts import PUBLISH_S, TIMEOUT_VARIABLE, outcome_timeout_s, timeout_s
+from fusewire.errors import PeerTimeoutError, WorkspaceError
+
+T = TypeVar("T")
+# What the value of a rank's key begins with.
+_BALLOT, _TAKEN, _OUTCOME, _WITHDRAWN = "ballot ", "taken ", "outcome ", "withdrawn"
+_NO_SESSION = "first"
+_BYTES = "bytes in hex"
+_locks: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
+_locks_guard = threading.Lock()
+
+
+class Channel:
+    """The ranks of a group, talking over the group's store, on the CPU, with bounded waits.
+
+    Also fits where FlashInfer asks for a `CommBackend` (Get_rank, Get_size, allgather, bcast, barrier).
+
+    The keys of all exchanges but a channel's first hold the first one's nonce: a thread that an earlier try has given up,
+    with a channel of its own, meets nobody. After an error make a new channel. Not thread-safe; but threads may use
+    channels of their own with the same label: exchanges of one topic wait for each other.
+
+    Args:
+        label: names what the channel is for, the same on every rank.
+        wait_s: how long to wait for a rank, in seconds; by default `timeout_s()`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, label: str, wait_s: float | None = None) -> None:
+        self.rank = group.rank()
+        self.size = group.size()
+        self.global_ranks = dist.get_process_group_ranks(group)
+        self.wait_s = timeout_s() if wait_s is None else wait_s
+        self.label = label
+        self._store = GroupStore(group)
+        self._group_name = group.group_name
+        self._session = _NO_SESSION
+        self._abort_reason = ""
+        self._written: set[str] = set()
+
+    def beat(self) -> None:
+        """Tell ranks that wait for this one's vote that it is at work, so that their wait begins anew."""
+        self._written.add(key := f"{self.label}/beat/{self.rank}")
+        self._store.set(key, uuid.uuid4().hex)
+
+    def abort(self, reason: str) -> None:
+        """Make `allgather` raise WorkspaceError: here for good, on the others until `clear`. The first reason counts.
+
+        For use after the channel's first exchange, so that it does not meet other tries.
+        """
+        self._abort_reason = reason
+        self._written.add(key := f"{self.label}/{self._session}/abort")
+        self._store.set_once(key, reason)
+
+    def clear(self) -> None:
+        """Remove what `beat` and `abort` wrote."""
+        while self._written:
+            self._store.delete(self._written.pop())
+
+    def allgather(self, data: Any) -> tuple[Any, ...]:
+        """Send an object to all ranks and return every rank's. A collective. Tuples arrive as lists.
+
+        Raises:
+            PeerTimeoutError: on every rank, if one did not come within wait_s.
+            WorkspaceError: a rank has called `abort`.
+            TypeError: there is something else in the object than JSON types and bytes.
+        """
+        return tuple(self._exchange("allgather", data, abortable=True))
+
+    def bcast(self, data: Any, root: int) -> Any:
+        """Return the object of the group's rank `root`. Otherwise as `allgather`."""
+        return self.allgather(data if self.rank == root else None)[root]
+
+    def barrier(self) -> None:
+        """Return once every rank has come here. Otherwise as `allgather`."""
+        self.allgather(None)
+
+    def Get_rank(self) -> int:
+        return self.rank
+
+    def Get_size(self) -> int:
+        return self.size
+
+    def _exchange(self, topic: str, payload: Any, abortable: bool = False) -> list[Any]:
+        """Send a payload to all ranks and return every rank's. If abortable, `abort` ends it and beats do not count."""
+        ballot = _BALLOT + _encode({"nonce": uuid.uuid4().hex, "payload": payload})
+        key = f"{self.label}/{self._session}/{topic}"
+        with _turn(f"{self._group_name} {key}/{self.rank}"):
+            outcome = (self._follow if self.rank else self._lead)(key, topic, ballot, abortable)
+        ballots = json.loads(outcome, object_hook=_with_bytes)
+        missing = [rank for rank, found in zip(self.global_ranks, ballots, strict=True) if found is None]
+        if missing:
+            raise PeerTimeoutError(
+                f"{self.label}: no vote on {topic!r} from rank(s) {_listed(missing)} within {self.wait_s:.0f} s; every "
+                f"rank of the group must make the same calls in the same order ({TIMEOUT_VARIABLE} sets how long to wait)"
+            )
+        if self._session == _NO_SESSION:
+            self._session = ballots[0]["nonce"]
+        return [found["payload"] for found in ballots]
+
+    def _lead(self, key: str, topic: str, ballot: str, abortable: bool) -> str:
+        """Collect the ballots as the first rank and publish them; null stands for that of a rank that did not come."""
+        texts, absent = {0: ballot}, list[int]()
+
+        def look() -> bool | None:
+            texts.update((rank, self._store.get(f"{key}/{rank}") or "") for rank in range(1, self.size))
+            absent[:] = [rank for rank, text in texts.items() if not text.startswith(_BALLOT)]
+            return not absent or None
+
+        def awaited() -> str:
+            return f"rank(s) {_listed([self.global_ranks[r] for r in absent])} to vote on {topic!r} ({self.label})"
+
+        self._wait(look, self.wait_s, abortable, awaited)
+        ballots = [None if r in absent else json.loads(text.removeprefix(_BALLOT)) for r, text in texts.items()]
+        for rank in range(1, self.size):
+            found = ballots[rank]
+            if found and not self._store.replace(f"{key}/{rank}", texts[rank], _TAKEN + found["nonce"]):
+                ballots[rank] = None  # it has just given up
+        outcome = json.dumps(ballots)
+        for rank, found in enumerate(ballots):
+            if found and rank:
+                self._store.replace(f"{key}/{rank}", _TAKEN + found["nonce"], _OUTCOME + outcome)
+        return outcome
+
+    def _follow(self, key: str, topic: str, ballot: str, abortable: bool) -> str:
+        """Post a ballot as another rank and wait for the outcome."""
+        own, limit_s = f"{key}/{self.rank}", outcome_timeout_s(self.wait_s)
+
+        def look() -> str | None:
+            text = self._store.get(own) or ""
+            return text.removeprefix(_OUTCOME) if text.startswith(_OUTCOME) else None
+
+        self._store.set(own, ballot)
+        try:
+            outcome = self._wait(look, limit_s, abortable)
+            if outcome is None and not self._store.replace(own, ballot, _WITHDRAWN):
+                outcome = poll(look, PUBLISH_S)  # the ballot has been taken
+        finally:
+            self._store.delete(own)
+        if outcome is None:
+            raise PeerTimeoutError(
+                f"{self.label}: rank {self.global_ranks[0]} did not publish the outcome of {topic!r} within {limit_s:.0f} "
+                f"s; has it died, or does it run another program? ({TIMEOUT_VARIABLE} sets how long to wait)"
+            )
+        return outcome
+
+    def _wait(
+        self, look: Callable[[], T | None], limit_s: float, abortable: bool, awaited: Callable[[], str] | None = None
+    ) -> T | None:
+        """Poll `look`; raise WorkspaceError on an abort if abortable, and else wait on as long as a rank beats."""
+
+        def look_out() -> T | None:
+            reason = abortable and (self._abort_reason or self._store.get(f"{self.label}/{self._session}/abort"))
+            if reason:
+                raise WorkspaceError(reason)
+            return look()
+
+        def beats() -> list[str | None]:
+            return [self._store.get(f"{self.label}/beat/{rank}") for rank in range(self.size)]
+
+        return poll(look_out, limit_s, waiting_for=awaited, progress=None if abortable else beats)
+
+
+@dataclass(frozen=True)
+class VoteResult:
+    """What the ranks of a group found together: the same on each of them."""
+
+    reasons: tuple[str, ...]  # why a rank cannot, or ""
+    facts: tuple[Mapping[str, Any], ...]
+    ranks: tuple[int, ...]  # global
+
+    @property
+    def ok(self) -> bool:
+        return not any(self.reasons)
+
+    @property
+    def reason(self) -> str:
+        """Who cannot and why; ranks with the same reason are named together."""
+        by_reason: dict[str, list[int]] = {}
+        for rank, reason in zip(self.ranks, self.reasons, strict=True):
+            if reason:
+                by_reason.setdefault(reason, []).append(rank)
+
+        def who(ranks: list[int]) -> str:
+            every = len(ranks) == len(self.ranks) > 1
+            return "on every rank" if every else f"on rank{'s' * (len(ranks) > 1)} {_listed(ranks)}"
+
+        return "; ".join(f"{who(ranks)}: {reason}" for reason, ranks in by_reason.items())
+
+
+def vote(
+    channel: Channel,
+    topic: str,
+    work: Callable[[], Mapping[str, Any] | None],
+    *,
+    work_s: float | None = None,
+    release_peers: bool = False,
+) -> VoteResult:
+    """Do a rank's share of something and vote on it. A collective: every rank of the group calls it alike.
+
+    Args:
+        topic: names the vote; the same on every rank.
+        work: this rank's share. What it returns are facts for the others (JSON types); what it raises is a "no".
+        work_s: run the work in a thread and give it up after so many seconds (None: wait for it, in this thread).
+        release_peers: the work talks over the channel itself: if it fails here, peers that wait in it are freed.
+
+    Raises:
+        PeerTimeoutError: on every rank, if one did not vote in time or its work ran out of time on the GPU.
+    """
+    if release_peers and channel._session == _NO_SESSION:
+        channel.barrier()
+    answer: dict[str, Any] = {"reason": "", "facts": {}, "fatal": False}
+    try:
+        found = work() if work_s is None else in_thread(work, work_s, topic, channel)
+        answer["facts"] = json.loads(_encode(dict(found or {})))  # what cannot be sent is a "no", too
+    except Exception as error:
+        answer["reason"] = describe(error)
+        answer["fatal"] = isinstance(error, PeerTimeoutError) and not release_peers
+        if release_peers:
+            channel.abort(f"rank {channel.global_ranks[channel.rank]} gave up: {describe(error)}")
+    try:
+        answers = channel._exchange(topic, answer)
+    finally:
+        channel.clear()
+    reasons, facts_of_all = (tuple(each[name] for each in answers) for name in ("reason", "facts"))
+    result = VoteResult(reasons, facts_of_all, tuple(channel.global_ranks))
+    if any(each["fatal"] for each in answers):
+        raise PeerTimeoutError(f"{channel.label}: {result.reason}")
+    return result
+
+
+def in_thread(work: Callable[[], Any], limit_s: float, topic: str, channel: Channel) -> Any:
+    """Call work() in a thread, with beats on the channel, and give it up after limit_s seconds.
+
+    A library may wait for a peer for ever. The thread has another use: while Inductor's CUDA graphs warm up, this thread
+    allocates from a pool that the graphs will overwrite; buffers made in another thread lie outside it.
+
+    Raises:
+        WorkspaceError: it did not end in time. Besides, what work() raises.
+    """
+    result: list[Any] = []
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def run() -> None:
+        try:
+            with contextlib.nullcontext() if device is None else torch.cuda.device(device):
+                result.append((work(), None))
+        except Exception as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=run, name=f"fusewire {topic}", daemon=True)
+    thread.start()
+    start = time.monotonic()
+    try:
+        while thread.is_alive() and time.monotonic() - start < limit_s:
+            thread.join(min(5.0, channel.wait_s / 4, limit_s))
+            channel.beat()
+    finally:
+        channel.clear()
+    if not result:
+        raise WorkspaceError(f"{topic} did not end within {limit_s:.0f} s")
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def describe(error: BaseException) -> str:
+    """Say what an exception is about, in one line, with its class where the message alone is not enough."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 400 else text[:400] + "..."
+    return text if isinstance(error, WorkspaceError | PeerTimeoutError) and text else f"{type(error).__name__}: {text}"
+
+
+def _turn(key: str) -> threading.Lock:
+    with _locks_guard:
+        return _locks.setdefault(key, threading.Lock())
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def _encode(payload: Any) -> str:
+    return json.dumps(payload, default=_without_bytes)
+
+
+def _without_bytes(value: object) -> dict[str, str]:
+    if not isinstance(value, bytes):
+        raise TypeError(f"a {type(value).__name__} cannot be sent to other ranks")
+    return {_BYTES: value.hex()}
+
+
+def _with_bytes(value: dict[str, Any]) -> Any:
+    return bytes.fromhex(value[_BYTES]) if value.keys() == {_BYTES} else value

@@ -1,0 +1,64 @@
+"""Environment variables that have another value for a while."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+_LOCK = threading.Lock()
+
+
+@dataclass
+class _Change:
+    before: str | None
+    inside: str
+    blocks: int = 0
+
+
+_CHANGES: dict[str, _Change] = {}
+
+
+@contextmanager
+def scoped_variable(name: str, change: Callable[[str | None], str | None]) -> Iterator[None]:
+    """Set an environment variable inside the block, for the whole process, and restore it afterwards.
+
+    Thread-safe: blocks that overlap, nested or of several threads, count as one. The first to begin sets the variable and
+    the last to end restores it, unless somebody else has set it in between. So all blocks for one name must ask for
+    the same change.
+
+    Args:
+        name: of the variable.
+        change: makes the value inside of the value before, which is None if there is none; returns None to leave the
+            variable as it is.
+    """
+    with _LOCK:
+        current = _CHANGES.get(name)
+        if current is None:
+            before = os.environ.get(name)
+            inside = change(before)
+            if inside is not None:
+                current = _CHANGES[name] = _Change(before, inside)
+                os.environ[name] = inside
+        if current is not None:
+            current.blocks += 1
+    try:
+        yield
+    finally:
+        if current is not None:
+            with _LOCK:
+                current.blocks -= 1
+                if not current.blocks:
+                    del _CHANGES[name]
+                    _restore(name, current)
+
+
+def _restore(name: str, change: _Change) -> None:
+    if os.environ.get(name) != change.inside:
+        return
+    if change.before is None:
+        del os.environ[name]
+    else:
+        os.environ[name] = change.before

@@ -1,0 +1,188 @@
+"""The ranks compare what they compile: which histories agree, who obeys whom, and who waits for what."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fusewire
+from fusewire.fusion_passes.backend import fusewire_backend
+from fusewire.fusion_passes.spmd import agreement
+from fusewire.fusion_passes.spmd.agreement import FUSED, Posting, compare
+from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint
+
+from distributed import fake_group, shared_pool
+from rank_programs import SHORT_S, Ranks, check
+
+
+def history(text):
+    """Postings from a text such as "a=1 b": program a rewritten as 1, then program b as written."""
+    items = [item.partition("=") for item in text.split()]
+    return [Posting(program, rewritten, f"{program} {rewritten}".strip()) for program, _, rewritten in items]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "decision"),
+    [
+        ("a=1", "a=1", FUSED),
+        ("a=1", "", None),  # not there yet
+        ("a=1", "a", "differ"),  # the same program, left as written
+        ("a=1", "a=2", "differ"),
+        ("a=1", "b", "differ"),  # goes another way
+        ("a=1", "b a=1", "differ"),
+        ("b a=1", "a=1", "differ"),
+        ("b a=1", "b", None),
+        ("b a=1", "b a=1 c", FUSED),  # what a rank compiled later does not count
+        ("a=1", "a=1 a", FUSED),
+        ("a a=1", "a", None),  # as written, as here; the next may come
+        ("a a=1", "a a", "differ"),  # compiled once more, and not as here
+        ("a a=1", "a a=1", FUSED),
+        ("b=1 a=1", "b a=1", FUSED),  # what became of b was decided then
+        ("b b a=1", "b a=1", FUSED),  # compiled twice on one rank, for other guards
+        ("b a=1", "a=1 b", "differ"),
+    ],
+)
+def test_histories(mine, theirs, decision):
+    postings = {0: history(mine), 1: history(theirs)}
+    found, missing = compare(postings, 0, ("a", "1"))
+    assert found == decision if decision in (FUSED, None) else found.startswith("the ranks' graphs differ")
+    assert missing == ([] if "a=1" in theirs else [1])
+
+
+def test_a_difference_names_both_sides():
+    found, _ = compare({0: history("a=1"), 1: history("a=1"), 2: history("a")}, 0, ("a", "1"))
+    assert found.endswith("rank 0 compiled a 1; rank 2 compiled a")
+    found, _ = compare({0: history("b a=1"), 1: history("a=1")}, 0, ("a", "1"))
+    assert found.endswith("rank 0 compiled b; rank 1 compiled nothing like it before a 1")
+
+
+def test_histories_that_agree_agree_from_both_sides():
+    for mine, theirs in (("b a=1", "a=1"), ("a=1", "a=1"), ("a a=1", "a a a=1")):
+        postings = {0: history(mine), 1: history(theirs)}
+        assert (compare(postings, 0, ("a", "1"))[0] == FUSED) == (compare(postings, 1, ("a", "1"))[0] == FUSED)
+
+
+def _print(program, rewritten):
+    return [GroupFingerprint(dist.group.WORLD.group_name, program, rewritten, f"{program} {rewritten}", True)]
+
+
+def _late_obeys():
+    """The decision is written once: who comes later obeys, whatever it would have found itself."""
+    Ranks()
+    rank = dist.get_rank()
+    if rank == 1:
+        agreement.settle(_print("a", ""))
+    dist.barrier()
+    found = []
+    if rank == 0:
+        found.append(agreement.settle(_print("a", "1")))
+    dist.barrier()
+    if rank == 1:
+        found.append(agreement.settle(_print("a", "1")))
+    dist.barrier()
+    start = time.monotonic()
+    found.append(agreement.settle(_print("a", "1")))  # known by now: nobody is asked
+    return found, time.monotonic() - start
+
+
+def test_who_comes_later_obeys():
+    for (first, again), seconds in shared_pool(2).run(_late_obeys):
+        assert list(first.values()) == list(again.values())
+        assert "rank 0 compiled a 1; rank 1 compiled a" in next(iter(first.values()))
+        assert seconds < 0.1
+
+
+def _alone(how):
+    """Rank 0 rewrites what rank 1 never compiles."""
+    ranks = Ranks(limit_s=SHORT_S if how == "silent" else 60.0)
+    start, text = time.monotonic(), ""
+    if ranks.rank == 0:
+        prints = [GroupFingerprint(ranks.group.group_name, "a", "1", "a 1", True)]
+        try:
+            text = str(agreement.settle(prints, wait=how != "compile_alone"))
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+    elif how == "as written":
+        agreement.settle([GroupFingerprint(ranks.group.group_name, "b", "", "b", False)])
+    elif how == "disabled":
+        agreement.announce_unfused("has set FUSEWIRE_DISABLE=1")
+        agreement.announce_unfused("has set FUSEWIRE_DISABLE=1")
+    seconds = time.monotonic() - start
+    dist.barrier()
+    return text, seconds
+
+
+@pytest.mark.parametrize(
+    ("how", "says", "at_most"),
+    [
+        ("silent", "PeerTimeoutError: waited 2 s for rank(s) 1 of group", 20.0),
+        ("as written", "rank 1 compiled b", 20.0),
+        ("disabled", "rank 1 has set FUSEWIRE_DISABLE=1", 20.0),
+        ("compile_alone", "{}", 1.0),
+    ],
+)
+def test_a_rank_that_rewrites_alone(how, says, at_most):
+    (text, seconds), (_, other) = shared_pool(2).run(_alone, how)
+    assert says in text
+    assert seconds < at_most
+    assert other < 1  # who rewrites nothing waits for nobody
+
+
+def _one_fails(options):
+    ranks = Ranks()
+
+    def broken(graph):
+        raise ValueError("planted")
+
+    hook = {"post_grad_custom_pre_pass": broken} if ranks.rank == 0 else {}
+
+    def backend(model, example_inputs):
+        fusewire_backend(model, example_inputs, options={**hook, **(options if ranks.rank == 1 else {})})
+        return lambda *_: (torch.zeros(()),)
+
+    error = ""
+    with torch.no_grad():
+        try:
+            torch.compile(ranks.merged, backend=backend)(*ranks.inputs())
+        except Exception as raised:
+            error = str(raised)
+    return error, [entry.reason for entry in fusewire.report().entries]
+
+
+def test_a_rank_whose_compilation_fails_keeps_nobody_waiting():
+    (error, _), (second, reasons) = shared_pool(2).run(_one_fails, {})
+    assert "planted" in error
+    assert second == ""  # no time limit was reached
+    assert all("rank 0 could not compile a graph" in reason for reason in reasons), reasons
+
+
+def test_an_expectation_that_the_ranks_defeat_says_so():
+    _, (second, _) = shared_pool(2).run(_one_fails, {"expect_fused": "all"})
+    assert "expect_fused='all', but 0 of 2" in second
+    assert "the ranks' graphs differ" in second
+
+
+def _waiting_elsewhere():
+    """Rank 1 waits before a graph that rank 0 compiles no more: both hear of it at once."""
+    ranks = Ranks()
+    compiled = ranks.compile(lambda x, r, w, scale: ranks.merged(x, r * scale, w))
+    x, r, w = ranks.inputs()
+    ranks.call(compiled, (x, r, w, 1.0), ranks.merged_want(x, r, w), "both")
+    x, r, w = ranks.inputs(7 if ranks.rank == 0 else 6)
+    ranks.call(compiled, (x, r, w, 1.0), ranks.merged_want(x, r, w), "apart")
+    return ranks.seen
+
+
+def test_a_rank_that_compiles_while_its_peer_waits_before_another_graph():
+    text = check(shared_pool(2).run(_waiting_elsewhere))
+    assert "that rank already waits before another graph" in text
+    assert "PeerTimeoutError" not in text
+
+
+def test_simulated_ranks_have_nobody_to_ask():
+    with fake_group(2):
+        agreement.announce_unfused("nobody hears this")
+        assert not agreement._groups or all(known.group() is None for known in agreement._groups.values())
