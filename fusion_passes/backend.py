@@ -61,10 +61,10 @@ class FusewirePass(CustomGraphPass):
         self.unfused = dict(unfused)
 
     def __call__(self, graph: Graph) -> None:
-        run_passes(graph, self.config, unfused=self.unfused)
+        account = run_passes(graph, self.config, unfused=self.unfused)
         keeper = KEEPER.get()
         if keeper is not None:
-            keeper.save()
+            keeper.save(account)
 
     def uuid(self) -> Any:
         """Enters the compile cache's key."""

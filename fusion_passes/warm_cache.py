@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.manager import cache_key
-from fusewire.fusion_passes.report import GraphAccount, accounts_from_json, accounts_to_json, add_account, report
+from fusewire.fusion_passes.report import GraphAccount, accounts_from_json, accounts_to_json, add_account
 from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint
 
 log = logging.getLogger("fusewire")
@@ -41,7 +41,7 @@ class Keeper:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         self.file = Path(cache_dir()) / "fusewire" / f"{name}.json"
-        self.before = len(report().graphs)
+        self.made: list[GraphAccount] = []  # by the passes, in this compilation
         self.kept: list[GraphAccount] = []
         self.salt = uuid.uuid4().hex[:16]
         self._read()
@@ -52,12 +52,13 @@ class Keeper:
         """What ranks must have alike to run the graphs that were kept."""
         return [item for account in self.kept for item in account.fingerprints]
 
-    def save(self) -> None:
-        """Write what there is so far.
+    def save(self, account: GraphAccount) -> None:
+        """Add an account to those of this compilation, and write them.
 
         Called by the passes, so before Inductor puts the graph into its cache: another rank may find it there at once.
         """
-        text = json.dumps({"salt": self.salt, "graphs": accounts_to_json(report().graphs[self.before :])})
+        self.made.append(account)
+        text = json.dumps({"salt": self.salt, "graphs": accounts_to_json(self.made)})
         try:
             _write(self.file, text)
         except OSError as error:
@@ -66,7 +67,7 @@ class Keeper:
 
     def restore(self) -> None:
         """Bring the accounts back if a warm cache skipped the passes."""
-        if len(report().graphs) > self.before or not self.kept:
+        if self.made or not self.kept:
             return
         for account in self.kept:
             add_account(dataclasses.replace(account, cached=True, pass_seconds=0.0))

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from fusewire.custom_ops.coordination.timeouts import ANNOUNCE_AFTER_S
+from fusewire.errors import ProcessGroupError
 
 T = TypeVar("T")
 _PREFIX = "fusewire/"
@@ -27,10 +28,19 @@ class GroupStore:
     """The store that a process group was made with, under keys of fusewire's own.
 
     Thread-safe as far as torch's stores are. Nothing in here waits.
+
+    Raises:
+        ProcessGroupError: torch.distributed has not made the group itself and knows no store of it.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._store = dist.distributed_c10d._get_process_group_store(group)
+        try:
+            self._store = dist.distributed_c10d._get_process_group_store(group)
+        except KeyError:
+            raise ProcessGroupError(
+                f"the ranks of group {group.group_name!r} have no store in which they could compare what they run; "
+                "make the group with torch.distributed (init_process_group, new_group, split_group)"
+            ) from None
 
     def set(self, key: str, value: str) -> None:
         """Write a value over whatever is there."""

@@ -29,7 +29,7 @@ from fusewire.custom_ops.coordination import rendezvous
 from fusewire.custom_ops.coordination.rendezvous import AS_WRITTEN
 from fusewire.custom_ops.coordination.store import GroupStore, poll
 from fusewire.custom_ops.coordination.timeouts import TIMEOUT_VARIABLE, group_timeout_s
-from fusewire.errors import PeerTimeoutError, RankMismatchError
+from fusewire.errors import PeerTimeoutError, ProcessGroupError, RankMismatchError
 from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint, has_peers
 
 FUSED = "fused"
@@ -215,15 +215,24 @@ def settle(prints: Sequence[GroupFingerprint], *, wait: bool = True) -> dict[str
     Raises:
         PeerTimeoutError, RankMismatchError: see `_Group.decide`.
     """
-    posted = POSTED.get()
-    made = [(item, _group_of(item.group), Posting(item.program, item.rewritten, item.label)) for item in prints]
-    for _, group, posting in made:
+    posted, rewritten, unfused = POSTED.get(), [], dict[str, str]()
+    for item in prints:
+        posting = Posting(item.program, item.rewritten, item.label)
+        try:
+            group = _group_of(item.group)
+        except ProcessGroupError as error:
+            if item.rewritten != AS_WRITTEN:
+                unfused[item.group] = str(error)
+            continue
         if posting not in posted and posting.key not in group.decided:
             group.post(posting)
-    if not wait:
-        return {}
-    decisions = {item.group: group.decide(posting) for item, group, posting in made if item.rewritten != AS_WRITTEN}
-    return {name: decision for name, decision in decisions.items() if decision != FUSED}
+        if item.rewritten != AS_WRITTEN:
+            rewritten.append((item.group, group, posting))
+    for name, group, posting in rewritten if wait else ():
+        decision = group.decide(posting)
+        if decision != FUSED:
+            unfused[name] = decision
+    return unfused
 
 
 def announce_unfused(reason: str) -> None:

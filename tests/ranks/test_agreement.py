@@ -186,3 +186,22 @@ def test_simulated_ranks_have_nobody_to_ask():
     with fake_group(2):
         agreement.announce_unfused("nobody hears this")
         assert not agreement._groups or all(known.group() is None for known in agreement._groups.values())
+
+
+def _without_a_store():
+    """A group that torch.distributed has not made: its ranks cannot compare, so what was rewritten stays as written."""
+    ranks = Ranks()
+    known = dist.distributed_c10d._world.pg_map
+    entry = known.pop(ranks.group)
+    try:
+        rewritten = GroupFingerprint(ranks.group.group_name, "a", "1", "a 1", True)
+        return agreement.settle([rewritten]), agreement.settle([GroupFingerprint(rewritten.group, "a", "", "a", False)])
+    finally:
+        known[ranks.group] = entry
+
+
+def test_a_group_without_a_store():
+    for unfused, as_written in shared_pool(2).run(_without_a_store):
+        (reason,) = unfused.values()
+        assert "have no store in which they could compare" in reason
+        assert as_written == {}
