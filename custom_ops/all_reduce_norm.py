@@ -91,7 +91,8 @@ def all_reduce_rms_norm(
 
     Args:
         x: this rank's partial sums (..., hidden); the same shape and dtype on every rank.
-        residual: of x's shape, or None.
+        residual: of x's shape, or None. The same on every rank, as is the weight: native adds each rank's own, a kernel
+            may add that of the rank which sums the row.
         weight: (hidden,), or None for a weightless norm.
         eps, weight_bias, form: as in `fusewire.rms_norm`.
         group_name: the process group's name.

@@ -200,6 +200,16 @@ def _aliases(outcome: Outcome) -> list[tuple[int, int]]:
     return [(i, j) for j in range(len(storages)) for i in range(j) if storages[i] == storages[j]]
 
 
+def _without_comparison(text: str) -> str:
+    """A graph's text without what only real process groups have: the ranks' comparison, which reads one tensor more."""
+    read = re.findall(r"fusewire\.rendezvous\.default\]\(args = \(%(\w+),", text)
+    lines = [line for line in text.splitlines() if "fusewire.rendezvous" not in line]
+    for name in read:
+        at = next(i for i, line in enumerate(lines) if line.lstrip().startswith(f"%{name} "))
+        lines[at] = re.sub(r"num_users=(\d+)", lambda users: f"num_users={int(users[1]) - 1}", lines[at])
+    return "\n".join(lines)
+
+
 def _check_texts(compiled: Compiled) -> Iterator[str]:
     variants = compiled.variants
     if "again" in variants and variants["again"].text != variants["operator"].text:
@@ -210,7 +220,8 @@ def _check_texts(compiled: Compiled) -> Iterator[str]:
         account = variants[name].account
         refused = all(entry.status == REFUSED for entry in account.entries)
         lowered = "fusewire." in variants["before"].text  # the program's own calls are lowered, whatever is refused
-        if refused and not lowered and variants[name].text != variants[baseline].text:
+        texts = [_without_comparison(variants[which].text) for which in (name, baseline)]
+        if refused and not lowered and texts[0] != texts[1]:
             yield f"{name}: every all-reduce was refused, and yet the graph changed"
 
 

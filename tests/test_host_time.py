@@ -32,7 +32,7 @@ def test_every_line_has_a_time_or_a_reason():
     assert [line.partition(":")[0] for line in reasons] == [
         f"all_reduce_rms_norm, {p}" for p in ("symm_mem", "flashinfer")
     ]
-    assert len(times) == len(lines) - 2 == 5
+    assert len(times) == len(lines) - 2 == 7
 
 
 def test_it_says_how_it_wants_to_be_started():
