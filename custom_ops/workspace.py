@@ -16,7 +16,6 @@ import abc
 import atexit
 import contextlib
 import functools
-import socket
 import threading
 import time
 import weakref
@@ -28,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from fusewire.custom_ops.all_reduce_norm import resolve_group
+from fusewire.custom_ops.coordination.rendezvous import host
 from fusewire.custom_ops.coordination.store import log_line
 from fusewire.custom_ops.coordination.timeouts import MACHINE_CHECK_S
 from fusewire.custom_ops.coordination.vote import Channel, vote
@@ -193,20 +193,11 @@ OUTPUTS = 2
 
 def device_facts(device: torch.device) -> dict[str, Any]:
     """Facts about a device that `WorkspaceProvider.judge` and the plan need from every rank."""
-    facts: dict[str, Any] = {"host": _host(), "gpu": device.type, "capability": None, "uuid": None}
+    facts: dict[str, Any] = {"host": host(), "gpu": device.type, "capability": None, "uuid": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts.update(gpu=properties.name, capability=[properties.major, properties.minor], uuid=str(properties.uuid))
     return facts
-
-
-def _host() -> str:
-    """The same for all containers of one machine, where host names differ."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return socket.gethostname()
 
 
 @dataclass

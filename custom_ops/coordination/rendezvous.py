@@ -18,12 +18,13 @@ Ranks of one host meet in a page of shared memory; others in the group's store.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
+import socket
 import tempfile
 import threading
-import uuid
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -84,10 +85,10 @@ class _Board:
                 differing.append(peer)
         return absent, differing
 
-    def ahead(self, number: int) -> list[int]:
-        """The ranks that wait at a later meeting than this number."""
-        words = ((peer, self._words[peer * _LINE_WORDS] >> 48) for peer in self._others)
-        return [peer for peer, at in words if 0 < (at - number & 0xFFFF) < 0x8000]
+    def ahead(self, number: int) -> dict[int, int]:
+        """The ranks that wait at a later meeting than this number, with their digests."""
+        words = ((peer, self._words[peer * _LINE_WORDS]) for peer in self._others)
+        return {peer: word & 0xFFFFFFFFFFFF for peer, word in words if 0 < ((word >> 48) - number & 0xFFFF) < 0x8000}
 
 
 class _Meetings:
@@ -133,9 +134,22 @@ class _Meetings:
             self._explain(group, f"gave up: {reason}")
             self._board.publish(self._number + 1, 0)
 
-    def waiting(self) -> list[int]:
-        """The global ranks that wait for this one at a meeting."""
-        return [] if self._board is None else [self.ranks[peer] for peer in self._board.ahead(self._number)]
+    def waiting(self, group: dist.ProcessGroup) -> dict[int, int]:
+        """The global ranks that wait for this one at a meeting, with the digests of their fingerprints."""
+        if self._board is not None:
+            return {self.ranks[peer]: digest for peer, digest in self._board.ahead(self._number).items()}
+        store = GroupStore(group)
+        found = {rank: store.get(f"waiting/{rank}") for rank in self.ranks if rank != self.ranks[self._rank]}
+        return {rank: _digest(fingerprint) for rank, fingerprint in found.items() if fingerprint is not None}
+
+    @property
+    def at_board(self) -> bool:
+        """Whether the ranks meet in shared memory by now."""
+        return self._board is not None
+
+    def answer(self, group: dist.ProcessGroup, label: str) -> None:
+        """Come to a meeting in the store, so that those who wait there hear that this rank will not go on."""
+        self._in_store(group, _NEVER, label)
 
     def _first(self, group: dist.ProcessGroup, fingerprint: str, label: str) -> None:
         """The first meeting goes through the store, and leaves a page for those after it if all ranks are on one host."""
@@ -161,7 +175,12 @@ class _Meetings:
         self, group: dist.ProcessGroup, fingerprint: str, label: str, facts: Mapping[str, Any] | None = None
     ) -> VoteResult:
         given = {"fingerprint": fingerprint, "label": label, **(facts or {})}
-        found = vote(Channel(group, _CHANNEL, group_timeout_s(group)), "fingerprints", lambda: given)
+        store, waiting = GroupStore(group), f"waiting/{self.ranks[self._rank]}"
+        store.set(waiting, fingerprint)
+        try:
+            found = vote(Channel(group, _CHANNEL, group_timeout_s(group)), "fingerprints", lambda: given)
+        finally:
+            store.delete(waiting)
         if len({fact["fingerprint"] for fact in found.facts}) > 1:
             labels = zip(self.ranks, (fact["label"] for fact in found.facts), strict=True)
             raise RankMismatchError(_difference(group, dict(labels)))
@@ -256,15 +275,23 @@ def _meetings_of(name: str, group: dist.ProcessGroup) -> _Meetings:
         return found
 
 
-def waiting_peers(group: dist.ProcessGroup) -> list[int]:
-    """The global ranks that wait for this one before a graph of theirs."""
-    known = _meetings.get(group.group_name)
-    return known.waiting() if known is not None and known.group() is group else []
+def waiting_peers(group: dist.ProcessGroup, fingerprint: str) -> tuple[list[int], list[int]]:
+    """The global ranks that wait for this one: before a graph with this fingerprint, and before another."""
+    waiting = _meetings_of(group.group_name, group).waiting(group)
+    same = [rank for rank, digest in waiting.items() if digest == _digest(fingerprint)]
+    return same, [rank for rank in waiting if rank not in same]
 
 
 def fail(group: dist.ProcessGroup, reason: str) -> None:
-    """Let no rewritten graph run over a group any more; ranks that wait for this one raise."""
-    _meetings_of(group.group_name, group).fail(group, reason)
+    """Let no rewritten graph run over a group any more; ranks that wait for this one raise.
+
+    Waits for other ranks only where those that wait are at the group's first meeting, and not all have come to it.
+    """
+    meetings = _meetings_of(group.group_name, group)
+    meetings.fail(group, reason)
+    if meetings.waiting(group) and not meetings.at_board:
+        with contextlib.suppress(RankMismatchError, PeerTimeoutError):
+            meetings.answer(group, f"gave up: {reason}")
 
 
 def host() -> str:
@@ -273,7 +300,7 @@ def host() -> str:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip()
     except OSError:
-        return f"{uuid.getnode():x}"
+        return socket.gethostname()
 
 
 def _digest(fingerprint: str) -> int:

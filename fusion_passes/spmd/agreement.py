@@ -97,19 +97,26 @@ class _Group:
         limit_s, first = group_timeout_s(group), self.ranks[0]
         name = hashlib.sha256("".join(posting.key).encode()).hexdigest()[:16]
         missing: list[int] = []
+        elsewhere: list[int] = []
 
         def look() -> str | None:
-            nonlocal missing
+            nonlocal missing, elsewhere
             # Under the first rank's nonce, which this rank has to hear of in any case.
             nonce = self._nonce if self.rank == first else self.store.get(f"graphs/{first}")
             decision = None if nonce is None else self.store.get(f"decisions/{name}/{nonce}")
             if decision is None:
                 postings = {rank: self.read(rank) for rank in self.ranks}
                 found, missing = compare(postings, self.rank, posting.key)
+                running, elsewhere = rendezvous.waiting_peers(group, posting.rewritten) if missing else ([], [])
+                # A rank may have loaded the graph, compiled elsewhere, and wait to run it.
+                missing = [rank for rank in missing if rank not in running]
+                found = found or (None if missing else FUSED)
                 if found is not None and nonce is not None:
                     decision = self.store.set_once(f"decisions/{name}/{nonce}", found)
-            if decision is None:
-                self._check_nobody_waits(group, posting, missing)
+                elif found == FUSED:
+                    decision = found  # the first rank has loaded the graph and posts nothing
+            if decision is None and set(elsewhere) & set(missing):
+                self._refuse(group, posting, elsewhere)
             return decision
 
         def who() -> str:
@@ -125,16 +132,15 @@ class _Group:
             )
         return decision
 
-    def _check_nobody_waits(self, group: dist.ProcessGroup, posting: Posting, missing: Sequence[int]) -> None:
-        waiting = [rank for rank in rendezvous.waiting_peers(group) if rank in missing]
-        if waiting:
-            reason = (
-                f"rank {self.rank} compiles a graph ({posting.label}) that rank {waiting[0]} of group "
-                f"{group.group_name!r} does not: that rank already waits before another graph. Make every rank run the "
-                "same program on equal shapes, or set FUSEWIRE_DISABLE=1 on all of them"
-            )
-            rendezvous.fail(group, reason)
-            raise RankMismatchError(reason)
+    def _refuse(self, group: dist.ProcessGroup, posting: Posting, waiting: Sequence[int]) -> None:
+        """Raise on this rank, and on those that already wait for it before another graph."""
+        reason = (
+            f"rank {self.rank} compiles a graph ({posting.label}) that rank {waiting[0]} of group {group.group_name!r} "
+            "does not: that rank already waits before another graph. Make every rank run the same program on equal shapes, "
+            "or set FUSEWIRE_DISABLE=1 on all of them"
+        )
+        rendezvous.fail(group, reason)
+        raise RankMismatchError(reason)
 
 
 def compare(postings: Mapping[int, Sequence[Posting]], own: int, key: tuple[str, str]) -> tuple[str | None, list[int]]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import fusewire
+from fusewire.fusion_passes import backend, manager
 from fusewire.fusion_passes.backend import fusewire_backend
 from fusewire.fusion_passes.spmd import agreement
 from fusewire.fusion_passes.spmd.agreement import FUSED, Posting, compare
 from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint
 
 from distributed import fake_group, shared_pool
-from rank_programs import SHORT_S, Ranks, check
+from rank_programs import SHORT_S, Ranks, check, norm
 
 
 def history(text):
@@ -166,13 +169,17 @@ def test_an_expectation_that_the_ranks_defeat_says_so():
 
 
 def _waiting_elsewhere():
-    """Rank 1 waits before a graph that rank 0 compiles no more: both hear of it at once."""
+    """Rank 1 waits before the graph that both compiled; rank 0 compiles another, which it also rewrites."""
     ranks = Ranks()
-    compiled = ranks.compile(lambda x, r, w, scale: ranks.merged(x, r * scale, w))
+
+    def model(x, r, w, scaled):
+        a, b = ranks.reduce(torch.tanh(x)), ranks.reduce(x * (0.25 if scaled else 0.5))
+        return norm(r + (a + (b * 2.0 if scaled else b)), w)
+
+    compiled = ranks.compile(model)
     x, r, w = ranks.inputs()
-    ranks.call(compiled, (x, r, w, 1.0), ranks.merged_want(x, r, w), "both")
-    x, r, w = ranks.inputs(7 if ranks.rank == 0 else 6)
-    ranks.call(compiled, (x, r, w, 1.0), ranks.merged_want(x, r, w), "apart")
+    ranks.call(compiled, (x, r, w, False), ranks.merged_want(x, r, w), "both")
+    ranks.call(compiled, (x, r, w, ranks.rank == 0), ranks.merged_want(x, r, w), "apart")
     return ranks.seen
 
 
@@ -180,6 +187,38 @@ def test_a_rank_that_compiles_while_its_peer_waits_before_another_graph():
     text = check(shared_pool(2).run(_waiting_elsewhere))
     assert "that rank already waits before another graph" in text
     assert "PeerTimeoutError" not in text
+
+
+def _loaded(first_meeting, same):
+    """Rank 0 runs a graph that it has loaded, and posts nothing; rank 1 compiles."""
+    ranks = Ranks()
+    x, r, w = ranks.inputs()
+    if not first_meeting:
+        ranks.call(
+            ranks.compile(lambda x, r, w: ranks.merged(x, r, w)), (x, r, w), ranks.merged_want(x, r, w), "before"
+        )
+    x, r, w = ranks.inputs(7)
+    scale = 1.0 if same or ranks.rank else 2.0
+    compiled = ranks.compile(lambda x, r, w: norm(r + ranks.reduce(torch.tanh(x)) * 0.5 * scale, w))
+    tanh = sum(torch.tanh(x / (1 + ranks.rank) * (1 + rank)) for rank in range(2))
+    with contextlib.ExitStack() as silent:
+        for module in (manager, backend) if ranks.rank == 0 else ():
+            silent.enter_context(mock.patch.object(module, "settle", return_value={}))
+        ranks.call(compiled, (x, r, w), norm(r + tanh * 0.5 * scale, w), "loaded")
+    return ranks.seen, [entry.status for entry in fusewire.report().entries]
+
+
+@pytest.mark.parametrize("first_meeting", [True, False])
+def test_a_rank_that_has_loaded_the_graph_is_not_waited_for(first_meeting):
+    results = shared_pool(2).run(_loaded, first_meeting, True)
+    check([seen for seen, _ in results], right=True)
+    assert all(status == "fused" for _, statuses in results for status in statuses)
+
+
+@pytest.mark.parametrize("first_meeting", [True, False])
+def test_a_rank_that_has_loaded_another_graph(first_meeting):
+    text = check([seen for seen, _ in shared_pool(2).run(_loaded, first_meeting, False)])
+    assert "that rank already waits before another graph" in text
 
 
 def test_simulated_ranks_have_nobody_to_ask():
