@@ -43,6 +43,7 @@ from fuzz_program import DTYPES, Program, make_arguments
 from fuzz_ranks import GROUPS, groups
 
 LIMIT_S = 6.0  # of every wait for the other rank
+PATIENT_S = 25.0  # the same, to tell a slow machine from a rank that waits in vain
 HANG_S = 120.0  # of a whole plan
 # For each option values that one rank may have and the other not.
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -380,7 +381,9 @@ FAULTS = {
 }
 
 
-def run_plan(plan: Plan, folder: str, phase: str = "", fault: str = "", plain: bool = False) -> Outcome:
+def run_plan(
+    plan: Plan, folder: str, phase: str = "", fault: str = "", plain: bool = False, limit_s: float = LIMIT_S
+) -> Outcome:
     """Run a plan on this rank.
 
     Args:
@@ -389,25 +392,26 @@ def run_plan(plan: Plan, folder: str, phase: str = "", fault: str = "", plain: b
         phase: "before" to run it without the changes, which fills the caches.
         fault: one of FAULTS, planted.
         plain: compile with Inductor alone.
+        limit_s: of every wait for the other rank.
     """
     own = Path(folder) / (f"rank{dist.get_rank()}" if plan.caches else "both")
-    variables = {"FUSEWIRE_TIMEOUT_S": str(LIMIT_S), "TORCHINDUCTOR_CACHE_DIR": str(own)}
+    variables = {"FUSEWIRE_TIMEOUT_S": str(limit_s), "TORCHINDUCTOR_CACHE_DIR": str(own)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, variables))
         for owner, name, value in FAULTS[fault].changes if fault else ():
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(groups())
         stack.enter_context(fuzz_compiled._provided())
-        _limited_groups()
+        _limited_groups(limit_s)
         fusewire.clear_report()
         torch._dynamo.reset()
         return _Rank(plan, folder, phase, plain).run()
 
 
-def _limited_groups() -> None:
+def _limited_groups(limit_s: float) -> None:
     """Put groups with short time limits in the place of those that programs use."""
     for name in ("WORLD", "OTHER"):
-        group = dist.new_group(timeout=timedelta(seconds=LIMIT_S))
+        group = dist.new_group(timeout=timedelta(seconds=limit_s))
         GROUPS.update({name: group, f"{name}_NAME": group.group_name})
 
 
@@ -506,7 +510,9 @@ class _Rank:
             kind, error = "fusewire", inner
         else:
             text = str(error)
-            failed = isinstance(error, RuntimeError) and re.search(r"gloo|[Tt]imed out|[Cc]onnection", text)
+            failed = isinstance(error, RuntimeError) and re.search(
+                r"gloo|[Tt]imed out|[Cc]onnection|pair closure", text
+            )
             kind = "group" if failed else "other"
         self.outcome.raised, self.outcome.error = kind, type(error).__name__
         return f"raised {type(error).__name__}: {error}"[:700]
@@ -559,6 +565,8 @@ class Result:
 def run_seed(pool: RankPool, seed: int, fault: str = "") -> Result:
     """Run the plan of a seed on a pool of two ranks; where it fails, the smallest part of it that does."""
     result = _run(pool, plan_of(seed), fault)
+    if result.problems and not any(outcome.wrong for outcome in result.outcomes):
+        result = _run(pool, result.plan, fault, limit_s=PATIENT_S)
     if not result.problems:
         return result
     plain = _run(pool, result.plan, plain=True)
@@ -584,12 +592,12 @@ def _smallest(pool: RankPool, result: Result) -> Result:
     return result
 
 
-def _run(pool: RankPool, plan: Plan, fault: str = "", plain: bool = False) -> Result:
+def _run(pool: RankPool, plan: Plan, fault: str = "", plain: bool = False, limit_s: float = LIMIT_S) -> Result:
     with tempfile.TemporaryDirectory(prefix="fusewire-differ-") as folder:
         try:
             if plan.caches:
-                pool.run(run_plan, plan, folder, "before", fault, plain, timeout_s=HANG_S)
-            outcomes = pool.run(run_plan, plan, folder, "", fault, plain, timeout_s=HANG_S)
+                pool.run(run_plan, plan, folder, "before", fault, plain, limit_s, timeout_s=HANG_S)
+            outcomes = pool.run(run_plan, plan, folder, "", fault, plain, limit_s, timeout_s=HANG_S)
         except RankTimeout as error:
             return Result(plan, [], [f"hangs: {error}"])
         except Exception as error:

@@ -40,6 +40,8 @@ OPTIONS = {
     "disabled_passes": ("raise_ops",),
     "dump_graphs": "",
 }
+# Tried in every run: the others change little of a graph, or end at a time limit.
+OFTEN = ("batch_invariant", "compile_alone", "inline_native", "ir_op_priority", "merge_allreduces", "shard_residual")
 VARIABLES = {
     "FUSEWIRE_DISABLE": "1",
     "FUSEWIRE_BATCH_INVARIANT": "1",
@@ -47,6 +49,11 @@ VARIABLES = {
     "FUSEWIRE_TUNE": "1",
     "FUSEWIRE_CACHE_DIR": "",
 }
+
+
+def nightly(*values):
+    """A parameter of a test that is too long for every run."""
+    return pytest.param(*values, marks=pytest.mark.nightly)
 
 
 def run(case, *arguments, world=2, cache_dir=None):
@@ -91,7 +98,7 @@ def _options(options, differ):
     return ranks.seen
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [name if name in OFTEN else nightly(name) for name in OPTIONS])
 def test_an_option(name):
     check(run(_options, {name: OPTIONS[name]}, True))
 
@@ -164,7 +171,7 @@ def _graph(kind):
 
 
 @pytest.mark.parametrize("kind", ["logs", "breaks", "number", "constant", "epsilon"])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, nightly(3)])
 def test_a_graph(kind, world):
     check(run(_graph, kind, world=world), right=True)
 
@@ -190,8 +197,7 @@ def _late_variant(agreed_before):
     return ranks.seen, fused
 
 
-@pytest.mark.parametrize("agreed_before", [False, True])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("agreed_before", "world"), [(False, 2), (True, 3), nightly(False, 3), nightly(True, 2)])
 def test_a_rank_that_goes_another_way_later(agreed_before, world):
     results = run(_late_variant, agreed_before, world=world)
     text = check([seen for seen, _ in results])
@@ -297,10 +303,14 @@ def _eager(how, warm):
     return ranks.seen
 
 
+WAYS = ("disable", "plain call", "stance", "another backend", "recompile limit", "suppressed errors")
+IN_EVERY_RUN = {("stance", True), ("recompile limit", True), ("suppressed errors", True), ("plain call", False)}
+
+
 @pytest.mark.parametrize(
-    "how", ["disable", "plain call", "stance", "another backend", "recompile limit", "suppressed errors"]
+    ("how", "warm"),
+    [(how, warm) if (how, warm) in IN_EVERY_RUN else nightly(how, warm) for how in WAYS for warm in (True, False)],
 )
-@pytest.mark.parametrize("warm", [True, False], ids=["after a fused call", "from the start"])
 def test_a_rank_that_does_not_compile(how, warm):
     text = check(run(_eager, how, warm))
     if warm:
@@ -339,11 +349,11 @@ def _cached(state, folder):
 @pytest.mark.parametrize(
     ("state", "cached"),
     [
-        ("warm", True),
-        ("cleaned", False),
+        nightly("warm", True),
+        nightly("cleaned", False),
         ("account lost", False),
-        ("account damaged", False),
-        ("copied", True),
+        nightly("account damaged", False),
+        nightly("copied", True),
         ("artifacts", True),
     ],
 )

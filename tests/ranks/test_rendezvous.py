@@ -72,8 +72,16 @@ def test_meetings(steps, raise_at, one_host):
             assert "rank 1: graph" in texts[raise_at]
 
 
-@pytest.mark.parametrize("one_host", [True, False], ids=["shared memory", "store"])
-@pytest.mark.parametrize("steps", [[[A], [ABSENT, B]], [[STRICT], [ABSENT, STRICT]], [[ABSENT, A]]])
+@pytest.mark.parametrize(
+    ("steps", "one_host"),
+    [
+        ([[A], [ABSENT, B]], True),
+        ([[STRICT], [ABSENT, STRICT]], True),
+        ([[ABSENT, A]], True),
+        pytest.param([[A], [ABSENT, B]], False, marks=pytest.mark.nightly),
+        pytest.param([[STRICT], [ABSENT, STRICT]], False, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_rank_that_does_not_come(steps, one_host):
     _, said = shared_pool(2).run(_sequence, steps, one_host, SHORT_S)
     text, seconds = said[-1]
