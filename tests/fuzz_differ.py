@@ -102,8 +102,8 @@ _IN_SOURCE = ("reads", "breaks", "recompiles", "epsilon", "scales the norm", "nu
 _HARMLESS = ("late", "cache", "recompiles", "resets")  # which no rank may fail for, but for a wait that was too long
 _NOWHERE = "nowhere"  # the program has no place for a change
 _UNFIT = ("result unused", "gather: twice")  # compiled without what is run eagerly
-# After a number or a weight that differs the residual or the norm's weight is another on each rank, which the
-# option takes not to be.
+# After a number or a weight that differs the residual or the norm's weight is another on each rank. shard_residual takes
+# them not to be.
 _UNREPLICATED = ("number", "scales the norm")
 
 
@@ -182,7 +182,7 @@ def plan_of(seed: int, layers: Sequence[int] | None = None, kept: Sequence[int] 
     # Now and then the other rank does the same, from another call on.
     for change in [c for c in changes if rng.random() < 0.12]:
         changes.append(dataclasses.replace(change, rank=1 - change.rank, first=rng.randrange(calls), end=calls))
-    if any(change.kind in _UNREPLICATED for change in changes):
+    if not program.replicated or any(change.kind in _UNREPLICATED for change in changes):
         options.pop("shard_residual", None)
         changes = [c for c in changes if not (c.kind == "option" and "shard_residual" in c.detail)]
     changes = [c for i, c in enumerate(changes) if c.detail != _NOWHERE and (kept is None or i in kept)]
@@ -613,8 +613,6 @@ def _problems(plan: Plan, outcomes: Sequence[Outcome]) -> Iterator[str]:
         yield "a rank raises and the other does not"
     if "other" in raised:
         yield "a rank raises what is neither fusewire's nor its group's"
-    if any(raised) and "fusewire" not in raised:
-        yield "ranks raise, and none says why"
     late = {outcome.error for outcome in outcomes} <= {"", PeerTimeoutError.__name__, "RuntimeError"}
     if any(raised) and not late and all(change.kind in _HARMLESS for change in plan.changes):
         yield "ranks raise, and nothing is in their way"
