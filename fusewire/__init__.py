@@ -4,22 +4,16 @@ torch.compile(model, backend="fusewire")
 print(fusewire.report())
 """
 
-from pathlib import Path as _Path
-
-# In a clone, where `python -m fusewire` finds this folder first, the package's parts lie beside it.
-if not _Path(__file__).with_name("custom_ops").is_dir():
-    __path__.append(str(_Path(__file__).parent.parent))
-
-from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
-from fusewire.custom_ops.ir import ir_op_priority, register_op
-from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
-from fusewire.custom_ops.providers import load_providers
-from fusewire.custom_ops.workspace import close, prepare, workspaces
+from fusewire.custom_ops.api import load_providers
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.ops.registry import ir_op_priority, register_op
+from fusewire.custom_ops.workspaces.registry import close, prepare, workspaces
 from fusewire.fusion_passes.backend import enable
 from fusewire.fusion_passes.config import PassConfig
-from fusewire.fusion_passes.manager import run_passes
+from fusewire.fusion_passes.pipeline import run_passes
 from fusewire.fusion_passes.registry import register_pass
-from fusewire.fusion_passes.report import Report, clear_report, report
+from fusewire.fusion_passes.report.model import Report, clear_report, report
 
 __version__ = "0.1.0"
 

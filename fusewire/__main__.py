@@ -20,10 +20,10 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "doctor": Command("fusewire.doctor", "print what this machine offers, and which provider serves what"),
-    "prebuild": Command("fusewire.prebuild", "compile FlashInfer's all-reduce kernels ahead of time"),
-    "tune": Command("fusewire.tune", "time every provider on this machine's GPUs, and choose by that from then on"),
-    "explain": Command("fusewire.explain", "run a script and explain what became of every all-reduce"),
+    "doctor": Command("fusewire.cli.doctor", "print what this machine offers, and which provider serves what"),
+    "prebuild": Command("fusewire.cli.prebuild", "compile FlashInfer's all-reduce kernels ahead of time"),
+    "tune": Command("fusewire.cli.tune", "time every provider on this machine's GPUs, and choose by that from then on"),
+    "explain": Command("fusewire.cli.explain", "run a script and explain what became of every all-reduce"),
 }
 
 

@@ -27,11 +27,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule, Node
 
 from fusewire.errors import ConfigError
+from fusewire.fusion_passes.compiler.compile_cache import KEEPER, accounts_kept, hits_noted, key_of_compilation
+from fusewire.fusion_passes.compiler.inductor import graph_kind
 from fusewire.fusion_passes.config import DISABLE_VARIABLE, PassConfig, disabled_by_environment, unknown_option
-from fusewire.fusion_passes.manager import cache_key, run_passes
-from fusewire.fusion_passes.matcher import graph_kind
+from fusewire.fusion_passes.pipeline import cache_key, run_passes
 from fusewire.fusion_passes.spmd.agreement import POSTED, Posting, announce_unfused, settle
-from fusewire.fusion_passes.warm_cache import KEEPER, accounts_kept, hits_noted, key_of_compilation
 
 _HOOK = "post_grad_custom_post_pass"
 _DISABLED = f"has set {DISABLE_VARIABLE}"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fusewire.custom_ops.ir import all_ops, check_priority, get_op
+from fusewire.custom_ops.ops.registry import all_ops, check_priority, get_op
 from fusewire.errors import ConfigError
 
 DISABLE_VARIABLE = "FUSEWIRE_DISABLE"
@@ -201,7 +201,7 @@ class PassConfig:
     def policy(self, op_name: str) -> str:
         """The policy that graphs compiled with this configuration carry in calls of the operator.
 
-        Providers by priority, then `;` and the options of the choice between them. See fusewire.custom_ops.ir.
+        Providers by priority, then `;` and the options of the choice between them. See fusewire.custom_ops.ops.registry.
         """
         op = all_ops()[op_name]
         if op.base is not None:

@@ -16,18 +16,18 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
-from fusewire.custom_ops.sandwich_norm import all_reduce_sandwich_norm
-from fusewire.custom_ops.sharded_norm import all_reduce_rms_norm_sharded
-from fusewire.fusion_passes.graph_tools import (
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
+from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
+from fusewire.fusion_passes.analysis.graph import (
     dtype_of,
     getitem_users,
     plain_add,
 )
-from fusewire.fusion_passes.norm_reader import Norm, find_norms
+from fusewire.fusion_passes.analysis.norm_reader import Norm, find_norms
 from fusewire.fusion_passes.picture_words import is_epsilon, label_of_input, named, passes, words
-from fusewire.fusion_passes.report import Box, Drawing, Picture
-from fusewire.patterns.all_reduce import WAIT, AllReduce, positional, read_all_reduce
+from fusewire.fusion_passes.report.model import Box, Drawing, Picture
+from fusewire.patterns.collectives import WAIT, AllReduce, positional, read_all_reduce
 
 log = logging.getLogger("fusewire")
 # The roles of boxes, which the page gives colours.

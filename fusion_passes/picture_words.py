@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from fusewire.fusion_passes.graph_tools import CASTS, VIEWS, aten, dtype_of, is_number, plain_add, plain_mul, value_of
-from fusewire.patterns.all_reduce import WAIT, op_name, read_all_reduce
+from fusewire.fusion_passes.analysis.graph import (
+    CASTS,
+    VIEWS,
+    aten,
+    dtype_of,
+    is_number,
+    plain_add,
+    plain_mul,
+    value_of,
+)
+from fusewire.patterns.collectives import WAIT, op_name, read_all_reduce
 
 _WORDS = {
     **dict.fromkeys(("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm"), "matrix product"),

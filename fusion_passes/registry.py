@@ -11,15 +11,15 @@ from torch.fx import Graph
 from fusewire.errors import ConfigError
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import RunContext
-from fusewire.fusion_passes.eliminate_noops import eliminate_noops
-from fusewire.fusion_passes.fuse_all_reduce import fuse_all_reduce
-from fusewire.fusion_passes.fuse_epilogues import fuse_epilogues
-from fusewire.fusion_passes.fuse_sequence_parallel import fuse_sequence_parallel
-from fusewire.fusion_passes.lower_ops import lower_ops
-from fusewire.fusion_passes.merge_all_reduces import merge_all_reduces
-from fusewire.fusion_passes.place_outputs import place_outputs
-from fusewire.fusion_passes.raise_ops import raise_ops
-from fusewire.fusion_passes.shard_residual import shard_residual
+from fusewire.fusion_passes.passes.eliminate_noops import eliminate_noops
+from fusewire.fusion_passes.passes.fuse_all_reduce import fuse_all_reduce
+from fusewire.fusion_passes.passes.fuse_epilogues import fuse_epilogues
+from fusewire.fusion_passes.passes.fuse_sequence_parallel import fuse_sequence_parallel
+from fusewire.fusion_passes.passes.lower_ops import lower_ops
+from fusewire.fusion_passes.passes.merge_all_reduces import merge_all_reduces
+from fusewire.fusion_passes.passes.place_outputs import place_outputs
+from fusewire.fusion_passes.passes.raise_ops import raise_ops
+from fusewire.fusion_passes.passes.shard_residual import shard_residual
 
 PassFunction = Callable[[Graph, RunContext], bool]
 UserPass = Callable[[Graph, PassConfig], "bool | None"]

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
-from fusewire.custom_ops.norms import fused_add_rms_norm, rms_norm
-from fusewire.custom_ops.sandwich_norm import all_reduce_sandwich_norm
-from fusewire.custom_ops.sharded_norm import all_reduce_rms_norm_sharded
-from fusewire.patterns.all_reduce import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, WAIT
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
+from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
+from fusewire.patterns.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, WAIT
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from fusewire.custom_ops.norms import ROUND_THEN_SCALE, SCALE_THEN_ROUND
+from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, SCALE_THEN_ROUND
 
 ROUND = "round"
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture
 def fake_world():
     """torch's fake process group of two ranks, in this process."""
-    from distributed import fake_group
+    from support.distributed import fake_group
 
     with fake_group(2) as group:
         yield group

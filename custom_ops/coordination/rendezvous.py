@@ -32,10 +32,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.coordination.store import GroupStore, poll
 from fusewire.custom_ops.coordination.timeouts import EXPLANATION_S, TIMEOUT_VARIABLE, group_timeout_s
 from fusewire.custom_ops.coordination.vote import Channel, VoteResult, vote
+from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.errors import PeerTimeoutError, RankMismatchError
 
 AS_WRITTEN = ""  # the fingerprint of graphs whose collectives are the program's own

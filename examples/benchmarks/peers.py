@@ -37,8 +37,8 @@ import torch.distributed as dist
 from peers_measuring import Run
 from peers_report import Row
 
-from fusewire.custom_ops import plan_store
 from fusewire.custom_ops.coordination.vote import describe
+from fusewire.custom_ops.dispatch import table_store as plan_store
 
 TOKENS = tuple(1 << power for power in range(14))
 HIDDEN = (4096, 5120, 7168, 8192)

@@ -17,10 +17,11 @@ import torch.distributed as dist
 from peers_report import PEER, SPARED
 from torch import Tensor
 
-from fusewire.custom_ops.plans import ONE_SHOT, TWO_SHOT
-from fusewire.custom_ops.providers import flashinfer, flashinfer_library
-from fusewire.custom_ops.timing import EPS, Inputs
-from fusewire.custom_ops.workspace import REGISTRY, WorkspaceKey
+from fusewire.custom_ops.dispatch.cost_model import ONE_SHOT, TWO_SHOT
+from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
+from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
+from fusewire.custom_ops.tuning.timers import EPS, Inputs
+from fusewire.custom_ops.workspaces.registry import REGISTRY, WorkspaceKey
 from fusewire.errors import WorkspaceError
 
 Result = tuple[Tensor, Tensor]

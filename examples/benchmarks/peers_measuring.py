@@ -17,11 +17,11 @@ from peers_report import CHOSEN, COPY, SHARDED, Row
 from peers_timers import Calls, Recording, Replays
 
 from fusewire.custom_ops.coordination.vote import Channel, VoteResult, describe, vote
-from fusewire.custom_ops.measuring import coarse_first
-from fusewire.custom_ops.providers import symm_mem
-from fusewire.custom_ops.sharded_norm import gather_rows
-from fusewire.custom_ops.timing import draw, fingerprint, reference, wrong
-from fusewire.custom_ops.workspace import check_memory, close
+from fusewire.custom_ops.ops.sharded_norm import gather_rows
+from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
+from fusewire.custom_ops.tuning.measure import coarse_first
+from fusewire.custom_ops.tuning.timers import draw, fingerprint, reference, wrong
+from fusewire.custom_ops.workspaces.registry import check_memory, close
 from fusewire.errors import PeerTimeoutError
 
 DTYPE = torch.bfloat16

@@ -21,16 +21,17 @@ from peers_report import CHOSEN, COPY, FUSEWIRE, SHARDED
 from peers_vllm import vllm_family
 
 import fusewire
-from fusewire.custom_ops import dispatch
-from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm as op
-from fusewire.custom_ops.norms import SCALE_THEN_ROUND
-from fusewire.custom_ops.plans import ONE_SHOT, SYMM_ONE_SHOT, SYMM_TWO_SHOT, TWO_SHOT
-from fusewire.custom_ops.providers import flashinfer, symm_mem
-from fusewire.custom_ops.providers.symm_mem_provider import PROVIDER as SYMM_MEM
-from fusewire.custom_ops.providers.symm_mem_provider import data_tokens
-from fusewire.custom_ops.sharded_norm import own_rows
-from fusewire.custom_ops.timing import EPS, Timer, peer_copies
-from fusewire.custom_ops.workspace import PROVIDERS
+from fusewire.custom_ops.dispatch import dispatcher as dispatch
+from fusewire.custom_ops.dispatch.cost_model import ONE_SHOT, SYMM_ONE_SHOT, SYMM_TWO_SHOT, TWO_SHOT
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND
+from fusewire.custom_ops.ops.sharded_norm import own_rows
+from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
+from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
+from fusewire.custom_ops.providers.symm_mem.provider import PROVIDER as SYMM_MEM
+from fusewire.custom_ops.providers.symm_mem.provider import data_tokens
+from fusewire.custom_ops.tuning.timers import EPS, Timer, peer_copies
+from fusewire.custom_ops.workspaces.registry import PROVIDERS
 from fusewire.errors import WorkspaceError
 
 OURS = (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops.timing import CpuTimer, GpuTimer
+from fusewire.custom_ops.tuning.timers import CpuTimer, GpuTimer
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from peers_report import PEER
 from torch import Tensor
 
 from fusewire.custom_ops.coordination.vote import describe
-from fusewire.custom_ops.providers import flashinfer_library
+from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.errors import WorkspaceError
 
 VLLM = both_norms("vLLM custom all-reduce", "vLLM custom all-reduce", PEER)

@@ -24,11 +24,11 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from fusewire.custom_ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.coordination import rendezvous
 from fusewire.custom_ops.coordination.rendezvous import AS_WRITTEN
 from fusewire.custom_ops.coordination.store import GroupStore, poll
 from fusewire.custom_ops.coordination.timeouts import TIMEOUT_VARIABLE, group_timeout_s
+from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.errors import PeerTimeoutError, ProcessGroupError, RankMismatchError
 from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint, has_peers
 

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch.fx import Graph, Node
 
-from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
 from fusewire.custom_ops.coordination.rendezvous import AS_WRITTEN, RENDEZVOUS
-from fusewire.custom_ops.sandwich_norm import all_reduce_sandwich_norm
-from fusewire.custom_ops.sharded_norm import shard_rows
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
+from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
+from fusewire.custom_ops.ops.sharded_norm import shard_rows
 from fusewire.errors import ProcessGroupError
-from fusewire.fusion_passes.graph_tools import aten, new_call, value_of
-from fusewire.patterns.all_reduce import ALL_REDUCE, SUM, op_name, positional, read_all_reduce
+from fusewire.fusion_passes.analysis.graph import aten, new_call, value_of
+from fusewire.patterns.collectives import ALL_REDUCE, SUM, op_name, positional, read_all_reduce
 
 _GROUP_ARGUMENTS = ("group_name", "group")
 _TEXTS_IN_LABEL = 4

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm as torch_rms_norm
 
-from fusewire.custom_ops.norms import (
+from fusewire.custom_ops.ops.norms import (
     ROUND_THEN_SCALE,
     SCALE_THEN_ROUND,
     add_residual,
@@ -32,8 +32,9 @@ from fusewire.custom_ops.norms import (
     normalize,
     rms_norm,
 )
-from fusewire.custom_ops.providers import torch_batch_invariant, triton_norm
-from fusewire.custom_ops.providers.triton_norm import rms_norm_batch_invariant
+from fusewire.custom_ops.providers.batch_invariant import torch_norm as torch_batch_invariant
+from fusewire.custom_ops.providers.batch_invariant import triton_norm
+from fusewire.custom_ops.providers.batch_invariant.triton_norm import rms_norm_batch_invariant
 
 OTHERS = (3, 299, 2047)
 HIDDEN = (64, 576, 2048, 2688, 2880, 4096, 5120, 5376, 7168, 8192, 16384)

@@ -27,13 +27,15 @@ os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops import dispatch, plan_view, workspace
-from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.api import load_providers
 from fusewire.custom_ops.coordination import timeouts
-from fusewire.custom_ops.norms import add_residual, normalize
-from fusewire.custom_ops.plans import ONE_SHOT, TWO_SHOT
-from fusewire.custom_ops.providers import flashinfer as provider
-from fusewire.custom_ops.providers import load_providers
+from fusewire.custom_ops.dispatch import dispatcher as dispatch
+from fusewire.custom_ops.dispatch import overview as plan_view
+from fusewire.custom_ops.dispatch.cost_model import ONE_SHOT, TWO_SHOT
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.norms import add_residual, normalize
+from fusewire.custom_ops.providers.flashinfer import provider
+from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.errors import CaptureError, NoProviderError, WorkspaceError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

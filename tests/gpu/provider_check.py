@@ -23,8 +23,8 @@ import torch.distributed._functional_collectives as functional
 
 import fusewire
 import fusewire.errors
-from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm
-from fusewire.custom_ops.norms import FORMS, normalize
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.norms import FORMS, normalize
 
 EPS = 1e-5
 COUNTS: Counter[str] = Counter()

@@ -38,21 +38,21 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 try:
-    from fusewire.custom_ops.providers import symm_mem
+    from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 except ModuleNotFoundError:  # not installed: take the packages from the checkout
     package = types.ModuleType("fusewire")
     package.__path__ = [str(ROOT / "fusewire"), str(ROOT)]
     sys.modules["fusewire"] = package
-    from fusewire.custom_ops.providers import symm_mem
+    from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 
 # After the fallback above, hence not at the top.
-from fusewire.custom_ops.providers.symm_mem_arguments import InnerNorm  # noqa: E402
-from fusewire.custom_ops.providers.symm_mem_plan import (  # noqa: E402
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm  # noqa: E402
+from fusewire.custom_ops.providers.symm_mem.launch_config import (  # noqa: E402
     Plan,
     check_plan,
     plan_two_shot_flags,
 )
-from fusewire.custom_ops.providers.symm_mem_workspace import (  # noqa: E402
+from fusewire.custom_ops.providers.symm_mem.workspace import (  # noqa: E402
     SymmMemWorkspace,
     owned_rows,
     shard_rows,
@@ -362,7 +362,8 @@ def sandwiches(args: argparse.Namespace, every: list) -> list[Case]:
 
 def precompile(run: Run, calls: list) -> None:
     """Compile what the calls launch, each kernel on one rank, into Triton's cache on disk."""
-    from fusewire.custom_ops.providers import symm_mem_flags, symm_mem_kernels
+    from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_data as symm_mem_kernels
+    from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_flags as symm_mem_flags
 
     found, original = {}, symm_mem._run
 
@@ -679,7 +680,7 @@ def peer_copies(run: Run, ws: SymmMemWorkspace, tokens: int, sets: list[dict]):
 
 def peer_pushes(run: Run, ws: SymmMemWorkspace, tokens: int, sets: list[dict]):
     """The same bytes by a kernel's stores."""
-    from fusewire.custom_ops.providers.symm_mem_copy import push_to_peers
+    from fusewire.custom_ops.providers.symm_mem.kernels.peer_copy import push_to_peers
 
     rows = max(1, 2 * tokens // run.world)
     parts = [s["x"][:rows].view(torch.uint8).reshape(-1) for s in sets]

@@ -31,11 +31,15 @@ import torch
 import torch.distributed as dist
 
 import fusewire
-from fusewire import tune as command
-from fusewire.custom_ops import dispatch, plan_store, plan_vote, plans, tuner
-from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm as op
-from fusewire.custom_ops.decisions import Decision
-from fusewire.custom_ops.norms import normalize
+from fusewire.cli import tune as command
+from fusewire.custom_ops.dispatch import cost_model as plans
+from fusewire.custom_ops.dispatch import dispatcher as dispatch
+from fusewire.custom_ops.dispatch import table_store as plan_store
+from fusewire.custom_ops.dispatch import table_vote as plan_vote
+from fusewire.custom_ops.dispatch.decisions import Decision
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
+from fusewire.custom_ops.ops.norms import normalize
+from fusewire.custom_ops.tuning import tuner
 
 EPS = 1e-5
 BF16 = torch.bfloat16

@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 
 import fusewire
-from fusewire.fusion_passes import backend, manager
+from fusewire.fusion_passes import backend
+from fusewire.fusion_passes import pipeline as manager
 from fusewire.fusion_passes.backend import fusewire_backend
 from fusewire.fusion_passes.spmd import agreement
 from fusewire.fusion_passes.spmd.agreement import FUSED, Posting, compare
 from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint
 
-from distributed import fake_group, shared_pool
-from rank_programs import SHORT_S, Ranks, check, norm
+from support.distributed import fake_group, shared_pool
+from support.rank_programs import SHORT_S, Ranks, check, norm
 
 
 def history(text):

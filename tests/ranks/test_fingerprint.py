@@ -11,12 +11,12 @@ import torch.distributed._functional_collectives as functional
 
 from fusewire.custom_ops.coordination import rendezvous
 from fusewire.custom_ops.coordination.rendezvous import RENDEZVOUS
-from fusewire.fusion_passes import manager
+from fusewire.fusion_passes import pipeline as manager
 from fusewire.fusion_passes.spmd import fingerprint
-from fusewire.patterns.all_reduce import op_name
+from fusewire.patterns.collectives import op_name
 
-from blocks import HIDDEN, NORMS, tensors
-from graphs import capture
+from support.blocks import HIDDEN, NORMS, tensors
+from support.graphs import capture
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ import torch
 import fusewire
 from fusewire import custom_ops, fusion_passes, patterns
 
-from distributed import shared_pool
-from rank_programs import SHORT_S, Ranks, check, environment, norm
+from support.distributed import shared_pool
+from support.rank_programs import SHORT_S, Ranks, check, environment, norm
 
 # For each option a value that a rank might have where the others have the default.
 OPTIONS = {

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from fusewire.custom_ops.coordination import rendezvous
 from fusewire.errors import FusewireError, ProcessGroupError
 
-from distributed import shared_pool
-from rank_programs import SHORT_S, Ranks
+from support.distributed import shared_pool
+from support.rank_programs import SHORT_S, Ranks
 
 X = torch.zeros(2)
 

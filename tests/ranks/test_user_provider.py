@@ -11,17 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops import dispatch, provider_vote
-from fusewire.custom_ops.all_reduce_norm import all_reduce_rms_norm as op
-from fusewire.custom_ops.all_reduce_norm import sum_in_rank_order
-from fusewire.custom_ops.ir import YES, Support
-from fusewire.custom_ops.norms import SCALE_THEN_ROUND, add_residual, normalize
-from fusewire.custom_ops.sandwich_norm import all_reduce_sandwich_norm
-from fusewire.custom_ops.sharded_norm import all_reduce_rms_norm_sharded, gather_rows, own_rows
-from fusewire.custom_ops.workspace import REGISTRY
+from fusewire.custom_ops.dispatch import dispatcher as dispatch
+from fusewire.custom_ops.dispatch import provider_vote
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
+from fusewire.custom_ops.ops.all_reduce_norm import sum_in_rank_order
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, normalize
+from fusewire.custom_ops.ops.registry import YES, Support
+from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
+from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded, gather_rows, own_rows
+from fusewire.custom_ops.workspaces.registry import REGISTRY
 from fusewire.errors import CaptureError, ConfigError, NoProviderError, SchemaError
 
-from distributed import fake_group, shared_pool
+from support.distributed import fake_group, shared_pool
 
 HIDDEN = 16
 

@@ -19,7 +19,7 @@ from fusewire.custom_ops.coordination.store import GroupStore
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
-from distributed import shared_pool
+from support.distributed import shared_pool
 
 WAIT_S = 1.0
 PUBLISH_S = 0.5  # instead of 10 seconds

@@ -1,0 +1,370 @@
+"""Tuned tables on disk: what `python -m fusewire tune` measured on this machine.
+
+A table is for one kind of machine, group and activation (`PlanKey`): GPU, driver, links, world size, hidden
+size, dtype, library versions. It is one JSON file in `folder()`. A file that is damaged, foreign or about
+something else is ignored, with a reason to read, and never fails a program. Which table the ranks of a group
+go by is for fusewire.custom_ops.dispatch.table_vote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fusewire.custom_ops.dispatch.cost_model import Plan
+from fusewire.custom_ops.workspaces.registry import device_facts
+from fusewire.errors import FusewireError
+
+SCHEMA = 1
+CACHE_VARIABLE = "FUSEWIRE_CACHE_DIR"
+_MAX_FILE_BYTES = 1 << 20
+_MARK = "fusewire_table"
+
+Times = Mapping[str, tuple[tuple[int, float], ...]]
+
+
+class TableError(FusewireError):
+    """A file is not a table that can be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class PlanKey:
+    """What a table is for. Texts that several GPUs of a group do not share are joined by " + "."""
+
+    device: str  # "cuda", or "cpu": times of CPU ranks say nothing about GPUs
+    gpu: str
+    driver: str
+    links: str
+    world_size: int
+    hidden: int
+    dtype: str
+    versions: Mapping[str, str]
+
+    @property
+    def file_name(self) -> str:
+        gpu = re.sub(r"[^A-Za-z0-9]+", "-", self.gpu).strip("-")[:60]
+        return f"{gpu}-{self.world_size}-ranks-hidden-{self.hidden}-{self.dtype}-{_digest(asdict(self))[:12]}.json"
+
+    def differences(self, other: PlanKey) -> str:
+        """What `other` has otherwise, for people; empty if the keys are equal."""
+        mine, theirs = _flat(self), _flat(other)
+        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        return "; ".join(f"{name} {mine.get(name, 'none')}, here {theirs.get(name, 'none')}" for name in names)
+
+
+def _flat(key: PlanKey) -> dict[str, Any]:
+    found = asdict(key)
+    return {**{name: value for name, value in found.items() if name != "versions"}, **found["versions"]}
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured: for each variant, microseconds per call by number of tokens, the slowest rank's.
+
+    Attributes:
+        measured: when, in UTC.
+        seconds: how long measuring took.
+        rejected: variants left out because a result was wrong, and how.
+        absent: providers that could not serve, and why.
+        link_rate: bytes per second that leave one GPU over all its links at once, or None.
+        notes: what else a reader should know.
+    """
+
+    key: PlanKey
+    times: Times
+    measured: str = ""
+    seconds: float = 0.0
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+    link_rate: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def plan(self) -> Plan:
+        """The table in the dispatcher's terms."""
+        row = self.key.hidden * getattr(torch, self.key.dtype).itemsize
+        costs = {v: tuple((tokens * row, us) for tokens, us in points) for v, points in self.times.items()}
+        return Plan(f"tuned on this machine, {self.measured}", costs)
+
+    def floor(self, tokens: int) -> float | None:
+        """Microseconds below which no two-shot gets: 2(R-1)/R of x's bytes leave each GPU over its links."""
+        if not self.link_rate:
+            return None
+        key = self.key
+        nbytes = tokens * key.hidden * getattr(torch, key.dtype).itemsize
+        return float(2 * (key.world_size - 1) / key.world_size * nbytes / self.link_rate * 1e6)
+
+    def as_json(self) -> dict[str, Any]:
+        return {_MARK: SCHEMA, **asdict(self)}
+
+    @property
+    def digest(self) -> str:
+        return _digest(self.as_json())
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def table_from_json(found: Any) -> Table:
+    """A table from what a file holds. Raises TableError if it is none, or of another version of the format."""
+    if not isinstance(found, dict) or _MARK not in found:
+        raise TableError("it is not a table of fusewire's")
+    if found[_MARK] != SCHEMA:
+        raise TableError(f"its format is version {found[_MARK]!r}, and this fusewire reads version {SCHEMA}")
+    try:
+        key = PlanKey(**found["key"])
+        rest = {f.name: found[f.name] for f in fields(Table) if f.name not in ("key", "times", "notes")}
+        table = Table(key, _times(found["times"]), notes=tuple(map(str, found["notes"])), **rest)
+        numbers = (key.world_size, key.hidden, table.seconds, *((table.link_rate,) if table.link_rate else ()))
+        texts: tuple[str, ...] = (key.device, key.gpu, key.driver, key.links, key.dtype, table.measured)
+        texts += tuple(text for pairs in (key.versions, table.rejected, table.absent) for text in pairs.values())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TableError(f"it is damaged ({type(error).__name__}: {error})") from None
+    if not all(map(_is_positive, numbers)) or not all(isinstance(text, str) for text in texts):
+        raise TableError("it is damaged (a number or a text is something else)")
+    if not isinstance(getattr(torch, key.dtype, None), torch.dtype):
+        raise TableError(f"it is damaged (dtype {key.dtype!r})")
+    return table
+
+
+def _times(found: Mapping[str, Any]) -> Times:
+    times = {}
+    for variant, points in found.items():
+        read = tuple((tokens, float(us)) for tokens, us in points)
+        counts = [tokens for tokens, _ in read]
+        if not all(type(n) is int for n in counts) or counts != sorted(set(counts)) or not counts or counts[0] < 1:
+            raise ValueError(f"the token counts of {variant} do not grow")
+        if not all(_is_positive(us) for _, us in read):
+            raise ValueError(f"a time of {variant} is not a positive number")
+        times[str(variant)] = read
+    if not times:
+        raise ValueError("no times")
+    return times
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+# --- On disk ------------------------------------------------------------------------------------------------
+
+
+def folder() -> Path:
+    """Where tables lie: FUSEWIRE_CACHE_DIR, else fusewire/ in the user's cache folder; there in tables/."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named).expanduser() / "tables"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG rules: a relative path there is to be ignored.
+    home = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~/.cache"))
+    return home / "fusewire" / "tables"
+
+
+class Found(NamedTuple):
+    """What lies at a path: a table, or why it is not used. Both empty: nothing lies there."""
+
+    path: Path
+    table: Table | None = None
+    reason: str = ""
+
+
+def read(path: Path) -> Found:
+    """The table in a file. Never raises."""
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise TableError("it is too large to be a table")
+        return Found(path, table_from_json(json.loads(path.read_text(encoding="utf-8"))))
+    except FileNotFoundError:
+        return Found(path)
+    except (TableError, OSError) as error:
+        return Found(path, None, f"{path} is ignored: {error}")
+    except (ValueError, RecursionError) as error:
+        return Found(path, None, f"{path} is ignored: it is damaged ({type(error).__name__}: {error})")
+
+
+def load(key: PlanKey) -> Found:
+    """The table for a key, if there is one on this disk. Never raises."""
+    found = read(folder() / key.file_name)
+    if found.table is not None and found.table.key != key:
+        differs = found.table.key.differences(key)
+        return Found(found.path, None, f"{found.path} is ignored: it is for another machine ({differs})")
+    return found
+
+
+def save(table: Table) -> Path:
+    """Write a table, whole or not at all, in place of one for the same key. Raises OSError."""
+    path = folder() / table.key.file_name
+    if read(path).table == table:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(table.as_json(), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
+    return path
+
+
+def all_files() -> list[Found]:
+    """Every file that could be a table."""
+    try:
+        return [read(path) for path in sorted(folder().glob("*.json"))]
+    except OSError as error:
+        return [Found(folder(), None, f"{folder()} is ignored: {error}")]
+
+
+# --- This machine -------------------------------------------------------------------------------------------
+
+# What of NCCL's settings changes its speed.
+_NCCL_VARIABLES: tuple[str, ...] = (
+    "ALGO",
+    "PROTO",
+    "NVLS_ENABLE",
+    "CUMEM_ENABLE",
+    "P2P_DISABLE",
+    "P2P_LEVEL",
+    "SHM_DISABLE",
+)
+_NCCL_VARIABLES += ("MIN_NCHANNELS", "MAX_NCHANNELS", "MIN_CTAS", "MAX_CTAS", "NTHREADS", "BUFFSIZE")
+_SWITCH = "NVSwitch"
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """What a key is made of, for this rank's device: JSON types. Never raises; what cannot be read is "unknown"."""
+    cuda = device.type == "cuda"
+    driver, links = _driver_and_links(device) if cuda else ("none", "none")
+    own = device_facts(device)
+    return {
+        "device": device.type,
+        "gpu": own["gpu"] if cuda else f"CPU {platform.machine()}",
+        "host": own["host"],
+        "uuid": own["uuid"],
+        "driver": driver,
+        "links": links,
+        "versions": {**_versions(), "NCCL": _nccl() if cuda else "none"},
+    }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Of the packages whose kernels are timed. Ours changes with the sources too, as they do between releases."""
+    found = {"torch": str(torch.__version__)}
+    for name, package in (("triton", "triton"), ("flashinfer", "flashinfer-python"), ("fusewire", "fusewire")):
+        try:
+            found[name] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    sources = hashlib.sha256()
+    for file in sorted((Path(__file__).parent.parent / "providers").rglob("*.py")):
+        sources.update(file.read_bytes())
+    found["fusewire"] += f" kernels {sources.hexdigest()[:8]}"
+    return found
+
+
+def _nccl() -> str:
+    named = [f"NCCL_{name}={os.environ[f'NCCL_{name}']}" for name in _NCCL_VARIABLES if f"NCCL_{name}" in os.environ]
+    try:
+        version = ".".join(map(str, torch.cuda.nccl.version()))
+    except Exception:
+        version = "unknown"
+    return " ".join([version, *named])
+
+
+@functools.cache
+def _driver_and_links(device: torch.device) -> tuple[str, str]:
+    driver = links = "unknown"
+    with contextlib.suppress(Exception):  # a container may hide any of it
+        pynvml = importlib.import_module("pynvml")
+        pynvml.nvmlInit()
+        try:
+            driver = _text(pynvml.nvmlSystemGetDriverVersion())
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            links = _links(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid))
+        finally:
+            pynvml.nvmlShutdown()
+    if driver == "unknown":
+        with contextlib.suppress(OSError):
+            said = re.search(r"\b\d{3,}\.\d+(\.\d+)*", Path("/proc/driver/nvidia/version").read_text())
+            driver = said.group() if said else driver
+    return driver, links
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _links(nvml: Any, gpu: Any) -> str:
+    """How many NVLinks, of what kind, and whether they end in a switch; else PCIe's generation and width."""
+    active, kinds, versions = 0, set(), set()
+    for link in range(nvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            if not nvml.nvmlDeviceGetNvLinkState(gpu, link):
+                continue
+        except nvml.NVMLError:  # there is no such link
+            break
+        active += 1
+        with contextlib.suppress(nvml.NVMLError):
+            versions.add(int(nvml.nvmlDeviceGetNvLinkVersion(gpu, link)))
+        with contextlib.suppress(nvml.NVMLError):
+            kinds.add(int(nvml.nvmlDeviceGetNvLinkRemoteDeviceType(gpu, link)))
+    if active:
+        switched = kinds == {nvml.NVML_NVLINK_DEVICE_TYPE_SWITCH}
+        codes = "/".join(map(str, sorted(versions))) or "unknown"
+        return f"{active} NVLinks of NVML's version {codes}" + (f", {_SWITCH}" if switched else "")
+    width = nvml.nvmlDeviceGetMaxPcieLinkWidth(gpu)
+    return f"PCIe {nvml.nvmlDeviceGetMaxPcieLinkGeneration(gpu)} x {width}"
+
+
+def key_of(facts: Sequence[Mapping[str, Any]], hidden: int, dtype: torch.dtype) -> PlanKey:
+    """The key for a group from its ranks' facts, in any order."""
+
+    def common(values: Sequence[Any]) -> str:
+        return " + ".join(sorted(set(map(str, values))))
+
+    links = common([fact["links"] for fact in facts])
+    hosts = len({fact["host"] for fact in facts})
+    if any(_SWITCH not in fact["links"] for fact in facts) and facts[0]["device"] == "cuda":
+        # Without a switch some pairs of GPUs are closer than others, so it matters which ones they are.
+        links += f", GPUs {_digest(sorted(str(fact['uuid']) for fact in facts))[:8]}"
+    names = {name for fact in facts for name in fact["versions"]}
+    return PlanKey(
+        device=common([fact["device"] for fact in facts]),
+        gpu=common([fact["gpu"] for fact in facts]),
+        driver=common([fact["driver"] for fact in facts]),
+        links=links + (f", {hosts} hosts" if hosts > 1 else ""),
+        world_size=len(facts),
+        hidden=hidden,
+        dtype=str(dtype).removeprefix("torch."),
+        versions={name: common([fact["versions"].get(name, "none") for fact in facts]) for name in sorted(names)},
+    )
+
+
+def local_key(world_size: int, hidden: int, dtype: torch.dtype, device: torch.device | None = None) -> PlanKey | None:
+    """The key for a group of this machine's first GPUs, or of GPUs like `device`; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    count = torch.cuda.device_count()
+    own = 0 if device is None or device.index is None else device.index
+    indices = range(world_size) if world_size <= count else [own] * world_size
+    return key_of([machine_facts(torch.device("cuda", index)) for index in indices], hidden, dtype)

@@ -1,0 +1,162 @@
+"""The fused operator: all-reduce, residual add and RMSNorm in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, normalize
+from fusewire.custom_ops.ops.registry import register_autograd, register_op
+from fusewire.errors import ArgumentError, ProcessGroupError, TrainingError
+
+
+def resolve_group(group_name: str) -> dist.ProcessGroup:
+    """The process group of that name.
+
+    Raises:
+        ProcessGroupError: torch.distributed is not initialised, or knows no such group.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise ProcessGroupError(
+            f"no process group: {group_name!r} was asked for, but torch.distributed is not initialised in this "
+            "process; call torch.distributed.init_process_group first"
+        )
+    try:
+        return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type,attr-defined]
+    except Exception as error:
+        raise ProcessGroupError(
+            f"there is no process group named {group_name!r} in this process ({error}); pass the group_name of a "
+            "group that this rank belongs to"
+        ) from error
+
+
+def _check(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    group_name: str,
+) -> None:
+    check_norm_args(x, weight, eps, weight_bias, form, residual)
+    if not group_name:
+        raise ArgumentError("group_name is empty; pass the name of the process group to reduce over")
+
+
+def _fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    )
+
+
+def all_reduce_sum(x: Tensor, group_name: str) -> Tensor:
+    """The sum of x over the group's ranks, by the group's own all-reduce, as a new tensor."""
+    functional = torch.ops._c10d_functional
+    reduced: Tensor = functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group_name))
+    return reduced
+
+
+@register_op(fake=_fake, check=_check)
+def all_reduce_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    weight_bias: float = 0.0,
+    form: str = SCALE_THEN_ROUND,
+    group_name: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Sum x over the ranks, add the residual, normalise. A collective: every rank of the group calls it alike.
+
+        s = sum of x over the ranks, rounded to x.dtype
+        r = round(s + residual), or s without a residual
+        norm = RMSNorm(r), see fusewire.custom_ops.ops.norms
+
+    Native uses the group's own all-reduce, whose order and rounding are the backend's, so that it equals the unfused
+    program bit for bit; kernels of ours and FlashInfer's sum in rank order, in fp32, and round once.
+
+    Args:
+        x: this rank's partial sums (..., hidden); the same shape and dtype on every rank.
+        residual: of x's shape, or None. The same on every rank, as is the weight: native adds each rank's own, a kernel
+            may add that of the rank which sums the row.
+        weight: (hidden,), or None for a weightless norm.
+        eps, weight_bias, form: as in `fusewire.rms_norm`.
+        group_name: the process group's name.
+
+    Returns:
+        (norm, r), both of x's shape and dtype. Nothing is written in place.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit.
+        ProcessGroupError: there is no such group.
+        TrainingError: in backward; the operator is for inference.
+    """
+    if not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter):
+        resolve_group(group_name)
+    summed = all_reduce_sum(x, group_name)
+    if residual is not None:
+        summed = add_residual(summed, residual)
+    return normalize(summed, weight, eps, weight_bias, form), summed
+
+
+def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
+    """The sum over the ranks, rank 0 first, in fp32 (fp64 for fp64), rounded once to x's dtype.
+
+    Every rank gathers all the partial sums, so it moves world_size / 2 times the bytes of a ring all-reduce; its
+    result depends on nothing but the values: not on the backend's algorithm, nor on the number of tokens.
+    """
+    world_size = resolve_group(group_name).size()
+    functional = torch.ops._c10d_functional
+    flat = x.contiguous().reshape(1, -1)
+    parts: Tensor = functional.wait_tensor(functional.all_gather_into_tensor(flat, world_size, group_name))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = parts[0].to(wide)
+    for rank in range(1, world_size):
+        total = total + parts[rank].to(wide)
+    return total.to(x.dtype).reshape(x.shape)
+
+
+@all_reduce_rms_norm.register_impl("rank_ordered")
+def all_reduce_rms_norm_rank_ordered(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    """The reference for kernels: as native, with the sum taken in rank order, in fp32, rounded once."""
+    summed = sum_in_rank_order(x, group_name)
+    if residual is not None:
+        summed = add_residual(summed, residual)
+    return normalize(summed, weight, eps, weight_bias, form), summed
+
+
+def no_backward(op_name: str) -> Callable[..., None]:
+    """The backward of an operator that has none: it says so."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> None:
+        raise TrainingError(
+            f"fusewire::{op_name} is for inference and has no backward; run the model under torch.no_grad(), or "
+            "compile the training step without fusewire"
+        )
+
+    return refuse
+
+
+register_autograd(all_reduce_rms_norm, no_backward(all_reduce_rms_norm.name))

@@ -1,0 +1,192 @@
+"""RMSNorm and add + RMSNorm: what they mean, in plain PyTorch, and what arguments they take.
+
+RMSNorm (Zhang and Sennrich, 2019, arXiv:1910.07467): `x / sqrt(mean(x^2) + eps) * weight`, over the last dimension.
+Models agree on that and differ in where they round to the activation's dtype; `form` says where:
+
+- `"scale_then_round"`: the product with the weight is taken in fp32 and rounded once (Gemma, torch.nn.RMSNorm, OLMo 2;
+  fused kernels do the same);
+- `"round_then_scale"`: the normalised value is rounded, then multiplied by the weight in its own dtype (Llama, Qwen).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusewire.custom_ops.ops.registry import register_autograd, register_op
+from fusewire.errors import ArgumentError
+
+SCALE_THEN_ROUND = "scale_then_round"
+ROUND_THEN_SCALE = "round_then_scale"
+FORMS = (SCALE_THEN_ROUND, ROUND_THEN_SCALE)
+# Not fp8, which promotes with nothing: without a scale beside them its values are not numbers to add.
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_DTYPE_NAMES = "bfloat16, float16, float32 or float64"
+
+
+def check_norm_args(
+    x: Tensor, weight: Tensor | None, eps: Any, weight_bias: Any, form: str, residual: Tensor | None = None
+) -> None:
+    """Raise ArgumentError if these cannot be a norm's arguments, whoever computes it."""
+    if x.dim() == 0 or x.dtype not in _DTYPES:
+        raise ArgumentError(
+            f"x must be a floating-point tensor ({_DTYPE_NAMES}) of shape (..., hidden), not {x.dtype} {list(x.shape)}"
+        )
+    if form not in FORMS:
+        raise ArgumentError(f"form is {form!r}; it must be one of {', '.join(map(repr, FORMS))}")
+    if isinstance(eps, (int, float)) and not eps >= 0:
+        raise ArgumentError(f"eps is {eps}; it must be zero or positive")
+    if weight is not None:
+        if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
+            raise ArgumentError(
+                f"the weight has shape {list(weight.shape)}; for x of shape {list(x.shape)} it must be "
+                f"[{x.shape[-1]}], one number per hidden unit"
+            )
+        if weight.dtype not in _DTYPES:
+            raise ArgumentError(f"the weight must be floating-point ({_DTYPE_NAMES}), not {weight.dtype}")
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ArgumentError(
+                f"the residual has shape {list(residual.shape)} but x has {list(x.shape)}; they must be equal"
+            )
+        if residual.dtype not in _DTYPES:
+            raise ArgumentError(f"the residual must be floating-point ({_DTYPE_NAMES}), not {residual.dtype}")
+    for name, other in (("weight", weight), ("residual", residual)):
+        if other is not None and other.device != x.device:
+            raise ArgumentError(f"the {name} is on {other.device} but x is on {x.device}; put them on one device")
+
+
+def normalize(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
+    """RMSNorm of x (..., hidden), computed in fp32 (fp64 for fp64) and returned in x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    if form == ROUND_THEN_SCALE:
+        return (normed.to(x.dtype) * (weight + weight_bias if weight_bias else weight)).to(x.dtype)
+    scale = weight.to(wide.dtype)
+    return (normed * (scale + weight_bias if weight_bias else scale)).to(x.dtype)
+
+
+def add_residual(x: Tensor, residual: Tensor) -> Tensor:
+    """x + residual, taken in the wider of their dtypes (fp32 at least) and rounded once to x's dtype."""
+    if residual.dtype == x.dtype:
+        return x + residual  # rounds once too, and is what models write, so that Inductor sees the same graph
+    wide = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
+    return (x.to(wide) + residual.to(wide)).to(x.dtype)
+
+
+def _check_rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> None:
+    check_norm_args(x, weight, eps, weight_bias, form)
+
+
+def _fake_rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@register_op(fake=_fake_rms_norm, check=_check_rms_norm)
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_bias: float = 0.0,
+    form: str = SCALE_THEN_ROUND,
+) -> Tensor:
+    """RMSNorm over the last dimension.
+
+    Args:
+        x: activations (..., hidden), any floating dtype.
+        weight: (hidden,), any floating dtype, or None for a weightless norm (nothing is multiplied).
+        eps: added to the mean square.
+        weight_bias: added to the weight; 1.0 is Gemma's `1 + weight`. Ignored without a weight.
+        form: where the source rounded, see the module's text.
+
+    Returns:
+        The normalised activations, of x's shape and dtype, contiguous.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit.
+    """
+    return normalize(x.contiguous(), weight, eps, weight_bias, form)
+
+
+def _check_fused_add(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str
+) -> None:
+    check_norm_args(x, weight, eps, weight_bias, form, residual)
+
+
+def _fake_fused_add(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    )
+
+
+@register_op(fake=_fake_fused_add, check=_check_fused_add)
+def fused_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_bias: float = 0.0,
+    form: str = SCALE_THEN_ROUND,
+) -> tuple[Tensor, Tensor]:
+    """`r = x + residual`, and RMSNorm of the rounded r. Nothing is written in place.
+
+    Args:
+        x: activations (..., hidden).
+        residual: of x's shape, any floating dtype.
+        weight, eps, weight_bias, form: as in `rms_norm`.
+
+    Returns:
+        (norm, r), both of x's shape and **x's dtype**, whatever the residual's and the weight's.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit.
+    """
+    summed = add_residual(x.contiguous(), residual)
+    return normalize(summed, weight, eps, weight_bias, form), summed
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors = [value if isinstance(value, Tensor) else None for value in inputs]
+    ctx.save_for_backward(*tensors)
+    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+
+
+def _backward_of(native: Any) -> Any:
+    """A backward that differentiates native itself, computed again from the saved inputs."""
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        values = [
+            saved if saved is not None else other for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)
+        ]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+
+        def of_wanted(*tensors: Tensor) -> Any:
+            called = list(values)
+            for i, tensor in zip(wanted, tensors, strict=True):
+                called[i] = tensor
+            return native(*called[:-1])  # the last input is the policy, which native does not take
+
+        outputs, vjp = torch.func.vjp(of_wanted, *(values[i] for i in wanted))  # type: ignore[misc]
+        full = tuple(
+            torch.zeros_like(out) if grad is None else grad
+            for out, grad in zip(outputs if isinstance(outputs, tuple) else (outputs,), grads, strict=True)
+        )
+        found = vjp(full if isinstance(outputs, tuple) else full[0])
+        result: list[Tensor | None] = [None] * len(values)
+        for i, grad in zip(wanted, found, strict=True):
+            result[i] = grad
+        return tuple(result)
+
+    return backward
+
+
+for _op in (rms_norm, fused_add_rms_norm):
+    register_autograd(_op, _backward_of(_op.native), setup_context=_save_inputs)

@@ -1,0 +1,90 @@
+"""All-reduce, a norm, the residual add, and a second norm: the sandwich norms of Gemma 2 and 3 and GLM-4."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusewire.custom_ops.ops.all_reduce_norm import (
+    all_reduce_rms_norm,
+    all_reduce_sum,
+    no_backward,
+    resolve_group,
+)
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, normalize
+from fusewire.custom_ops.ops.registry import register_autograd, register_op
+from fusewire.errors import ArgumentError
+
+
+def _check(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    inner_weight: Tensor | None,
+    inner_eps: float,
+    inner_weight_bias: float,
+    inner_form: str,
+    group_name: str,
+) -> None:
+    check_norm_args(x, weight, eps, weight_bias, form, residual)
+    check_norm_args(x, inner_weight, inner_eps, inner_weight_bias, inner_form)
+    if not group_name:
+        raise ArgumentError("group_name is empty; pass the name of the process group to reduce over")
+
+
+def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    )
+
+
+@register_op(fake=_fake, check=_check, extends=(all_reduce_rms_norm, lambda a: (a[0], None, *a[6:])))
+def all_reduce_sandwich_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    weight_bias: float = 0.0,
+    form: str = SCALE_THEN_ROUND,
+    inner_weight: Tensor | None = None,
+    inner_eps: float = 1e-6,
+    inner_weight_bias: float = 0.0,
+    inner_form: str = SCALE_THEN_ROUND,
+    group_name: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Sum x over the ranks, normalise, add the residual, normalise again. A collective.
+
+        n = RMSNorm(sum of x over the ranks; inner_weight, inner_eps, inner_weight_bias, inner_form)
+        r = round(residual + n)
+        norm = RMSNorm(r; weight, eps, weight_bias, form)
+
+    Who computes it follows from `all_reduce_rms_norm`'s providers: one kernel does the whole where the provider has
+    one for it; of any other, its all-reduce + norm, then add + norm as one more kernel.
+
+    Args:
+        x: this rank's partial sums (..., hidden); the same shape and dtype on every rank.
+        residual: of x's shape.
+        weight, eps, weight_bias, form: of the second norm, as in `fusewire.rms_norm`.
+        inner_weight, inner_eps, inner_weight_bias, inner_form: of the first.
+        group_name: the process group's name.
+
+    Returns:
+        (norm, r), both of x's shape and dtype. Nothing is written in place.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit.
+        ProcessGroupError: there is no such group.
+        TrainingError: in backward; the operator is for inference.
+    """
+    if not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter):
+        resolve_group(group_name)
+    inner = normalize(all_reduce_sum(x, group_name), inner_weight, inner_eps, inner_weight_bias, inner_form)
+    summed = add_residual(inner, residual)
+    return normalize(summed, weight, eps, weight_bias, form), summed
+
+
+register_autograd(all_reduce_sandwich_norm, no_backward(all_reduce_sandwich_norm.name))

@@ -1,0 +1,233 @@
+"""All-reduce + residual + RMSNorm with the residual sharded by rows, and what goes to and from that form.
+
+The rows of x, flattened to (T, hidden), are divided among R ranks: rank r owns rows r * S to min((r + 1) * S, T), with
+S = ceil(T / R). A *shard* is (S, hidden), with zeros past the owned rows. This is what sequence parallelism computes
+(Korthikanti et al., 2022, arXiv:2205.05198): reduce-scatter, add, norm, all-gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, no_backward, resolve_group
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, normalize
+from fusewire.custom_ops.ops.registry import register_autograd, register_op
+from fusewire.errors import ArgumentError
+
+# The `inner_form` of a call that has no inner norm.
+NO_INNER = ""
+
+
+def rows_per_rank(tokens: int, world_size: int) -> int:
+    """S = ceil(tokens / world_size); tokens may be symbolic."""
+    return (tokens + world_size - 1) // world_size
+
+
+def own_rows(x: Tensor, rank: int, world_size: int) -> Tensor:
+    """A rank's shard (S, hidden) of x (..., hidden), zeros past the rows it owns."""
+    rows = x.reshape(-1, x.shape[-1])
+    tokens = rows.shape[0]
+    size = rows_per_rank(tokens, world_size)
+    start = min(rank * size, tokens)
+    owned = rows[start : min(start + size, tokens)]
+    return F.pad(owned, (0, 0, 0, size - owned.shape[0])) if owned.shape[0] < size else owned.clone()
+
+
+def _group(group_name: str) -> None:
+    if not group_name:
+        raise ArgumentError("group_name is empty; pass the name of the process group to reduce over")
+
+
+def _check(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    inner_weight: Tensor | None,
+    inner_eps: float,
+    inner_weight_bias: float,
+    inner_form: str,
+    group_name: str,
+) -> None:
+    check_norm_args(x, weight, eps, weight_bias, form)
+    _group(group_name)
+    if inner_form != NO_INNER:
+        check_norm_args(x, inner_weight, inner_eps, inner_weight_bias, inner_form)
+        if residual is None:
+            raise ArgumentError("an inner norm is followed by the residual add; pass the residual's shard")
+    if residual is not None:
+        check_norm_args(residual, weight, eps, weight_bias, form)
+        if residual.dim() != 2 or residual.device != x.device:
+            raise ArgumentError(
+                f"the residual must be this rank's shard of shape [ceil(tokens / world size), {x.shape[-1]}] on "
+                f"{x.device}, not {list(residual.shape)} on {residual.device}; fusewire::shard_rows makes one"
+            )
+
+
+def _fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    inner_weight: Tensor | None,
+    inner_eps: float,
+    inner_weight_bias: float,
+    inner_form: str,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    hidden = x.shape[-1]
+    size = rows_per_rank(x.numel() // hidden, resolve_group(group_name).size())
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty((size, hidden), dtype=x.dtype, device=x.device),
+    )
+
+
+@register_op(fake=_fake, check=_check, extends=(all_reduce_rms_norm, lambda a: (*a[:6], a[10])))
+def all_reduce_rms_norm_sharded(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    weight_bias: float = 0.0,
+    form: str = SCALE_THEN_ROUND,
+    inner_weight: Tensor | None = None,
+    inner_eps: float = 1e-6,
+    inner_weight_bias: float = 0.0,
+    inner_form: str = NO_INNER,
+    group_name: str = "",
+) -> tuple[Tensor, Tensor]:
+    """As `all_reduce_rms_norm`, with the residual sharded by rows: each rank adds and normalises its own rows, and
+    only normalised rows travel back. A collective.
+
+        s = this rank's rows of the sum of x over the ranks
+        r = round(residual + s), or residual + RMSNorm(s) with an inner norm, or s without a residual
+        norm = RMSNorm(r), gathered from all ranks
+
+    Args:
+        x: this rank's partial sums (..., hidden), T rows in all; the same shape and dtype on every rank.
+        residual: this rank's shard (S, hidden), S = ceil(T / world size), or None.
+        weight, eps, weight_bias, form: as in `fusewire.rms_norm`.
+        inner_weight, inner_eps, inner_weight_bias, inner_form: a norm between the sum and the residual add (see
+            `all_reduce_sandwich_norm`); inner_form "" for none.
+        group_name: the process group's name.
+
+    Returns:
+        (norm, r): norm of x's shape and dtype, complete on every rank; r this rank's shard (S, hidden), zeros past
+        the rows it owns.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit.
+        ProcessGroupError: there is no such group.
+        TrainingError: in backward; the operator is for inference.
+    """
+    return compute_sharded(
+        plain_add_norm,
+        x,
+        residual,
+        weight,
+        eps,
+        weight_bias,
+        form,
+        inner_weight,
+        inner_eps,
+        inner_weight_bias,
+        inner_form,
+        group_name,
+    )
+
+
+def plain_add_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_bias: float, form: str
+) -> tuple[Tensor, Tensor]:
+    """(norm, sum) of x and the residual, if there is one, in plain PyTorch."""
+    summed = x if residual is None else add_residual(x, residual)
+    return normalize(summed, weight, eps, weight_bias, form), summed
+
+
+def compute_sharded(
+    add_norm: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    inner_weight: Tensor | None,
+    inner_eps: float,
+    inner_weight_bias: float,
+    inner_form: str,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    """`all_reduce_rms_norm_sharded` by the group's own reduce-scatter and all-gather.
+
+    Args:
+        add_norm: (x, residual or None, weight, eps, weight_bias, form) -> (norm, sum), which does the rest.
+    """
+    functional = torch.ops._c10d_functional
+    world_size = resolve_group(group_name).size()
+    rows = x.contiguous().reshape(-1, x.shape[-1])
+    tokens = rows.shape[0]
+    size = rows_per_rank(tokens, world_size)
+    if residual is not None and isinstance(size, int) and residual.shape[0] != size:
+        raise ArgumentError(
+            f"the residual has {residual.shape[0]} rows; the shard of {tokens} tokens on {world_size} ranks has {size}"
+        )
+    if not _divides(tokens, world_size):
+        rows = F.pad(rows, (0, 0, 0, size * world_size - tokens))
+    shard = functional.wait_tensor(functional.reduce_scatter_tensor(rows, "sum", world_size, group_name))
+    if inner_form != NO_INNER:
+        shard, _ = add_norm(shard, None, inner_weight, inner_eps, inner_weight_bias, inner_form)
+    norm, shard = add_norm(shard, residual, weight, eps, weight_bias, form)
+    norm = functional.wait_tensor(functional.all_gather_into_tensor(norm, world_size, group_name))
+    if not _divides(tokens, world_size):
+        norm = norm[:tokens].clone()
+    return norm.reshape(x.shape), shard
+
+
+def _divides(tokens: int, world_size: int) -> bool:
+    """Whether the ranks share the rows evenly; of a symbolic number, whether that is known without a guard."""
+    rest = tokens % world_size
+    return rest == 0 if isinstance(rest, int) else rest.node.maybe_as_int() == 0
+
+
+def _fake_shard_rows(x: Tensor, group_name: str) -> Tensor:
+    size = rows_per_rank(x.numel() // x.shape[-1], resolve_group(group_name).size())
+    return torch.empty((size, x.shape[-1]), dtype=x.dtype, device=x.device)
+
+
+# Never written into a graph: what it does depends on the rank, and ranks share compile caches.
+@register_op(fake=_fake_shard_rows, inlines=False, batch_invariant=True)
+def shard_rows(x: Tensor, group_name: str) -> Tensor:
+    """This rank's shard (S, hidden) of x (..., hidden), which is the same on every rank. Communicates nothing."""
+    group = resolve_group(group_name)
+    return own_rows(x, group.rank(), group.size())
+
+
+def _fake_gather_rows(shard: Tensor, like: Tensor, group_name: str) -> Tensor:
+    return torch.empty(like.shape, dtype=shard.dtype, device=shard.device)
+
+
+@register_op(fake=_fake_gather_rows, batch_invariant=True)
+def gather_rows(shard: Tensor, like: Tensor, group_name: str) -> Tensor:
+    """The complete rows of which every rank holds a shard (S, hidden), in the shape of `like` (..., hidden). A
+    collective."""
+    functional = torch.ops._c10d_functional
+    world_size = resolve_group(group_name).size()
+    tokens = like.numel() // like.shape[-1] if like.shape[-1] else 0
+    rows: Tensor = functional.wait_tensor(functional.all_gather_into_tensor(shard.contiguous(), world_size, group_name))
+    if not _divides(tokens, world_size):
+        rows = rows[:tokens].clone()
+    return rows.reshape(like.shape)
+
+
+for _op in (all_reduce_rms_norm_sharded, shard_rows, gather_rows):
+    register_autograd(_op, no_backward(_op.name))

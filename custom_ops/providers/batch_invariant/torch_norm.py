@@ -1,0 +1,88 @@
+"""Batch-invariant norms in plain PyTorch, for any device.
+
+A row's bits must not depend on the rows beside it. Libraries choose how to split a reduction by the shape of
+the whole batch, so here the sum of squares is a fixed tree of elementwise additions, a function of the hidden
+size alone (`fusewire.custom_ops.providers.batch_invariant.triton_norm.reduction_tree`). Up to fp32 every operation used is
+correctly rounded (+, *, 1/x, conversions, and a square root made so), so its result for an element depends
+neither on vector width, thread or position nor on the device: this provider and the Triton kernel agree bit
+for bit (the sign and payload of a NaN aside).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, add_residual, fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.ops.registry import Support
+from fusewire.custom_ops.providers.batch_invariant.triton_norm import reduction_tree
+
+PROVIDER = "torch_batch_invariant"
+
+
+def sum_of_squares(wide: Tensor) -> Tensor:
+    """The sum of squares over the last dimension (kept, of size 1), by the fixed tree, in wide's dtype."""
+    hidden = wide.shape[-1]
+    tree = reduction_tree(hidden)
+    total = wide.new_zeros((*wide.shape[:-1], 1))
+    for start in range(0, hidden, tree.tile):
+        chunk = wide[..., start : start + tree.tile]
+        part = pad(chunk * chunk, (0, tree.tile - chunk.shape[-1]))
+        while part.shape[-1] > tree.lanes:
+            half = part.shape[-1] // 2
+            part = part[..., :half] + part[..., half:]
+        while part.shape[-1] > 1:
+            part = part[..., 0::2] + part[..., 1::2]
+        total = total + part
+    return total
+
+
+def inverse_square_root(v: Tensor) -> Tensor:
+    """1 / sqrt(v), elementwise: for fp32 both steps correctly rounded; for fp64 whatever rsqrt gives."""
+    if v.dtype == torch.float64:
+        return torch.rsqrt(v)
+    # With MKL on a CPU, torch.sqrt is one bit off for a fifth of all fp32 numbers. In fp64 such an error does
+    # no harm: the root of a 24-bit number stays 4 units of fp64 away from every tie between fp32 numbers.
+    return torch.reciprocal(torch.sqrt(v.double()).float())
+
+
+def normalize_batch_invariant(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
+    """RMSNorm of x (..., hidden) as `fusewire.custom_ops.ops.norms.normalize`, by operations fixed row by row."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # CUDA divides by a number by multiplying with its inverse and the CPU does not: multiply on both.
+    mean = sum_of_squares(wide) * (1.0 / x.shape[-1])
+    normed = wide * inverse_square_root(mean + eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    if form == ROUND_THEN_SCALE:
+        return (normed.to(x.dtype) * (weight + weight_bias if weight_bias else weight)).to(x.dtype)
+    scale = weight.to(wide.dtype)
+    return (normed * (scale + weight_bias if weight_bias else scale)).to(x.dtype)
+
+
+def _supports(x: Tensor) -> Support:
+    return Support.all_of((x.device.type != "mps", "Metal has no float64, which the exact square root needs"))
+
+
+@rms_norm.register_impl(
+    PROVIDER,
+    supports_args=lambda x, weight, eps, weight_bias, form: _supports(x),
+    batch_invariant=True,
+)
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
+    return normalize_batch_invariant(x.contiguous(), weight, eps, weight_bias, form)
+
+
+@fused_add_rms_norm.register_impl(
+    PROVIDER,
+    supports_args=lambda x, residual, weight, eps, weight_bias, form: _supports(x),
+    batch_invariant=True,
+)
+def _fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str
+) -> tuple[Tensor, Tensor]:
+    summed = add_residual(x.contiguous(), residual)
+    return normalize_batch_invariant(summed, weight, eps, weight_bias, form), summed

@@ -1,0 +1,332 @@
+"""Batch-invariant RMSNorm and add + RMSNorm on GPUs: one Triton kernel for both.
+
+The kernel writes the sum of squares out as a tree (`reduction_tree`), addition by addition, instead of
+calling a reduction whose order the compiler derives from the layout of the data. So a row's bits depend on
+the row alone: not on the other rows, nor on alignment, the number of warps, the residual's dtype or
+Triton's version. Fused multiply-adds are off for the same reason. The order costs little: the tree's levels
+fall within a thread first, then within a warp, and cross the warps once.
+
+Triton is imported at the first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusewire.custom_ops.ops.norms import (
+    ROUND_THEN_SCALE,
+    SCALE_THEN_ROUND,
+    check_norm_args,
+    fused_add_rms_norm,
+    rms_norm,
+)
+from fusewire.custom_ops.ops.registry import YES, Support
+from fusewire.errors import NoProviderError, TrainingError
+
+PROVIDER = "triton_batch_invariant"
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MIN_CAPABILITY = (8, 0)
+COMPILE_OPTIONS = {"enable_fp_fusion": False}
+_MAX_TILE = 16384
+_LANES_PER_WARP = 256  # 32 threads, 8 values each: what one warp reads in one 16-byte access per thread
+_TILE_PER_PROGRAM = 1024  # narrower rows share a program, each reduced by itself
+_LOCK = threading.Lock()
+tl: Any = None  # triton.language, from the first call of `kernel` on
+
+
+class ReductionTree(NamedTuple):
+    """How a row's squares are summed. A row is cut into chunks of `tile`, the last filled up with zeros.
+
+    Within a chunk, while it is wider than `lanes`, its upper half is added to its lower half; then neighbours
+    are added, pair by pair, down to one number. Chunks are added from left to right. The shape suits a GPU:
+    halves meet within one thread, the first neighbours too, then the lanes of a warp, and warps last.
+    """
+
+    tile: int
+    lanes: int
+
+
+def reduction_tree(hidden: int) -> ReductionTree:
+    """The tree for rows of `hidden` values: of the hidden size alone, never of the number of rows."""
+    tile = min(1 << max(hidden - 1, 0).bit_length(), _MAX_TILE)
+    warps = 8 if tile >= 8192 else 4
+    return ReductionTree(tile, min(tile, warps * _LANES_PER_WARP))
+
+
+def _tree_sum(
+    v: tl.tensor, ROWS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, GATHER: tl.constexpr
+) -> tl.tensor:
+    # Sums over axes of two elements only: a + b has no order that a layout could change.
+    if WIDTH > LANES:
+        halves = tl.sum(tl.reshape(v, (ROWS, 2, WIDTH // 2)), axis=1)
+        v = _tree_sum(halves, ROWS, WIDTH // 2, LANES, GATHER)
+    elif (WIDTH > 1) & (WIDTH <= GATHER):
+        # What is left lies in different warps. `split` wants its operands in one thread, so that all
+        # these levels together cost one trip through shared memory instead of one each.
+        left, right = tl.split(tl.reshape(v, (ROWS, WIDTH // 2, 2)))
+        v = _tree_sum(left + right, ROWS, WIDTH // 2, LANES, GATHER)
+    elif WIDTH > 1:
+        pairs = tl.sum(tl.reshape(v, (ROWS, WIDTH // 2, 2)), axis=2)
+        v = _tree_sum(pairs, ROWS, WIDTH // 2, LANES, GATHER)
+    return v
+
+
+def _load_summed(x_ptrs: tl.tensor, residual_ptrs: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    value = tl.load(x_ptrs, mask=mask, other=0.0)
+    if residual_ptrs is not None:
+        residual = tl.load(residual_ptrs, mask=mask, other=0.0)
+        value = (value.to(tl.float32) + residual.to(tl.float32)).to(value.dtype)
+    return value
+
+
+def _scaled(
+    value: tl.tensor,
+    rstd: tl.tensor,
+    weight_ptrs: tl.tensor,
+    mask: tl.tensor,
+    weight_bias: tl.tensor,
+    ADD_BIAS: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+) -> tl.tensor:
+    normed = value.to(tl.float32) * rstd
+    if weight_ptrs is not None:
+        weight = tl.load(weight_ptrs, mask=mask, other=0.0)
+        scale = weight.to(tl.float32)
+        if ADD_BIAS:
+            scale = scale + weight_bias
+        if ROUND_FIRST:
+            normed = normed.to(value.dtype).to(tl.float32)
+            scale = scale.to(weight.dtype).to(tl.float32)
+        normed = normed * scale
+    return normed.to(value.dtype)
+
+
+def _rms_norm_rows(
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    summed_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    n_rows: tl.tensor,
+    eps: tl.tensor,
+    weight_bias: tl.tensor,
+    HIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    ADD_BIAS: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, TILE)[None, :]
+    x_ptr += row * (x_stride * STRIDE_UNIT)
+    norm_ptr += row * HIDDEN
+    if residual_ptr is not None:
+        residual_ptr += row * (residual_stride * STRIDE_UNIT)
+        summed_ptr += row * HIDDEN
+    # One number per 512 bytes of lanes, which is what a warp reads in one 16-byte access per thread.
+    GATHER: tl.constexpr = LANES * x_ptr.dtype.element_ty.primitive_bitwidth // 4096
+    in_batch = row < n_rows
+    total = tl.zeros((ROWS, 1), tl.float32)
+    value = tl.zeros((ROWS, TILE), x_ptr.dtype.element_ty)
+    for start in range(0, HIDDEN, TILE):
+        at = start + column
+        mask = in_batch & (at < HIDDEN)
+        residual_at = None if residual_ptr is None else residual_ptr + at
+        value = _load_summed(x_ptr + at, residual_at, mask)
+        if summed_ptr is not None:
+            tl.store(summed_ptr + at, value, mask=mask)
+        wide = value.to(tl.float32)
+        total = total + _tree_sum(wide * wide, ROWS, TILE, LANES, GATHER)
+    # Correctly rounded, unlike rsqrt, so that PyTorch gets the same bits on any device.
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(total * (1.0 / HIDDEN) + eps))
+    for start in range(0, HIDDEN, TILE):
+        at = start + column
+        mask = in_batch & (at < HIDDEN)
+        if HIDDEN > TILE:
+            residual_at = None if residual_ptr is None else residual_ptr + at
+            value = _load_summed(x_ptr + at, residual_at, mask)
+        weight_at = None if weight_ptr is None else weight_ptr + at
+        normed = _scaled(value, rstd, weight_at, at < HIDDEN, weight_bias, ADD_BIAS, ROUND_FIRST)
+        tl.store(norm_ptr + at, normed, mask=mask)
+
+
+@functools.cache
+def kernel() -> Any:
+    """The Triton kernel. Raises whatever importing Triton raises where it is missing or broken."""
+    import triton
+    import triton.language
+
+    # The functions are decorated here, not above: importing this module must not import Triton. They go
+    # back under their own names, since Triton looks up the names that a kernel uses in its module.
+    scope = globals()
+    with _LOCK:
+        if tl is None:
+            for function in (_tree_sum, _load_summed, _scaled):
+                scope[function.__name__] = triton.jit(function)
+            unspecialized = ["x_stride", "residual_stride", "n_rows"]
+            scope["_rms_norm_rows"] = triton.jit(_rms_norm_rows, do_not_specialize=unspecialized)
+            scope["tl"] = triton.language
+    return _rms_norm_rows
+
+
+class _Plan(NamedTuple):
+    tile: int
+    lanes: int
+    rows: int
+    warps: int
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(hidden: int) -> _Plan:
+    """How the kernel is cut for a hidden size. The number of rows has no say, so nothing is tuned on it."""
+    tile, lanes = reduction_tree(hidden)
+    return _Plan(tile, lanes, max(1, _TILE_PER_PROGRAM // tile), max(4, lanes // _LANES_PER_WARP))
+
+
+@functools.cache
+def _interpreted() -> bool:
+    """Whether TRITON_INTERPRET made the kernel one that runs on the CPU."""
+    import triton
+
+    return not isinstance(kernel(), triton.JITFunction)
+
+
+def availability() -> Support:
+    """Whether this machine can run the kernel."""
+    try:
+        interpreted = _interpreted()
+    except Exception as error:  # a broken installation raises more than ImportError
+        return Support.no(f"triton cannot be used: {type(error).__name__}: {error}")
+    if interpreted:
+        return YES
+    if torch.version.hip is not None:
+        return Support.no("this torch is built for ROCm; the kernel has been checked on NVIDIA GPUs only")
+    if not torch.cuda.is_available():
+        return Support.no("torch sees no CUDA GPU")
+    found = torch.cuda.get_device_capability()
+    text = "the GPU has compute capability {}.{}; {}.{} or newer is needed".format(*found, *_MIN_CAPABILITY)
+    return Support.all_of((found >= _MIN_CAPABILITY, text))
+
+
+def _supports(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> Support:
+    on_device = x.device.type == "cuda" or (x.device.type == "cpu" and _interpreted())
+    if not on_device:
+        return Support.no(f"x is on {x.device}; the Triton kernel runs on CUDA GPUs")
+    for name, tensor in (("x", x), ("residual", residual), ("weight", weight)):
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            return Support.no(f"the {name} is {tensor.dtype}; the kernel takes bfloat16, float16 and float32")
+    return YES
+
+
+def _rows(tensor: Tensor, hidden: int) -> Tensor:
+    """The tensor as (rows, hidden) with consecutive values in a row; a copy only where strides demand one."""
+    rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, hidden)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_bias: float, form: str
+) -> tuple[Tensor, Tensor | None]:
+    norm = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    summed = None if residual is None else torch.empty_like(norm)
+    if norm.numel() == 0:
+        return norm, summed
+    hidden = x.shape[-1]
+    x = _rows(x, hidden)
+    x_stride, residual_stride, n_rows = x.stride(0), 0, x.shape[0]
+    if residual is not None:
+        residual = _rows(residual, hidden)
+        residual_stride = residual.stride(0)
+    if weight is not None:
+        weight = weight.contiguous()
+    # Strides travel in units of 8 values where they can, to tell the compiler that 16-byte accesses are safe.
+    unit = 8 if x_stride % 8 == 0 and residual_stride % 8 == 0 else 1
+    plan = _plan(hidden)
+    arguments = (x, residual, weight, norm, summed, x_stride // unit, residual_stride // unit, n_rows)
+    options = (
+        *(hidden, plan.tile, plan.lanes, plan.rows, unit),
+        *(weight is not None and weight_bias != 0, weight is not None and form == ROUND_THEN_SCALE),
+    )
+    launcher = kernel()[(-(-n_rows // plan.rows),)]
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(x):
+        launcher(*arguments, float(eps), float(weight_bias), *options, num_warps=plan.warps, **COMPILE_OPTIONS)
+    return norm, summed
+
+
+def rms_norm_batch_invariant(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_bias: float = 0.0,
+    residual: Tensor | None = None,
+    form: str = SCALE_THEN_ROUND,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimension, the residual added first if there is one, on a GPU, for inference.
+
+    A row's bits depend on the row, the weight and the numbers given, on nothing else; with a residual they
+    equal those of the addition followed by the norm. The first call with new dtypes, hidden size or options
+    compiles, so make one before capturing a CUDA graph; later calls only allocate the outputs and launch.
+
+    Args:
+        x: (..., hidden), bfloat16, float16 or float32, any number of rows, 0 included. Rows may be strided; a
+            last dimension that is not contiguous is copied.
+        weight: (hidden,), any of these dtypes, or None: nothing is multiplied.
+        eps, weight_bias, form: as in `fusewire.rms_norm`.
+        residual: of x's shape, any of these dtypes: added in fp32 and rounded once to x's dtype.
+
+    Returns:
+        The norm, contiguous, of x's shape and dtype; with a residual (norm, r), r = x + residual likewise.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit together.
+        NoProviderError: the kernel cannot run here or on such tensors; the message says why.
+        TrainingError: a gradient would be needed; `fusewire.rms_norm` has one.
+    """
+    check_norm_args(x, weight, eps, weight_bias, form, residual)
+    support = availability() and _supports(x, residual, weight)
+    if not support:
+        raise NoProviderError(
+            f"rms_norm_batch_invariant cannot run: {support.reason}. fusewire.rms_norm and "
+            "fusewire.fused_add_rms_norm with policy='torch_batch_invariant' run anywhere, with the same bits"
+        )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, residual)):
+        raise TrainingError(
+            "rms_norm_batch_invariant is for inference; call it under torch.no_grad(), or call "
+            f"fusewire.rms_norm or fusewire.fused_add_rms_norm with policy={PROVIDER!r}: they have a backward"
+        )
+    norm, summed = _launch(x, residual, weight, eps, weight_bias, form)
+    return norm if summed is None else (norm, summed)
+
+
+@rms_norm.register_impl(
+    PROVIDER,
+    supported=availability,
+    supports_args=lambda x, weight, eps, weight_bias, form: _supports(x, None, weight),
+    batch_invariant=True,
+)
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
+    return _launch(x, None, weight, eps, weight_bias, form)[0]
+
+
+@fused_add_rms_norm.register_impl(
+    PROVIDER,
+    supported=availability,
+    supports_args=lambda x, residual, weight, eps, weight_bias, form: _supports(x, residual, weight),
+    batch_invariant=True,
+)
+def _fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str
+) -> tuple[Tensor, Tensor]:
+    norm, summed = _launch(x, residual, weight, eps, weight_bias, form)
+    assert summed is not None
+    return norm, summed

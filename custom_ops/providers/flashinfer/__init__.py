@@ -1,0 +1,1 @@
+"""FlashInfer's fused all-reduce kernels as a provider."""

@@ -1,0 +1,234 @@
+"""FlashInfer on this machine: whether it can be imported, which version it is, where its compiled kernels are.
+
+FlashInfer is imported at the first use, and only where CUDA is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusewire.custom_ops.coordination.vote import describe
+from fusewire.custom_ops.ops.registry import Support
+from fusewire.custom_ops.workspaces.registry import announced
+from fusewire.errors import WorkspaceError
+
+MIN_VERSION = (0, 6, 15)
+TWO_SHOT_VERSION = (0, 7, 2)
+CAPABILITIES = (9, 10, 12)
+MODULE = "trtllm_comm"
+_OBJECTS = 3
+_NEEDED = {
+    "create_allreduce_fusion_workspace": (
+        *("backend", "world_size", "rank", "max_token_num", "hidden_dim", "dtype", "group", "comm_backend"),
+    ),
+    "allreduce_fusion": (
+        *("input", "workspace", "pattern", "output", "residual_in", "rms_gamma", "rms_eps", "residual_out"),
+        *(
+            "norm_out",
+            "use_oneshot",
+            "fp32_acc",
+            "launch_with_pdl",
+            "trigger_completion_at_end",
+            "weight_bias",
+        ),
+    ),
+}
+INSTALL = "pip install 'fusewire[flashinfer]'"
+
+
+# --- Is it there? -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Library:
+    """FlashInfer's communication module, or the reason why it cannot be used."""
+
+    comm: Any
+    version: str
+    reason: str = ""
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> Library:
+    """Import FlashInfer, once. Whatever that raises becomes the reason (AssertionError without CUDA)."""
+    try:
+        package = importlib.import_module("flashinfer")
+        version = str(getattr(package, "__version__", "unknown"))
+    except ModuleNotFoundError as error:
+        if error.name == "flashinfer":
+            return Library(None, "", f"FlashInfer is not installed: {INSTALL}")
+        return Library(None, "", f"importing FlashInfer failed: {describe(error)}")
+    except Exception as error:
+        return Library(None, "", f"importing FlashInfer failed: {describe(error)}")
+    if not version_ok(version):
+        wanted = ".".join(map(str, MIN_VERSION))
+        return Library(None, version, f"FlashInfer {version} is too old, {wanted} is needed: {INSTALL} --upgrade")
+    try:
+        comm = importlib.import_module("flashinfer.comm")
+    except Exception as error:
+        return Library(None, version, f"importing flashinfer.comm {version} failed: {describe(error)}")
+    return Library(comm, version, _missing_api(comm, version))
+
+
+def version_ok(version: str, wanted: tuple[int, int, int] = MIN_VERSION) -> bool:
+    """Whether a version is at least `wanted`; before MIN_VERSION, norms are wrong at hidden size 2688."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?((?:\.?dev|a|b|rc)\d*)?", version)
+    if match is None:
+        return False
+    found = tuple(int(part or 0) for part in match.groups()[:3])
+    return found > wanted or (found == wanted and not match.group(4))
+
+
+def two_shot() -> Support:
+    """Whether two-shot's results can be relied on.
+
+    Its ranks meet at a barrier with a flag for each thread block. Before 0.7.2 a block signals for the blocks that its
+    launch does not have after it has let its peer go on, so that the next launch with more blocks can find an old flag,
+    pass, and read rows that are not there yet: silently wrong, and rarely enough to escape a test.
+    """
+    version = library().version
+    wanted = ".".join(map(str, TWO_SHOT_VERSION))
+    return Support.all_of(
+        (
+            version_ok(version, TWO_SHOT_VERSION),
+            f"FlashInfer {version}'s two-shot barrier can let a rank pass early when a call has more thread blocks than "
+            f"the one before; {wanted} corrects it ({INSTALL} --upgrade), until then one-shot serves alone",
+        )
+    )
+
+
+def _missing_api(comm: Any, version: str) -> str:
+    for name, wanted in _NEEDED.items():
+        function = getattr(comm, name, None)
+        if function is None:
+            return f"FlashInfer {version} has no flashinfer.comm.{name}; install another version"
+        missing = [p for p in wanted if p not in inspect.signature(function).parameters]
+        if missing:
+            lacking = ", ".join(missing)
+            return f"FlashInfer {version}: flashinfer.comm.{name} takes no {lacking}; install another version"
+    return ""
+
+
+# --- The kernels --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Where FlashInfer's compiled all-reduce kernels are: "prebuilt", "cached" by an earlier compilation, "
+    ""missing"."""
+
+    state: str
+    path: Path
+
+    @property
+    def objects(self) -> list[tuple[str, float]]:
+        """The module's object files compiled so far, with the times they were written."""
+        return [(path.name, path.stat().st_mtime) for path in self.path.parent.glob("*.o")]
+
+
+def kernels() -> Kernels:
+    """Where the kernels are, for the architectures FlashInfer compiles for here. Imports FlashInfer."""
+    env = importlib.import_module("flashinfer.jit").env
+    find = getattr(env, "get_aot_path", None)  # since 0.7: they may come in several packages, by architecture
+    ahead = Path(find(MODULE)) if find else Path(env.FLASHINFER_AOT_DIR) / MODULE / f"{MODULE}.so"
+    cached = Path(env.FLASHINFER_JIT_DIR) / MODULE / f"{MODULE}.so"
+    if ahead.exists():
+        return Kernels("prebuilt", ahead)
+    return Kernels("cached" if cached.exists() else "missing", cached)
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler that FlashInfer would call, or None."""
+    if os.environ.get("FLASHINFER_NVCC"):
+        return shutil.which(os.environ["FLASHINFER_NVCC"])
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which(str(Path(home) / "bin" / "nvcc"))
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def no_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    where = f"in CUDA_HOME={home}" if home else "on PATH or in /usr/local/cuda"
+    return (
+        f"there is no nvcc {where}: install the CUDA toolkit (or set CUDA_HOME), or install the compiled "
+        "kernels (package flashinfer-jit-cache of the same version)"
+    )
+
+
+def cuda_home(nvcc: str) -> Path | None:
+    """The toolkit that a compiler belongs to, also where what is on PATH is a script that calls it."""
+    nearby = [Path(nvcc).parent.parent, Path(os.path.realpath(nvcc)).parent.parent]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, timeout=30)
+        nearby += [Path(top).resolve() for top in re.findall(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)]
+    return next((home for home in nearby if (home / "bin/nvcc").exists() and (home / "include/cuda.h").exists()), None)
+
+
+@contextlib.contextmanager
+def toolkit() -> Iterator[None]:
+    """Let FlashInfer find the whole CUDA toolkit: it takes the folder above what `which nvcc` prints for it.
+
+    Raises:
+        WorkspaceError: there is no compiler.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise WorkspaceError(no_nvcc())
+    home = None if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") else cuda_home(nvcc)
+    if home is None:
+        yield
+        return
+    extension = sys.modules.get("flashinfer.jit.cpp_ext")
+    if extension is not None:
+        extension.get_cuda_path.cache_clear()
+    os.environ["CUDA_HOME"] = str(home)
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_HOME"]
+
+
+def load_kernels(loud: bool) -> None:
+    """Load FlashInfer's module, compiling it if need be, and say so while it takes minutes.
+
+    Raises:
+        WorkspaceError: it would have to be compiled and there is no compiler.
+    """
+    state = kernels()
+    load = importlib.import_module("flashinfer.comm.trtllm_ar").get_trtllm_comm_module
+    compiled = state.state != "missing"
+    if state.state == "prebuilt" or (compiled and find_nvcc() is None):
+        load()
+        return
+    if not compiled and find_nvcc() is None:
+        raise WorkspaceError(f"FlashInfer's all-reduce kernels are not compiled and {no_nvcc()}")
+    # What an earlier run compiled is compiled anew where its flags changed: that takes as long.
+    with toolkit(), announcement(state, 5.0 if compiled else 0.0) if loud else contextlib.nullcontext():
+        load()
+
+
+_HINT = " (`python -m fusewire prebuild` does it ahead)"
+
+
+def announcement(state: Kernels, after_s: float = 0.0, hint: str = _HINT) -> contextlib.AbstractContextManager[None]:
+    """Says while FlashInfer compiles what happens, since when, and where the result goes."""
+    before = set(state.objects)
+    return announced(
+        f"FlashInfer compiles its all-reduce kernels ({MODULE}) into {state.path.parent}: minutes, once for "
+        f"each version and GPU architecture{hint}",
+        after_s=after_s,
+        detail=lambda: f"; {len(set(state.objects) - before)} of {_OBJECTS} objects done",
+    )

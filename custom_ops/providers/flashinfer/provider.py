@@ -1,0 +1,477 @@
+"""FlashInfer's fused all-reduce + residual + RMSNorm kernels as a provider of `all_reduce_rms_norm`.
+
+The workspace is FlashInfer's `trtllm` one: peer-to-peer memory, no NVLink multicast ("auto" and "mnnvl" may
+use multicast and are never asked for). One-shot has every rank push its rows to every other and sum all of
+them: least latency. Two-shot has every rank sum a share of the rows and hand the sums out: least traffic.
+
+Numerics: ranks are summed in order in fp32 and rounded once, the residual is added and rounded, the norm is
+computed from that and rounded once, so `form="round_then_scale"` gets one rounding less than native's.
+One-shot turns -0.0 into +0.0, and the kernels are built with fast math: values below fp32's normal range
+(2**-126; bf16's subnormals too) become zero. Not batch-invariant: how a row's squares are summed depends on
+the number of tokens.
+
+Whether FlashInfer is there, and its compiled kernels, is the business of `flashinfer_library`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusewire.custom_ops.coordination.vote import Channel, describe
+from fusewire.custom_ops.dispatch.cost_model import ONE_SHOT, TWO_SHOT
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
+from fusewire.custom_ops.ops.registry import NATIVE, Support, _machine_support
+from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
+from fusewire.custom_ops.providers.flashinfer.library import CAPABILITIES
+from fusewire.custom_ops.workspaces.registry import (
+    PROVIDERS,
+    Request,
+    Workspace,
+    WorkspaceProvider,
+    device_facts,
+)
+from fusewire.errors import PeerTimeoutError, ProcessGroupError, WorkspaceError
+
+PROVIDER = "flashinfer"
+WORLD_SIZES = (2, 4, 8, 16)
+COMPILE_S = 1800.0
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The offset of the third Lamport buffer is an int32 product that passes 2**31 from here on: it hangs.
+_COMM_BYTES_LIMIT = 1 << 30
+# Kernels take up to 126 registers a thread; more threads than this in a block may not launch.
+_MAX_BLOCK = 512
+_BATCH_INVARIANT = "FUSEWIRE_BATCH_INVARIANT"
+_PATTERN = 1  # AllReduceFusionPattern.kARResidualRMSNorm
+
+
+# --- Is it there? -------------------------------------------------------------------------------------------
+
+
+def supported() -> Support:
+    """Whether this machine can run the kernels at all, leaving aside whether they are compiled."""
+    if os.environ.get(_BATCH_INVARIANT, "").strip().lower() in ("1", "true", "yes", "on"):
+        return Support.no(
+            f"{_BATCH_INVARIANT} is set, and how FlashInfer's kernels sum a row's squares changes with the "
+            "number of tokens"
+        )
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA GPU"
+        return Support.no(f"{why}; FlashInfer's kernels run on NVIDIA GPUs")
+    major, minor = torch.cuda.get_device_capability()
+    if major not in CAPABILITIES:
+        return Support.no(
+            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}; FlashInfer's "
+            "all-reduce kernels are "
+            "built for 9.x, 10.x and 12.x"
+        )
+    found = flashinfer_library.library()
+    return Support.no(found.reason) if found.reason else Support(True)
+
+
+# --- What it can compute ------------------------------------------------------------------------------------
+
+
+def limits(hidden: int, dtype: torch.dtype, world_size: int) -> Support:
+    """Whether the kernels take this hidden size, dtype and world size, for some number of tokens."""
+    if dtype not in _DTYPES:
+        return Support.no(f"x is {_name(dtype)}; FlashInfer's kernels take bfloat16, float16 and float32")
+    vector = 16 // dtype.itemsize
+    return Support.all_of(
+        (
+            world_size in WORLD_SIZES,
+            f"the group has {world_size} ranks; FlashInfer's kernels are built for 2, 4, 8 or 16",
+        ),
+        (
+            hidden > 0 and hidden % vector == 0,
+            f"hidden size {hidden} is not a multiple of {vector}, the {_name(dtype)} elements of one 16-byte access",
+        ),
+        (
+            block_threads(hidden, dtype) <= _MAX_BLOCK,
+            f"hidden size {hidden} needs {block_threads(hidden, dtype)} threads in a block, {_MAX_BLOCK} "
+            "are safe; a hidden "
+            f"size that is a multiple of {8 * vector} is split over up to 8 blocks",
+        ),
+        (
+            max_tokens(hidden, dtype, world_size) > 0,
+            f"one token of hidden size {hidden} on {world_size} ranks passes the kernels' limit of 1 GiB",
+        ),
+    )
+
+
+def block_threads(hidden: int, dtype: torch.dtype) -> int:
+    """Threads in a block as the kernels' launcher lays one token out over a cluster of up to 8 blocks."""
+    per_token = max(1, hidden * dtype.itemsize // 16)
+    cluster = 8
+    while per_token % cluster and cluster > 1:
+        cluster //= 2
+    threads = per_token // cluster
+    while threads < 128 and cluster >= 2:
+        threads, cluster = threads * 2, cluster // 2
+    return threads
+
+
+def max_tokens(hidden: int, dtype: torch.dtype, world_size: int) -> int:
+    """The most tokens a workspace can be for: world size * tokens * hidden size * element size < 1 GiB."""
+    return (_COMM_BYTES_LIMIT - 1) // (world_size * max(hidden, 1) * dtype.itemsize)
+
+
+def workspace_bytes(hidden: int, dtype: torch.dtype, world_size: int, tokens: int) -> int:
+    """GPU memory of a workspace on each rank: 3 Lamport buffers, one to exchange, a residual of zeros."""
+    elements = world_size * tokens * hidden
+    # The second is of 2-byte elements whatever the dtype before FlashInfer 0.7.2.
+    exact = (3 * elements * dtype.itemsize, elements * dtype.itemsize, world_size * 1024)
+    granularity = 2 << 20
+    symmetric = sum(-(-(size + 2048) // granularity) * granularity for size in exact)
+    return symmetric + (tokens + 1) * hidden * dtype.itemsize
+
+
+def token_limit(variant: str, hidden: int, dtype: torch.dtype, world_size: int, tokens: int) -> range:
+    """The numbers of tokens that one variant's kernel takes on a workspace for so many tokens."""
+    if variant == ONE_SHOT:
+        return range(tokens + 1)
+    if block_threads(hidden, dtype) < world_size:
+        return range(0)
+    # Two-shot wants more tokens than ranks, and room for input and sums in a buffer sized for 2-byte
+    # elements.
+    return range(world_size + 1, min(tokens, world_size * tokens // dtype.itemsize) + 1)
+
+
+def supports_args(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    group_name: str,
+) -> Support:
+    """Whether FlashInfer can serve such a call. Everything in here is the same on every rank."""
+    try:
+        world_size = resolve_group(group_name).size()
+    except ProcessGroupError as error:
+        return Support.no(str(error))
+    hidden = x.shape[-1]
+    if not isinstance(hidden, int):
+        return Support.no("the hidden size is symbolic; compile with it static (torch._dynamo.mark_static)")
+    fixed = limits(hidden, x.dtype, world_size)
+    return fixed and Support.all_of(
+        (_on_gpu(x), f"x is on {x.device.type}; FlashInfer's kernels run on CUDA GPUs"),
+        (
+            weight is None or weight.dtype == x.dtype,
+            f"the weight is {_name(weight)} and x is {_name(x)}: FlashInfer's kernels would read the "
+            "weight's bytes as "
+            "x's dtype; store the norm's weight in the activations' dtype",
+        ),
+        (
+            residual is None or residual.dtype == x.dtype,
+            f"the residual is {_name(residual)} and x is {_name(x)}; FlashInfer's kernels take one dtype",
+        ),
+    )
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+def _name(value: Tensor | torch.dtype | None) -> str:
+    dtype = value.dtype if isinstance(value, Tensor) else value
+    return str(dtype).removeprefix("torch.")
+
+
+# --- Workspace and call -------------------------------------------------------------------------------------
+
+
+class FlashInferWorkspace(Workspace):
+    """FlashInfer's workspace with what our calls need beside it."""
+
+    def __init__(self, request: Request, handle: Any, comm: Any) -> None:
+        hidden, dtype = request.key.hidden, request.key.dtype
+        nbytes = workspace_bytes(hidden, dtype, request.group.size(), request.max_tokens)
+        super().__init__(request.key, request.max_tokens, nbytes, request.device)
+        self.handle = handle
+        self._fused = comm.allreduce_fusion
+        self.world_size, self.rank = request.group.size(), request.group.rank()
+        # The kernels always add a residual. -0.0 is the one value that adds nothing, not even to -0.0.
+        self._no_residual = torch.full((request.max_tokens, hidden), -0.0, dtype=dtype, device=request.device)
+        self._no_weight = torch.zeros(hidden, dtype=dtype, device=request.device)
+
+    def run(
+        self,
+        one_shot: bool,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        weight_bias: float,
+    ) -> tuple[Tensor, Tensor]:
+        """One call, with native's results: a collective.
+
+        Thread-safe, but the ranks' calls must come in one order, so that of several threads is the caller's to keep.
+
+        Raises:
+            WorkspaceError: the workspace is closed or too small.
+        """
+        shape, hidden = x.shape, self.key.hidden
+        flat = dense(x).view(-1, hidden)
+        tokens = flat.shape[0]
+        with self.order.lock:
+            self.check_call(tokens, x.device)
+            norm, residual_out = torch.empty_like(flat), torch.empty_like(flat)
+            if tokens:  # none is a launch of no blocks, which is an error
+                if weight is None:
+                    weight, weight_bias = self._no_weight, 1.0
+                before = self._no_residual[:tokens] if residual is None else dense(residual).view(-1, hidden)
+                if self.device.type == "cuda":
+                    self.order.enter(x.get_device())
+                self._fused(
+                    input=flat,
+                    workspace=self.handle,
+                    pattern=_PATTERN,
+                    launch_with_pdl=False,  # gamma and residual are read before the wait for the kernel before
+                    trigger_completion_at_end=True,
+                    output=norm,  # not written by this pattern, but allocated for every call if left out
+                    residual_in=before,
+                    rms_gamma=dense(weight),
+                    rms_eps=eps,
+                    residual_out=residual_out,
+                    norm_out=norm,
+                    use_oneshot=one_shot,
+                    fp32_acc=True,
+                    weight_bias=weight_bias,
+                )
+        return norm.view(shape), residual_out.view(shape)
+
+    def release(self) -> None:
+        """Free FlashInfer's buffers, with what its own destroy() leaves behind."""
+        handle, self.handle = self.handle, None
+        del self._no_residual, self._no_weight
+        pointers = getattr(handle, "ipc_handles", None)
+        flag = (getattr(handle, "metadata", None) or {}).get("control_flag_ptr")
+        module = sys.modules.get("flashinfer.comm.trtllm_ar")
+        getattr(module, "_symm_workspace_refs", {}).pop(id(pointers), None)
+        handle.destroy()
+        handle.__dict__.pop("_internal_workspace", None)
+        if flag and module is not None:
+            module.cudart.cudaFree(ctypes.c_void_p(flag))
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor contiguous and 16-byte aligned. A copy, not a refusal: pointers differ from rank to rank."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+class FlashInferProvider(WorkspaceProvider):
+    """FlashInfer for the dispatcher."""
+
+    name = PROVIDER
+    variants = (ONE_SHOT, TWO_SHOT)
+    machine_s = COMPILE_S
+
+    def machine(self, group: dist.ProcessGroup, device: torch.device) -> Mapping[str, Any]:
+        support = _machine_support(all_reduce_rms_norm.providers[PROVIDER])
+        if not support:
+            raise WorkspaceError(support.reason)
+        flashinfer_library.load_kernels(loud=group.rank() == 0)
+        return {**device_facts(device), "flashinfer": flashinfer_library.library().version}
+
+    def judge(self, facts: Sequence[Mapping[str, Any]]) -> Support:
+        versions = sorted({str(fact.get("flashinfer")) for fact in facts})
+        same = Support.all_of(
+            (len(versions) == 1, f"the ranks have different versions of FlashInfer: {', '.join(versions)}")
+        )
+        return super().judge(facts) and same
+
+    def limits(self, hidden: int, dtype: torch.dtype, world_size: int) -> Support:
+        return limits(hidden, dtype, world_size)
+
+    def token_limit(self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> range:
+        if self.left_out(variant):
+            return range(0)
+        return token_limit(variant, hidden, dtype, world_size, max_tokens)
+
+    def left_out(self, variant: str) -> str:
+        # Without a GPU the question is about some other machine's plan.
+        return flashinfer_library.two_shot().reason if variant == TWO_SHOT and torch.cuda.is_available() else ""
+
+    def max_tokens(self, hidden: int, dtype: torch.dtype, world_size: int) -> int:
+        return max_tokens(hidden, dtype, world_size)
+
+    def nbytes(self, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> int:
+        return workspace_bytes(hidden, dtype, world_size, max_tokens)
+
+    def create(self, request: Request, channel: Channel) -> Workspace:
+        _check_peers(request)
+        comm = flashinfer_library.library().comm
+        with torch.cuda.device(request.device) if request.device.type == "cuda" else contextlib.nullcontext():
+            handle = comm.create_allreduce_fusion_workspace(
+                backend="trtllm",
+                world_size=request.group.size(),
+                rank=request.group.rank(),
+                max_token_num=request.max_tokens,
+                hidden_dim=request.key.hidden,
+                dtype=request.key.dtype,
+                comm_backend=channel,
+                group=request.group,
+            )
+            made = FlashInferWorkspace(request, handle, comm)
+            if request.device.type == "cuda":  # our buffers are filled on this thread's stream, not the caller's
+                torch.cuda.synchronize()
+            return made
+
+    def prove(self, workspace: Workspace, stage: str) -> None:
+        assert isinstance(workspace, FlashInferWorkspace)
+        if stage == "alone":
+            _prove_arguments(workspace)
+        else:
+            _prove_results(workspace)
+
+    def bind(
+        self, workspace: Workspace, variant: str, output: int | None = None
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
+        assert isinstance(workspace, FlashInferWorkspace)
+        run, one_shot = workspace.run, variant == ONE_SHOT
+
+        def call(
+            x: Tensor,
+            residual: Tensor | None,
+            weight: Tensor | None,
+            eps: float,
+            weight_bias: float,
+            form: str,
+            group_name: str,
+        ) -> tuple[Tensor, Tensor]:
+            return run(one_shot, x, residual, weight, eps, weight_bias)
+
+        return call
+
+
+def _check_peers(request: Request) -> None:
+    """Raise WorkspaceError if a peer's GPU is visible from here and its memory cannot be reached."""
+    if request.device.type != "cuda":
+        return
+    visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    for fact in request.facts:
+        peer = visible.get(str(fact.get("uuid")))
+        if peer not in (None, request.device.index) and not torch.cuda.can_device_access_peer(request.device, peer):
+            raise WorkspaceError(
+                f"{request.device} cannot access the memory of cuda:{peer} (`python -m fusewire doctor` "
+                "prints the links); "
+                "FlashInfer's kernels need peer-to-peer access between all ranks' GPUs"
+            )
+
+
+def _prove_arguments(workspace: FlashInferWorkspace) -> None:
+    """Raise WorkspaceError if Python package and compiled kernels disagree on the arguments. Launches
+    nothing.
+
+    The kernels refuse hidden size 3 after they took the arguments and before they launch; a TypeError comes
+    before. Found out by each rank alone, since a rank that cannot call leaves the others waiting in a kernel
+    without an end.
+    """
+    odd = torch.zeros(1, 3, dtype=workspace.key.dtype, device=workspace.device)
+    try:
+        workspace._fused(
+            input=odd,
+            workspace=workspace.handle,
+            pattern=_PATTERN,
+            output=odd,
+            residual_in=odd,
+            rms_gamma=odd[0],
+            rms_eps=1e-6,
+            residual_out=odd,
+            norm_out=odd,
+            use_oneshot=True,
+            fp32_acc=True,
+            weight_bias=0.0,
+        )
+    except TypeError as error:
+        raise WorkspaceError(
+            "FlashInfer's Python package and its compiled kernels do not fit together (reinstall both in "
+            "one version, or "
+            f"delete the cache that `python -m fusewire doctor` names): {describe(error)}"
+        ) from error
+    except Exception:  # the refusal
+        return
+
+
+def _prove_results(workspace: FlashInferWorkspace, limit_s: float = 60.0) -> None:
+    """Raise WorkspaceError unless both variants give known answers, PeerTimeoutError if they never return."""
+    hidden, dtype, ranks = workspace.key.hidden, workspace.key.dtype, workspace.world_size
+    wrong: list[tuple[str, Tensor]] = []
+    for variant, tokens, weight_bias in ((ONE_SHOT, 1, 1.0), (TWO_SHOT, ranks + 1, 0.0)):
+        if tokens not in PROVIDERS[PROVIDER].token_limit(variant, hidden, dtype, ranks, workspace.max_tokens):
+            continue
+        # Eighths of small integers: every sum is exact in every dtype.
+        parts = [_eighths(tokens, hidden, 3 * rank + 1, workspace) for rank in range(ranks)]
+        residual, weight = _eighths(tokens, hidden, 50, workspace), _eighths(1, hidden, 51, workspace)[0]
+        x = parts[workspace.rank].to(dtype)
+        norm, total = workspace.run(variant == ONE_SHOT, x, residual.to(dtype), weight.to(dtype), 0.25, weight_bias)
+        exact = sum(parts, residual)
+        scaled = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 0.25) * (weight_bias + weight)
+        close = (norm.double() - scaled).abs() <= scaled.abs() * 4 * torch.finfo(dtype).eps + 1e-30
+        wrong.append((f"{variant} sum", (total.double() != exact).any()))
+        wrong.append((f"{variant} norm", ~close.all()))
+    if workspace.device.type == "cuda":
+        _wait(limit_s)
+    failed = [what for what, tensor in wrong if bool(tensor)]
+    if failed:
+        raise WorkspaceError(
+            f"a call with a known answer came out wrong ({', '.join(failed)}); these FlashInfer kernels do "
+            "not fit this GPU "
+            "or this package: reinstall FlashInfer, or leave it out of the priority list"
+        )
+
+
+def _eighths(rows: int, hidden: int, seed: int, workspace: Workspace) -> Tensor:
+    index = torch.arange(rows * hidden, dtype=torch.float64, device=workspace.device).view(rows, hidden)
+    return (torch.remainder(index * (2 * seed + 1) + seed, 9) - 4) / 8
+
+
+def _wait(limit_s: float) -> None:
+    """Wait for the current stream, but not for ever: a kernel whose peer never comes does not end."""
+    event = torch.cuda.Event()
+    event.record()
+    start = time.monotonic()
+    while not event.query():
+        if time.monotonic() - start > limit_s:
+            raise PeerTimeoutError(
+                f"FlashInfer's first call did not return within {limit_s:.0f} s, so a rank is missing or "
+                "the GPUs cannot "
+                "reach each other; this process cannot go on. Leave FlashInfer out: "
+                "ir_op_priority={'all_reduce_rms_norm': ('native',)}"
+            )
+        time.sleep(0.0005)
+
+
+@all_reduce_rms_norm.register_impl(PROVIDER, supported=supported, supports_args=supports_args)
+def all_reduce_rms_norm_flashinfer(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    """One call without the dispatcher's table: as `all_reduce_rms_norm` with the policy "flashinfer"."""
+    from fusewire.custom_ops.dispatch import dispatcher as dispatch
+
+    args = (x, residual, weight, eps, weight_bias, form, group_name)
+    result: tuple[Tensor, Tensor] = dispatch.select(all_reduce_rms_norm, args, PROVIDER).fn(*args)
+    return result
+
+
+PROVIDERS[PROVIDER] = FlashInferProvider()
+if all_reduce_rms_norm.default_priority == (NATIVE,):
+    all_reduce_rms_norm.set_default_priority((PROVIDER, NATIVE))

@@ -1,0 +1,124 @@
+"""What the `symm_mem` functions take: checks with clear errors, and tensors as the kernels need them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusewire.custom_ops.ops.norms import check_norm_args
+from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
+from fusewire.errors import ArgumentError, WorkspaceError
+
+# The kernels' numbers for dtypes (symm_mem_math.BF16, FP16, FP32).
+KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+@dataclass(frozen=True)
+class InnerNorm:
+    """An RMSNorm of the sum over ranks, before the residual is added: Gemma 2 and 3 and GLM-4 norm twice.
+
+    Attributes:
+        weight: (hidden,), any floating dtype, or None.
+        eps: added to the mean square.
+        weight_bias: added to the weight. Ignored without a weight.
+        form: "scale_then_round" or "round_then_scale".
+    """
+
+    weight: Tensor | None
+    eps: float
+    weight_bias: float
+    form: str
+
+
+def prepared(
+    ws: SymmMemWorkspace,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    capacity: int,
+    kind: str,
+) -> tuple[Tensor, int]:
+    """Check what all forms share; x, contiguous and aligned, and how many rows it has."""
+    if ws.closed:
+        raise WorkspaceError("the workspace is closed; make a new one")
+    ws.check()
+    check_norm_args(x, weight, eps, weight_bias, form)
+    if x.dtype != ws.dtype or x.shape[-1] != ws.hidden or x.device != ws.device:
+        raise ArgumentError(
+            f"x is {x.dtype} (..., {x.shape[-1]}) on {x.device}, but the workspace is for {ws.dtype} "
+            f"(..., {ws.hidden}) on {ws.device}; make one for x"
+        )
+    tokens = x.numel() // ws.hidden
+    if tokens > capacity:
+        raise ArgumentError(
+            f"x has {tokens} tokens, but this workspace takes at most {capacity} in a {kind} call; make a larger one"
+        )
+    return aligned(x), tokens
+
+
+def check_inner(inner: InnerNorm | None, residual: Tensor | None, x: Tensor) -> None:
+    """Raise ArgumentError if an inner norm does not fit x, or has no residual to be added to."""
+    if inner is None:
+        return
+    if residual is None:
+        raise ArgumentError(
+            "an inner norm needs a residual, to which the normalised sum is added; without one leave inner None"
+        )
+    try:
+        check_norm_args(x, inner.weight, inner.eps, inner.weight_bias, inner.form)
+    except ArgumentError as error:
+        raise ArgumentError(f"inner norm: {error}") from error
+
+
+def aligned(t: Tensor) -> Tensor:
+    """t, contiguous and on a 16-byte boundary; a copy if need be."""
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % 16 else t
+
+
+def residual_like(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """The complete residual, contiguous and aligned."""
+    if t is None:
+        return None
+    if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
+        raise ArgumentError(
+            f"the residual is {t.dtype} {list(t.shape)} on {t.device}; it must be like x: {x.dtype} "
+            f"{list(x.shape)} on {x.device}"
+        )
+    return aligned(t)
+
+
+def residual_shard(t: Tensor | None, x: Tensor, shard: int, owned: int, ws: SymmMemWorkspace) -> Tensor | None:
+    """This rank's rows of the residual, contiguous and aligned."""
+    if t is None:
+        return None
+    fits = t.dim() == 2 and owned <= t.shape[0] <= shard and t.shape[1] == ws.hidden
+    if not fits or t.dtype != x.dtype or t.device != x.device:
+        raise ArgumentError(
+            f"the residual is {t.dtype} {list(t.shape)} on {t.device}; rank {ws.rank}'s shard for x "
+            f"{list(x.shape)} must be {x.dtype} [{shard}, {ws.hidden}] on {x.device} (its rows "
+            f"{ws.rank * shard} to {ws.rank * shard + owned})"
+        )
+    return aligned(t)
+
+
+def output_like(t: Tensor | None, like: Tensor, x: Tensor, name: str) -> Tensor:
+    """A place for a result of that shape: t if it will do, a new one if there is none."""
+    if t is None:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    if t.shape != like.shape or t.dtype != x.dtype or t.device != x.device:
+        raise ArgumentError(f"{name} must be {x.dtype} {list(like.shape)} on {x.device}, not {t.dtype} {list(t.shape)}")
+    if t.numel() and (not t.is_contiguous() or t.data_ptr() % 16 or t.data_ptr() == x.data_ptr()):
+        raise ArgumentError(f"{name} must be contiguous, on a 16-byte boundary, and not x itself")
+    return t
+
+
+def weight_for(weight: Tensor | None) -> Tensor | None:
+    """The weight, contiguous, aligned and of a dtype that the kernels read."""
+    if weight is None:
+        return None
+    return aligned(weight if weight.dtype in KINDS else weight.float())

@@ -1,0 +1,1 @@
+"""The Triton kernels, from single memory accesses (`memory`) to whole all-reduces."""

@@ -1,0 +1,394 @@
+"""Memory primitives of the `symm_mem` kernels: 16-byte packets, system-scope flags and bounded waits, in PTX.
+
+Everything that ranks say to each other goes through this file, in one of three ways:
+
+* **data as flag.** A packet is 16 bytes, four 32-bit words. Its destination holds `SENTINEL` (all ones, a NaN
+  in bf16, fp16 and fp32) in every word before it arrives, and the reader polls until no word is the sentinel.
+  Each word vouches for itself, so nothing is asked of the memory system but that 32-bit stores are not torn.
+  Writers turn the one NaN that equals the sentinel into the NaN next to it (`sanitize`): every value arrives,
+  -0.0 and NaN included.
+* **tagged word.** One 64-bit relaxed store of an fp32 value and a 32-bit tag that names the call. Scalar
+  64-bit accesses are single-copy atomic, and the tag makes clearing needless.
+* **flag.** A 64-bit word that holds the number of the call, written behind a system-scope fence after a
+  barrier of the block and read by ld.acquire.sys before one. A fence is cumulative over the barrier, so it
+  covers the stores of the whole block; an acquire drops what L1 holds, so loads after the barrier cannot be
+  stale.
+
+Every tensor operand has at least as many elements as the block has threads, in the default layout (element i
+belongs to thread i modulo the number of threads). So no element belongs to two threads, and a reader may
+reset a packet which it has seen arrive; tests/test_symm_mem_compile.py holds the compiled layouts to it.
+
+Waits are bounded. After every 256 fruitless polls a wait looks at the error word of the control block and
+gives up at once if another one has; past the control block's time limit it writes there, and to the host's
+copy, which rank it waited for, and ends.
+"""
+
+# In Triton a tuple grows by addition, and its type with it.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from fusewire.custom_ops.providers.symm_mem import workspace
+from fusewire.custom_ops.providers.triton_cache import settle_keys
+
+CTL_ONE_SHOT = tl.constexpr(workspace.CTL_ONE_SHOT)
+CTL_DATA = tl.constexpr(workspace.CTL_DATA)
+CTL_FLAGS = tl.constexpr(workspace.CTL_FLAGS)
+CTL_ERROR = tl.constexpr(workspace.CTL_ERROR)
+CTL_HOST_ERROR = tl.constexpr(workspace.CTL_HOST_ERROR)
+CTL_LIMIT_NS = tl.constexpr(workspace.CTL_LIMIT_NS)
+CTL_PEERS = tl.constexpr(workspace.CTL_PEERS)
+CTL_ZEROS = tl.constexpr(workspace.CTL_ZEROS)
+LINE = tl.constexpr(workspace.LINE)
+
+WAIT_ONE_SHOT = tl.constexpr(workspace.WAIT_ONE_SHOT)
+WAIT_PARTIAL_DATA = tl.constexpr(workspace.WAIT_PARTIAL_DATA)
+WAIT_RESULT_DATA = tl.constexpr(workspace.WAIT_RESULT_DATA)
+WAIT_PARTIAL_FLAG = tl.constexpr(workspace.WAIT_PARTIAL_FLAG)
+WAIT_RESULT_FLAG = tl.constexpr(workspace.WAIT_RESULT_FLAG)
+WAIT_SLICE = tl.constexpr(workspace.WAIT_SLICE)
+
+SENTINEL = tl.constexpr(-1)
+# What every launch adds to its counter in total; so at most this many programs (as a power of two).
+COUNTER_LOG2 = tl.constexpr(16)
+
+_BEGIN = [
+    "{",
+    ".reg .pred p;",
+    ".reg .b32 m, s, n;",
+    ".reg .b64 t, t0, e, u;",
+    "mov.b32 n, 0;",
+    "mov.b64 t0, 0;",
+]
+
+
+@triton.constexpr_function
+def _max_of(first: int, count: int) -> list[str]:
+    """PTX that leaves the unsigned maximum of `count` operands from `$first` on in register m."""
+    return [f"max.u32 m, ${first}, ${first + 1};"] + [f"max.u32 m, m, ${first + k};" for k in range(2, count)]
+
+
+@triton.constexpr_function
+def _slow_path(ctl: str, code: str, late: bool, blame: list[str]) -> list[str]:
+    """PTX run after a fruitless poll: count, and now and then look at the error word and the clock.
+
+    Goes to label `again`, or to `done` if it gives up. `blame` leaves the rank waited for in register s. A
+    `late` wait allows a quarter more time, so that the wait nearest to the cause is the one that reports.
+    """
+    return [
+        "add.u32 n, n, 1;",
+        "and.b32 m, n, 255;",
+        "setp.ne.u32 p, m, 0;",
+        "@p bra again;",
+        f"ld.relaxed.sys.global.b64 e, [{ctl}+{8 * CTL_ERROR.value}];",
+        "setp.ne.b64 p, e, 0;",
+        "@p bra done;",
+        "mov.u64 t, %globaltimer;",
+        "setp.eq.u64 p, t0, 0;",
+        "@p mov.b64 t0, t;",
+        "sub.u64 t, t, t0;",
+        f"ld.relaxed.sys.global.b64 e, [{ctl}+{8 * CTL_LIMIT_NS.value}];",
+        *(["shr.u64 u, e, 2;", "add.u64 e, e, u;"] if late else []),
+        "setp.lt.u64 p, t, e;",
+        "@p bra again;",
+        *blame,
+        "add.u32 s, s, 1;",
+        f"mov.b64 e, {{s, {code}}};",
+        "mov.b64 u, 0;",
+        f"atom.relaxed.sys.global.cas.b64 t, [{ctl}+{8 * CTL_ERROR.value}], u, e;",
+        "setp.ne.b64 p, t, 0;",
+        "@p bra done;",
+        f"ld.relaxed.sys.global.b64 t, [{ctl}+{8 * CTL_HOST_ERROR.value}];",
+        "setp.eq.b64 p, t, 0;",
+        "@p bra done;",
+        "st.relaxed.sys.global.b64 [t], e;",
+        "bra done;",
+    ]
+
+
+@triton.constexpr_function
+def _poll_asm(packets: int, rows: int, words: int, step: int, late: bool) -> str:
+    """Load packets, and rows of tagged words, until no packet holds the sentinel and all words carry the tag.
+
+    Operands: 4 words a packet and a sum a row out, the packets' addresses, the rows' addresses, tag, control block,
+    code, rank; without rows no tag.
+    """
+    sums, at = 4 * packets, 4 * packets + rows
+    tag, ctl, code, rank = (f"${at + packets + rows + k - (rows == 0)}" for k in range(4))
+    body, blame = [".reg .b32 f, g, k;", ".reg .b64 v;", "again:", "mov.b32 k, 0;"], [f"mov.b32 s, {rank};"]
+    for j in range(packets):
+        to = ", ".join(f"${4 * j + k}" for k in range(4))
+        body.append(f"ld.relaxed.sys.global.v4.b32 {{{to}}}, [${at + j}];")
+    for j, s in [(j, s) for j in range(rows) for s in range(words)]:
+        to, row = f"${sums + j}", f"[${at + packets + j}+{8 * s}]"
+        if s % 2 == 0:  # two at once, if there are two
+            load = f"v2.b64 {{u, v}}, {row}" if s + 1 < words else f"b64 u, {row}"
+            body.append(f"ld.relaxed.sys.global.{load};")
+        body += [f"mov.b64 {{{'f' if s else to}, g}}, {'v' if s % 2 else 'u'};", f"xor.b32 g, g, {tag};"]
+        body += ["or.b32 k, k, g;", *([f"add.rn.f32 {to}, {to}, f;"] if s else [])]
+    if packets:
+        body += [*_max_of(0, 4 * packets), "setp.eq.u32 p, m, 0xffffffff;", "@p mov.b32 k, 1;"]
+    for j in reversed(range(packets if step else 0)):
+        blame += [*_max_of(4 * j, 4), "setp.eq.u32 p, m, 0xffffffff;", f"@p add.u32 s, {rank}, {j * step};"]
+    body += ["setp.eq.u32 p, k, 0;", "@p bra end;", *_slow_path(ctl, code, late, blame)]
+    nans = [f"mov.b32 ${sums + j}, 0x7fffffff;" for j in range(rows)]
+    return "\n".join([*_BEGIN, *body, "done:", *nans, "end:", "}"])
+
+
+@triton.constexpr_function
+def _wait_flag_asm(late: bool) -> str:
+    """Wait until a flag holds a value; $0 is 1 if it gave up. Operands: address, value, mask, control block,
+    code, rank.
+    """
+    body = ["mov.b32 $0, 0;", "setp.eq.u32 p, $3, 0;", "@p bra end;", "again:"]
+    body += ["ld.acquire.sys.global.b64 u, [$1];", "setp.eq.b64 p, u, $2;", "@p bra end;"]
+    slow = _slow_path("$4", "$5", late, ["mov.b32 s, $6;"])
+    return "\n".join([*_BEGIN, *body, *slow, "done:", "mov.b32 $0, 1;", "end:", "}"])
+
+
+@triton.constexpr_function
+def _constraints(outs: int, addresses: int, rest: str) -> str:
+    # Outputs are written before the last input is read, hence early clobber.
+    return ",".join(["=&r"] * outs + ["l"] * addresses + [rest])
+
+
+@triton.constexpr_function
+def _int32s(n: int) -> tuple[Any, ...]:
+    return (tl.int32,) * n
+
+
+@triton.constexpr_function
+def _load_asm(op: str) -> str:
+    zeros = " ".join(f"mov.b32 ${k}, 0;" for k in range(4))
+    return f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {zeros} @p {op}.v4.b32 {{$0, $1, $2, $3}}, [$4]; }}"
+
+
+@triton.jit
+def load16(addr: tl.tensor, mask: tl.tensor, COHERENT: tl.constexpr) -> tl.tuple:
+    """16 bytes at each address as four int32 tensors, zeros where masked. COHERENT: written by a peer, never from L1."""
+    return tl.inline_asm_elementwise(
+        _load_asm("ld.relaxed.sys.global" if COHERENT else "ld.global"),
+        "=&r,=&r,=&r,=&r,l,r",
+        (addr, mask.to(tl.int32)),
+        dtype=_int32s(4),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch(addr: tl.tensor, mask: tl.tensor) -> None:
+    """Bring what lies at each address to L2, without a register for it."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r",
+        (addr, mask.to(tl.int32)),
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def load8(addr: tl.tensor, mask: tl.tensor) -> tl.tuple:
+    """8 bytes at each address as two int32 tensors, zeros where masked."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.v2.b32 {$0, $1}, [$2]; }",
+        "=&r,=&r,l,r",
+        (addr, mask.to(tl.int32)),
+        dtype=_int32s(2),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def load_i64(addr: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """The 64-bit word at each address, zero where masked; read where it stands, also if a loop does not change it."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b64 $0, 0; @p ld.global.b64 $0, [$1]; }",
+        "=&l,l,r",
+        (addr, mask.to(tl.int32)),
+        dtype=tl.int64,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.constexpr_function
+def _store_asm(op: str) -> str:
+    return f"{{ .reg .pred p; setp.ne.b32 p, $6, 0; @p {op}.v4.b32 [$1], {{$2, $3, $4, $5}}; mov.b32 $0, 0; }}"
+
+
+@triton.jit
+def store16(addr: tl.tensor, words: tl.tuple, mask: tl.tensor, POLLED: tl.constexpr) -> None:
+    """Store four int32 tensors as 16 bytes at each address. POLLED: a peer polls it, so relaxed at system scope."""
+    tl.inline_asm_elementwise(
+        _store_asm("st.relaxed.sys.global" if POLLED else "st.global"),
+        "=r,l,r,r,r,r,r",
+        (addr, words[0], words[1], words[2], words[3], mask.to(tl.int32)),
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def sanitize(words: tl.tuple) -> tl.tuple:
+    """Four words; one that looks like the sentinel becomes the NaN next to it, all others stay."""
+    out = ()
+    for k in tl.static_range(4):
+        word = tl.minimum(words[k].to(tl.uint32, bitcast=True), 0xFFFFFFFE)
+        out = out + (word.to(tl.int32, bitcast=True),)
+    return out
+
+
+@triton.jit
+def poll16(
+    addrs: tl.tuple,
+    ctl: tl.tensor,
+    code: tl.constexpr,
+    rank: tl.tensor,
+    N: tl.constexpr,
+    RANK_STEP: tl.constexpr,
+    LATE: tl.constexpr,
+) -> tl.tuple:
+    """Wait for the packets at N tensors of addresses; their 4N words, packet by packet.
+
+    A wait that gives up reports rank + j * RANK_STEP, j the first packet missing, and returns what it saw:
+    the sentinel, a NaN.
+    """
+    return tl.inline_asm_elementwise(
+        _poll_asm(N, 0, 0, RANK_STEP, LATE),
+        _constraints(4 * N, N, "l,r,r"),
+        addrs + (ctl, code, rank),
+        dtype=_int32s(4 * N),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def put_tagged(addr: tl.tensor, value: tl.tensor, tag: tl.tensor, mask: tl.tensor) -> None:
+    """Store (fp32 value, int32 tag) as one 64-bit word where mask."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b64 u; setp.ne.b32 p, $4, 0; mov.b64 u, {$2, $3}; "
+        "@p st.relaxed.sys.global.b64 [$1], u; mov.b32 $0, 0; }",
+        "=r,l,r,r,r",
+        (addr, value.to(tl.int32, bitcast=True), tag, mask.to(tl.int32)),
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def poll_sums(
+    packets: tl.tuple,
+    rows: tl.tuple,
+    tag: tl.tensor,
+    ctl: tl.tensor,
+    code: tl.constexpr,
+    rank: tl.tensor,
+    PACKETS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    LATE: tl.constexpr,
+) -> tl.tuple:
+    """Wait for packets, and for rows of WORDS tagged words, all at once: the packets' words, then the bits of the sum of
+    each row's values, in order; NaN if the wait gave up.
+    """
+    return tl.inline_asm_elementwise(
+        _poll_asm(PACKETS, ROWS, WORDS, 0, LATE),
+        _constraints(4 * PACKETS + ROWS, PACKETS + ROWS, "r,l,r,r"),
+        packets + rows + (tag, ctl, code, rank),
+        dtype=_int32s(4 * PACKETS + ROWS),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def set_flags(a: tl.tensor, at_a: tl.tensor, b: tl.tensor, at_b: tl.tensor, value: tl.tensor) -> None:
+    """Release two flags, each where its mask says: who acquires one sees all that the block stored before its
+    last barrier.
+
+    One fence for both: a second one would wait until the peer has confirmed the first flag.
+    """
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p, q, r; setp.ne.b32 p, $1, 0; setp.ne.b32 q, $3, 0; or.pred r, p, q; "
+        "@r fence.acq_rel.sys; @p st.relaxed.sys.global.b64 [$2], $5; "
+        "@q st.relaxed.sys.global.b64 [$4], $5; mov.b32 $0, 0; }",
+        "=r,r,l,r,l,l",
+        (a.to(tl.int32), at_a, b.to(tl.int32), at_b, value),
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def wait_flag(
+    addr: tl.tensor,
+    value: tl.tensor,
+    mask: tl.tensor,
+    ctl: tl.tensor,
+    code: tl.constexpr,
+    rank: tl.tensor,
+    LATE: tl.constexpr,
+) -> tl.tensor:
+    """Acquire, one flag a lane; an int32 tensor, 1 where the wait gave up. A barrier must follow."""
+    return tl.inline_asm_elementwise(
+        _wait_flag_asm(LATE),
+        "=&r,l,l,r,l,r,r",
+        (addr, value, mask.to(tl.int32), ctl, code, rank),
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def read_counter(addr: tl.tensor) -> tl.tensor:
+    """A launch counter, relaxed at GPU scope: never from L1."""
+    return tl.inline_asm_elementwise(
+        "ld.relaxed.gpu.global.b64 $0, [$1];", "=l,l", (addr,), dtype=tl.int64, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def add_counter(addr: tl.tensor, amount: tl.tensor, mask: tl.tensor) -> None:
+    """Add to a launch counter where mask; nothing comes back, so nobody waits for it."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p red.relaxed.gpu.global.add.u64 [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,l,r",
+        (addr, amount, mask.to(tl.int32)),
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def grid_dependency_wait() -> None:
+    """Programmatic dependent launch: wait until the kernels before this one have ended, memory included."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", (), dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def grid_dependency_launch() -> None:
+    """Programmatic dependent launch: the next kernel may start once all blocks of this one have come this
+    far.
+    """
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", (), dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+settle_keys(globals())

@@ -1,0 +1,192 @@
+"""What the `symm_mem` kernels share: counting calls, owning rows, summing packets over ranks and slices."""
+
+# In Triton a tuple grows by addition, and its type with it.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
+    COUNTER_LOG2,
+    SENTINEL,
+    WAIT_SLICE,
+    add_counter,
+    poll_sums,
+    put_tagged,
+)
+from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
+    add_rounded,
+    high,
+    load_weight,
+    low,
+    normalized,
+    packed,
+    reciprocal_rms,
+    sum_of_squares,
+)
+from fusewire.custom_ops.providers.triton_cache import settle_keys
+
+# Not specialised on being 1 or a multiple of 16: one compiled kernel serves all token counts and layouts.
+INTS = (
+    *("tokens", "shard", "rank", "ahead", "lag", "slots", "slot_bytes", "source_bytes", "results", "rstds"),
+    *("slices_at", "squares_at", "inbox", "partial_flags", "result_flags", "flag_bytes"),
+)
+
+
+@triton.jit
+def end_call(ctl: tl.tensor, COUNTER: tl.constexpr, THREADS: tl.constexpr) -> None:
+    tl.debug_barrier()  # all threads have read the counter
+    first = tl.program_id(0) == 0
+    amount = tl.where(first, (1 << COUNTER_LOG2) - tl.num_programs(0) + 1, 1).to(tl.int64)
+    add_counter(ctl.to(tl.int64) + 8 * COUNTER, amount, tl.arange(0, THREADS) == 0)
+
+
+@triton.jit
+def tag_of(call: tl.tensor) -> tl.tensor:
+    """The call as a tag, never 0."""
+    return ((call & 0x7FFFFFFF) + 1).to(tl.int32)
+
+
+@triton.jit
+def rows_of(rank: tl.tensor, tokens: tl.tensor, shard: tl.tensor) -> tl.tensor:
+    return tl.minimum(tl.maximum(tokens - rank * shard, 0), shard)
+
+
+@triton.jit
+def peer_at(rank: tl.tensor, turn: tl.tensor, j: tl.constexpr, WORLD: tl.constexpr) -> tl.tensor:
+    """The j-th peer, 1 <= j < WORLD, that a block of this turn sends to.
+
+    Blocks begin with different peers, so that at any time all links carry something for every one: a twentieth
+    more throughput than if all blocks send to the same peer at once.
+    """
+    return (rank + 1 + (turn + j - 1) % (WORLD - 1)) % WORLD
+
+
+@triton.jit
+def recomputed(value: tl.tensor) -> tl.tensor:
+    """The 32-bit value, of which the compiler does not know that it is the same each time.
+
+    What follows from it is computed anew where it is used. With 8 ranks there are so many addresses that a loop does
+    not change that keeping them would take more registers than there are.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", (value,), dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def packet_of(words: tl.tuple, N: tl.constexpr) -> tl.tuple:
+    return (words[4 * N], words[4 * N + 1], words[4 * N + 2], words[4 * N + 3])
+
+
+@triton.jit
+def load_scale(
+    weight: tl.tensor, packet: tl.tensor, mask: tl.tensor, KIND: tl.constexpr, WKIND: tl.constexpr
+) -> tl.tuple:
+    return load_weight(weight.to(tl.int64), packet, mask, KIND, WKIND) if WKIND >= 0 else (mask,)
+
+
+@triton.jit
+def accumulate(
+    sums: tl.tuple, words: tl.tuple, src: tl.constexpr, mine: tl.tuple, rank: tl.tensor, KIND: tl.constexpr
+) -> tl.tuple:
+    """Add rank src's packet (this rank's own is `mine`) to the eight fp32 sums of a packet."""
+    out = ()
+    for k in tl.static_range(4):
+        word = tl.where(rank == src, mine[k], words[k])
+        if src == 0:
+            out = out + (low(word, KIND), high(word, KIND))
+        else:
+            out = out + (sums[2 * k] + low(word, KIND), sums[2 * k + 1] + high(word, KIND))
+    return out
+
+
+@triton.jit
+def reduced(sums: tl.tuple, residual: tl.tuple, KIND: tl.constexpr, HAS_RESIDUAL: tl.constexpr) -> tl.tuple:
+    """The sums of a packet, rounded; plus the residual, rounded again."""
+    out = ()
+    for k in tl.static_range(4):
+        word = packed(sums[2 * k], sums[2 * k + 1], KIND)
+        if HAS_RESIDUAL:
+            word = add_rounded(word, residual[k], KIND)
+        out = out + (word,)
+    return out
+
+
+@triton.jit
+def sum_ranks(
+    sources: tl.tuple,
+    mine: tl.tuple,
+    rank: tl.tensor,
+    residual: tl.tuple,
+    WORLD: tl.constexpr,
+    KIND: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+) -> tl.tuple:
+    """Packets of ranks 0, 1, ... summed in that order."""
+    sums = ()
+    for src in tl.static_range(WORLD):
+        sums = accumulate(sums, packet_of(sources, src), src, mine, rank, KIND)
+    return reduced(sums, residual, KIND, HAS_RESIDUAL)
+
+
+@triton.jit
+def squares_of(words: tl.tuple, mask: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """Sum of squares of a block's numbers where mask."""
+    return tl.sum(tl.where(mask, sum_of_squares(words, KIND), 0.0), axis=0)
+
+
+@triton.jit
+def add_normalized(
+    words: tl.tuple,
+    residual: tl.tuple,
+    squares: tl.tensor,
+    scale: tl.tuple,
+    eps: tl.tensor,
+    bias: tl.tensor,
+    HIDDEN: tl.constexpr,
+    KIND: tl.constexpr,
+    WKIND: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+) -> tl.tuple:
+    """The inner norm of a packet of sums, rounded; plus the residual, rounded again."""
+    normed = normalized(words, reciprocal_rms(squares, eps, HIDDEN), scale, bias, KIND, WKIND, ROUND_FIRST)
+    out = ()
+    for k in tl.static_range(4):
+        out = out + (add_rounded(normed[k], residual[k], KIND),)
+    return out
+
+
+@triton.jit
+def slices_sum(
+    value: tl.tensor,
+    at: tl.tensor,
+    part: tl.tensor,
+    call: tl.tensor,
+    ctl: tl.tensor,
+    rank: tl.tensor,
+    lane: tl.tensor,
+    SLICES: tl.constexpr,
+) -> tl.tensor:
+    """Sum `value` over the blocks that share a row, in slice order, through tagged words in this GPU's own
+    memory.
+    """
+    if SLICES > 1:
+        put_tagged(at + part * 8, value, tag_of(call), lane == 0)
+        value = poll_sums((), (at,), tag_of(call), ctl, WAIT_SLICE, rank, 0, 1, SLICES, True)[0].to(
+            tl.float32, bitcast=True
+        )
+    return value
+
+
+@triton.jit
+def poisoned(words: tl.tuple, bad: tl.tensor) -> tl.tuple:
+    """NaNs if a wait gave up: what was awaited is not there, and old data must not pass for it."""
+    out = ()
+    for k in tl.static_range(4):
+        out = out + (tl.where(bad > 0, SENTINEL, words[k]),)
+    return out
+
+
+settle_keys(globals())

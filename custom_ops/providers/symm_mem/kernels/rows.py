@@ -1,0 +1,177 @@
+"""Arithmetic of the `symm_mem` kernels on packed 32-bit words.
+
+A packet of 16 bytes holds eight bf16 or fp16 numbers, or four fp32 ones, as four int32 tensors. KIND says
+which; of a word, `low` and `high` give the two halves in fp32 (fp32 words have only the low one). Nothing
+here touches memory but `load_weight`.
+"""
+
+# In Triton a tuple grows by addition, and its type with it.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusewire.custom_ops.providers.symm_mem.kernels.memory import load8, load16
+from fusewire.custom_ops.providers.triton_cache import settle_keys
+
+BF16 = tl.constexpr(0)
+FP16 = tl.constexpr(1)
+FP32 = tl.constexpr(2)
+NONE = tl.constexpr(-1)  # of a weight: there is none
+
+
+@triton.jit
+def low(word: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """The first number of a word, in fp32."""
+    if KIND == BF16:
+        value = (word << 16).to(tl.float32, bitcast=True)
+    elif KIND == FP16:
+        value = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        value = word.to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit
+def high(word: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """The second number of a word, in fp32; of fp32 words 0, which no result depends on."""
+    if KIND == BF16:
+        value = (word & -65536).to(tl.float32, bitcast=True)
+    elif KIND == FP16:
+        value = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        value = tl.zeros_like(word).to(tl.float32)
+    return value
+
+
+@triton.jit
+def rounded(value: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """fp32 rounded to KIND (to nearest, ties to even) and back."""
+    if KIND == BF16:
+        value = value.to(tl.bfloat16).to(tl.float32)
+    elif KIND == FP16:
+        value = value.to(tl.float16).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _bits16(value: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    half = value.to(tl.bfloat16) if KIND == BF16 else value.to(tl.float16)
+    return half.to(tl.uint16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def packed(lo: tl.tensor, hi: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """Round two fp32 tensors to KIND and pack them into words."""
+    return lo.to(tl.int32, bitcast=True) if KIND == FP32 else _bits16(lo, KIND) | (_bits16(hi, KIND) << 16)
+
+
+@triton.jit
+def add_rounded(word: tl.tensor, residual: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """The sum of two words of numbers, taken in fp32 and rounded once."""
+    return packed(
+        low(word, KIND) + low(residual, KIND),
+        high(word, KIND) + high(residual, KIND),
+        KIND,
+    )
+
+
+@triton.jit
+def sum_of_squares(words: tl.tuple, KIND: tl.constexpr) -> tl.tensor:
+    """Sum of squares of a packet's numbers, in fp32, one value per packet."""
+    total = low(words[0], KIND) * low(words[0], KIND)
+    for k in tl.static_range(1, 4):
+        total += low(words[k], KIND) * low(words[k], KIND)
+    if KIND != FP32:
+        for k in tl.static_range(4):
+            total += high(words[k], KIND) * high(words[k], KIND)
+    return total
+
+
+@triton.jit
+def load_weight(
+    base: tl.tensor, packet: tl.tensor, mask: tl.tensor, KIND: tl.constexpr, WKIND: tl.constexpr
+) -> tl.tuple:
+    """The weight's words that belong to packets of KIND: 4, 8 (16-bit activations, fp32 weight) or 2 (the
+    reverse).
+    """
+    if WKIND == NONE:
+        words = (mask,)
+    elif KIND == FP32 and WKIND != FP32:
+        words = load8(base + packet.to(tl.int64) * 8, mask)
+    elif KIND != FP32 and WKIND == FP32:
+        addr = base + packet.to(tl.int64) * 32
+        words = load16(addr, mask, False) + load16(addr + 16, mask, False)
+    else:
+        words = load16(base + packet.to(tl.int64) * 16, mask, False)
+    return words
+
+
+@triton.jit
+def _weight_low(words: tl.tuple, K: tl.constexpr, KIND: tl.constexpr, WKIND: tl.constexpr) -> tl.tensor:
+    if KIND == FP32 and WKIND != FP32:
+        value = low(words[K // 2], WKIND) if K % 2 == 0 else high(words[K // 2], WKIND)
+    elif KIND != FP32 and WKIND == FP32:
+        value = low(words[2 * K], WKIND)
+    else:
+        value = low(words[K], WKIND)
+    return value
+
+
+@triton.jit
+def _weight_high(words: tl.tuple, K: tl.constexpr, KIND: tl.constexpr, WKIND: tl.constexpr) -> tl.tensor:
+    return low(words[2 * K + 1], WKIND) if (KIND != FP32 and WKIND == FP32) else high(words[K], WKIND)
+
+
+@triton.jit
+def _scaled(
+    value: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    KIND: tl.constexpr,
+    WKIND: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+) -> tl.tensor:
+    scale = bias + weight
+    if ROUND_FIRST:
+        # This form takes place in the source's own dtypes: bias + weight is a number of the weight's.
+        scale = rounded(scale, WKIND)
+        value = rounded(value, KIND)
+    return value * scale
+
+
+@triton.jit
+def normalized(
+    words: tl.tuple,
+    rstd: tl.tensor,
+    weight: tl.tuple,
+    bias: tl.tensor,
+    KIND: tl.constexpr,
+    WKIND: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+) -> tl.tuple:
+    """A packet's numbers times rstd, scaled by the weight and rounded: "scale_then_round", or
+    "round_then_scale".
+    """
+    out = ()
+    for k in tl.static_range(4):
+        lo = low(words[k], KIND) * rstd
+        hi = high(words[k], KIND) * rstd
+        if WKIND != NONE:
+            lo = _scaled(lo, _weight_low(weight, k, KIND, WKIND), bias, KIND, WKIND, ROUND_FIRST)
+            if KIND != FP32:
+                hi = _scaled(hi, _weight_high(weight, k, KIND, WKIND), bias, KIND, WKIND, ROUND_FIRST)
+        out = out + (packed(lo, hi, KIND),)
+    return out
+
+
+@triton.jit
+def reciprocal_rms(sum_squares: tl.tensor, eps: tl.tensor, HIDDEN: tl.constexpr) -> tl.tensor:
+    """1 / sqrt(mean of squares + eps)."""
+    return tl.math.rsqrt(sum_squares / HIDDEN + eps)
+
+
+settle_keys(globals())

@@ -1,0 +1,268 @@
+"""Two-shot all-reduce + residual + RMSNorm with one flag a row; `symm_mem_kernels` says why it is safe."""
+
+# In Triton a tuple grows by addition, and its type with it.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
+    COUNTER_LOG2,
+    CTL_FLAGS,
+    CTL_PEERS,
+    SENTINEL,
+    WAIT_PARTIAL_FLAG,
+    WAIT_RESULT_FLAG,
+    grid_dependency_wait,
+    load16,
+    load_i64,
+    prefetch,
+    put_tagged,
+    read_counter,
+    set_flags,
+    store16,
+    wait_flag,
+)
+from fusewire.custom_ops.providers.symm_mem.kernels.packets import (
+    INTS,
+    accumulate,
+    add_normalized,
+    end_call,
+    load_scale,
+    packet_of,
+    peer_at,
+    poisoned,
+    recomputed,
+    reduced,
+    rows_of,
+    squares_of,
+    tag_of,
+)
+from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
+    FP32,
+    normalized,
+    reciprocal_rms,
+    sum_of_squares,
+)
+from fusewire.custom_ops.providers.triton_cache import settle_keys
+
+
+@triton.jit
+def base_of(ctl_at: tl.tensor, peer: tl.tensor) -> tl.tensor:
+    """Where a peer's buffer begins."""
+    return load_i64(ctl_at + 8 * CTL_PEERS + tl.cast(peer, tl.int64) * 8, peer >= 0)
+
+
+@triton.jit(do_not_specialize=INTS)
+def two_shot_flags_kernel(
+    ctl: tl.tensor,
+    x: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    norm_out: tl.tensor,
+    residual_out: tl.tensor,
+    tokens: tl.int32,
+    shard: tl.int32,
+    rank: tl.int32,
+    ahead: tl.int32,
+    lag: tl.int32,
+    inbox: tl.int64,
+    source_bytes: tl.int64,
+    results: tl.int64,
+    rstds: tl.int64,
+    partial_flags: tl.int64,
+    result_flags: tl.int64,
+    flag_bytes: tl.int64,
+    eps: tl.float32,
+    bias: tl.float32,
+    inner_weight: tl.tensor,
+    inner_eps: tl.tensor,
+    inner_bias: tl.tensor,
+    WORLD: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    KIND: tl.constexpr,
+    WKIND: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    WRITE_RESIDUAL: tl.constexpr,
+    INNER: tl.constexpr,
+    INNER_WKIND: tl.constexpr,
+    INNER_ROUND_FIRST: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+    FULL: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """A block takes row i of every rank's shard at a time: i = its number, then in strides of the grid.
+
+    In step s it pushes its partial rows of stride s, finishes its own row of stride s - ahead, signals both,
+    and takes the peers' rows of stride s - ahead - lag; ahead >= 1 or there is one stride, lag >= 0. So in
+    the long run partial rows, results and local work share the links and the memory evenly, and partial rows
+    are read while still in L2.
+
+    `results`: byte offset of the (tokens, hidden) area where peers put their rows; with IN_PLACE it is the
+    output itself (the norm, or the residual if FULL) and nothing is copied. FULL: residual and residual_out
+    are (tokens, hidden); else (shard, hidden), this rank's own rows.
+    """
+    PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
+    ROW: tl.constexpr = PACKETS * 16
+    if PDL:
+        grid_dependency_wait()
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    packet = tl.arange(0, BLOCK)
+    mask = packet < PACKETS
+    byte = packet.to(tl.int64) * 16
+    x_at = x.to(tl.int64)
+    ctl_at = ctl.to(tl.int64)
+    call = (read_counter(ctl_at + 8 * CTL_FLAGS) >> COUNTER_LOG2) + 1
+    own = tl.load(ctl + CTL_PEERS + rank)
+    thread = tl.arange(0, THREADS)
+    is_peer = (thread < WORLD) & (thread != rank)
+    peer_base = load_i64(ctl_at + 8 * CTL_PEERS + thread.to(tl.int64) * 8, is_peer)
+    peer_rows = rows_of(thread, tokens, shard)
+    mine_rows = rows_of(rank, tokens, shard)
+    # Flags that others write here, by who writes; and those that this rank writes there.
+    flags_in = own + thread.to(tl.int64) * flag_bytes
+    flags_out = peer_base + rank * flag_bytes
+    KEEP: tl.constexpr = WKIND >= 0 and BLOCK // THREADS <= 2  # the weight stays in registers
+    GROUP: tl.constexpr = max(1, 8 * THREADS // BLOCK)  # rows in flight
+    kept_scale = load_scale(weight, packet, mask, KIND, WKIND if KEEP else -1)
+    steps = (shard + programs - 1) // programs + ahead + lag
+    for s in range(steps):
+        # This rank's partial rows, to their owners.
+        i = pid + s * programs
+        pushed = i < shard
+        if pushed:
+            turn = recomputed(pid)
+            for g in tl.static_range(1, WORLD, GROUP):
+                partial = ()
+                for j in tl.static_range(g, g + GROUP):
+                    if j < WORLD:
+                        peer = peer_at(rank, turn, j, WORLD)
+                        valid = mask & (i < rows_of(peer, tokens, shard))
+                        at = tl.cast(peer * shard + i, tl.int64) * ROW + byte
+                        partial = partial + load16(x_at + at, valid, False)
+                for j in tl.static_range(g, g + GROUP):
+                    if j < WORLD:
+                        peer = peer_at(rank, turn, j, WORLD)
+                        valid = mask & (i < rows_of(peer, tokens, shard))
+                        base = base_of(ctl_at, peer)
+                        at = base + inbox + rank * source_bytes + tl.cast(i, tl.int64) * ROW + byte
+                        store16(at, packet_of(partial, j - g), valid, False)
+        # This rank's own row.
+        done = i - ahead * programs
+        finished = (done >= 0) & (done < mine_rows)
+        if finished:
+            local = tl.cast(done, tl.int64) * ROW + byte
+            first_row = tl.cast(rank * shard, tl.int64) * ROW
+            at = first_row + local
+            kept = at if FULL else local
+            # Into L2 while the flags are awaited; registers are for the peers' parts.
+            prefetch(x_at + at, mask)
+            if HAS_RESIDUAL:
+                prefetch(residual.to(tl.int64) + kept, mask)
+            flag = flags_in + partial_flags + tl.cast(done, tl.int64) * 8
+            late = wait_flag(flag, call, is_peer, ctl_at, WAIT_PARTIAL_FLAG, thread, False)
+            bad = tl.max(late, axis=0)
+            tl.debug_barrier()
+            sums = ()
+            none = recomputed(0)
+            for src in tl.static_range(WORLD):
+                # This rank's own part lies in x.
+                part_at = tl.where(rank == src, x_at + first_row, own + inbox + (none + src) * source_bytes)
+                words = load16(part_at + local, mask, True)
+                sums = accumulate(sums, words, src, words, rank, KIND)
+            add = load16(residual.to(tl.int64) + kept, mask, False) if HAS_RESIDUAL else (mask,)
+            scale = kept_scale if KEEP else load_scale(weight, packet, mask, KIND, WKIND)
+            total = poisoned(reduced(sums, add, KIND, HAS_RESIDUAL and not INNER), bad)
+            if INNER:
+                inner_scale = load_scale(inner_weight, packet, mask, KIND, INNER_WKIND)
+                total = add_normalized(
+                    total,
+                    add,
+                    squares_of(total, mask, KIND),
+                    inner_scale,
+                    inner_eps,
+                    inner_bias,
+                    HIDDEN,
+                    KIND,
+                    INNER_WKIND,
+                    INNER_ROUND_FIRST,
+                )
+            squares = squares_of(total, mask, KIND) if INNER else tl.sum(sum_of_squares(total, KIND), axis=0)
+            rstd = reciprocal_rms(squares, eps, HIDDEN)
+            norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST)
+            turn = recomputed(pid)
+            for j in tl.static_range(1, WORLD):
+                base = base_of(ctl_at, peer_at(rank, turn, j, WORLD))
+                store16(base + results + at, total if FULL else norm, mask, False)
+            if FULL:
+                row_at = peer_base + rstds + tl.cast(rank * shard + done, tl.int64) * 8
+                put_tagged(row_at, rstd, tag_of(call), is_peer)
+            store16(norm_out.to(tl.int64) + at, norm, mask, False)
+            if WRITE_RESIDUAL:
+                store16(residual_out.to(tl.int64) + kept, total, mask, False)
+        if WRITE_RESIDUAL and not FULL:  # noqa: SIM102
+            if (done >= mine_rows) & (done < shard):  # a row of the shard that no token is for
+                zeros = tl.zeros([BLOCK], tl.int32)
+                there = residual_out.to(tl.int64) + tl.cast(done, tl.int64) * ROW + byte
+                store16(there, (zeros, zeros, zeros, zeros), mask, False)
+        if pushed | finished:
+            tl.debug_barrier()
+            first = flags_out + partial_flags + tl.cast(i, tl.int64) * 8
+            second = flags_out + result_flags + tl.cast(done, tl.int64) * 8
+            set_flags(is_peer & (i < peer_rows), first, is_peer & finished, second, call)
+        # The peers' rows.
+        taken = i - (ahead + lag) * programs
+        if (taken >= 0) & (taken < shard):
+            flag = flags_in + result_flags + tl.cast(taken, tl.int64) * 8
+            late = wait_flag(flag, call, is_peer & (taken < peer_rows), ctl_at, WAIT_RESULT_FLAG, thread, True)
+            bad = tl.max(late, axis=0)
+            tl.debug_barrier()
+            turn = recomputed(pid)
+            if FULL or not IN_PLACE:
+                scale = kept_scale if KEEP else load_scale(weight, packet, mask, KIND, WKIND)
+                for g in tl.static_range(1, WORLD, GROUP):
+                    arrived = ()
+                    rms = ()
+                    for j in tl.static_range(g, g + GROUP):
+                        if j < WORLD:
+                            peer = peer_at(rank, turn, j, WORLD)
+                            valid = mask & (taken < rows_of(peer, tokens, shard))
+                            row = tl.cast(peer * shard + taken, tl.int64)
+                            arrived = arrived + load16(own + results + row * ROW + byte, valid, True)
+                            if FULL:
+                                here = taken < rows_of(peer, tokens, shard)
+                                rms = rms + (load_i64(own + rstds + row * 8, here),)
+                    for j in tl.static_range(g, g + GROUP):
+                        if j < WORLD:
+                            peer = peer_at(rank, turn, j, WORLD)
+                            here = taken < rows_of(peer, tokens, shard)
+                            row = tl.cast(peer * shard + taken, tl.int64)
+                            at = row * ROW + byte
+                            got = poisoned(packet_of(arrived, j - g), bad)
+                            if FULL:
+                                rstd = rms[j - g].to(tl.int32).to(tl.float32, bitcast=True)
+                                norm = normalized(got, rstd, scale, bias, KIND, WKIND, ROUND_FIRST)
+                                store16(norm_out.to(tl.int64) + at, norm, mask & here, False)
+                                if WRITE_RESIDUAL and not IN_PLACE:
+                                    store16(residual_out.to(tl.int64) + at, got, mask & here, False)
+                            else:
+                                store16(norm_out.to(tl.int64) + at, got, mask & here, False)
+            if IN_PLACE:  # noqa: SIM102 (the one is known at compile time, the other not)
+                if bad > 0:
+                    nan = tl.full([BLOCK], SENTINEL, tl.int32)
+                    for j in tl.static_range(1, WORLD):
+                        peer = peer_at(rank, turn, j, WORLD)
+                        valid = mask & (taken < rows_of(peer, tokens, shard))
+                        at = own + results + tl.cast(peer * shard + taken, tl.int64) * ROW + byte
+                        store16(at, (nan, nan, nan, nan), valid, False)
+    end_call(ctl, CTL_FLAGS, THREADS)
+
+
+settle_keys(globals())

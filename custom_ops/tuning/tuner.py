@@ -1,0 +1,269 @@
+"""The tuner: makes a table of what every way to compute `all_reduce_rms_norm` takes on the real group.
+
+Called by `python -m fusewire tune`, and at first use where FUSEWIRE_TUNE=1 or `fusewire.prepare(..., tune=True)`
+asks for it. What is measured, and how, is in fusewire.custom_ops.tuning.measure and fusewire.custom_ops.tuning.timers.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.vote import in_thread
+from fusewire.custom_ops.dispatch import dispatcher as dispatch
+from fusewire.custom_ops.dispatch import table_store as plan_store
+from fusewire.custom_ops.dispatch import table_vote as plan_vote
+from fusewire.custom_ops.dispatch.table_store import PlanKey, Table
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
+from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND
+from fusewire.custom_ops.ops.registry import NATIVE
+from fusewire.custom_ops.tuning.measure import Candidate, Measurement
+from fusewire.custom_ops.tuning.timers import EPS
+from fusewire.custom_ops.workspaces.registry import (
+    _ABANDONED,
+    PROVIDERS,
+    REGISTRY,
+    WorkspaceKey,
+    WorkspaceProvider,
+    refuse_capture,
+)
+from fusewire.errors import ConfigError, PeerTimeoutError, WorkspaceError
+
+DEFAULT_MAX_TOKENS = 8192
+BUDGET_S = 30.0
+# Measuring is given up after this and ten times the budget: compilers may have to run before.
+LIMIT_S = 120.0
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Tuned(NamedTuple):
+    """A table, where it lies on this rank's disk, and why not if it could not be written."""
+
+    table: Table
+    path: str
+    problem: str
+
+
+def token_grid(max_tokens: int, tokens: Sequence[int] = ()) -> tuple[int, ...]:
+    """The numbers of tokens to measure: those named, else the powers of two and max_tokens.
+
+    Raises:
+        ConfigError: one is not positive.
+    """
+    if tokens:
+        grid = sorted(set(tokens))
+    else:
+        grid = sorted({*(1 << power for power in range(max(0, max_tokens).bit_length())), max_tokens})
+    if grid[0] < 1:
+        raise ConfigError(f"{grid[0]} tokens cannot be timed; a number of tokens is at least 1")
+    return tuple(grid)
+
+
+def tune(
+    group: dist.ProcessGroup | str,
+    hidden: int,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | None = None,
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    tokens: Sequence[int] = (),
+    providers: Sequence[str] = (),
+    budget_s: float = BUDGET_S,
+    save: bool = True,
+) -> Tuned:
+    """Measure a table for a group and go by it from now on. A collective: every rank calls it alike.
+
+    Takes about budget_s seconds at most, beside what providers compile at their first use. Workspaces that exist
+    are used; others are made and freed again.
+
+    Args:
+        hidden, dtype: of the activations; bfloat16, float16 or float32.
+        device: this rank's GPU, the current one by default; the CPU for what only a CPU's table is for.
+        max_tokens, tokens: measure powers of two up to max_tokens, or just these numbers of tokens.
+        providers: what to time; the operator's own priority if empty.
+        budget_s: no further size is begun when it would take longer than so many seconds in all.
+        save: write the table to this rank's disk, where later runs find it.
+
+    Raises:
+        ConfigError: an argument cannot be used, or the ranks gave different ones.
+        WorkspaceError: a rank failed, or nothing could be timed.
+        CaptureError: a CUDA graph is being captured.
+        PeerTimeoutError: a rank did not take part in time; the process cannot go on.
+    """
+    from fusewire.custom_ops.api import load_providers
+
+    load_providers()
+    pg = resolve_group(group) if isinstance(group, str) else group
+    names = tuple(providers) or op.priority
+    unknown = [name for name in names if name not in op.providers]
+    if unknown or hidden < 1 or dtype not in DTYPES or not budget_s > 0:
+        raise ConfigError(
+            f"tune(hidden={hidden}, dtype={dtype}, budget_s={budget_s:g}): needs a positive hidden size and budget, "
+            "bfloat16, float16 or float32" + (f", and there is no provider {unknown[0]!r}" if unknown else "")
+        )
+    if device is None:
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    refuse_capture("the tuner", f"group {pg.group_name}")
+    run = _Run(pg, hidden, dtype, device, token_grid(max_tokens, tokens), budget_s)
+    run.agree_on_task(names)
+    try:
+        run.open(names)
+        # Elsewhere than in this thread: it may allocate from a pool that Inductor's CUDA graphs will overwrite.
+        in_thread(run.measure, LIMIT_S + 10 * budget_s, "tuning", run.channel)
+        tuned = run.finish(save)
+    except BaseException as error:
+        if run.busy or isinstance(error, PeerTimeoutError):
+            run.abandon()
+        else:
+            run.close()
+        raise
+    run.close()
+    return tuned
+
+
+@dataclass
+class _Run(Measurement):
+    """One tuning: a measurement with what comes before and after it, and the workspaces made for it."""
+
+    absent: dict[str, str] = field(default_factory=dict)
+    opened: list[WorkspaceKey] = field(default_factory=list)
+
+    def agree_on_task(self, names: Sequence[str]) -> None:
+        """All ranks are to measure the same, and learn of each other's machines."""
+        asked = [self.hidden, str(self.dtype), self.device.type, list(self.grid), list(names), self.budget_s]
+
+        def work() -> dict[str, Any]:
+            one = torch.zeros(1, self.hidden, dtype=self.dtype, device=self.device)
+            args = (one, one, one[0], EPS, 0.0, SCALE_THEN_ROUND, self.group.group_name)
+            checked = {name: op.providers[name].check(*args) for name in names if name not in PROVIDERS}
+            reasons = {name: support.reason for name, support in checked.items() if not support}
+            return {"machine": plan_store.machine_facts(self.device), "asked": asked, "reasons": reasons}
+
+        verdict = self.vote("task", work)
+        if not verdict.ok:
+            raise WorkspaceError(f"tuning: {verdict.reason}")
+        for rank, fact in zip(verdict.ranks, verdict.facts, strict=True):
+            if fact["asked"] != verdict.facts[0]["asked"]:
+                raise ConfigError(
+                    f"the ranks are to tune different things: rank {verdict.ranks[0]} {verdict.facts[0]['asked']}, "
+                    f"rank {rank} {fact['asked']}; call tune alike on every rank"
+                )
+            for name, reason in fact["reasons"].items():
+                self.absent.setdefault(name, f"on rank {rank}: {reason}")
+        self.key: PlanKey = plan_store.key_of([fact["machine"] for fact in verdict.facts], self.hidden, self.dtype)
+
+    def open(self, names: Sequence[str]) -> None:
+        """The candidates, with workspaces for those that need them."""
+        for name in names:
+            keeper = PROVIDERS.get(name)
+            if keeper is not None:
+                self._open(keeper)
+            elif name not in self.absent:
+                call = self._native if name == NATIVE else op.providers[name].fn
+                self.candidates.append(Candidate(name, call, range(1, self.grid[-1] + 1), False, name))
+        if len(self.candidates) < 2:
+            able = ", ".join(candidate.label for candidate in self.candidates) or "nothing"
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.absent.items())
+            raise WorkspaceError(f"there is no choice to measure, since only {able} can serve here ({reasons})")
+
+    def _open(self, keeper: WorkspaceProvider) -> None:
+        ranks = self.group.size()
+        static = keeper.limits(self.hidden, self.dtype, ranks)
+        if not static:
+            self.absent[keeper.name] = static.reason
+            return
+        key = WorkspaceKey(keeper.name, self.group.group_name, self.dtype, self.hidden)
+        known = REGISTRY.entries.get(key)
+        if known is None or not known.serves(self.group):
+            self.opened.append(key)
+        entry = REGISTRY.open(keeper, self.group, self.dtype, self.hidden, self.device, lambda _: self._room(keeper))
+        made = entry.workspace
+        if made is None:
+            self.absent[keeper.name] = entry.reason
+            return
+        wanted = min(self.grid[-1], keeper.max_tokens(self.hidden, self.dtype, ranks))
+        if made.max_tokens < wanted:
+            size = f"{made.max_tokens} tokens, {'there before' if key not in self.opened else 'all that there is room for'}"
+            self.notes.append(f"{keeper.name} was not measured above its workspace's size ({size})")
+        for label in keeper.variants:
+            if reason := keeper.left_out(label):
+                self.absent[label] = reason
+                continue
+            limit = keeper.token_limit(label, self.hidden, self.dtype, ranks, made.max_tokens)
+            self.candidates.append(Candidate(label, keeper.bind(made, label), limit, True, keeper.name))
+
+    def _room(self, keeper: WorkspaceProvider) -> int:
+        """As many tokens as are to be measured and fit a quarter of the free memory."""
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else sys.maxsize
+        fitting = [t for t in self.grid if keeper.nbytes(self.hidden, self.dtype, self.group.size(), t) <= free // 4]
+        return fitting[-1] if fitting else self.grid[0]
+
+    def _native(self, *args: Any) -> tuple[Tensor, Tensor]:
+        call = dispatch._native_with_norm_kernel if dispatch._norm_kernel_serves(args) else op.native
+        both: tuple[Tensor, Tensor] = call(*args)
+        return both
+
+    def finish(self, save: bool) -> Tuned:
+        """The table, kept on every rank's disk, and the one that calls are decided by from now on."""
+        if not self.times:
+            pairs = [*self.rejected.items(), *self.absent.items()]
+            reasons = [*self.notes, *(f"{name}: {reason}" for name, reason in pairs)]
+            raise WorkspaceError(f"nothing could be timed: {'; '.join(reasons)}")
+        now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        verdict = self.vote("end", lambda: {"now": now, "s": round(time.monotonic() - self.start, 1)})
+        table = Table(
+            key=self.key,
+            times={label: tuple(sorted(found.items())) for label, found in self.times.items()},
+            measured=verdict.facts[0]["now"],
+            seconds=max(0.1, verdict.facts[0]["s"]),
+            rejected=self.rejected,
+            absent=self.absent,
+            link_rate=self.link_rate,
+            notes=tuple(self.notes),
+        )
+        path, problem = "", ""
+        if save:
+            # One after the other: ranks of one host write the same file, and the others find it written.
+            for first in (True, False):
+                verdict = self.vote(f"save {first}", functools.partial(self._save, table, first))
+                problem = problem or verdict.reason
+            path = str(plan_store.folder() / table.key.file_name)
+        if problem:
+            problem = f"the table was not saved everywhere: {problem}"
+            if self.loud:
+                log_line(f"tuning {self.title}: {problem}")
+        plan_vote.keep(self.group, self.hidden, self.dtype, table, problem)
+        return Tuned(table, path, problem)
+
+    def _save(self, table: Table, first: bool) -> None:
+        if first == (self.group.rank() == 0):
+            try:
+                plan_store.save(table)
+            except OSError as error:
+                raise WorkspaceError(f"{plan_store.folder()}: {error}") from error
+
+    def close(self) -> None:
+        """Free the workspaces that were made for this."""
+        for key in self.opened:
+            REGISTRY._drop(key)
+        if self.device.type == "cuda" and self.opened:
+            torch.cuda.empty_cache()
+
+    def abandon(self) -> None:
+        """After a failure: kernels may still be running in the workspaces."""
+        for key in self.opened:
+            entry = REGISTRY.entries.pop(key, None)
+            if entry is not None and entry.workspace is not None:
+                _ABANDONED.append(entry.workspace)
+        REGISTRY.changed()

@@ -1,0 +1,1 @@
+"""Workspaces: memory that the ranks of a group share, made and checked by all of them together."""

@@ -1,0 +1,335 @@
+"""Run a script and explain what became of every all-reduce that torch.compile saw.
+
+    python -m fusewire explain [options] script.py [arguments of the script]
+    torchrun --nproc-per-node 2 -m fusewire explain [options] script.py [arguments of the script]
+
+Whatever the script compiles goes through fusewire's passes, as within `fusewire.enable()`; rank 0 prints the report
+when the script has ended or failed. The exit status is the script's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import datetime
+import json
+import os
+import platform
+import runpy
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TextIO
+
+import torch
+import torch._dynamo.utils
+import torch._functorch.config
+import torch._inductor.config
+
+import fusewire
+from fusewire.custom_ops.ops.registry import parse_priorities
+from fusewire.errors import ConfigError
+from fusewire.fusion_passes.config import PassConfig, disabled_by_environment
+from fusewire.fusion_passes.html import pictures_recorded
+from fusewire.rendering.page import page
+
+INTERRUPTED, STOPPED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+
+
+class _Stopped(BaseException):
+    """Somebody asked this process to end: torchrun does so when another rank has failed."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--html", metavar="FILE", help="write the report as one self-contained page too")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object to stdout instead of text; what the script prints goes to stderr",
+    )
+    parser.add_argument("--json-file", metavar="FILE", help="write the JSON object to a file")
+    parser.add_argument(
+        "--expect-fused",
+        action="store_true",
+        help="exit with status 1 unless there are all-reduces and every one of them was fused",
+    )
+    parser.add_argument(
+        "-o",
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of fusewire.PassConfig, for example -o merge_allreduces=False or -o "
+        "ir_op_priority=rms_norm=native; may be given several times. A torch.compile(backend='fusewire') of the "
+        "script's own keeps the options that it was given",
+    )
+    parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is a module's name, as in python -m")
+    parser.add_argument(
+        "--nproc-per-node", metavar="N", type=int, help="start N ranks on this machine, as torchrun does"
+    )
+    parser.add_argument("script", metavar="SCRIPT", help="the script to run")
+    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments: all that follows it")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = PassConfig.from_options(parse_options(arguments.option))
+    if not arguments.module and not Path(arguments.script).is_file():
+        raise ConfigError(f"there is no script {arguments.script!r} (a module's name goes with -m)")
+    for file in filter(None, (arguments.html, arguments.json_file) if _rank() == 0 else ()):
+        _check_writable(file)
+    if arguments.nproc_per_node is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        _start_ranks(arguments.nproc_per_node)
+    with _stdout_for_json(arguments.json) as output:
+        status, error = _run_script(arguments, config)
+        if _rank() == 0:
+            unmet = _tell(arguments, error, status, output)
+            status = status or unmet
+        elif error:
+            print(error, file=sys.stderr, end="")
+    return status
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Options of PassConfig from "name=value" texts.
+
+    Raises:
+        ConfigError: a text has no "=", or the value of ir_op_priority is not OPERATOR=PROVIDER[,PROVIDER...].
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"-o {text}: an option is given as NAME=VALUE; they are:\n{PassConfig.describe()}")
+        name = name.strip().replace("-", "_")
+        if name == "ir_op_priority":
+            options[name] = {**options.get(name, {}), **parse_priorities([value])}
+        elif name == "disabled_passes":
+            options[name] = (*options.get(name, ()), *filter(None, value.split(",")))
+        else:
+            options[name] = _value(value)
+    return options
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _check_writable(file: str) -> None:
+    """Say so before the script runs, not after it, if a report cannot be written."""
+    path = Path(file).absolute()
+    place = path if path.exists() else path.parent
+    if path.is_dir() or not place.exists() or not os.access(place, os.W_OK):
+        raise ConfigError(f"{file} cannot be written: name a file in a directory that exists and may be written to")
+
+
+def _start_ranks(count: int) -> None:
+    """Become torchrun, with this command on every rank."""
+    if count < 1:
+        raise ConfigError(f"--nproc-per-node is {count}; it must be at least 1")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*launcher, "-m", "fusewire", *sys.argv[1:]])
+
+
+def _rank() -> int:
+    launchers = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return int(next((os.environ[name] for name in launchers if name in os.environ), "0"))
+
+
+@contextlib.contextmanager
+def _stdout_for_json(wanted: bool) -> Iterator[TextIO]:
+    """Where the report goes. If that is JSON, everything else that is written to stdout goes to stderr."""
+    sys.stdout.flush()
+    if not wanted:
+        yield sys.stdout
+        return
+    with os.fdopen(os.dup(1), "w") as output:
+        os.dup2(2, 1)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                yield output
+        finally:
+            sys.stdout.flush()
+            os.dup2(output.fileno(), 1)
+
+
+# --- The script ---------------------------------------------------------------------------------------------
+
+
+def _run_script(arguments: argparse.Namespace, config: PassConfig) -> tuple[int, str]:
+    """Run the script with the passes enabled; its exit status, and its error as text ("" if there was none)."""
+    sys.argv = [arguments.script, *arguments.arguments]
+    if not getattr(sys.flags, "safe_path", False):  # python -P has no such first entry
+        sys.path[0] = os.getcwd() if arguments.module else str(Path(arguments.script).absolute().parent)
+    torch._dynamo.utils.counters["graph_break"].clear()
+    try:
+        with _no_compile_cache(), pictures_recorded(), fusewire.enable(config), _stoppable():
+            if arguments.module:
+                runpy.run_module(arguments.script, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(arguments.script, run_name="__main__")
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0, ""
+        return 1, f"{end.code}\n"
+    except _Stopped:
+        return STOPPED, "The script was stopped (SIGTERM); under torchrun that follows when another rank fails.\n"
+    except KeyboardInterrupt:
+        return INTERRUPTED, "The script was interrupted.\n"
+    except BaseException as error:
+        return 1, "".join(traceback.format_exception(type(error), error, _users_part(error.__traceback__)))
+    return 0, ""
+
+
+@contextlib.contextmanager
+def _no_compile_cache() -> Iterator[None]:
+    """A graph that a cache holds is not compiled again, and there would be nothing to tell of it."""
+    inductor = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+    autograd = {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
+    with torch._inductor.config.patch(inductor), torch._functorch.config.patch(autograd):
+        yield
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Within the block SIGTERM ends the script by an exception, so that there is time to say what was compiled."""
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise _Stopped
+        signal.signal(number, signal.SIG_DFL)  # a process that the script forked
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if before is None else before)
+
+
+def _users_part(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback without the frames of this command and of runpy at its top."""
+    ours = (__file__, runpy.__file__)
+    while trace is not None and (
+        trace.tb_frame.f_code.co_filename in ours or trace.tb_frame.f_code.co_filename.startswith("<frozen runpy")
+    ):
+        trace = trace.tb_next
+    return trace
+
+
+# --- The report ---------------------------------------------------------------------------------------------
+
+
+def _tell(arguments: argparse.Namespace, error: str, status: int, output: TextIO) -> int:
+    """Print and write the report; 1 if an expectation is not met, else 0."""
+    report = fusewire.report()
+    breaks = dict(torch._dynamo.utils.counters["graph_break"])
+    notices = [advice] if (advice := advise()) else []
+    unmet = _unmet(arguments.expect_fused, report)
+    facts = _facts(arguments, status)
+    data = json.dumps(
+        {
+            **report.to_dict(),
+            **dict(facts),
+            "exit_status": status,
+            "error": error,
+            "advice": advice,
+            "graph_breaks": breaks,
+        },
+        indent=2,
+    )
+    sys.stdout.flush()
+    if arguments.json:
+        print(data, file=output)
+    else:
+        print(_as_text(report, breaks, notices), file=output)
+    output.flush()
+    if arguments.json_file:
+        Path(arguments.json_file).write_text(data + "\n", encoding="utf-8")
+    if arguments.html:
+        failed = [f"The script failed (exit status {status}).\n{error}".strip()] if status else []
+        title = " ".join([arguments.script, *arguments.arguments])
+        text = page(report, title, facts, [*failed, *notices, *filter(None, [unmet])], breaks)
+        Path(arguments.html).write_text(text, encoding="utf-8")
+        print(f"fusewire: wrote {arguments.html}", file=sys.stderr)
+    for said in filter(None, (error, unmet)):
+        print(said.rstrip("\n"), file=sys.stderr)
+    return 1 if unmet else 0
+
+
+def _as_text(report: fusewire.Report, breaks: dict[str, int], notices: list[str]) -> str:
+    lines = [str(report)]
+    if breaks:
+        lines.append(f"graph breaks: {sum(breaks.values())}; nothing fuses across them")
+        lines += [f"  {count:4d} x {' '.join(reason.split())}" for reason, count in breaks.items()]
+    return "\n".join([*lines, *notices])
+
+
+def _unmet(expected: bool, report: fusewire.Report) -> str:
+    if not expected or (report.found and not report.refused):
+        return ""
+    if not report.found:
+        return "--expect-fused: no all-reduce was found"
+    return f"--expect-fused: {report.refused} of {report.found} all-reduces were not fused"
+
+
+def _facts(arguments: argparse.Namespace, status: int) -> list[tuple[str, str]]:
+    return [
+        ("command", " ".join([*(["-m"] if arguments.module else []), arguments.script, *arguments.arguments])),
+        ("options", " ".join(arguments.option) or "defaults"),
+        ("rank", f"{_rank()} of {_world_size()}"),
+        (
+            "versions",
+            f"fusewire {fusewire.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        ),
+        ("time", datetime.datetime.now().astimezone().isoformat(" ", "seconds")),
+        ("exit status", str(status)),
+    ]
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def advise() -> str:
+    """What to do where the report has nothing to tell; "" where it has."""
+    report = fusewire.report()
+    if disabled_by_environment():
+        return "FUSEWIRE_DISABLE in the environment switches fusewire off; unset it to see what it would do."
+    if not report.graphs:
+        return (
+            "Nothing was compiled in this process, so there is nothing to explain. fusewire works on what "
+            "torch.compile compiles with Inductor, its default backend:\n"
+            "  - compile the model, model = torch.compile(model), and call it in the script;\n"
+            "  - if the script starts its ranks itself (torch.multiprocessing.spawn), start them with torchrun or "
+            "--nproc-per-node, so that each one runs under this command."
+        )
+    if report.found:
+        return ""
+    if _world_size() == 1:
+        return (
+            "There was one rank, and the compiled graphs hold no all-reduce. Tensor parallelism needs several: "
+            "python -m fusewire explain --nproc-per-node 2 SCRIPT, or torchrun --nproc-per-node 2 -m fusewire explain "
+            "SCRIPT."
+        )
+    return (
+        "The compiled graphs hold no all-reduce. Either the model is not split over the ranks (transformers: "
+        "tp_plan='auto'; PyTorch: parallelize_module), or its all-reduces are issued outside the compiled part: "
+        "compile the whole model, with fullgraph=True to see what breaks the graph. Sequence parallelism has "
+        "reduce-scatters instead, which fusewire does not fuse."
+    )

@@ -1,0 +1,259 @@
+"""Small readers of post-grad graphs, shared by the passes."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node, map_arg
+
+from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
+from fusewire.fusion_passes.compiler.inductor import fresh_fake, known_equal
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
+MULS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
+DIVS = frozenset({aten.div.Tensor, aten.div.Scalar})
+CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
+VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+    }
+)
+
+
+def value_of(node: Any) -> Tensor | None:
+    """The fake tensor a node computes, or None."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a graph argument is a plain number (not a symbol, not a tensor)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def dtype_of(node: Any) -> torch.dtype | None:
+    value = value_of(node)
+    return None if value is None else value.dtype
+
+
+def last_size(node: Any) -> Any:
+    """The size of the last dimension, or None."""
+    value = value_of(node)
+    return value.shape[-1] if value is not None and value.dim() > 0 else None
+
+
+def is_vector(node: Any, size: Any) -> bool:
+    """Whether a node is a one-dimensional tensor of this length."""
+    value = value_of(node)
+    return value is not None and value.dim() == 1 and same_size(value.shape[0], size)
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal, without adding a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr == b.node.expr:
+        return True
+    symbolic = isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt)
+    return symbolic and isinstance(a, (int, torch.SymInt)) and isinstance(b, (int, torch.SymInt)) and known_equal(a, b)
+
+
+def is_unbacked(size: Any) -> bool:
+    """Whether a size depends on data and is known only when the graph runs."""
+    return isinstance(size, torch.SymInt) and not size.node.has_hint()
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    """Whether two nodes have tensors of the same shape, as far as is known without adding a guard."""
+    va, vb = value_of(a), value_of(b)
+    return (
+        va is not None
+        and vb is not None
+        and va.dim() == vb.dim()
+        and all(same_size(x, y) for x, y in zip(va.shape, vb.shape, strict=True))
+    )
+
+
+def is_row_major(node: Any) -> bool:
+    """Whether a node's tensor is known to be contiguous, without adding a guard."""
+    value = value_of(node)
+    if value is None:
+        return False
+    expected: Any = 1
+    bounded: Any = 1  # torch writes a stride of sizes that could be 0 as a product of Max(1, size)
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        known = same_size(stride, expected) or same_size(stride, bounded)
+        if not known and not (isinstance(size, int) and size <= 1):
+            return False
+        expected = expected * (max(size, 1) if isinstance(size, int) else size)
+        bounded = bounded * torch.sym_max(size, 1)
+    return True
+
+
+def cast_source(node: Any) -> Node | None:
+    """What a cast converts, or None if the node is no plain cast."""
+    if not isinstance(node, Node) or node.target not in CASTS:
+        return None
+    if set(node.kwargs) - {"dtype"}:
+        return None
+    source = node.args[0]
+    return source if isinstance(source, Node) else None
+
+
+def plain_add(node: Any) -> tuple[Any, Any] | None:
+    """The operands of an add with alpha 1, or None."""
+    if not isinstance(node, Node) or node.target not in ADDS or len(node.args) != 2:
+        return None
+    if node.kwargs.get("alpha", 1) != 1 or set(node.kwargs) - {"alpha"}:
+        return None
+    return node.args[0], node.args[1]
+
+
+def plain_mul(node: Any) -> tuple[Any, Any] | None:
+    """The operands of a multiplication, or None."""
+    if not isinstance(node, Node) or node.target not in MULS or len(node.args) != 2 or node.kwargs:
+        return None
+    return node.args[0], node.args[1]
+
+
+def plain_div(node: Any) -> tuple[Any, Any] | None:
+    """The operands of a true division, or None."""
+    if not isinstance(node, Node) or node.target not in DIVS or len(node.args) != 2 or node.kwargs:
+        return None
+    return node.args[0], node.args[1]
+
+
+def writes_in_place(node: Node) -> bool:
+    """Whether a node changes one of its inputs."""
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return str(target.name()) == "triton_kernel_wrapper_mutation"  # a user's Triton kernel
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def mutation_regions(graph: Graph) -> dict[Node, int]:
+    """For each node how many in-place writes stand before it: nodes may move within one region only."""
+    regions, count = {}, 0
+    for node in graph.nodes:
+        if writes_in_place(node):
+            count += 1
+        regions[node] = count
+    return regions
+
+
+def sort_topologically(graph: Graph) -> None:
+    """Move nodes behind what they use, changing the order no further.
+
+    What writes in place keeps its place among all other nodes, and the output stays last: what is read before a write
+    must not come to stand after it, and a write after the output would never happen.
+
+    Raises:
+        RuntimeError: a node uses what stands behind a write that it stands before.
+    """
+    placed: set[Node] = set()
+    waiting: dict[Node, list[Node]] = {}
+    last: Node | None = None
+    for next_node in list(graph.nodes):
+        if waiting and (writes_in_place(next_node) or next_node.op == "output"):
+            late = next(iter(waiting.values()))[0]
+            raise RuntimeError(f"{late.name} would have to change places with {next_node.name}, which writes in place")
+        pending = [next_node]
+        while pending:
+            node = pending.pop()
+            missing = [source for source in node.all_input_nodes if source not in placed]
+            if missing:
+                waiting.setdefault(missing[-1], []).append(node)
+                continue
+            placed.add(node)
+            if last is not None and last.next is not node:
+                last.append(node)
+            last = node
+            pending.extend(reversed(waiting.pop(node, ())))
+    if waiting:
+        raise RuntimeError("the graph has a cycle")
+
+
+def erase_unused(node: Node) -> None:
+    """Erase a node without users, and whatever thereby loses its last user."""
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current.users or current._erased or current.op != "call_function" or current.is_impure():
+            continue
+        inputs = list(current.all_input_nodes)
+        current.graph.erase_node(current)
+        pending.extend(inputs)
+
+
+def depends_on(node: Any, ancestor: Node, order: dict[Node, int]) -> bool:
+    """Whether `node` is computed from `ancestor`; `order` gives each node's position in the graph."""
+    if not isinstance(node, Node):
+        return False
+    floor = order.get(ancestor, -1)
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current is ancestor:
+            return True
+        for source in current.all_input_nodes:
+            # A node that stands before the ancestor cannot be computed from it.
+            if source not in seen and order.get(source, floor) >= floor:
+                seen.add(source)
+                pending.append(source)
+    return False
+
+
+def getitem(graph: Graph, node: Node, index: int) -> Node:
+    """A new node for one output of a call that returns a tuple, with its value."""
+    item = graph.call_function(operator.getitem, (node, index))
+    item.meta["val"] = node.meta["val"][index]
+    return item
+
+
+def getitem_users(node: Node) -> Iterator[tuple[int, Node]]:
+    """The nodes that take one output of a call that returns a tuple."""
+    for user in list(node.users):
+        if user.target is operator.getitem:
+            yield user.args[1], user  # type: ignore[misc]
+
+
+def copy_origin(source: Node, new: Node) -> None:
+    """Give a new node the place in the user's program that `source` had."""
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "custom"):
+        if key in source.meta:
+            new.meta[key] = source.meta[key]
+
+
+def new_call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: Any, origin: Node) -> Node:
+    """A new call node with its fake value, in the place that `origin` has in the user's program."""
+    node = graph.call_function(target, args, dict(kwargs))
+    copy_origin(origin, node)
+    node.meta["val"] = _infer(node)
+    return node
+
+
+def _infer(node: Node) -> Any:
+    """The fake value of a new node, from those of its inputs."""
+    args = map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
+    target: Any = node.target
+    mode = next((m for n in node.all_input_nodes if (m := getattr(value_of(n), "fake_mode", None)) is not None), None)
+    if target in (rms_norm.torch_op, fused_add_rms_norm.torch_op):
+        # These keep x's metadata; an epsilon that is a tensor must get as far as the check that refuses it.
+        outputs = [fresh_fake(args[0], contiguous=True) for _ in range(1 + (target is fused_add_rms_norm.torch_op))]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    with mode if mode is not None else contextlib.nullcontext():
+        return target(*args, **kwargs)

@@ -1,0 +1,246 @@
+"""Tell whether a node of a graph has the same value on every rank of a group, as far as the graph says.
+
+Some rewrites are right only for such values. A scale that moves before an all-reduce must be the same on every rank; so
+must the residual and the norm's weight where a row's owner adds and multiplies its own for all ranks, as kernels may
+and a sharded residual does.
+
+Every rank runs the same graph, so an operation that is deterministic gives the same everywhere if its inputs are the
+same everywhere. A verdict is one of three:
+
+- PROVED: computed from results of all-reduces and all-gathers over the group, and from numbers;
+- ASSUMED: inputs of the graph, parameters or buffers take part, of which the graph does not say where they come from;
+- UNKNOWN, with the reason: random numbers, an operator of which nothing is known, a rank's own rows, a tensor that is
+  written in place, or a result of another group's collective.
+
+Equal means equal bits, on ranks with the same kind of GPU and the same libraries.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
+from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded, gather_rows, shard_rows
+from fusewire.fusion_passes.analysis.graph import aten, writes_in_place
+from fusewire.patterns.collectives import ALL_GATHER, REDUCE_SCATTER, WAIT, op_name, positional, read_all_reduce
+
+PROVED, ASSUMED, UNKNOWN = "proved", "assumed", "unknown"
+# In the metadata of a fused operator's node: that it needs an assumption is counted already (RunContext.assumed).
+ASSUMPTION_COUNTED = "fusewire_assumption_counted"
+# Of each fused operator, the arguments that must be the same on every rank, whoever computes it.
+#
+# The sharded operator is given each rank's own rows of the residual, in sequence parallelism as in the source, so the
+# residual is not among them. The weight is: native multiplies a row by its owner's weight, as the source does, but a
+# kernel may send rows before they are normalised, and then each reader multiplies by its own.
+REPLICATED_ARGUMENTS = {
+    all_reduce_rms_norm.torch_op: ("residual", "weight"),
+    all_reduce_sandwich_norm.torch_op: ("residual", "weight", "inner_weight"),
+    all_reduce_rms_norm_sharded.torch_op: ("weight",),
+}
+# Of fusewire's own operators, those that compute each row by itself and send nothing.
+_LOCAL_NORMS = (rms_norm.torch_op, fused_add_rms_norm.torch_op)
+# Of these inputs only the first one's values are read; of the other, the shape.
+_SHAPED_LIKE = (aten.expand_as.default,)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a value is the same on every rank of a group: PROVED, ASSUMED or UNKNOWN.
+
+    The reason, of the latter two, continues a sentence that begins with the value: "comes from ...".
+    """
+
+    kind: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a value is computed from.
+
+    Attributes:
+        groups: the groups of whose collectives it is a result, or is computed from results.
+        assumed: inputs of the graph, parameters or buffers are among what it is computed from.
+        problem: what it comes from of which nothing can be said, or "".
+    """
+
+    groups: frozenset[Any] = frozenset()
+    assumed: bool = False
+    problem: str = ""
+
+
+class Replication:
+    """Verdicts on the nodes of one graph.
+
+    Each node is looked at once, so all verdicts together take time linear in the graph. What was found holds on while
+    passes rewrite the graph, since they replace nodes by such as have the same value.
+    """
+
+    def __init__(self) -> None:
+        self._origins: dict[Node, Origin] = {}
+        self._writers: dict[Node, Node | None] = {}
+
+    def judge(self, node: Node, group: Any) -> Verdict:
+        """Whether a node has the same value on every rank of the group."""
+        origin = self.origin(node)
+        if origin.problem:
+            return Verdict(UNKNOWN, f"comes from {origin.problem}")
+        others = sorted(str(other) for other in origin.groups - {group})
+        if others:
+            return Verdict(UNKNOWN, f"comes from a collective over another group ({others[0]})")
+        if origin.assumed:
+            return Verdict(ASSUMED, "comes from inputs or parameters of the graph")
+        return Verdict(PROVED)
+
+    def judge_call(self, call: Node) -> Verdict:
+        """Whether what a fused operator needs to be the same on every rank of its group is: the worst verdict on its
+        arguments, its reason with the argument's name.
+
+        Args:
+            call: a call of an operator in REPLICATED_ARGUMENTS.
+        """
+        given = _arguments(call)
+        worst = Verdict(PROVED)
+        for name in REPLICATED_ARGUMENTS[call.target]:
+            if not isinstance(given[name], Node):
+                continue
+            verdict = self.judge(given[name], given["group_name"])
+            if worst.kind == PROVED or (worst.kind == ASSUMED and verdict.kind == UNKNOWN):
+                worst = Verdict(verdict.kind, verdict.reason and f"the {name.replace('_', ' ')} {verdict.reason}")
+        return worst
+
+    def origin(self, node: Node) -> Origin:
+        """What a node is computed from."""
+        pending = [node]
+        while pending:
+            current = pending[-1]
+            if current in self._origins:
+                pending.pop()
+                continue
+            own, sources = self._own_origin(current)
+            missing = [source for source in sources if source not in self._origins]
+            if missing:
+                pending.extend(missing)
+                continue
+            self._origins[current] = _joined(own, (self._origins[source] for source in sources))
+            pending.pop()
+        return self._origins[node]
+
+    def _own_origin(self, node: Node) -> tuple[Origin, Sequence[Node]]:
+        """What a node by itself adds to its origin, and the nodes whose origins are part of it."""
+        writer = self._writer(node)
+        if writer is not None:
+            return Origin(problem=f"{node.name}, which {writer.name} writes in place"), ()
+        if node.op in ("placeholder", "get_attr"):
+            return Origin(assumed=True), ()
+        group = _result_for_all(node)
+        if group is not None:
+            return Origin(frozenset({group})), ()
+        call = node.args[0] if node.target is operator.getitem else None
+        if isinstance(call, Node) and call.target in REPLICATED_ARGUMENTS:
+            return _result_of_fused(node, call)
+        problem = _why_unknown(node)
+        if problem:
+            return Origin(problem=problem), ()
+        return Origin(), node.all_input_nodes[:1] if node.target in _SHAPED_LIKE else node.all_input_nodes
+
+    def _writer(self, node: Node) -> Node | None:
+        """What writes into a node's memory, through views of it too, or None."""
+        if node not in self._writers:
+            self._writers[node] = None
+            for user in node.users:
+                found = user if _writes(user, node) else self._writer(user) if _is_view(user) else None
+                if found is not None:
+                    self._writers[node] = found
+                    break
+        return self._writers[node]
+
+
+def _joined(own: Origin, sources: Iterable[Origin]) -> Origin:
+    groups, assumed = own.groups, own.assumed
+    for source in sources:
+        if own.problem or source.problem:
+            return own if own.problem else source
+        groups, assumed = groups | source.groups, assumed or source.assumed
+    return Origin(groups, assumed, own.problem)
+
+
+def _arguments(call: Node) -> dict[str, Any]:
+    """A call's arguments by their names."""
+    parameters = call.target._schema.arguments  # type: ignore[union-attr]
+    return {parameter.name: value for parameter, value in zip(parameters, positional(call), strict=True)}
+
+
+def _result_for_all(node: Node) -> Any:
+    """The group whose ranks all have this result of a collective, or None."""
+    if node.target is gather_rows.torch_op:
+        return _arguments(node)["group_name"]
+    source = node.args[0] if node.target is WAIT else node
+    if not isinstance(source, Node):
+        return None
+    if source.target is ALL_GATHER:
+        return positional(source)[2] if source is not node else None
+    site = read_all_reduce(source)
+    if site is None or site.spelling.scatters or site.value is not node:
+        return None
+    return site.group
+
+
+def _result_of_fused(item: Node, call: Node) -> tuple[Origin, Sequence[Node]]:
+    """The origin of one result of a fused operator: its sum is the same for all, but each rank may have added and
+    multiplied its own residual and weight."""
+    if call.target is all_reduce_rms_norm_sharded.torch_op and item.args[1] == 1:
+        return Origin(problem=f"rows that each rank has for itself ({item.name})"), ()
+    given = _arguments(call)
+    sources = [given[name] for name in REPLICATED_ARGUMENTS[call.target]]
+    return Origin(frozenset({given["group_name"]})), [source for source in sources if isinstance(source, Node)]
+
+
+def _why_unknown(node: Node) -> str:
+    """What a node's value depends on beside its inputs, or "": only PyTorch's own operators, without random numbers, are
+    known to give every rank the same of the same inputs."""
+    target = node.target
+    if target is operator.getitem or target in _LOCAL_NORMS:
+        return ""
+    source = node.args[0] if target is WAIT else node
+    if isinstance(source, Node) and source.target in (REDUCE_SCATTER, shard_rows.torch_op):
+        return f"rows that each rank has for itself ({source.name})"
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
+        called = next((name for n in (source, node) if isinstance(n, Node) and (name := op_name(n))), target)
+        return f"{called} ({node.name}), of which nothing is known"
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return f"random numbers ({node.name})"
+    return ""
+
+
+def _writes(user: Node, node: Node) -> bool:
+    """Whether a user of a node writes into its memory.
+
+    Not if it copies into an input of the graph: functionalisation does that at the graph's end, after all reads.
+    """
+    if not writes_in_place(user) or (user.target is aten.copy_.default and node.op == "placeholder"):
+        return False
+    if not isinstance(user.target, torch._ops.OpOverload):
+        return True
+    written = zip(user.target._schema.arguments, positional(user), strict=True)
+    return any(
+        parameter.alias_info is not None and parameter.alias_info.is_write and _holds(value, node)
+        for parameter, value in written
+    )
+
+
+def _holds(value: Any, node: Node) -> bool:
+    return value is node or (isinstance(value, (list, tuple)) and any(item is node for item in value))
+
+
+def _is_view(node: Node) -> bool:
+    target = node.target
+    return target is operator.getitem or (isinstance(target, torch._ops.OpOverload) and target.is_view)

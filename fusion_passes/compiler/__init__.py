@@ -1,0 +1,1 @@
+"""PyTorch's compiler behind one door: the only private names of it that fusewire uses."""

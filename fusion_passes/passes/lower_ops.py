@@ -1,0 +1,192 @@
+"""Lower: give each IR operator that is left in the graph the provider that serves it.
+
+Native is the operator's meaning in plain PyTorch: it is traced and written into the graph, where Inductor fuses it with
+its neighbours. Any other provider stays a call of the operator, with the providers that this graph may use as its
+`policy`, so that the choice by number of tokens is made at run time.
+
+A kernel may add one rank's residual, and multiply by one rank's weight, for all ranks. Where these are not proved to be
+the same on every rank, PassConfig.assume_replicated_residuals decides: they are taken to be, and the report says so, or
+only providers that add each rank's own may serve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node, map_arg
+
+from fusewire.custom_ops.ops.registry import NATIVE, Choice, IrOp, op_of_target, parse_policy
+from fusewire.errors import NoProviderError
+from fusewire.fusion_passes.analysis.graph import copy_origin, value_of
+from fusewire.fusion_passes.analysis.replication import (
+    ASSUMPTION_COUNTED,
+    PROVED,
+    REPLICATED_ARGUMENTS,
+    Replication,
+    Verdict,
+)
+from fusewire.fusion_passes.compiler.inductor import fresh_fake, trace
+from fusewire.fusion_passes.context import RunContext
+from fusewire.patterns.collectives import positional
+
+# These sum x and leave the rest to each rank, so residuals and weights may differ between ranks as in the source. Of all
+# others, a user's too, that is not known; they are taken for kernels.
+_LEAVE_THE_REST = (NATIVE, "rank_ordered", "rank_ordered_batch_invariant")
+
+
+def lower_ops(graph: Graph, context: RunContext) -> bool:
+    """Lower every IR operator of the graph; says whether anything changed."""
+    return _Lowerer(graph, context).run()
+
+
+class _Lowerer:
+    def __init__(self, graph: Graph, context: RunContext) -> None:
+        self.graph = graph
+        self.context = context
+        self.traced: dict[Any, GraphModule] = {}
+        self.unproved: dict[Node, Verdict] = {}
+
+    def run(self) -> bool:
+        changed = False
+        # Before any is replaced: judged one by one, they would be judged by what native does.
+        replication = Replication()
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node.target in REPLICATED_ARGUMENTS:
+                verdict = replication.judge_call(node)
+                if verdict.kind != PROVED:
+                    self.unproved[node] = verdict
+        for node in list(self.graph.nodes):
+            op = op_of_target(node.target) if node.op == "call_function" else None
+            if op is not None:
+                changed = self._lower(node, op) or changed
+        return changed
+
+    def _lower(self, node: Node, op: IrOp) -> bool:
+        arguments = positional(node)
+        policy, left_out = self._policy(node, op, arguments.pop() or self.context.config.policy(op.name))
+        values = [value_of(a) if isinstance(a, Node) else a for a in arguments]
+        if any(isinstance(a, Node) and v is None for a, v in zip(arguments, values, strict=True)):
+            # A number of the graph's own: the operator decides at run time.
+            if left_out:
+                self._keep(node, arguments, policy)
+            return bool(left_out)
+        try:
+            # Of an operator whose ranks vote at run time, no rank may decide alone here, by what its machine has.
+            judge, judged = (op, tuple(values)) if op.base is None else (op.base, op.base_args(tuple(values)))
+            choice = judge.choose(*judged, policy=policy, static=True, machine=op.selector is None)
+        except NoProviderError as error:
+            choice = None
+            self._account(node, "", str(error))
+        if choice is not None:
+            self._account(node, choice.provider.name, "; ".join(filter(None, (left_out, self._why(judge, choice)))))
+            self._count_assumption(node, choice)
+        if choice is not None and choice.provider.name == NATIVE and self.context.config.inline_native and op.inlines:
+            self._inline(node, op, arguments, values)
+            return True
+        self._keep(node, arguments, policy)
+        return True
+
+    def _policy(self, node: Node, op: IrOp, policy: str) -> tuple[str, str]:
+        """The policy without the providers that may not serve this call, and why they may not (or "")."""
+        if node not in self.unproved or self.context.config.assume_replicated_residuals:
+            return policy, ""
+        names = parse_policy(op if op.base is None else op.base, policy)
+        if NATIVE in names:
+            names = names[: names.index(NATIVE) + 1]  # what follows is never reached
+        kept = [name for name in names if name in _LEAVE_THE_REST]
+        if len(kept) == len(names):
+            return policy, ""
+        left_out = ", ".join(name for name in names if name not in kept)
+        return ",".join(kept or [NATIVE]), (
+            f"{left_out}: {self.unproved[node].reason} and may differ between ranks (assume_replicated_residuals=False)"
+        )
+
+    def _count_assumption(self, node: Node, choice: Choice) -> None:
+        """Count a call whose provider needs what is not proved."""
+        needed = node in self.unproved and choice.provider.name not in _LEAVE_THE_REST
+        if needed and ASSUMPTION_COUNTED not in node.meta:
+            self.context.assumed["assume_replicated_residuals"] += 1
+
+    def _keep(self, node: Node, arguments: list[Any], policy: str) -> None:
+        """Let a call stay, with its policy."""
+        node.args = (*arguments, policy)
+        node.kwargs = {}
+        node.meta.pop("eager_input_vals", None)  # of fewer arguments; Inductor pairs the two
+
+    def _why(self, op: IrOp, choice: Choice) -> str:
+        """Why providers of higher priority do not serve, and what is left to run time."""
+        parts = [str(refusal) for refusal in choice.refusals]
+        if self.context.config.batch_invariant:
+            parts += [
+                f"{name}: not batch-invariant, its order of summation changes with the number of tokens"
+                for name in op.priority
+                if name != NATIVE and not op.providers[name].batch_invariant
+            ]
+        if op.selector is not None and choice.provider.name != NATIVE and not choice.provider.batch_invariant:
+            parts.append("or another by number of tokens, once the ranks have voted at the first call")
+        return "; ".join(parts)
+
+    def _account(self, node: Node, provider: str, detail: str) -> None:
+        """Complete the report's entry of a fused all-reduce."""
+        name: str = node.meta.get("fusewire_all_reduce", "")
+        fused = self.context.fused.get(name)
+        if fused is not None:
+            self.context.fused[name] = dataclasses.replace(fused, provider=provider, detail=detail)
+
+    def _inline(self, node: Node, op: IrOp, arguments: list[Any], values: list[Any]) -> None:
+        tensors = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor)]
+        key = _signature(op, values)
+        if key not in self.traced:
+
+            def native(*given: torch.Tensor) -> Any:
+                called = list(values)
+                for i, tensor in zip(tensors, given, strict=True):
+                    called[i] = tensor
+                return op.native(*called)
+
+            self.traced[key] = trace(native, [values[i] for i in tensors])
+        self._copy_in(node, self.traced[key].graph, [arguments[i] for i in tensors])
+
+    def _copy_in(self, node: Node, traced: Graph, inputs: list[Node]) -> None:
+        """Put a traced graph in a node's place."""
+        mapping: dict[Node, Any] = {}
+        given = iter(inputs)
+        with self.graph.inserting_before(node):
+            for source in traced.nodes:
+                if source.op == "placeholder":
+                    mapping[source] = next(given)
+                elif source.op == "output":
+                    self._hand_over(node, map_arg(source.args[0], lambda n: mapping[n]))
+                else:
+                    new = self.graph.node_copy(source, lambda n: mapping[n])
+                    # The trace marks where eager rounds, for emulate_precision_casts: keep that.
+                    new.meta = {**source.meta, "val": _fresh(source.meta["val"])}
+                    copy_origin(node, new)
+                    mapping[source] = new
+
+    def _hand_over(self, node: Node, results: Any) -> None:
+        if isinstance(results, Node):
+            node.replace_all_uses_with(results)
+        else:
+            for item in list(node.users):
+                item.replace_all_uses_with(results[item.args[1]])
+                self.graph.erase_node(item)
+        self.graph.erase_node(node)
+
+
+def _signature(op: IrOp, values: list[Any]) -> Any:
+    """Equal for calls whose native traces are the same graph."""
+    parts: list[Any] = [op.name]
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            parts.append((value.dtype, value.device, tuple(map(str, value.shape)), tuple(map(str, value.stride()))))
+        else:
+            parts.append(value)
+    return tuple(parts)
+
+
+def _fresh(value: Any) -> Any:
+    """A fake value with a storage of its own: Inductor takes a shared storage for an alias."""
+    return value if getattr(value, "fake_mode", None) is None else fresh_fake(value)

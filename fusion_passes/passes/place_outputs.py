@@ -1,0 +1,205 @@
+"""Hand out results in the symmetric buffers where they arrive, instead of copying them out.
+
+A workspace has a few output buffers ("slots"). A result may stay in one only if everything that reads it has done so
+when the next call with that slot writes it again. The order of a graph's nodes does not say that: Inductor schedules
+anew, and computes cheap values again where they are used. What holds in every schedule is data dependence. So a slot is
+given only where each reader
+
+- keeps what it computes in memory of its own (a matrix product, an attention, a fused operator): whatever else stands
+  in the graph (a view, a pointwise operation) may be computed again later, so that its readers count instead; and
+- is something that the next call with that slot is computed from, along operations that need their inputs' values.
+
+No reader may be the graph's output. The graph's own memory planning is told to leave these buffers alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.registry import op_of_target
+from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
+from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
+from fusewire.custom_ops.workspaces.registry import OUTPUTS
+from fusewire.fusion_passes.analysis.graph import (
+    CASTS,
+    VIEWS,
+    aten,
+    getitem_users,
+    value_of,
+    writes_in_place,
+)
+from fusewire.fusion_passes.compiler.inductor import never_reuse_outputs
+from fusewire.fusion_passes.context import RunContext
+from fusewire.patterns.collectives import WAIT, positional
+
+# Of each operator, the result that may stay in a slot: the sum, or of the sharded one the norm.
+_PLACED = {
+    all_reduce_rms_norm.torch_op: 1,
+    all_reduce_sandwich_norm.torch_op: 1,
+    all_reduce_rms_norm_sharded.torch_op: 0,
+}
+_SLOT, _NONE = "output=", -1
+# These write their results to memory when they run; nothing reads their inputs later on their account.
+_MATERIALIZE = frozenset(
+    {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten._scaled_mm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+# Whose values these need, all of them, beside what torch tags as pointwise.
+_NEED_INPUTS = (
+    _MATERIALIZE
+    | VIEWS
+    | CASTS
+    | {
+        operator.getitem,
+        WAIT,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.clone.default,
+        aten.expand.default,
+        aten.cat.default,
+        aten.mean.dim,
+        aten.sum.dim_IntList,
+        aten.amax.default,
+        aten._softmax.default,
+        torch.ops._c10d_functional.all_reduce.default,
+        torch.ops._c10d_functional.all_gather_into_tensor.default,
+        torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    }
+)
+
+
+def place_outputs(graph: Graph, context: RunContext) -> bool:
+    """Give slots to the results that the graph proves safe; says whether there are any."""
+    if not context.config.output_in_place:
+        return False
+    calls = [node for node in graph.nodes if node.op == "call_function" and node.target in _PLACED]
+    needs = _Needs(graph)
+    latest: dict[tuple[Any, ...], list[Node | None]] = {}
+    chosen: dict[Node, int] = {}
+    kept = 0
+    for call in calls:
+        readers = _readers(call)
+        slots = latest.setdefault(_workspace(call), [None] * OUTPUTS)
+        free = (i for i, before in enumerate(slots) if readers and needs.all_read(before, call))
+        slot = chosen[call] = next(free, _NONE)
+        if slot != _NONE:
+            slots[slot] = call
+        elif readers != []:
+            kept += 1
+    placed = sum(slot != _NONE for slot in chosen.values())
+    if placed:
+        for call, slot in chosen.items():
+            _mark(call, slot)
+    if kept:
+        context.notes.append(
+            f"output_in_place: {kept} of {placed + kept} results are copied, since something may read them after their "
+            "buffer is written again"
+        )
+    return placed > 0
+
+
+def _workspace(call: Node) -> tuple[Any, ...]:
+    """What decides which workspace a call works in."""
+    value = value_of(call.args[0])
+    assert value is not None
+    return positional(call)[-2], value.dtype, str(value.shape[-1])
+
+
+def _mark(call: Node, slot: int) -> None:
+    arguments = positional(call)
+    arguments[-1] = f"{arguments[-1]};{_SLOT}{slot}"
+    call.args, call.kwargs = tuple(arguments), {}
+    assert isinstance(call.target, torch._ops.OpOverload)
+    never_reuse_outputs(call.target, _is_marked)
+
+
+def _is_marked(args: Sequence[Any]) -> bool:
+    """Whether a call's policy names a slot."""
+    policy = args[-1]
+    return isinstance(policy, str) and _SLOT in policy and f"{_SLOT}{_NONE}" not in policy
+
+
+def _readers(call: Node) -> list[Node] | None:
+    """The nodes that read the result that could stay in a slot and keep theirs in memory; None if it may be read by
+    others, whenever these are computed."""
+    wanted = _PLACED[call.target]
+    pending = [item for index, item in getitem_users(call) if index == wanted]
+    found: list[Node] = []
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user.op != "call_function" or writes_in_place(user):
+                return None
+            if _materializes(user):
+                found.append(user)
+            elif user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return found
+
+
+def _materializes(node: Node) -> bool:
+    return node.target in _MATERIALIZE or op_of_target(node.target) is not None
+
+
+class _Needs:
+    """Which nodes' values a node is computed from.
+
+    Kept as one number per node, with a bit for each node that it needs.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.bit: dict[Node, int] = {}
+        self.needed: dict[Node, int] = {}
+        for i, node in enumerate(graph.nodes):
+            self.bit[node] = 1 << i
+            self.needed[node] = 0
+            for source in _sources(node):
+                self.needed[node] |= self.needed[source] | self.bit[source]
+
+    def all_read(self, before: Node | None, call: Node) -> bool:
+        """Whether all that reads an earlier call's result in its slot has done so when `call` runs."""
+        if before is None:
+            return True
+        readers = _readers(before)
+        return readers is not None and all(self.needed[call] & self.bit[reader] for reader in readers)
+
+
+def _sources(node: Node) -> Iterator[Node]:
+    """The inputs whose values a node certainly needs."""
+    if node.op != "call_function":
+        return
+    if op_of_target(node.target) is not None or node.target in _NEED_INPUTS or _is_pointwise(node):
+        given: Sequence[Node] = node.all_input_nodes
+    elif node.target in (aten.index_put.default, aten.slice_scatter.default, aten.select_scatter.default):
+        source = node.args[2 if node.target is aten.index_put.default else 1]
+        given = [source] if isinstance(source, Node) else []
+    else:
+        given = []
+    for source in given:
+        value = value_of(source)
+        # What has no elements is not computed.
+        if value is None or all(not isinstance(size, int) or size > 0 for size in value.shape):
+            yield source
+
+
+def _is_pointwise(node: Node) -> bool:
+    if node.target is aten.pow.Tensor_Scalar and node.args[1] == 0:
+        return False  # one, whatever the input is
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags

@@ -1,0 +1,205 @@
+"""Keep the residual stream sharded by rows between fused operators.
+
+Between the fused operators of a decoder nobody reads the residual but the next of them. So it need not be complete on
+every rank: each rank adds and normalises its own rows, and only normalised rows travel. Where something else reads a
+residual (the last hidden state, an auxiliary head), it is gathered there, which costs about half an all-reduce: a chain
+of operators is sharded only if it is long enough to pay for its gathers.
+
+The rank that owns a row adds its own residual and multiplies by its own weight, for all ranks. So both must be the same on
+every rank; where the graph does not prove that, PassConfig.assume_replicated_residuals decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, Node
+
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
+from fusewire.custom_ops.ops.sharded_norm import NO_INNER, all_reduce_rms_norm_sharded, gather_rows, shard_rows
+from fusewire.fusion_passes.analysis.graph import (
+    copy_origin,
+    getitem,
+    getitem_users,
+    is_unbacked,
+    new_call,
+    same_shape,
+    sort_topologically,
+    value_of,
+)
+from fusewire.fusion_passes.analysis.replication import ASSUMPTION_COUNTED, PROVED, Replication
+from fusewire.fusion_passes.compiler.inductor import fresh_fake
+from fusewire.fusion_passes.context import RunContext
+from fusewire.patterns.collectives import positional
+
+# Below so many tokens a one-shot kernel, in which every rank has the whole residual, is the faster one.
+MIN_TOKENS = 16
+# A gather moves (R - 1) / R of the rows, half of what the operator itself moves; a sharded operator was measured to
+# take 2% to 6% less time (docs/benchmarks.md).
+OPS_PER_GATHER = 16
+
+_FUSED = (all_reduce_rms_norm.torch_op, all_reduce_sandwich_norm.torch_op)
+
+
+def shard_residual(graph: Graph, context: RunContext) -> bool:
+    """Shard the residual of every chain that allows it and is worth it; says whether anything changed."""
+    if not context.config.shard_residual:
+        return False
+    changed = False
+    replication = Replication()
+    for chain in _chains(graph):
+        verdicts = [verdict for op in chain.ops if (verdict := replication.judge_call(op)).kind != PROVED]
+        problem = chain.problem()
+        if not problem and verdicts and not context.config.assume_replicated_residuals:
+            problem = f"{verdicts[0].reason} and may differ between ranks (assume_replicated_residuals=False)"
+        if problem:
+            context.notes.append(f"shard_residual: {len(chain.ops)} operators stay as they are: {problem}")
+            continue
+        context.assumed["assume_replicated_residuals"] += len(verdicts)
+        _Sharder(graph, context).run(chain)
+        changed = True
+    if changed:
+        sort_topologically(graph)
+    return changed
+
+
+@dataclass
+class _Chain:
+    """Fused operators of which each hands its residual to the next, in the graph's order.
+
+    Attributes:
+        gathered: those whose residual is read by something else, too.
+    """
+
+    ops: list[Node]
+    gathered: list[Node] = field(default_factory=list)
+
+    def problem(self) -> str:
+        """Why this chain is not to be sharded, or ""."""
+        value = value_of(self.ops[0].args[0])
+        assert value is not None
+        tokens = value.numel() // value.shape[-1] if value.shape[-1] else 0
+        if len(self.ops) < 2:
+            return "no other fused operator takes its residual"
+        if is_unbacked(tokens):
+            return "the number of tokens depends on data"
+        if isinstance(tokens, int) and tokens < MIN_TOKENS:
+            return f"{tokens} tokens; from {MIN_TOKENS} on it is worth it"
+        if len(self.gathered) * OPS_PER_GATHER > len(self.ops):
+            names = ", ".join(_residual_of(op).name for op in self.gathered[:3])  # type: ignore[union-attr]
+            return (
+                f"{len(self.gathered)} residuals are read outside of fused operators too ({names}), and to gather one "
+                f"pays from {OPS_PER_GATHER} operators on"
+            )
+        return ""
+
+
+def _residual_of(op: Node) -> Node | None:
+    """The node of a fused operator's second result, if it is read."""
+    return next((item for index, item in getitem_users(op) if index == 1), None)
+
+
+def _chains(graph: Graph) -> list[_Chain]:
+    ops = [node for node in graph.nodes if node.op == "call_function" and node.target in _FUSED]
+    chain_of: dict[Node, _Chain] = {}
+    chains: list[_Chain] = []
+    for op in ops:
+        source = _handed_over(op)
+        chain = chain_of.get(source) if source is not None else None
+        if chain is None:
+            chain = _Chain([])
+            chains.append(chain)
+        chain.ops.append(op)
+        chain_of[op] = chain
+    for chain in chains:
+        chain.gathered = [op for op in chain.ops if any(_other_readers(op))]
+    return chains
+
+
+def _handed_over(op: Node) -> Node | None:
+    """The fused operator whose residual this one takes as its own, or None."""
+    residual = op.args[1]
+    if not isinstance(residual, Node) or residual.target is not operator.getitem or residual.args[1] != 1:
+        return None
+    source = residual.args[0]
+    if not isinstance(source, Node) or source.target not in _FUSED or _group(source) != _group(op):
+        return None
+    return source if same_shape(source.args[0], op.args[0]) else None
+
+
+def _group(op: Node) -> object:
+    return positional(op)[-2]  # the last argument is the policy
+
+
+def _other_readers(op: Node) -> Iterator[Node]:
+    """What reads an operator's residual and is no fused operator that takes it as its own."""
+    residual = _residual_of(op)
+    for user in residual.users if residual is not None else ():
+        fused = user.target in _FUSED and user.args[1] is residual and _handed_over(user) is op
+        if not fused or sum(argument is residual for argument in user.args) > 1:
+            yield user
+
+
+class _Sharder:
+    def __init__(self, graph: Graph, context: RunContext) -> None:
+        self.graph = graph
+        self.context = context
+
+    def run(self, chain: _Chain) -> None:
+        shards: dict[Node, Node] = {}  # by the complete residual they stand for
+        for op in chain.ops:
+            others = list(_other_readers(op))
+            old = _residual_of(op)
+            new = self._sharded(op, shards)
+            if old is None:
+                continue
+            with self.graph.inserting_after(new):
+                shard = shards[old] = getitem(self.graph, new, 1)
+            if others:
+                with self.graph.inserting_before(shard.next):
+                    gathered = new_call(self.graph, gather_rows.torch_op, (shard, op.args[0], _group(op)), {}, op)
+                for user in others:
+                    user.replace_input_with(old, gathered)
+        for op in reversed(chain.ops):
+            for _, item in getitem_users(op):
+                self.graph.erase_node(item)
+            self.graph.erase_node(op)
+
+    def _sharded(self, op: Node, shards: dict[Node, Node]) -> Node:
+        """Put the sharded operator beside a fused one, and its norm in the norm's place."""
+        x, residual, weight, eps, weight_bias, form, *rest, policy = positional(op)
+        inner, group = (rest[:-1] or [None, 0.0, 0.0, NO_INNER]), rest[-1]
+        with self.graph.inserting_before(op):
+            if residual is not None and residual not in shards:
+                shards[residual] = new_call(self.graph, shard_rows.torch_op, (residual, group), {}, op)
+            shard = None if residual is None else shards[residual]
+            arguments = (x, shard, weight, eps, weight_bias, form, *inner, group, *([policy] if policy else []))
+            new = self.graph.call_function(all_reduce_rms_norm_sharded.torch_op, arguments)
+            copy_origin(op, new)
+            new.meta["val"] = self._values(op, shard)
+            name: str = op.meta.get("fusewire_all_reduce", "")  # a call of the program's own stands for no all-reduce
+            if name:
+                new.meta["fusewire_all_reduce"] = name
+            new.meta[ASSUMPTION_COUNTED] = True
+        for index, item in getitem_users(op):
+            if index == 0:
+                with self.graph.inserting_before(item):
+                    norm = getitem(self.graph, new, 0)
+                item.replace_all_uses_with(norm)
+        fused = self.context.fused.get(name)
+        if fused is not None:
+            self.context.fused[name] = dataclasses.replace(fused, fusion=f"{fused.fusion}, residual sharded")
+        return new
+
+    def _values(self, op: Node, shard: Node | None) -> tuple[torch.Tensor, torch.Tensor]:
+        full = op.meta["val"][0]
+        if shard is not None:
+            return fresh_fake(full), fresh_fake(shard.meta["val"])
+        with full.fake_mode:
+            part = shard_rows.torch_op(full, _group(op))
+        return fresh_fake(full), fresh_fake(part)

@@ -1,0 +1,1 @@
+"""What became of every all-reduce: the records, their texts, and where they are kept."""

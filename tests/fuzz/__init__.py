@@ -1,0 +1,1 @@
+"""Random programs against the passes, and what must hold for each."""

@@ -1,0 +1,309 @@
+"""The `symm_mem` kernels without a GPU: compiled for sm_90 as the host would launch them.
+
+What the host functions hand to Triton is caught and compiled, and the PTX is held to what the kernels rely
+on: 16-byte accesses on the data path, one owner per element, fences and barriers in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
+from fusewire.custom_ops.providers.symm_mem import workspace as spaces
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.kernels import peer_copy as symm_mem_copy
+from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_data as kernels
+from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_flags as flags
+from fusewire.custom_ops.providers.symm_mem.kernels.packets import peer_at
+from fusewire.custom_ops.providers.symm_mem.launch_config import check_plan
+from fusewire.errors import ArgumentError, WorkspaceError
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SCALE, ROUND = "scale_then_round", "round_then_scale"
+POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int64: "*i64"}
+
+
+class CpuWorkspace(spaces.SymmMemWorkspace):
+    """A workspace in CPU memory; `peers` are the buffers of all ranks."""
+
+    def __init__(self, rank, world, hidden, dtype, tokens=(256, 1024, 8192), outputs=1, multiprocessors=132):
+        self.rank, self.world_size, self.hidden, self.dtype = rank, world, hidden, dtype
+        self.group_name, self.timeout_s, self.device = "simulated", 5.0, torch.device("cpu")
+        self.multiprocessors = multiprocessors
+        self.layout = spaces.Layout(world, hidden, dtype.itemsize, *tokens, outputs)
+        self.ctl, self.known = torch.zeros(spaces.CTL_WORDS, dtype=torch.int64), {}
+        self.use(torch.empty(0, dtype=torch.uint8))
+
+    def use(self, buffer):
+        self._buffer = buffer
+        self._outputs = self._output_tensors() if buffer is not None and len(buffer) else []
+
+    def check(self, synchronize=False):
+        pass
+
+
+def caught_launch(call):
+    """What the host would launch: name, plan and arguments."""
+    seen = []
+    original, symm_mem._run = symm_mem._run, lambda key, name, ws, plan, args: seen.append((name, plan, args))
+    try:
+        call()
+    finally:
+        symm_mem._run = original
+    assert len(seen) == 1
+    return seen[0]
+
+
+# --- Compilation --------------------------------------------------------------------------------------------
+
+
+def compiled(name, plan, args):
+    fn = getattr(kernels, name, None) or getattr(flags, name)
+    signature, constants, attributes = {}, {}, {}
+    for i, (param, value) in enumerate(zip(fn.params, args, strict=True)):
+        if param.is_constexpr or value is None:
+            signature[param.name], constants[param.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            # Only numbers that may be missing have no type of their own.
+            signature[param.name] = param.annotation_type or "fp32"
+            assert param.annotation_type in ("i32", "i64", "fp32") or type(value) is float
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=plan.options)
+
+
+def call_on_cpu(kind, world, hidden, dtype, tokens, weight=BF16, form=SCALE, residual=True, inner=None, **options):
+    pdl = options.pop("pdl", False)
+    if inner is not None:
+        scale, inner_form = inner
+        options["inner"] = InnerNorm(None if scale is None else torch.zeros(hidden, dtype=scale), 1e-6, 1.0, inner_form)
+    ws = CpuWorkspace(1, world, hidden, dtype, tokens=(tokens, tokens, tokens))
+    ws.use(torch.empty(ws.layout.nbytes, dtype=torch.uint8))
+    x = torch.zeros(tokens, hidden, dtype=dtype)
+    rows = spaces.shard_rows(tokens, world) if kind == "two_shot_sharded" else tokens
+    args = (
+        ws,
+        x,
+        torch.zeros(rows, hidden, dtype=dtype) if residual else None,
+        None if weight is None else torch.zeros(hidden, dtype=weight),
+    )
+    launch = caught_launch(lambda: getattr(symm_mem, kind)(*args, 1e-5, 1.0, form, **options))
+    plan = dataclasses.replace(launch[1], pdl=pdl)
+    assert check_plan(plan, ws.layout.packets, ws.multiprocessors) is None
+    return launch[0], plan, (*launch[2][:-1], pdl)
+
+
+VARIANTS = [
+    ("one_shot", 2, 8192, BF16, 1, {}),
+    ("one_shot", 4, 8192, BF16, 1, {"pdl": True}),
+    ("one_shot", 8, 8192, BF16, 16, {"weight": FP32}),
+    ("one_shot", 3, 2880, FP16, 64, {"weight": FP16, "form": ROUND, "residual": False}),
+    ("one_shot", 7, 7168, BF16, 128, {"weight": None, "need_residual": False}),
+    ("one_shot", 4, 16384, FP32, 4, {"weight": BF16}),
+    ("two_shot_sharded", 4, 8192, BF16, 64, {"protocol": "data"}),
+    ("two_shot_sharded", 8, 8192, BF16, 512, {"protocol": "data", "pdl": True}),
+    ("two_shot", 4, 8192, BF16, 256, {"protocol": "data", "weight": torch.float64}),
+    ("two_shot", 5, 5376, FP32, 33, {"protocol": "data", "weight": FP32, "residual": False}),
+    ("two_shot_sharded", 6, 2880, FP16, 100, {"protocol": "data", "need_residual": False}),
+    ("two_shot_sharded", 4, 8192, BF16, 2048, {"protocol": "flags", "output": 0}),
+    ("two_shot_sharded", 2, 4096, BF16, 1000, {"protocol": "flags", "weight": None}),
+    ("two_shot", 8, 8192, BF16, 8192, {"protocol": "flags", "output": 0}),
+    ("two_shot", 3, 7168, FP16, 1025, {"protocol": "flags", "form": ROUND, "weight": FP32}),
+    ("two_shot", 4, 16384, FP32, 64, {"protocol": "flags", "residual": False, "pdl": True}),
+    ("one_shot", 2, 5376, BF16, 1, {"inner": (BF16, SCALE)}),
+    ("one_shot", 8, 16384, FP32, 4, {"inner": (BF16, SCALE), "weight": FP32}),
+    ("one_shot", 4, 4096, FP16, 128, {"inner": (FP32, ROUND), "form": ROUND, "need_residual": False}),
+    ("two_shot", 8, 5376, BF16, 256, {"protocol": "data", "inner": (BF16, SCALE)}),
+    ("two_shot_sharded", 3, 2880, FP32, 5, {"protocol": "data", "inner": (None, SCALE), "weight": None}),
+    ("two_shot", 4, 5376, BF16, 2048, {"protocol": "flags", "inner": (BF16, SCALE), "output": 0}),
+    ("two_shot_sharded", 8, 16384, BF16, 8192, {"protocol": "flags", "inner": (FP32, ROUND), "output": 0}),
+    ("two_shot", 2, 16384, FP32, 64, {"protocol": "flags", "inner": (torch.float64, SCALE), "pdl": True}),
+]
+
+
+def check_inner_adds_no_traffic(text, kind, world, hidden, dtype, tokens, options):
+    """An inner norm stores no more packets than the kernel without it and loads only its weight besides; blocks
+    that share a row exchange one more word.
+    """
+    inner_weight = options["inner"][0]
+    plain_options = {name: value for name, value in options.items() if name != "inner"}
+    name, plan, args = call_on_cpu(kind, world, hidden, dtype, tokens, **plain_options)
+    plain = compiled(name, plan, args).asm["ptx"]
+
+    def added(what):
+        return text.count(what) - plain.count(what)
+
+    tiles = plan.block // plan.threads
+    assert added("st.global.v4.b32") == added("st.relaxed.sys.global.v4.b32") == 0
+    assert added("st.relaxed.sys.global.b64 [%") == (tiles if plan.slices > 1 else 0)
+    size = {None: 0, BF16: 2, FP16: 2}.get(inner_weight, 4) * 16 // dtype.itemsize
+    assert added("ld.global.v2.b32") == (tiles if size == 8 else 0)
+    assert added("ld.global.v4.b32") == tiles * (size // 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "hidden", "dtype", "tokens", "options"),
+    VARIANTS,
+    ids=[f"{v[0]}-{v[1]}x{v[2]}-{str(v[3])[6:]}-{v[4]}" + "".join(f"-{o}" for o in v[5]) for v in VARIANTS],
+)
+def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, options):
+    name, plan, args = call_on_cpu(kind, world, hidden, dtype, tokens, **options)
+    kernel = compiled(name, plan, args)
+    text, ir = kernel.asm["ptx"], kernel.asm["ttgir"]
+    layouts = re.findall(r"^#\w+ = #ttg\..*", ir, re.MULTILINE)
+    # One layout, one element a thread at a time: no packet belongs to two threads.
+    assert len(layouts) == 1
+    assert "sizePerThread = [1]" in layouts[0]
+    assert "convert_layout" not in ir
+    assert min(map(int, re.findall(r"tensor<(\d+)x", ir))) >= plan.threads
+    # Data moves 16 bytes at a time; narrower are addresses, flags, tagged words and a narrow weight.
+    accesses = re.findall(r"\b(?:ld|st)(?:\.\w+)*\.global(\.[\w.]+)", text)
+    weights = [options.get("weight", BF16), *options.get("inner", ())[:1]]
+    narrow = any(weight in (BF16, FP16) for weight in weights) and dtype == FP32
+    assert set(accesses) <= {".v4.b32", ".b64", ".v2.b64", *([".v2.b32"] if narrow else [])}
+    pushes = text.count("st.relaxed.sys.global.v4.b32")
+    assert "multimem" not in text
+    if "inner" in options:
+        check_inner_adds_no_traffic(text, kind, world, hidden, dtype, tokens, options)
+    if name == "two_shot_flags_kernel":
+        assert pushes == 0
+        assert text.count("fence.acq_rel.sys") == 1
+        order = [m.group(1) for m in re.finditer(r"(bar\.sync|fence\.acq_rel|ld\.acquire|st\.global\.v4)", text)]
+        fence = order.index("fence.acq_rel")
+        assert order[fence - 1] == "bar.sync"
+        assert all(order[i + 1] == "bar.sync" for i, what in enumerate(order) if what == "ld.acquire")
+    else:
+        assert pushes >= world - 1
+        assert "fence" not in text
+    assert ("griddepcontrol.wait" in text) == plan.pdl
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["two_shot", "two_shot_sharded"])
+def test_large_inputs_leave_the_registers_in_peace(kind, world, tmp_path):
+    """Bytes that a thread keeps in memory for want of registers. With 8 ranks they were 336 to 552, more than the L1
+    cache holds of all threads, and a tenth of the time.
+    """
+    name, plan, args = call_on_cpu(kind, world, 8192, BF16, 8192, protocol="flags", output=0)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled(name, plan, args).asm["cubin"])
+    said = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)],
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+    assert int(re.search(r"STACK:(\d+)", said).group(1)) <= 160
+
+
+@pytest.mark.parametrize("hidden", [2880, 4096, 5120, 5376, 7168, 8192, 16384])
+@pytest.mark.parametrize("world", range(2, 9))
+def test_default_plans_fit(world, hidden):
+    for dtype in (BF16, FP32):
+        packets = hidden * dtype.itemsize // 16
+        for tokens in (1, 2, 3, 5, 16, 31, 33, 64, 128, 257, 1000, 4096, 8192):
+            shard = spaces.shard_rows(tokens, world)
+            plans = [
+                symm_mem.plan_one_shot(tokens, packets, 132),
+                symm_mem.plan_two_shot_data(shard, packets, world, 132),
+                *(symm_mem.plan_two_shot_flags(shard, packets, world, 132, full) for full in (True, False)),
+            ]
+            assert [check_plan(plan, packets, 132) for plan in plans] == [None] * 4
+            owned = [spaces.owned_rows(tokens, world, rank) for rank in range(world)]
+            assert sum(owned) == tokens
+            assert max(owned) == owned[0] == shard
+
+
+@pytest.mark.parametrize("world", range(2, 9))
+def test_blocks_begin_with_different_peers(world):
+    """Each sends to every peer once; together they send to all at any time, which the links are the faster for."""
+    for rank in range(world):
+        turns = [[peer_at.fn(rank, turn, j, world) for j in range(1, world)] for turn in range(world - 1)]
+        peers = [peer for peer in range(world) if peer != rank]
+        assert all(sorted(turn) == peers for turn in turns)
+        assert all(sorted(step) == peers for step in zip(*turns, strict=True))
+
+
+def test_a_plain_copy_stores_16_bytes_at_a_time_to_every_peer():
+    signature = {"ctl": "*i64", "source": "*u8", "packets": "i32", "rank": "i32", "offset": "i64"}
+    constants = {"WORLD": 4, "BLOCK": 1024}
+    fn = symm_mem_copy.push_to_peers_kernel
+    source = ASTSource(fn=fn, signature={**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants)
+    ptx = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": False}
+    ).asm["ptx"]
+    assert ptx.count("st.global.v4.b32") == 3 * 4
+    assert ptx.count("ld.global.v4.b32") == 4
+
+
+def test_results_in_output_buffers_are_no_aliases_of_each_other():
+    """torch refuses custom operators whose result shares a storage with an argument: here the residual before."""
+    ws = CpuWorkspace(0, 2, 64, BF16, tokens=(8, 16, 32), outputs=2)
+    ws.use(torch.zeros(ws.layout.nbytes, dtype=torch.uint8))
+    first, second = ws.output(0, 3), ws.output(1, 32)
+    assert first.untyped_storage()._cdata != second.untyped_storage()._cdata
+    assert first.shape == (3, 64)
+    second.fill_(1.0)
+    assert not first.any()
+    at = ws.layout.offsets["output1"]
+    assert ws._buffer[at : at + ws.layout.sizes["output1"]].view(BF16).eq(1.0).all()
+
+
+def test_areas_of_the_buffer_do_not_overlap():
+    layout = spaces.Layout(8, 8192, 2, 128, 512, 8192, 2)
+    ends = 0
+    for name, start in sorted(layout.offsets.items(), key=lambda item: item[1]):
+        assert start >= ends
+        assert start % 16 == 0
+        ends = start + layout.sizes[name]
+    assert layout.nbytes == ends
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "change"),
+    [
+        (ArgumentError, "one_shot", {"x": torch.zeros(2, 128, dtype=BF16)}),
+        (ArgumentError, "one_shot", {"x": torch.zeros(2, 64, dtype=FP16)}),
+        (ArgumentError, "one_shot", {"x": torch.zeros(9, 64, dtype=BF16)}),
+        (ArgumentError, "one_shot", {"residual": torch.zeros(2, 64)}),
+        (ArgumentError, "one_shot", {"weight": torch.zeros(63)}),
+        (ArgumentError, "one_shot", {"form": "neither"}),
+        (ArgumentError, "one_shot", {"inner": InnerNorm(None, 1e-5, 0.0, SCALE)}),
+        *[
+            (ArgumentError, kind, {"inner": inner, "residual": torch.zeros(rows, 64, dtype=BF16)})
+            for kind, rows in (("one_shot", 2), ("two_shot", 2), ("two_shot_sharded", 1))
+            for inner in (
+                InnerNorm(torch.zeros(63), 1e-5, 0.0, SCALE),
+                InnerNorm(torch.zeros(64, dtype=torch.int32), 1e-5, 0.0, SCALE),
+                InnerNorm(torch.zeros(64, device="meta"), 1e-5, 0.0, SCALE),
+                InnerNorm(None, -1.0, 0.0, SCALE),
+                InnerNorm(None, 1e-5, 0.0, "neither"),
+            )
+        ],
+        (ArgumentError, "one_shot", {"norm_out": torch.zeros(2, 64)}),
+        (ArgumentError, "two_shot", {"protocol": "barrier"}),
+        (ArgumentError, "two_shot", {"x": torch.zeros(17, 64, dtype=BF16), "protocol": "data"}),
+        (ArgumentError, "two_shot", {"output": 0, "protocol": "data"}),
+        (ArgumentError, "two_shot", {"output": 1}),
+        (ArgumentError, "two_shot", {"output": 0, "need_residual": False}),
+        (ArgumentError, "two_shot_sharded", {"residual": torch.zeros(2, 64, dtype=BF16)}),
+        (WorkspaceError, "two_shot_sharded", {"closed": True}),
+    ],
+)
+def test_refuses(error, kind, change):
+    ws = CpuWorkspace(0, 2, 64, BF16, tokens=(8, 16, 32))
+    ws.use(None if change.pop("closed", False) else torch.empty(ws.layout.nbytes, dtype=torch.uint8))
+    call = {"x": torch.zeros(2, 64, dtype=BF16), "residual": None, "weight": None, "form": SCALE, **change}
+    with pytest.raises(error):
+        getattr(symm_mem, kind)(ws, eps=1e-5, weight_bias=0.0, **call)

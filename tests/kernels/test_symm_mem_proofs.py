@@ -1,0 +1,291 @@
+"""The calls of known answer that `symm_mem` makes before its kernels are trusted: they pass on the real kernels, in the
+simulation of test_symm_mem_interpreted.py, and they notice wrong results; and the ranks vote on them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import traceback
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.norms import normalize
+from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
+from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded, own_rows
+from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
+from fusewire.custom_ops.providers.symm_mem import provider as symm_mem_provider
+from fusewire.custom_ops.providers.symm_mem import self_test as symm_mem_proofs
+from fusewire.custom_ops.providers.symm_mem.workspace import Layout
+from fusewire.custom_ops.workspaces import registry as workspace
+from fusewire.errors import WorkspaceError
+
+from support.distributed import shared_pool
+
+KINDS = (
+    symm_mem_proofs.PLAIN,
+    symm_mem_proofs.SANDWICH,
+    symm_mem_proofs.SHARDED,
+    symm_mem_proofs.SHARDED_SANDWICH,
+)
+
+
+class _Made(Exception):
+    """Ends the first half of a probe, when its launch is known."""
+
+
+def simulate(kind, world, dtype, spoil=None):
+    """Make all probes of a kind on simulated ranks; for each probe, which ranks say it came out wrong."""
+    import test_symm_mem_interpreted as sim
+
+    class Rank(sim.Rank):
+        def begin(self, call):
+            name, plan, args = call[self.ws.rank]
+            self.begun += 1
+            fn, values = self.machine.bound(name, args)
+            threads = plan.threads
+            self.blocks = [
+                sim.Block(self.machine, fn, values, plan.programs, pid, threads) for pid in range(plan.programs)
+            ]
+
+        def end(self):
+            for block in self.blocks:
+                block.flush()
+            self.blocks = []
+
+    machine = sim.Machine(7)
+    sim.install(machine)
+    layout = sim.spaces.Layout(world, 64, dtype.itemsize, sim.ONE_SHOT_TOKENS, sim.DATA_TOKENS, sim.MAX_TOKENS, 0)
+    buffers = [torch.zeros(layout.nbytes + 16, dtype=torch.uint8)[: layout.nbytes] for _ in range(world)]
+    for buffer in buffers:
+        machine.hold(buffer)
+        for name in layout.ones:
+            buffer[layout.offsets[name] : layout.offsets[name] + layout.sizes[name]] = 255
+    spaces = [sim.CpuWorkspace(rank, buffers, layout, dtype, 3) for rank in range(world)]
+    for ws in spaces:
+        machine.hold(ws._host_error)
+    verdicts = []
+    for probe in symm_mem_proofs._probes(spaces[0], kind):
+        launches, outputs = [], []
+        for ws in spaces:
+
+            def first_half(call, *args, ws=ws, launched=launches, made=outputs, **options):
+                launched.append(sim.caught_launch(lambda: made.append(call(ws, *args, **options))))
+                raise _Made
+
+            with pytest.raises(_Made):
+                symm_mem_proofs._make(first_half, ws, kind, probe)
+        machine.ranks = [Rank(machine, ws, [launches], None) for ws in spaces]
+        machine.run()
+        if spoil is not None:
+            outputs[spoil][0][-1, 3] += 0.5
+        wrong = [
+            bool(symm_mem_proofs._make(lambda *_, found=found, **__: found, ws, kind, probe))
+            for ws, found in zip(spaces, outputs, strict=True)
+        ]
+        verdicts.append([str(probe.call.__name__), probe.tokens, wrong])
+    return verdicts
+
+
+def _simulated(*cases):
+    """Verdicts by case, from a process in which Triton interprets."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(cases),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("[")]
+
+
+def test_probes_pass_on_the_kernels():
+    cases = [(kind, world, "bfloat16", None) for kind in KINDS for world in (2, 3)]
+    for case, verdicts in zip(cases, _simulated(*cases), strict=True):
+        assert len(verdicts) >= 4, case
+        assert not any(any(wrong) for _, _, wrong in verdicts), (case, verdicts)
+
+
+def test_probes_notice_one_wrong_number():
+    cases = [(kind, 2, "float32", 1) for kind in KINDS]
+    for case, verdicts in zip(cases, _simulated(*cases), strict=True):
+        assert all(wrong == [False, True] for _, _, wrong in verdicts), (case, verdicts)
+
+
+@pytest.mark.parametrize("good", [2, 3])
+def test_a_plain_call_is_tried_until_it_goes_straight_to_the_launch(good):
+    layout = SimpleNamespace(data_tokens=8, max_tokens=64, outputs=0, one_shot_tokens=4)
+    made = SimpleNamespace(rank=0, world_size=1, hidden=16, dtype=torch.float32, layout=layout)
+    made.device, made.check = torch.device("cpu"), lambda synchronize=False: None
+    times, inputs = {}, set()
+
+    def run(call, x, residual, weight, eps, weight_bias, form):
+        key = (call, x.shape, form)
+        times[key] = times.get(key, 0) + 1
+        inputs.add((*key, *x.flatten().tolist()))
+        summed = x + residual
+        norm = normalize(summed, weight, eps, weight_bias, form)
+        return norm + (times[key] > good), summed
+
+    with pytest.raises(WorkspaceError, match="known answer") if good < 3 else contextlib.nullcontext():
+        symm_mem_proofs.prove(run, made, symm_mem_proofs.PLAIN, "together")
+    assert set(times.values()) == {3}
+    assert len(inputs) == 3 * len(times) == 18
+
+
+# --- The vote ---------------------------------------------------------------------------------------------------
+
+
+def _held(outputs=0):
+    """A workspace whose kernels are native, on the CPU."""
+    group = dist.group.WORLD
+    key = workspace.WorkspaceKey("symm_mem", group.group_name, torch.float32, 16)
+    layout = SimpleNamespace(data_tokens=8, max_tokens=64, outputs=outputs, one_shot_tokens=4)
+    made = SimpleNamespace(
+        nbytes=0, rank=group.rank(), world_size=group.size(), hidden=16, dtype=torch.float32, layout=layout
+    )
+    made.device, made.check, made.close = torch.device("cpu"), lambda synchronize=False: None, lambda: None
+    order = SimpleNamespace(lock=threading.RLock(), enter=lambda _: None)
+    with mock.patch.object(workspace.StreamOrder, "of", return_value=order):
+        return symm_mem_provider.HeldWorkspace(workspace.Request(key, group, torch.device("cpu"), 64), made)
+
+
+def _native(made, x, residual, weight, eps, weight_bias, form, inner=None, **_):
+    name = dist.group.WORLD.group_name
+    tail = (None, 0.0, 0.0, "") if inner is None else (inner.weight, inner.eps, inner.weight_bias, inner.form)
+    sharded = residual is not None and residual.shape != x.shape
+    if sharded or _native.sharded:
+        return all_reduce_rms_norm_sharded.native(x, residual, weight, eps, weight_bias, form, *tail, name)
+    if inner is not None:
+        return all_reduce_sandwich_norm.native(x, residual, weight, eps, weight_bias, form, *tail, name)
+    return all_reduce_rms_norm.native(x, residual, weight, eps, weight_bias, form, name)
+
+
+def _broken(made, *args, **options):
+    norm, summed = _native(made, *args, **options)
+    return norm + (1.0 if dist.get_rank() == 1 else 0.0), summed
+
+
+def _sharded(function):
+    def call(*args, **options):
+        _native.sharded = True
+        try:
+            return function(*args, **options)
+        finally:
+            _native.sharded = False
+
+    return call
+
+
+_native.sharded = False
+
+
+def _votes(good):
+    """Per kind: was it proven, how often were probes made, and did the bound call compute what native does."""
+    function = _native if good else _broken
+    made_calls = []
+
+    def counted(*args, **options):
+        made_calls.append(1)
+        return function(*args, **options)
+
+    held, provider, said = _held(), symm_mem_provider.SymmMemProvider(), []
+    with (
+        mock.patch.object(symm_mem, "one_shot", counted),
+        mock.patch.object(symm_mem, "two_shot", counted),
+        mock.patch.object(symm_mem, "two_shot_sharded", _sharded(counted)),
+    ):
+        group = dist.group.WORLD
+        x = torch.randn(5, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
+        residual, w = torch.ones(5, 16), torch.ones(16)
+        for op, inner in (
+            (all_reduce_sandwich_norm, (w, 1e-6, 0.0, "scale_then_round")),
+            (all_reduce_rms_norm_sharded, (None, 0.0, 0.0, "")),
+            (all_reduce_rms_norm_sharded, (w, 1e-6, 0.0, "scale_then_round")),
+        ):
+            given = residual if op is all_reduce_sandwich_norm else own_rows(residual, group.rank(), group.size())
+            args = (x, given, w, 1e-6, 0.0, "scale_then_round", *inner, group.group_name)
+            whole = provider.bind_extended(held, "symm_mem/twoshot", op.name, args)
+            tried = len(made_calls)
+            again = provider.bind_extended(held, "symm_mem/oneshot", op.name, args)
+            right = None
+            if whole is not None:
+                right = all(torch.equal(a, b) for a, b in zip(whole(*args), op.native(*args), strict=True))
+            said.append((whole is not None, (again is not None) == (whole is not None), len(made_calls) - tried, right))
+        return said
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_ranks_vote_on_what_they_tried(good):
+    """One rank's wrong result makes all of them do without the kernel; nothing is tried twice."""
+    for said in shared_pool(2).run(_votes, good):
+        if good:
+            assert said == [(True, True, 1, True)] * 3
+        else:
+            assert said == [(False, True, 0, None)] * 3
+
+
+def _during_capture():
+    """What is bound during capture, and whether it is tried when the capture is over."""
+    held = _held()
+    provider, x = symm_mem_provider.SymmMemProvider(), torch.ones(5, 16)
+    args = (x, x, None, 1e-6, 0.0, "scale_then_round", None, 1e-6, 0.0, "scale_then_round", dist.group.WORLD.group_name)
+    bound = []
+    with (
+        mock.patch.object(symm_mem, "one_shot", _native),
+        mock.patch.object(symm_mem, "two_shot", _native),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", side_effect=[True, False]),
+    ):
+        for _ in range(2):
+            bound.append(provider.bind_extended(held, "symm_mem/twoshot", all_reduce_sandwich_norm.name, args))
+    return [each is not None for each in bound]
+
+
+def test_nothing_is_tried_during_capture():
+    assert shared_pool(2).run(_during_capture) == [[False, True]] * 2
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for chosen, size, name, broken in json.load(sys.stdin):
+        try:
+            print(json.dumps(simulate(chosen, size, getattr(torch, name), broken)), flush=True)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+
+
+@pytest.mark.parametrize(("ranks", "data"), [(2, 512), (4, 512), (5, 1024), (8, 1024)])
+def test_a_workspace_is_made_as_it_was_counted(ranks, data):
+    """What the ranks vote on is the memory that is then taken; more ranks use the low-latency protocol for longer."""
+    made = []
+
+    def record(group_name, hidden, dtype, max_tokens, *, timeout_s, device, multiprocessors, barrier, **sizes):
+        assert multiprocessors == 78  # the least of the ranks
+        sizes = {name: min(size, max_tokens) if name != "outputs" else size for name, size in sizes.items()}
+        made.append(Layout(ranks, hidden, dtype.itemsize, max_tokens=max_tokens, **sizes))
+        return SimpleNamespace(rank=0, world_size=ranks, nbytes=made[-1].nbytes)
+
+    group = SimpleNamespace(size=lambda: ranks)
+    for tokens in (100, 4096):
+        key = workspace.WorkspaceKey("symm_mem", "group", torch.bfloat16, 8192)
+        facts = tuple({"multiprocessors": 78 + (rank + 1) % ranks} for rank in range(ranks))
+        request = workspace.Request(key, group, torch.device("cpu"), tokens, facts)
+        with mock.patch.object(symm_mem_provider, "SymmMemWorkspace", record):
+            symm_mem_provider.SymmMemProvider().create(request, SimpleNamespace(barrier=lambda: None))
+        assert made[-1].nbytes == symm_mem_provider.SymmMemProvider().nbytes(8192, torch.bfloat16, ranks, tokens)
+        assert made[-1].data_tokens == min(data, tokens)

@@ -1,0 +1,1 @@
+"""What tests share: ranks, graphs, models, and stand-ins for hardware."""

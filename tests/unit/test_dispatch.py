@@ -1,0 +1,380 @@
+"""The choice of a provider by number of tokens: table, policy, cache, what it costs, how it explains."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_flashinfer_provider import args_of, fake_flashinfer
+
+from fusewire.custom_ops.dispatch import cost_model as plans
+from fusewire.custom_ops.dispatch import dispatcher as dispatch
+from fusewire.custom_ops.dispatch.dispatcher import Policy, Room, Shape, pick, read_policy
+from fusewire.custom_ops.dispatch.overview import PlanRow, explain_plan
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
+from fusewire.custom_ops.providers.flashinfer import provider
+from fusewire.custom_ops.workspaces import registry as workspace
+from fusewire.errors import ConfigError, NoProviderError
+from fusewire.fusion_passes.config import PassConfig
+
+from support.distributed import fake_group, shared_pool
+
+BF16 = torch.bfloat16
+H200 = "NVIDIA H200"
+ROOM = {"flashinfer": Room(8191)}
+MEASURED = plans.find_plan(H200, 4, 8192, BF16)
+UNKNOWN = plans.find_plan("some GPU", 4, 8192, BF16)
+
+
+def label(tokens, policy, plan=MEASURED, hidden=8192, ranks=4, rooms=ROOM, reasons=None):
+    found = pick(Shape(tokens, hidden, BF16, ranks), read_policy(op, policy), plan, rooms, reasons or {})
+    return found.candidate.label if found.candidate else None
+
+
+# --- The table ----------------------------------------------------------------------------------------------
+
+
+def test_costs_between_measured_points_lie_on_lines():
+    row = 8192 * 2
+    at = {size // row: cost for size, cost in MEASURED.costs["native"]}
+    assert MEASURED.cost("native", row) == at[1]
+    assert MEASURED.cost("native", 0) == at[1]
+    assert MEASURED.cost("native", 96 * row) == pytest.approx((at[64] + at[128]) / 2)
+    assert MEASURED.cost("native", 16384 * row) == pytest.approx(2 * at[8192])
+    assert MEASURED.cost("nobody", row) is None
+
+
+def test_tables_are_sorted_and_costs_grow():
+    for table in plans._TABLES:
+        for points in table.plan("").costs.values():
+            assert list(points) == sorted(points)
+            assert len({size for size, _ in points}) == len(points)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "ranks", "hidden", "said"),
+    [
+        (H200, 4, 8192, "measured on 4 H200s"),
+        (H200, 4, 6144, "at hidden size 7168 in bfloat16, by bytes"),
+        (H200, 2, 5120, "at hidden size 4096 in bfloat16, by bytes"),
+        (H200, 3, 8192, "between what was measured on 2 H200s, 2026-11-20 and measured on 4 H200s"),
+        (H200, 7, 8192, "between what was measured on 4 H200s, 2026-11-20 and measured on 8 H200s"),
+        ("NVIDIA H100 80GB HBM3", 4, 8192, "taken for NVIDIA H100 80GB HBM3"),
+        ("NVIDIA B200", 8, 8192, "nothing was measured on 8 x NVIDIA B200"),
+        (H200, 16, 8192, "nothing was measured on 16 x NVIDIA H200"),
+    ],
+)
+def test_a_plan_says_where_it_comes_from(gpu, ranks, hidden, said):
+    assert said in plans.find_plan(gpu, ranks, hidden, BF16).source
+
+
+def test_costs_between_two_world_sizes_lie_between_theirs():
+    known = {ranks: plans.find_plan(H200, ranks, 8192, BF16) for ranks in (2, 3, 4, 5, 6, 7, 8)}
+    for tokens in (1, 100, 4096, 20000):
+        for variant in (plans.SYMM_TWO_SHOT, plans.NATIVE):
+            costs = {ranks: plan.cost(variant, tokens * 8192 * 2) for ranks, plan in known.items()}
+            for below, above in ((2, 4), (4, 8)):
+                inner = [costs[ranks] for ranks in range(below, above + 1)]
+                assert inner in (sorted(set(inner)), sorted(set(inner), reverse=True))
+    rooms = {"symm_mem": Room(4096)}
+    assert label(2048, "symm_mem,native", known[3], ranks=3, rooms=rooms) == plans.SYMM_TWO_SHOT
+
+
+# --- The choice ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "policy", "chosen"),
+    [
+        (1, "flashinfer,native", "flashinfer/oneshot"),
+        (128, "flashinfer,native", "flashinfer/oneshot"),
+        (512, "flashinfer,native", "flashinfer/twoshot"),
+        (0, "flashinfer,native", "flashinfer/oneshot"),
+        # Whoever stands behind native is never asked.
+        (1, "native,flashinfer", "native"),
+        (1, "native", "native"),
+        # Alone, it serves wherever it can.
+        (8000, "flashinfer", "flashinfer/twoshot"),
+        (8192, "flashinfer", None),
+        # 16 KiB a token: 64 tokens are 1 MiB.
+        (64, "flashinfer,native;max_size_mb=1", "flashinfer/oneshot"),
+        (65, "flashinfer,native;max_size_mb=1", "native"),
+        (8191, "flashinfer,native;max_size_mb=4096", "flashinfer/twoshot"),
+        (1, "flashinfer,native;max_size_mb=0", "native"),
+        # What nothing is known about serves where it comes first.
+        (1, "rank_ordered,flashinfer,native", "rank_ordered"),
+        (1, "flashinfer,rank_ordered", "flashinfer/oneshot"),
+    ],
+)
+def test_choice(tokens, policy, chosen):
+    assert label(tokens, policy) == chosen
+
+
+@pytest.mark.parametrize(
+    ("tokens", "policy", "chosen"),
+    [
+        (32, "flashinfer,native", "flashinfer/oneshot"),
+        (33, "flashinfer,native", "native"),
+        (33, "flashinfer,rank_ordered", "rank_ordered"),
+        (33, "flashinfer", "flashinfer/twoshot"),
+        (33, "flashinfer,native;max_size_mb=2", "flashinfer/twoshot"),
+        (129, "flashinfer,native;max_size_mb=2", "native"),
+        (1, "native", "native"),
+    ],
+)
+def test_choice_on_a_gpu_that_was_not_measured(tokens, policy, chosen):
+    assert label(tokens, policy, UNKNOWN) == chosen
+
+
+def test_eight_gpus_leave_large_inputs_to_nccl():
+    plan = plans.find_plan(H200, 8, 8192, BF16)
+    assert label(32, "flashinfer,native", plan, ranks=8) == "flashinfer/oneshot"
+    assert [label(tokens, "flashinfer,native", plan, ranks=8) for tokens in (256, 1024, 4096)] == ["native"] * 3
+
+
+def test_two_shot_is_not_chosen_where_it_cannot_run():
+    cheap = plans.Plan("made up", {plans.ONE_SHOT: ((1, 9.0),), plans.TWO_SHOT: ((1, 1.0),), "native": ((1, 20.0),)})
+    assert label(4, "flashinfer,native", cheap) == "flashinfer/oneshot"
+    assert label(5, "flashinfer,native", cheap) == "flashinfer/twoshot"
+
+
+def test_a_refusal_reaches_the_outcome():
+    shape, policy = Shape(1, 8192, BF16, 4), Policy(("flashinfer", "native"))
+    found = pick(shape, policy, MEASURED, {"flashinfer": Room(0, "on rank 3: no memory")}, {})
+    assert (found.candidate.label, str(found.refusals[0])) == ("native", "flashinfer: on rank 3: no memory")
+    found = pick(shape, policy, MEASURED, {}, {"flashinfer": "x is float64", "native": "broken"})
+    assert found.candidate is None
+    assert [r.reason for r in found.refusals] == ["x is float64", "broken"]
+
+
+@pytest.mark.parametrize("policy", ["flashinfer;max_size_mb=big", "flashinfer;size=3"])
+def test_bad_options_are_named(policy):
+    with pytest.raises(ConfigError, match=policy.partition(";")[2].replace("=", ".")):
+        read_policy(op, policy)
+
+
+def test_the_configurations_text_is_read_back():
+    text = PassConfig(fi_allreduce_fusion_max_size_mb=0.5).policy("all_reduce_rms_norm")
+    assert read_policy(op, text) == Policy(("symm_mem", "flashinfer", "native"), 0.5)
+    assert op.priority == ("symm_mem", "flashinfer", "native")
+
+
+def test_the_choice_is_the_same_for_equal_facts():
+    """Nothing but its arguments enters: no pointer, no clock, no memory of this rank."""
+    before = [label(tokens, "flashinfer,native") for tokens in range(1, 600)]
+    with mock.patch.object(torch.cuda, "mem_get_info", side_effect=AssertionError):
+        assert [label(tokens, "flashinfer,native") for tokens in range(1, 600)] == before
+
+
+# --- Sizes of workspaces ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", [576, 4096, 8192])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_workspace_of_the_first_call_fits_all_that_comes_to_it(hidden, ranks):
+    keeper, policy = workspace.PROVIDERS["flashinfer"], read_policy(op, "flashinfer,native")
+    plan = plans.find_plan(H200, ranks, hidden, BF16)
+    tokens = dispatch.wanted_tokens(keeper, Shape(1, hidden, BF16, ranks), policy, plan)
+    assert keeper.nbytes(hidden, BF16, ranks, tokens) <= dispatch.DEFAULT_WORKSPACE_BYTES
+    rooms = {"flashinfer": Room(tokens)}
+    assert label(tokens, "flashinfer,native", plan, hidden, ranks, rooms).startswith("flashinfer")
+    larger = label(tokens + 1, "flashinfer,native", plan, hidden, ranks, {"flashinfer": Room(tokens + 1)})
+    fits = keeper.nbytes(hidden, BF16, ranks, tokens + 1) <= dispatch.DEFAULT_WORKSPACE_BYTES
+    assert larger == "native" or not fits
+
+
+def test_sizes_that_the_policy_asks_for():
+    keeper, shape = workspace.PROVIDERS["flashinfer"], Shape(6000, 8192, BF16, 4)
+
+    def size(policy, plan=MEASURED, shape=shape):
+        return dispatch.wanted_tokens(keeper, shape, read_policy(op, policy), plan)
+
+    assert size("flashinfer,native;max_size_mb=1") == 64
+    assert size("flashinfer,native;max_size_mb=100000") == 16383 == provider.max_tokens(8192, BF16, 4)
+    assert size("flashinfer") == 6000
+    assert size("flashinfer,native", UNKNOWN) == 32
+    assert size("flashinfer,native", plans.Plan("nothing", limits={})) == 0
+
+
+# --- The selector -------------------------------------------------------------------------------------------
+
+
+def test_on_the_cpu_native_serves_without_vote_or_workspace():
+    x = torch.zeros(2, 64, dtype=BF16)
+    with fake_group(2) as group, mock.patch.object(workspace, "Channel", side_effect=AssertionError):
+        chosen = dispatch.select(op, args_of(x, x, None, group.group_name), "")
+        assert chosen is op.providers["native"]
+        assert dispatch.select(op, args_of(x, x, None, group.group_name), "rank_ordered").name == "rank_ordered"
+        with pytest.raises(NoProviderError, match="flashinfer: "):
+            dispatch.select(op, args_of(x, x, None, group.group_name), "flashinfer")
+
+
+def test_unknown_providers_are_an_error():
+    x = torch.zeros(2, 64)
+    with fake_group(2) as group, pytest.raises(ConfigError, match="no provider 'nobody'"):
+        dispatch.select(op, args_of(x, None, None, group.group_name), "nobody")
+
+
+def test_a_provider_that_goes_is_no_longer_chosen():
+    x = torch.zeros(2, 64)
+
+    def mine(x, residual, weight, eps, weight_bias, form, group_name):
+        return x, x
+
+    with fake_group(2) as group:
+        args = args_of(x, None, None, group.group_name)
+        op.register_impl("mine")(mine)
+        try:
+            assert dispatch.select(op, args, "mine,native").fn is mine
+        finally:
+            op.unregister_impl("mine")
+        with pytest.raises(ConfigError, match="mine"):
+            dispatch.select(op, args, "mine,native")
+
+
+def job_cache():
+    """Decisions are kept by shape, and given up when the workspace, the group or the provider goes."""
+    name, said = dist.group.WORLD.group_name, {}
+    with fake_flashinfer():
+        x = torch.ones(2, 64, dtype=BF16)
+        first = dispatch.select(op, args_of(x, None, None, name), "flashinfer")
+        with mock.patch.object(dispatch, "_decide", side_effect=AssertionError):
+            said["same"] = dispatch.select(op, args_of(x.clone(), None, None, name), "flashinfer") is first
+            for change in (
+                args_of(torch.ones(3, 64, dtype=BF16), None, None, name),
+                args_of(x, x, None, name),
+                args_of(x, None, torch.ones(64, dtype=BF16), name),
+                args_of(x.half(), None, None, name),
+            ):
+                try:
+                    dispatch.select(op, change, "flashinfer")
+                    said["other"] = "taken for the same"
+                except AssertionError:
+                    pass
+        workspace.close()
+        again = dispatch.select(op, args_of(x, None, None, name), "flashinfer")
+        said["after close"] = again is not first
+        return said
+
+
+def test_decisions_are_cached_by_what_they_depend_on():
+    for said in shared_pool(2).run(job_cache):
+        assert said == {"same": True, "after close": True}
+
+
+def job_mixed_gpus():
+    """Ranks with different GPUs: no plan is for them, so all take the cautious one."""
+    name = dist.group.WORLD.group_name
+    gpu = [H200, "NVIDIA B200"][dist.get_rank()]
+    facts = {"gpu": gpu, "host": "here", "uuid": gpu}
+    with fake_flashinfer(), mock.patch.object(provider, "device_facts", return_value=facts):
+        chosen = [
+            dispatch.select(op, args_of(torch.ones(n, 8192, dtype=BF16), None, None, name), "").name
+            for n in (1, 64, 65, 512)
+        ]
+        return chosen, workspace.workspaces()[0].max_tokens
+
+
+def test_ranks_with_different_gpus_choose_alike():
+    for chosen, tokens in shared_pool(2).run(job_mixed_gpus):
+        assert chosen == ["flashinfer", "flashinfer", "native", "native"]
+        assert tokens == 64
+
+
+def job_hosts(host, uuid):
+    facts = {"gpu": H200, "host": [host, "b"][dist.get_rank()], "uuid": [uuid, "2"][dist.get_rank()]}
+    with fake_flashinfer(), mock.patch.object(provider, "device_facts", return_value=facts):
+        made = workspace.prepare(None, 64, BF16, max_tokens=8)[0]
+        return made.reason
+
+
+@pytest.mark.parametrize(("host", "uuid", "said"), [("a", "1", "2 hosts"), ("b", "2", "share one GPU"), ("b", "1", "")])
+def test_machines_that_do_not_fit_together(host, uuid, said):
+    for reason in shared_pool(2).run(job_hosts, host, uuid):
+        assert bool(reason) == bool(said)
+        assert said in reason
+
+
+def test_a_choice_made_before_costs_little():
+    x = torch.zeros(8, 8192, dtype=BF16)
+    with fake_group(2) as group:
+        args = args_of(x, x, torch.zeros(8192, dtype=BF16), group.group_name)
+        dispatch.select(op, args, "flashinfer,native")
+        best = min(_time_of(args) for _ in range(5))
+    assert best < 20e-6  # about 2 microseconds on a quiet machine; the bound is loose for busy ones
+
+
+def _time_of(args, calls=2000):
+    start = time.perf_counter()
+    for _ in itertools.repeat(None, calls):
+        dispatch.select(op, args, "flashinfer,native")
+    return (time.perf_counter() - start) / calls
+
+
+# --- Explaining ---------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_explained_in_ranges_without_gaps():
+    rows = explain_plan(4, 8192, BF16, gpu=H200, policy="flashinfer,native")
+    assert [row.provider for row in rows] == ["flashinfer/oneshot", "flashinfer/twoshot", "native"]
+    assert rows[0].first == 1
+    assert rows[-1].last is None
+    assert all(row.last + 1 == after.first for row, after in itertools.pairwise(rows))
+    for row in rows:
+        assert label(row.first, "flashinfer,native", rooms={"flashinfer": Room(rows[-1].first - 1)}) == row.provider
+    assert "6.3 us (native 13.9); measured on 4 H200s" in rows[0].reason
+    assert "not the fastest" in rows[-1].reason
+    larger = explain_plan(4, 8192, BF16, gpu=H200, policy="symm_mem,native")
+    assert "fusewire.prepare" in larger[-1].reason
+
+
+def test_a_machine_without_a_gpu_is_explained():
+    with mock.patch.object(torch.cuda, "is_available", return_value=False):
+        provider._machine_support.cache_clear()
+        rows = explain_plan(4, 8192, BF16)
+        provider._machine_support.cache_clear()
+    assert [row[:3] for row in rows] == [(1, None, "native")]
+    assert "FlashInfer's kernels run on NVIDIA GPUs" in rows[0].reason
+
+
+def test_a_world_size_that_cannot_be_served_is_explained():
+    rows = explain_plan(3, 8192, BF16, gpu=H200, policy="flashinfer,native")
+    assert rows == [PlanRow(1, None, "native", mock.ANY)]
+    assert "3 ranks" in rows[0].reason
+    assert "not the fastest" in explain_plan(8, 8192, BF16, gpu=H200, policy="flashinfer,native")[-1].reason
+
+
+def test_our_own_kernels_lead_where_they_were_measured():
+    for world_size in (2, 4, 8):
+        rows = explain_plan(world_size, 8192, BF16, gpu=H200)
+        assert rows[0].provider == "symm_mem/oneshot"
+        assert {row.provider.partition("/")[0] for row in rows if row.first >= 512} <= {"symm_mem", "native"}
+
+
+def job_explain():
+    group = dist.group.WORLD
+    with fake_flashinfer():
+        before = explain_plan(group, 64, BF16)
+        workspace.prepare(group, 64, BF16, max_tokens=7)
+        after = explain_plan(group.group_name, 64, BF16, policy="flashinfer,native;max_size_mb=1")
+        return before[0].provider, [row[:3] for row in after], after[-1].reason
+
+
+def test_after_the_vote_the_explanation_is_of_the_workspace():
+    for before, after, reason in shared_pool(2).run(job_explain):
+        assert before == "flashinfer/oneshot"
+        assert (after[0][0], after[-1][1], after[-1][0]) == (1, None, 8)
+        assert "takes up to 7" in reason or "not the fastest" in reason
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+def test_capture_is_asked_of_the_current_stream(capturing):
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=capturing),
+    ):
+        assert dispatch.capturing() is capturing

@@ -1,0 +1,117 @@
+"""Real models from transformers, tensor-parallel over gloo processes: fused results against eager and against fp64.
+
+What is compared, and why it can be compared so strictly: with `emulate_precision_casts=True` Inductor rounds where
+eager does, and native sums with the group's own all-reduce, so fused and eager are equal bit for bit in bf16. In fp32
+Inductor's arithmetic differs from eager's in the last bits. Without the emulation, fused must be no farther from the
+whole model in fp64 than what plain torch.compile gives.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fusewire
+
+from support.distributed import shared_pool
+from support.zoo import MODELS, forward_logits, prefill_and_decode
+
+NAMES = ["llama", "qwen3", "gemma1", "gemma2", "gemma3"]
+QUICK = [("llama", 2), ("qwen3", 2), ("gemma1", 2), ("gemma2", 2), ("gemma3", 2), ("llama", 3), ("gemma2", 3)]
+REST = [(name, 3) for name in NAMES if (name, 3) not in QUICK]
+BATCH, TOKENS, STEPS = 2, 8, 2
+TIMEOUT_S = 420
+
+
+def _compiled(model, **options):
+    torch._dynamo.reset()
+    # dynamic=False because of the comparison: with symbolic sizes Inductor's code, fusewire's or not, differs from
+    # eager's in the last bits. A symbolic number of tokens can be traced and fuses (test_generate.py); what torch 2.13
+    # cannot trace is a symbolic *stride* of the ids, those of a view, in transformers' embedding through DTensor.
+    return torch.compile(model, backend="fusewire", fullgraph=True, dynamic=False, options=options)
+
+
+def _verdict():
+    report = fusewire.report()
+    refused = [f"{entry.module}: {entry.reason}" for entry in report.entries if entry.status != "fused"]
+    return report.found, report.fused, refused
+
+
+def exact_in_bf16(name):
+    """On each rank: largest difference of fused and eager logits, prefill and decode, and the report's counts."""
+    spec = MODELS[name]
+    model, ids = spec.build(torch.bfloat16), spec.inputs(BATCH, TOKENS)
+    fusewire.clear_report()
+    with torch.no_grad():
+        want = prefill_and_decode(model, ids, STEPS)
+        got = prefill_and_decode(_compiled(model, emulate_precision_casts=True), ids, STEPS)
+        worst = _largest_difference(want, got)
+        if worst:
+            # Inductor's tanh and gelu are not eager's in every last bit (Gemma's, at some sizes): then plain
+            # torch.compile, rounding in the same places, is what fused must equal.
+            torch._dynamo.reset()
+            plain = torch.compile(model, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
+            worst = _largest_difference(prefill_and_decode(plain, ids, STEPS), got)
+    return worst, len(fusewire.report().graphs), *_verdict()
+
+
+def _largest_difference(want, got):
+    return max(float((a.float() - b.float()).abs().max()) for a, b in zip(want, got, strict=True))
+
+
+def close_in_fp32(name):
+    """On each rank: largest relative difference of fused and eager logits."""
+    spec = MODELS[name]
+    model, ids = spec.build(torch.float32), spec.inputs(BATCH, TOKENS)
+    fusewire.clear_report()
+    with torch.no_grad():
+        want = forward_logits(model, ids)
+        got = forward_logits(_compiled(model), ids)
+    return float((want - got).abs().max() / want.abs().max()), *_verdict()
+
+
+def distance_from_fp64(name):
+    """On each rank: distance from the whole model in fp64 of plain torch.compile's logits, and of the fused ones."""
+    spec = MODELS[name]
+    model, ids = spec.build(torch.bfloat16), spec.inputs(BATCH, TOKENS)
+    fusewire.clear_report()
+    with torch.no_grad():
+        exact = forward_logits(spec.reference(torch.float64), ids)
+        torch._dynamo.reset()
+        plain = forward_logits(torch.compile(model, fullgraph=True, dynamic=False), ids)
+        fused = forward_logits(_compiled(model), ids)
+    scale = exact.norm()
+    return float((plain.double() - exact).norm() / scale), float((fused.double() - exact).norm() / scale), *_verdict()
+
+
+def _check_counts(spec, found, fused, refused, graphs=1):
+    assert found == spec.all_reduces * graphs
+    assert fused == spec.fusible * graphs, refused
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.nightly) for case in REST)]
+)
+def test_bf16_equals_eager_or_plain_compile_bit_for_bit(name, world_size):
+    for worst, graphs, found, fused, refused in shared_pool(world_size).run(exact_in_bf16, name, timeout_s=TIMEOUT_S):
+        assert graphs >= 2  # prefill and decode; Gemma's sliding window makes its first decode step a graph of its own
+        _check_counts(MODELS[name], found, fused, refused, graphs)
+        assert worst == 0.0
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("llama", "gemma2") else [pytest.mark.nightly]) for n in NAMES]
+)
+def test_fp32_is_within_1e_5(name):
+    for difference, found, fused, refused in shared_pool(2).run(close_in_fp32, name, timeout_s=TIMEOUT_S):
+        _check_counts(MODELS[name], found, fused, refused)
+        assert difference < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("llama", "gemma3") else [pytest.mark.nightly]) for n in NAMES]
+)
+def test_bf16_is_no_farther_from_fp64_than_plain_compile(name):
+    for plain, fused, found, fused_count, refused in shared_pool(2).run(distance_from_fp64, name, timeout_s=TIMEOUT_S):
+        _check_counts(MODELS[name], found, fused_count, refused)
+        assert fused <= plain * 1.02
