@@ -1,23 +1,145 @@
-"""Registers the providers that come with fusewire, and who chooses among them."""
+"""What users of the operators call: make, list and free workspaces. Importing this registers every provider."""
 
 from __future__ import annotations
 
-import importlib
+from dataclasses import dataclass
 
-_PACKAGE = "fusewire.custom_ops"
+import torch
+import torch.distributed as dist
+
+from fusewire.custom_ops.dispatch import derived_ops, dispatcher
+from fusewire.custom_ops.dispatch.table_vote import tuned_plan
+from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
+from fusewire.custom_ops.providers.batch_invariant import provider as batch_invariant
+from fusewire.custom_ops.providers.batch_invariant import torch_norm, triton_norm
+from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
+from fusewire.custom_ops.providers.symm_mem import provider as symm_mem
+from fusewire.custom_ops.tuning import tuner
+from fusewire.custom_ops.workspaces.precompile import compile_ahead
+from fusewire.custom_ops.workspaces.provider import OUTPUTS, PROVIDERS, WorkspaceKey, WorkspaceProvider
+from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
+from fusewire.errors import ConfigError, WorkspaceError
+
 # Importing one registers what it provides. What they need (Triton, FlashInfer) they import at their first use.
-_REGISTERING = (
-    "providers.batch_invariant.torch_norm",
-    "providers.batch_invariant.triton_norm",
-    "providers.batch_invariant.provider",
-    "providers.flashinfer.provider",
-    "providers.symm_mem.provider",
-    "dispatch.dispatcher",
-    "dispatch.derived_ops",
-)
+REGISTERED = (torch_norm, triton_norm, batch_invariant, flashinfer, symm_mem, dispatcher, derived_ops, tuner)
 
 
-def load_providers() -> None:
-    """Register every provider. Calling it again changes nothing."""
-    for name in _REGISTERING:
-        importlib.import_module(f"{_PACKAGE}.{name}")
+@dataclass(frozen=True)
+class WorkspaceInfo:
+    """One workspace, or why there is none. `nbytes` is GPU memory on this rank.
+
+    `plan` says whether a tuned table decides what it is used for, and which; empty: the shipped one.
+    """
+
+    provider: str
+    group_name: str
+    dtype: torch.dtype
+    hidden: int
+    max_tokens: int
+    nbytes: int
+    reason: str = ""
+    plan: str = ""
+
+
+def _info(entry: Entry) -> WorkspaceInfo:
+    made, key = entry.workspace, entry.key
+    agreed = REGISTRY.plans.get((key.group_name, key.hidden, key.dtype))
+    size = (made.max_tokens, made.nbytes) if made else (0, 0)
+    return WorkspaceInfo(*key, *size, entry.reason, agreed.text if agreed else "")
+
+
+def workspaces() -> list[WorkspaceInfo]:
+    """The workspaces of this process, and the failures to make one, with their sizes and reasons."""
+    return [_info(entry) for entry in REGISTRY.entries.values()]
+
+
+def prepare(
+    group: dist.ProcessGroup | str | None,
+    hidden: int,
+    dtype: torch.dtype,
+    *,
+    max_tokens: int,
+    tune: bool = False,
+    output_in_place: bool = False,
+) -> list[WorkspaceInfo]:
+    """Make the workspaces for one hidden size ahead of the first call, and compile what calls will need. A collective:
+    every rank calls it alike.
+
+    Needed before capturing a CUDA graph by hand, and to choose the size: a workspace made at the first call
+    is sized by the plan for this GPU. What failed before is tried again.
+
+    Args:
+        group: the process group or its name; None means the default group.
+        hidden: the hidden size, in elements.
+        dtype: of the activations.
+        max_tokens: the largest number of tokens (rows) of a call to serve; at most what the provider can
+            hold.
+        tune: if there is no tuned table for this machine, measure one now (under a minute) and keep it on disk;
+            FUSEWIRE_TUNE=1 asks for the same. All ranks must ask, else nobody measures.
+        output_in_place: make the output buffers that PassConfig.output_in_place needs, too: two more of max_tokens rows.
+
+    Returns:
+        For each provider that keeps workspaces, its size on this rank, or the reason why there is none.
+
+    Raises:
+        WorkspaceError: there is a smaller one already; growing it would break CUDA graphs captured with it.
+        ProcessGroupError: there is no such group.
+        PeerTimeoutError: a rank did not take part in time.
+    """
+    _check_counts(hidden, dtype, max_tokens)
+    found = dist.group.WORLD if group is None and dist.is_initialized() else group
+    pg = found if isinstance(found, dist.ProcessGroup) else resolve_group(found or "the default group")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    outputs = OUTPUTS if output_in_place else 0
+    if any(provider.limits(hidden, dtype, pg.size()) for provider in PROVIDERS.values()):
+        # Before the workspaces are made: the tuner makes larger ones for itself.
+        tuned_plan(pg, hidden, dtype, device, tune=tune, fresh=True, max_tokens=max_tokens)
+    return [_prepare_one(provider, pg, hidden, dtype, device, max_tokens, outputs) for provider in PROVIDERS.values()]
+
+
+def _check_counts(hidden: int, dtype: torch.dtype, max_tokens: int) -> None:
+    counts = all(isinstance(number, int) and not isinstance(number, bool) for number in (hidden, max_tokens))
+    if not counts or not isinstance(dtype, torch.dtype):
+        raise ConfigError(
+            f"prepare(hidden={hidden!r}, dtype={dtype!r}, max_tokens={max_tokens!r}): hidden and max_tokens are whole "
+            "numbers, dtype a torch.dtype"
+        )
+    if max_tokens < 1 or hidden < 1:
+        raise ConfigError(f"prepare(hidden={hidden}, max_tokens={max_tokens}): both must be at least 1")
+
+
+def _prepare_one(
+    provider: WorkspaceProvider,
+    group: dist.ProcessGroup,
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_tokens: int,
+    outputs: int,
+) -> WorkspaceInfo:
+    key = WorkspaceKey(provider.name, group.group_name, dtype, hidden)
+    static = provider.limits(hidden, dtype, group.size())
+    if not static:
+        return WorkspaceInfo(*key, 0, 0, static.reason)
+    wanted = min(max_tokens, provider.max_tokens(hidden, dtype, group.size()))
+    existing = REGISTRY.entries.get(key)
+    if existing is not None and existing.serves(group):
+        if existing.workspace is None:
+            REGISTRY.forget(key)
+        elif existing.workspace.max_tokens < wanted:
+            raise WorkspaceError(
+                f"the workspace ({key}) holds {existing.workspace.max_tokens} tokens, {wanted} are asked for; "
+                "fusewire.close() it first on every rank (CUDA graphs captured with it become invalid)"
+            )
+    entry = REGISTRY.open(provider, group, dtype, hidden, device, lambda machine: wanted, outputs)
+    compile_ahead(provider, entry, group)
+    REGISTRY.changed()  # calls that went elsewhere for want of a workspace are decided again
+    return _info(entry)
+
+
+def close(group: dist.ProcessGroup | str | None = None) -> None:
+    """Free all workspaces, or those of one group. Idempotent; runs at exit by itself. Every rank calls it alike.
+
+    CUDA graphs captured with a workspace must not be replayed afterwards. The next call makes a new workspace.
+    """
+    REGISTRY.close(group.group_name if isinstance(group, dist.ProcessGroup) else group)

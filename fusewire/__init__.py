@@ -4,11 +4,10 @@ torch.compile(model, backend="fusewire")
 print(fusewire.report())
 """
 
-from fusewire.custom_ops.api import load_providers
+from fusewire.custom_ops.api import close, prepare, workspaces
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.ops.registry import ir_op_priority, register_op
-from fusewire.custom_ops.workspaces.registry import close, prepare, workspaces
 from fusewire.fusion_passes.backend import enable
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.pipeline import run_passes
@@ -34,5 +33,3 @@ __all__ = [
     "run_passes",
     "workspaces",
 ]
-
-load_providers()

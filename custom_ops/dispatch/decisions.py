@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from fusewire.custom_ops.ops.registry import Provider
-from fusewire.custom_ops.workspaces.registry import Workspace
+from fusewire.custom_ops.workspaces.provider import Workspace
 
 
 class Decision(NamedTuple):

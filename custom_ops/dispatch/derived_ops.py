@@ -16,7 +16,7 @@ from torch import Tensor
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch.decisions import Decision
 from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
-from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.ops.norms import BATCH_INVARIANT_NORMS, TRITON_NORM, fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.ops.registry import NATIVE, IrOp, Provider
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import (
@@ -26,8 +26,7 @@ from fusewire.custom_ops.ops.sharded_norm import (
     own_rows,
     plain_add_norm,
 )
-from fusewire.custom_ops.providers.batch_invariant.provider import NORM_POLICY
-from fusewire.custom_ops.workspaces.registry import PROVIDERS
+from fusewire.custom_ops.workspaces.provider import PROVIDERS
 
 AddNorm = Callable[[Tensor, "Tensor | None", "Tensor | None", float, float, str], tuple[Tensor, Tensor]]
 
@@ -87,8 +86,8 @@ def _by_policy(policy: str) -> AddNorm:
     return add_norm
 
 
-_invariant = _by_policy(NORM_POLICY)
-_kernel = _by_policy(f"{dispatch.NORM_KERNEL},{NATIVE}")
+_invariant = _by_policy(BATCH_INVARIANT_NORMS)
+_kernel = _by_policy(f"{TRITON_NORM},{NATIVE}")
 
 
 def _add_norm_for(provider: Provider, x: Tensor) -> AddNorm:

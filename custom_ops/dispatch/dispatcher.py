@@ -37,7 +37,7 @@ from fusewire.custom_ops.ops.all_reduce_norm import (
     all_reduce_sum,
     resolve_group,
 )
-from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.ops.norms import TRITON_NORM, fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.ops.registry import (
     NATIVE,
     IrOp,
@@ -47,20 +47,13 @@ from fusewire.custom_ops.ops.registry import (
     parse_policy,
     unknown_provider,
 )
-from fusewire.custom_ops.workspaces.registry import (
-    OUTPUTS,
-    PROVIDERS,
-    REGISTRY,
-    Entry,
-    WorkspaceKey,
-    WorkspaceProvider,
-)
+from fusewire.custom_ops.workspaces.provider import OUTPUTS, PROVIDERS, WorkspaceKey, WorkspaceProvider
+from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
 from fusewire.errors import ConfigError, NoProviderError
 
 # Memory that a workspace may take on each GPU where nobody said how many tokens it is for.
 DEFAULT_WORKSPACE_BYTES = 512 << 20
 _LIMITED_BY_SIZE = "flashinfer"
-NORM_KERNEL = "triton_batch_invariant"
 _MAX_DECISIONS = 1 << 15
 _TRIES = 3  # to decide while nothing changes
 _OPTIONS: dict[str, Callable[[str], float]] = {"max_size_mb": float, "output": int}
@@ -373,7 +366,7 @@ def _on_gpu(x: torch.Tensor) -> bool:
 def _norm_kernel_serves(args: tuple[Any, ...]) -> bool:
     x, residual, weight, eps, weight_bias, form, _ = args
     fitting = x if residual is None else residual
-    kernel = fused_add_rms_norm.providers[NORM_KERNEL]
+    kernel = fused_add_rms_norm.providers[TRITON_NORM]
     return bool(kernel.check(x, fitting, weight, eps, weight_bias, form))
 
 
@@ -392,9 +385,9 @@ def _native_with_norm_kernel(
     """
     summed = all_reduce_sum(x, group_name)
     if residual is None:
-        norm = rms_norm.providers[NORM_KERNEL].fn(summed, weight, eps, weight_bias, form)
+        norm = rms_norm.providers[TRITON_NORM].fn(summed, weight, eps, weight_bias, form)
         return norm, summed
-    both: tuple[torch.Tensor, torch.Tensor] = fused_add_rms_norm.providers[NORM_KERNEL].fn(
+    both: tuple[torch.Tensor, torch.Tensor] = fused_add_rms_norm.providers[TRITON_NORM].fn(
         summed, residual, weight, eps, weight_bias, form
     )
     return both

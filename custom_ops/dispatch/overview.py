@@ -14,7 +14,8 @@ from fusewire.custom_ops.dispatch.dispatcher import Policy, Room, Shape, _no_use
 from fusewire.custom_ops.dispatch.table_vote import agreed_plan, expected_plan
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
 from fusewire.custom_ops.ops.registry import _machine_support, unknown_provider
-from fusewire.custom_ops.workspaces.registry import PROVIDERS, REGISTRY, WorkspaceKey, WorkspaceProvider
+from fusewire.custom_ops.workspaces.provider import PROVIDERS, WorkspaceKey, WorkspaceProvider
+from fusewire.custom_ops.workspaces.registry import REGISTRY
 from fusewire.errors import ConfigError
 
 

@@ -36,7 +36,8 @@ from fusewire.custom_ops.ops.registry import (
     unknown_provider,
 )
 from fusewire.custom_ops.ops.sharded_norm import gather_rows
-from fusewire.custom_ops.workspaces.registry import PROVIDERS, refuse_capture
+from fusewire.custom_ops.workspaces.provider import PROVIDERS
+from fusewire.custom_ops.workspaces.registry import refuse_capture
 from fusewire.errors import ConfigError, PeerTimeoutError, SchemaError
 
 # The providers of collective operators that fusewire registers itself, on every rank.

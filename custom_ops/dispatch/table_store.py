@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusewire.custom_ops.dispatch.cost_model import Plan
-from fusewire.custom_ops.workspaces.registry import device_facts
+from fusewire.custom_ops.workspaces.provider import device_facts
 from fusewire.errors import FusewireError
 
 SCHEMA = 1

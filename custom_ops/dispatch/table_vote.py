@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,9 @@ from fusewire.custom_ops.workspaces.registry import REGISTRY, refuse_capture
 from fusewire.errors import ConfigError, WorkspaceError
 
 TUNE_VARIABLE = "FUSEWIRE_TUNE"
+# Measures a table for a group, hidden size, dtype, device and number of tokens, and keeps it. Set by
+# fusewire.custom_ops.tuning.tuner, which imports this module.
+run_tuner: Callable[[dist.ProcessGroup, int, torch.dtype, torch.device, int], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,9 @@ def tuned_plan(
 def _tune(
     group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, device: torch.device, max_tokens: int, agreed: Agreed
 ) -> None:
-    from fusewire.custom_ops.tuning import tuner
-
+    assert run_tuner is not None
     try:
-        # Not just what this program asks for: the table is for later ones, too.
-        tuner.tune(group, hidden, dtype, device, max_tokens=max(max_tokens, tuner.DEFAULT_MAX_TOKENS))
+        run_tuner(group, hidden, dtype, device, max_tokens)
     except WorkspaceError as error:  # the same on every rank; a model need not fail for want of a table
         agreed = dataclasses.replace(agreed, tune=False, note=f"tuning failed: {error}")
         _keep(group, hidden, dtype, agreed)

@@ -21,6 +21,10 @@ from fusewire.errors import ArgumentError
 SCALE_THEN_ROUND = "scale_then_round"
 ROUND_THEN_SCALE = "round_then_scale"
 FORMS = (SCALE_THEN_ROUND, ROUND_THEN_SCALE)
+# The batch-invariant providers of the norms. They agree bit for bit, so ranks need not agree on which of them runs.
+TRITON_NORM = "triton_batch_invariant"
+TORCH_NORM = "torch_batch_invariant"
+BATCH_INVARIANT_NORMS = f"{TRITON_NORM},{TORCH_NORM}"
 # Not fp8, which promotes with nothing: without a scale beside them its values are not numbers to add.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _DTYPE_NAMES = "bfloat16, float16, float32 or float64"

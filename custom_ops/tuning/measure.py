@@ -37,7 +37,8 @@ from fusewire.custom_ops.tuning.timers import (
     reference,
     wrong,
 )
-from fusewire.custom_ops.workspaces.registry import REGISTRY, WorkspaceKey, check_memory
+from fusewire.custom_ops.workspaces.provider import WorkspaceKey
+from fusewire.custom_ops.workspaces.registry import REGISTRY, check_memory
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
 # A candidate so many times slower than the best is not tried at the next size.

@@ -29,14 +29,8 @@ from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND
 from fusewire.custom_ops.ops.registry import NATIVE
 from fusewire.custom_ops.tuning.measure import Candidate, Measurement
 from fusewire.custom_ops.tuning.timers import EPS
-from fusewire.custom_ops.workspaces.registry import (
-    _ABANDONED,
-    PROVIDERS,
-    REGISTRY,
-    WorkspaceKey,
-    WorkspaceProvider,
-    refuse_capture,
-)
+from fusewire.custom_ops.workspaces.provider import PROVIDERS, WorkspaceKey, WorkspaceProvider
+from fusewire.custom_ops.workspaces.registry import ABANDONED, REGISTRY, refuse_capture
 from fusewire.errors import ConfigError, PeerTimeoutError, WorkspaceError
 
 DEFAULT_MAX_TOKENS = 8192
@@ -100,9 +94,6 @@ def tune(
         CaptureError: a CUDA graph is being captured.
         PeerTimeoutError: a rank did not take part in time; the process cannot go on.
     """
-    from fusewire.custom_ops.api import load_providers
-
-    load_providers()
     pg = resolve_group(group) if isinstance(group, str) else group
     names = tuple(providers) or op.priority
     unknown = [name for name in names if name not in op.providers]
@@ -265,5 +256,15 @@ class _Run(Measurement):
         for key in self.opened:
             entry = REGISTRY.entries.pop(key, None)
             if entry is not None and entry.workspace is not None:
-                _ABANDONED.append(entry.workspace)
+                ABANDONED.append(entry.workspace)
         REGISTRY.changed()
+
+
+def _tune_at_first_use(
+    group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, device: torch.device, max_tokens: int
+) -> None:
+    """Tune for more tokens than this program asks for, since the table is for later ones, too."""
+    tune(group, hidden, dtype, device, max_tokens=max(max_tokens, DEFAULT_MAX_TOKENS))
+
+
+plan_vote.run_tuner = _tune_at_first_use

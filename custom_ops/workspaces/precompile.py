@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from fusewire.custom_ops.coordination.timeouts import ANNOUNCE_COMPILING_AFTER_S
 from fusewire.custom_ops.coordination.vote import Channel, vote
-from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry, WorkspaceProvider, announced
+from fusewire.custom_ops.workspaces.provider import WorkspaceProvider
+from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry, announced
 
 
 def compile_ahead(provider: WorkspaceProvider, entry: Entry, group: dist.ProcessGroup) -> None:

@@ -1,203 +1,32 @@
-"""Workspaces: symmetric buffers that the ranks of a group make, prove and use together.
+"""The workspaces of this process: symmetric buffers that the ranks of a group make, test and use together.
 
-Kernels that read and write peers' memory need buffers that every rank has made alike, and a kernel that waits
-for a rank which took another path waits for ever. So nothing here is decided by one rank: each step of making
-a workspace (may this machine, is there room, allocate, prove with a call of known answer) ends in a vote of
-the group's ranks, and one "no" makes all of them do without, with the same reason. The ranks talk over the
-store that their process group was made with, never over the GPUs, and every wait ends.
-
-A provider of a fused operator that needs such buffers subclasses `WorkspaceProvider` and is added to
-`PROVIDERS`; fusewire.custom_ops.dispatch.dispatcher does the rest.
+Kernels that read and write peers' memory need buffers that every rank has made alike, and a kernel that waits for a
+rank which took another path waits for ever. So nothing here is decided by one rank: each step of making a workspace
+(may this machine, is there room, allocate, test with a call of known answer) ends in a vote of the group's ranks, and
+one "no" makes all of them do without, with the same reason. The ranks talk over the store that their process group was
+made with, never over the GPUs, and every wait ends.
 """
 
 from __future__ import annotations
 
-import abc
 import atexit
 import contextlib
 import functools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops.coordination.rendezvous import host
 from fusewire.custom_ops.coordination.store import log_line
-from fusewire.custom_ops.coordination.timeouts import MACHINE_CHECK_S
 from fusewire.custom_ops.coordination.vote import Channel, vote
-from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.ops.registry import Support
-from fusewire.custom_ops.workspaces.stream_order import StreamOrder
-from fusewire.errors import CaptureError, ConfigError, PeerTimeoutError, WorkspaceError
-
-# --- Workspaces ---------------------------------------------------------------------------------------------
-
-
-class WorkspaceKey(NamedTuple):
-    """What a workspace is for; there is one at most for each."""
-
-    provider: str
-    group_name: str
-    dtype: torch.dtype
-    hidden: int
-
-    def __str__(self) -> str:
-        return f"{self.provider} group {self.group_name} {self.dtype} hidden {self.hidden}"
-
-
-class Workspace(abc.ABC):
-    """Buffers of one provider for one key, on one device. Subclasses hold them and free them in `release`."""
-
-    def __init__(self, key: WorkspaceKey, max_tokens: int, nbytes: int, device: torch.device) -> None:
-        self.key = key
-        self.max_tokens = max_tokens
-        self.nbytes = nbytes
-        self.device = device
-        self.order = StreamOrder.of(device)
-        self.closed = False
-
-    def check_call(self, tokens: int, device: torch.device) -> None:
-        """Raise WorkspaceError if a call does not fit. What ranks could see differently ends here, loudly.
-
-        Call it with `order.lock` held until the call is launched, so that no other thread closes the workspace meanwhile.
-        """
-        if self.closed:
-            raise WorkspaceError(f"the workspace ({self.key}) is closed; call fusewire.prepare(...) to make a new one")
-        if tokens > self.max_tokens:
-            raise WorkspaceError(
-                f"{tokens} tokens do not fit the workspace ({self.key}), made for {self.max_tokens}; close it with "
-                f"fusewire.close() and call fusewire.prepare(..., max_tokens={tokens})"
-            )
-        if device != self.device:
-            raise WorkspaceError(
-                f"the input is on {device} but the workspace ({self.key}) is on {self.device}; call "
-                "torch.cuda.set_device before the first call or fusewire.prepare"
-            )
-
-    def close(self) -> None:
-        """Wait for the device and free the buffers. Idempotent. CUDA graphs captured with it are invalid.
-
-        Thread-safe: a call of another thread is launched before, and waited for, or finds the workspace closed.
-        """
-        with self.order.lock:
-            if self.closed:
-                return
-            self.closed = True
-        if self.device.type == "cuda" and torch.cuda.is_initialized():
-            torch.cuda.synchronize(self.device)
-        self.release()
-
-    @abc.abstractmethod
-    def release(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a workspace is to be made for. `max_tokens` is already the same on every rank."""
-
-    key: WorkspaceKey
-    group: dist.ProcessGroup
-    device: torch.device
-    max_tokens: int
-    facts: tuple[Mapping[str, Any], ...] = ()
-    # Buffers of (max_tokens, hidden) in which results can stay without a copy, where the provider knows that.
-    outputs: int = 0
-
-
-class WorkspaceProvider(abc.ABC):
-    """What a provider with workspaces tells the dispatcher. Only `create` and `prove` communicate."""
-
-    name: str
-    # Ways to compute one call, as fusewire.custom_ops.dispatch.cost_model names their costs ("flashinfer/oneshot", ...).
-    variants: tuple[str, ...]
-    # How long `machine` may take, in seconds, where it has to compile.
-    machine_s: float = MACHINE_CHECK_S
-
-    @abc.abstractmethod
-    def machine(self, group: dist.ProcessGroup, device: torch.device) -> Mapping[str, Any]:
-        """Facts about this rank's machine for the others, or raise with the reason why it cannot serve."""
-
-    def judge(self, facts: Sequence[Mapping[str, Any]]) -> Support:
-        """Whether these facts of all ranks fit together. Pure: every rank computes the same."""
-        hosts, gpus = {fact.get("host") for fact in facts}, [fact.get("uuid") for fact in facts]
-        return Support.all_of(
-            (len(hosts) == 1, f"the group's ranks are on {len(hosts)} hosts; peer-to-peer kernels need one"),
-            (
-                None in gpus or len(set(gpus)) == len(gpus),
-                "two ranks of the group share one GPU; give each rank its own (torch.cuda.set_device)",
-            ),
-        )
-
-    @abc.abstractmethod
-    def limits(self, hidden: int, dtype: torch.dtype, world_size: int) -> Support:
-        """Whether such calls can be served for some number of tokens."""
-
-    @abc.abstractmethod
-    def token_limit(self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> range:
-        """The numbers of tokens that a variant takes on a workspace for max_tokens."""
-
-    def left_out(self, variant: str) -> str:
-        """Why a variant serves no call on this machine, or nothing."""
-        return ""
-
-    @abc.abstractmethod
-    def max_tokens(self, hidden: int, dtype: torch.dtype, world_size: int) -> int:
-        """The largest workspace there can be, in tokens."""
-
-    @abc.abstractmethod
-    def nbytes(self, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> int:
-        """The GPU memory such a workspace takes on each rank, in bytes."""
-
-    @abc.abstractmethod
-    def create(self, request: Request, channel: Channel) -> Workspace:
-        """Make the workspace with all ranks, over the channel alone: a rank that fails frees the others."""
-
-    @abc.abstractmethod
-    def prove(self, workspace: Workspace, stage: str) -> None:
-        """Raise unless calls are right. Stage "alone": without other ranks; "together": a true collective."""
-
-    @abc.abstractmethod
-    def bind(self, workspace: Workspace, variant: str, output: int | None = None) -> Callable[..., Any]:
-        """A function with native's parameters that computes a call in this way.
-
-        Args:
-            output: the workspace's output buffer in which the sum may be left; it stays valid until the next such
-                call with that buffer. A provider that knows no such buffers returns memory of its own.
-        """
-
-    def ahead(self, workspace: Workspace) -> Sequence[Callable[[], object]]:
-        """What compiles the kernels that calls will need, one piece each and alike on every rank; none launches."""
-        return ()
-
-    def bind_extended(
-        self, workspace: Workspace, variant: str, op_name: str, args: tuple[Any, ...], output: int | None = None
-    ) -> Callable[..., Any] | None:
-        """A function with the parameters of an operator that extends native's (`dispatch/derived_ops.py`), which
-        computes such calls whole; None if there is none. It follows from nothing but shapes and dtypes.
-
-        Args:
-            output: as in `bind`; of the sharded operator the norm may be left there.
-        """
-        return None
-
-
-PROVIDERS: dict[str, WorkspaceProvider] = {}
-# Output buffers of a workspace, where a graph asks for any: two, so that one can be read while the other is written.
-OUTPUTS = 2
-
-
-def device_facts(device: torch.device) -> dict[str, Any]:
-    """Facts about a device that `WorkspaceProvider.judge` and the plan need from every rank."""
-    facts: dict[str, Any] = {"host": host(), "gpu": device.type, "capability": None, "uuid": None}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts.update(gpu=properties.name, capability=[properties.major, properties.minor], uuid=str(properties.uuid))
-    return facts
+from fusewire.custom_ops.workspaces.provider import Request, Workspace, WorkspaceKey, WorkspaceProvider
+from fusewire.errors import CaptureError, PeerTimeoutError, WorkspaceError
 
 
 @dataclass
@@ -324,7 +153,7 @@ class WorkspaceRegistry:
                 if verdict.ok:
                     verdict = vote(channel, f"prove {stage}", functools.partial(provider.prove, made[0], stage))
         except PeerTimeoutError:
-            _ABANDONED.extend(made)
+            ABANDONED.extend(made)
             raise
         if verdict.ok:
             entry.workspace = made[0]
@@ -361,7 +190,7 @@ class WorkspaceRegistry:
 
 REGISTRY = WorkspaceRegistry()
 # Workspaces with a kernel in them that never ends: freeing them would wait for it.
-_ABANDONED: list[Workspace] = []
+ABANDONED: list[Workspace] = []
 
 
 _PREPARE = "call fusewire.prepare(..., max_tokens=...) on every rank, or run the model once, before capture"
@@ -416,133 +245,6 @@ def announced(
         ticker.join()
         if said:
             log_line(f"{text.partition(':')[0]}: ended after {time.monotonic() - start:.0f} s")
-
-
-# --- For users ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WorkspaceInfo:
-    """One workspace, or why there is none. `nbytes` is GPU memory on this rank.
-
-    `plan` says whether a tuned table decides what it is used for, and which; empty: the shipped one.
-    """
-
-    provider: str
-    group_name: str
-    dtype: torch.dtype
-    hidden: int
-    max_tokens: int
-    nbytes: int
-    reason: str = ""
-    plan: str = ""
-
-
-def _info(entry: Entry) -> WorkspaceInfo:
-    made, key = entry.workspace, entry.key
-    agreed = REGISTRY.plans.get((key.group_name, key.hidden, key.dtype))
-    size = (made.max_tokens, made.nbytes) if made else (0, 0)
-    return WorkspaceInfo(*key, *size, entry.reason, agreed.text if agreed else "")
-
-
-def workspaces() -> list[WorkspaceInfo]:
-    """The workspaces of this process, and the failures to make one, with their sizes and reasons."""
-    return [_info(entry) for entry in REGISTRY.entries.values()]
-
-
-def prepare(
-    group: dist.ProcessGroup | str | None,
-    hidden: int,
-    dtype: torch.dtype,
-    *,
-    max_tokens: int,
-    tune: bool = False,
-    output_in_place: bool = False,
-) -> list[WorkspaceInfo]:
-    """Make the workspaces for one hidden size ahead of the first call, and compile what calls will need. A collective:
-    every rank calls it alike.
-
-    Needed before capturing a CUDA graph by hand, and to choose the size: a workspace made at the first call
-    is sized by the plan for this GPU. What failed before is tried again.
-
-    Args:
-        group: the process group or its name; None means the default group.
-        hidden: the hidden size, in elements.
-        dtype: of the activations.
-        max_tokens: the largest number of tokens (rows) of a call to serve; at most what the provider can
-            hold.
-        tune: if there is no tuned table for this machine, measure one now (under a minute) and keep it on disk;
-            FUSEWIRE_TUNE=1 asks for the same. All ranks must ask, else nobody measures.
-        output_in_place: make the output buffers that PassConfig.output_in_place needs, too: two more of max_tokens rows.
-
-    Returns:
-        For each provider that keeps workspaces, its size on this rank, or the reason why there is none.
-
-    Raises:
-        WorkspaceError: there is a smaller one already; growing it would break CUDA graphs captured with it.
-        ProcessGroupError: there is no such group.
-        PeerTimeoutError: a rank did not take part in time.
-    """
-    counts = all(isinstance(number, int) and not isinstance(number, bool) for number in (hidden, max_tokens))
-    if not counts or not isinstance(dtype, torch.dtype):
-        raise ConfigError(
-            f"prepare(hidden={hidden!r}, dtype={dtype!r}, max_tokens={max_tokens!r}): hidden and max_tokens are whole "
-            "numbers, dtype a torch.dtype"
-        )
-    if max_tokens < 1 or hidden < 1:
-        raise ConfigError(f"prepare(hidden={hidden}, max_tokens={max_tokens}): both must be at least 1")
-    from fusewire.custom_ops.api import load_providers
-
-    load_providers()
-    found = dist.group.WORLD if group is None and dist.is_initialized() else group
-    pg = found if isinstance(found, dist.ProcessGroup) else resolve_group(found or "the default group")
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    outputs = OUTPUTS if output_in_place else 0
-    if any(provider.limits(hidden, dtype, pg.size()) for provider in PROVIDERS.values()):
-        from fusewire.custom_ops.dispatch.table_vote import tuned_plan
-
-        # Before the workspaces are made: the tuner makes larger ones for itself.
-        tuned_plan(pg, hidden, dtype, device, tune=tune, fresh=True, max_tokens=max_tokens)
-    return [_prepare_one(provider, pg, hidden, dtype, device, max_tokens, outputs) for provider in PROVIDERS.values()]
-
-
-def _prepare_one(
-    provider: WorkspaceProvider,
-    group: dist.ProcessGroup,
-    hidden: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_tokens: int,
-    outputs: int,
-) -> WorkspaceInfo:
-    key = WorkspaceKey(provider.name, group.group_name, dtype, hidden)
-    static = provider.limits(hidden, dtype, group.size())
-    if not static:
-        return WorkspaceInfo(*key, 0, 0, static.reason)
-    wanted = min(max_tokens, provider.max_tokens(hidden, dtype, group.size()))
-    existing = REGISTRY.entries.get(key)
-    if existing is not None and existing.serves(group):
-        if existing.workspace is None:
-            REGISTRY.forget(key)
-        elif existing.workspace.max_tokens < wanted:
-            raise WorkspaceError(
-                f"the workspace ({key}) holds {existing.workspace.max_tokens} tokens, {wanted} are asked for; "
-                "fusewire.close() it first on every rank (CUDA graphs captured with it become invalid)"
-            )
-    from fusewire.custom_ops.workspaces.precompile import compile_ahead
-
-    entry = REGISTRY.open(provider, group, dtype, hidden, device, lambda machine: wanted, outputs)
-    compile_ahead(provider, entry, group)
-    REGISTRY.changed()  # calls that went elsewhere for want of a workspace are decided again
-    return _info(entry)
-
-
-def close(group: dist.ProcessGroup | str | None = None) -> None:
-    """Free all workspaces, or those of one group. Idempotent; runs at exit by itself. Every rank calls it alike.
-
-    CUDA graphs captured with a workspace must not be replayed afterwards. The next call makes a new workspace.
-    """
-    REGISTRY.close(group.group_name if isinstance(group, dist.ProcessGroup) else group)
 
 
 @atexit.register

@@ -21,7 +21,8 @@ from fusewire.custom_ops.dispatch.cost_model import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
 from fusewire.custom_ops.tuning.timers import EPS, Inputs
-from fusewire.custom_ops.workspaces.registry import REGISTRY, WorkspaceKey
+from fusewire.custom_ops.workspaces.provider import WorkspaceKey
+from fusewire.custom_ops.workspaces.registry import REGISTRY
 from fusewire.errors import WorkspaceError
 
 Result = tuple[Tensor, Tensor]

@@ -16,12 +16,13 @@ from peers_ours import COPIES, chosen, families, most_bytes
 from peers_report import CHOSEN, COPY, SHARDED, Row
 from peers_timers import Calls, Recording, Replays
 
+from fusewire.custom_ops.api import close
 from fusewire.custom_ops.coordination.vote import Channel, VoteResult, describe, vote
 from fusewire.custom_ops.ops.sharded_norm import gather_rows
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.tuning.measure import coarse_first
 from fusewire.custom_ops.tuning.timers import draw, fingerprint, reference, wrong
-from fusewire.custom_ops.workspaces.registry import check_memory, close
+from fusewire.custom_ops.workspaces.registry import check_memory
 from fusewire.errors import PeerTimeoutError
 
 DTYPE = torch.bfloat16

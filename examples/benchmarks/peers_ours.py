@@ -31,7 +31,7 @@ from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem.provider import PROVIDER as SYMM_MEM
 from fusewire.custom_ops.providers.symm_mem.provider import data_tokens
 from fusewire.custom_ops.tuning.timers import EPS, Timer, peer_copies
-from fusewire.custom_ops.workspaces.registry import PROVIDERS
+from fusewire.custom_ops.workspaces.provider import PROVIDERS
 from fusewire.errors import WorkspaceError
 
 OURS = (

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 import fusewire
-from fusewire.custom_ops.api import load_providers
 from fusewire.custom_ops.coordination.vote import describe
 from fusewire.custom_ops.dispatch import table_store as plan_store
 from fusewire.custom_ops.dispatch.overview import explain_plan
@@ -38,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    load_providers()
     with ir_op_priority(parse_priorities(arguments.ir_op_priority)):
         found = examine()
     print(json.dumps(found, indent=2) if arguments.json else as_text(found))

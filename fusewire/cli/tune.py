@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fusewire.custom_ops.api import load_providers
 from fusewire.custom_ops.coordination.store import log_line
 from fusewire.custom_ops.coordination.timeouts import timeout_s
 from fusewire.custom_ops.coordination.vote import describe
@@ -32,7 +31,7 @@ from fusewire.custom_ops.dispatch.table_store import Table
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.registry import _machine_support
 from fusewire.custom_ops.tuning import tuner
-from fusewire.custom_ops.workspaces.registry import PROVIDERS
+from fusewire.custom_ops.workspaces.provider import PROVIDERS
 from fusewire.errors import ConfigError, FusewireError, PeerTimeoutError, WorkspaceError
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in tuner.DTYPES}
@@ -55,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    load_providers()
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     world_size = _world_size(arguments, under_torchrun)
     tuner.token_grid(arguments.max_tokens, arguments.tokens)

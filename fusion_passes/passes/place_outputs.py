@@ -25,7 +25,7 @@ from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.registry import op_of_target
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
-from fusewire.custom_ops.workspaces.registry import OUTPUTS
+from fusewire.custom_ops.workspaces.provider import OUTPUTS
 from fusewire.fusion_passes.analysis.graph import (
     CASTS,
     VIEWS,

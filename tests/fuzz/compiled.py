@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.registry import YES, get_op
+from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 
 from fuzz.execute import LEFT_IN_BUFFER, Buffers, module_of
@@ -31,7 +33,7 @@ from fuzz.ranks import groups
 NAME = "fuzz_workspace"
 
 
-class _Workspace(workspace.Workspace):
+class _Workspace(interface.Workspace):
     def __init__(self, request: Any) -> None:
         super().__init__(request.key, request.max_tokens, 0, request.device)
         self.buffers = Buffers()
@@ -50,12 +52,12 @@ class _Workspace(workspace.Workspace):
         self.buffers = Buffers()
 
 
-class _Provider(workspace.WorkspaceProvider):
+class _Provider(interface.WorkspaceProvider):
     name = NAME
     variants = (f"{NAME}/only",)
 
     def machine(self, group: Any, device: Any) -> Any:
-        return workspace.device_facts(device)
+        return interface.device_facts(device)
 
     def limits(self, hidden: int, dtype: Any, world_size: int) -> Any:
         return YES
@@ -89,7 +91,7 @@ class _Provider(workspace.WorkspaceProvider):
 def _provided() -> Iterator[None]:
     all_reduce_rms_norm.register_impl(NAME)(all_reduce_rms_norm.native)
     with (
-        mock.patch.dict(workspace.PROVIDERS, {NAME: _Provider()}),
+        mock.patch.dict(interface.PROVIDERS, {NAME: _Provider()}),
         mock.patch.object(dispatch, "_on_gpu", return_value=True),
         mock.patch.object(workspace, "check_memory"),
         # As on GPUs: of memory that it takes to be unaligned, as all of a CPU's is, Inductor reuses none.
@@ -98,7 +100,7 @@ def _provided() -> Iterator[None]:
         try:
             yield
         finally:
-            workspace.close()
+            api.close()
             all_reduce_rms_norm.unregister_impl(NAME)
 
 
@@ -137,7 +139,7 @@ def compiled_on_rank(seeds: Sequence[int]) -> tuple[list[Difference], int]:
 def _results(program: Program, in_place: bool, counts: Counter[bool]) -> list[Tensor]:
     """What a program returns and leaves of its arguments, the second time: buffers hold what the first has left."""
     torch._dynamo.reset()
-    workspace.close()
+    api.close()
     options = {
         "output_in_place": in_place,
         "shard_residual": program.seed % 2 == 0,

@@ -27,7 +27,7 @@ os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops.api import load_providers
+from fusewire.custom_ops import api
 from fusewire.custom_ops.coordination import timeouts
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch import overview as plan_view
@@ -35,6 +35,7 @@ from fusewire.custom_ops.dispatch.cost_model import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.norms import add_residual, normalize
 from fusewire.custom_ops.providers.flashinfer import provider
+from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.errors import CaptureError, NoProviderError, WorkspaceError
 
@@ -182,9 +183,9 @@ class Context:
 
     def make(self, hidden: int, dtype: torch.dtype, tokens: int, group: dist.ProcessGroup | None = None):
         """The workspace, or None with the reason."""
-        keeper = workspace.PROVIDERS["flashinfer"]
-        found = workspace._prepare_one(keeper, group or self.group, hidden, dtype, self.device, tokens, 0)
-        key = workspace.WorkspaceKey("flashinfer", found.group_name, dtype, hidden)
+        keeper = interface.PROVIDERS["flashinfer"]
+        found = api._prepare_one(keeper, group or self.group, hidden, dtype, self.device, tokens, 0)
+        key = interface.WorkspaceKey("flashinfer", found.group_name, dtype, hidden)
         entry = workspace.REGISTRY.entries.get(key)
         return (entry.workspace if entry else None), found.reason
 
@@ -218,7 +219,7 @@ def matrix(c: Context) -> None:
                         matrix_case(c, made, reference, path, tokens, name)
             c.checks.flush()
             del reference
-            workspace.close()
+            api.close()
 
 
 def matrix_case(c: Context, made, reference: Reference, path: str, tokens: int, name: str) -> None:
@@ -276,7 +277,7 @@ def specials(c: Context) -> None:
                 c.checks.later("specials", f"{path} {str(dtype)[6:]} {kind}", bad, norm, total)
         guard_bands(c, made, dtype, hidden)
         c.checks.flush()
-        workspace.close()
+        api.close()
 
 
 def same(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -328,7 +329,7 @@ def limits(c: Context) -> None:
     ):
         c.checks.now("limits", what, raises(error, call))
     c.checks.flush()
-    workspace.close()
+    api.close()
     return largest(c)
 
 
@@ -352,7 +353,7 @@ def largest(c: Context) -> None:
         bad = {"sum": (ordered(found) != ordered(wanted)).sum()}
         c.checks.later("limits", f"{path} at the limit of 1 GiB: {tokens} tokens of hidden size {hidden}", bad)
     c.checks.flush()
-    workspace.close()
+    api.close()
     return None
 
 
@@ -404,7 +405,7 @@ def graphs(c: Context) -> None:
             bad = fresh.check("residual", norm, total, tokens)
             c.checks.later("graphs", f"{tokens} tokens eager after replay {replay}", bad, norm)
         c.checks.flush()
-    workspace.close()
+    api.close()
     return None
 
 
@@ -427,7 +428,7 @@ def streams(c: Context) -> None:
     for i, (tokens, (norm, total)) in enumerate(results):
         c.checks.later("streams", f"call {i}", reference.check("residual", norm, total, tokens), norm)
     c.checks.flush()
-    workspace.close()
+    api.close()
     return None
 
 
@@ -455,7 +456,7 @@ def subgroups(c: Context) -> None:
             label = f"everyone {path} {repeat}"
             c.checks.later("subgroups", label, reference.check("residual", norm, total, 64), norm)
     c.checks.flush()
-    workspace.close()
+    api.close()
     return None
 
 
@@ -477,7 +478,7 @@ def dispatched(c: Context) -> None:
     c.checks.flush()
     for row in plan_view.explain_plan(c.group, hidden, dtype):
         c.checks.write(f"plan: {row}")
-    workspace.close()
+    api.close()
 
 
 def leaks(c: Context) -> None:
@@ -489,7 +490,7 @@ def leaks(c: Context) -> None:
             return c.checks.skip("leaks", "all", reason)
         nbytes = made.nbytes
         del made
-        workspace.close()
+        api.close()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         dist.barrier()
@@ -517,7 +518,7 @@ def inductor(c: Context) -> None:
             bad = reference.check("residual", norm / 2.0, total, tokens)
             c.checks.later("inductor", f"{label} {tokens} tokens", bad)
             c.checks.flush()
-    workspace.close()
+    api.close()
 
 
 def speed(c: Context) -> None:
@@ -553,7 +554,7 @@ def speed(c: Context) -> None:
             print(f"{tokens:6}" + "".join(f"  {name} {row.get(name, float('nan')):8.1f}" for name in names))
         (c.args.out / "speed.json").write_text(json.dumps(rows, indent=1))
     c.checks.now("speed", "measured", True)
-    workspace.close()
+    api.close()
     return None
 
 
@@ -608,7 +609,7 @@ def run_phases(c: Context) -> None:
             c.checks._pending.clear()
             c.checks.now(name, "ran to its end", False, f"{type(error).__name__}: {error}")
             c.checks.log.write(traceback.format_exc())
-            workspace.close()
+            api.close()
         torch.cuda.synchronize()
         faulthandler.cancel_dump_traceback_later()
         c.checks.write(f"phase {name}: {time.monotonic() - start:.1f} s")
@@ -644,7 +645,6 @@ def main() -> int:
     torch.cuda.set_device(device)
     args.out.mkdir(parents=True, exist_ok=True)
     dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=120))
-    load_providers()
     os.environ.setdefault(timeouts.TIMEOUT_VARIABLE, "60")
     checks = Checks(device, args.out / f"rank{dist.get_rank()}.log")
     run_phases(Context(checks, args))
@@ -654,7 +654,7 @@ def main() -> int:
         text = table(checks) + f"\nfailures over all ranks: {int(failed)}"
         print(text, flush=True)
         (args.out / "table.txt").write_text(text + "\n")
-    workspace.close()
+    api.close()
     dist.destroy_process_group()
     return 1 if int(failed) else 0
 

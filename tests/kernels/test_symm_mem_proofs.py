@@ -25,7 +25,7 @@ from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem_provider
 from fusewire.custom_ops.providers.symm_mem import self_test as symm_mem_proofs
 from fusewire.custom_ops.providers.symm_mem.workspace import Layout
-from fusewire.custom_ops.workspaces import registry as workspace
+from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.errors import WorkspaceError
 
 from support.distributed import shared_pool
@@ -152,15 +152,15 @@ def test_a_plain_call_is_tried_until_it_goes_straight_to_the_launch(good):
 def _held(outputs=0):
     """A workspace whose kernels are native, on the CPU."""
     group = dist.group.WORLD
-    key = workspace.WorkspaceKey("symm_mem", group.group_name, torch.float32, 16)
+    key = interface.WorkspaceKey("symm_mem", group.group_name, torch.float32, 16)
     layout = SimpleNamespace(data_tokens=8, max_tokens=64, outputs=outputs, one_shot_tokens=4)
     made = SimpleNamespace(
         nbytes=0, rank=group.rank(), world_size=group.size(), hidden=16, dtype=torch.float32, layout=layout
     )
     made.device, made.check, made.close = torch.device("cpu"), lambda synchronize=False: None, lambda: None
     order = SimpleNamespace(lock=threading.RLock(), enter=lambda _: None)
-    with mock.patch.object(workspace.StreamOrder, "of", return_value=order):
-        return symm_mem_provider.HeldWorkspace(workspace.Request(key, group, torch.device("cpu"), 64), made)
+    with mock.patch.object(interface.StreamOrder, "of", return_value=order):
+        return symm_mem_provider.HeldWorkspace(interface.Request(key, group, torch.device("cpu"), 64), made)
 
 
 def _native(made, x, residual, weight, eps, weight_bias, form, inner=None, **_):
@@ -282,9 +282,9 @@ def test_a_workspace_is_made_as_it_was_counted(ranks, data):
 
     group = SimpleNamespace(size=lambda: ranks)
     for tokens in (100, 4096):
-        key = workspace.WorkspaceKey("symm_mem", "group", torch.bfloat16, 8192)
+        key = interface.WorkspaceKey("symm_mem", "group", torch.bfloat16, 8192)
         facts = tuple({"multiprocessors": 78 + (rank + 1) % ranks} for rank in range(ranks))
-        request = workspace.Request(key, group, torch.device("cpu"), tokens, facts)
+        request = interface.Request(key, group, torch.device("cpu"), tokens, facts)
         with mock.patch.object(symm_mem_provider, "SymmMemWorkspace", record):
             symm_mem_provider.SymmMemProvider().create(request, SimpleNamespace(barrier=lambda: None))
         assert made[-1].nbytes == symm_mem_provider.SymmMemProvider().nbytes(8192, torch.bfloat16, ranks, tokens)

@@ -11,11 +11,13 @@ import torch.distributed as dist
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from fusewire.custom_ops import api
 from fusewire.custom_ops.ops.registry import YES
 from fusewire.custom_ops.providers.symm_mem import protocol as symm_mem_protocol
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem_provider
 from fusewire.custom_ops.providers.symm_mem import workspace as spaces
 from fusewire.custom_ops.providers.symm_mem.protocol import differences, least_multiprocessors
+from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.errors import ArgumentError
 
@@ -145,12 +147,12 @@ def test_the_ranks_refuse_together():
         assert least == 131
 
 
-class Buffers(workspace.Workspace):
+class Buffers(interface.Workspace):
     def release(self):
         pass
 
 
-class Provider(workspace.WorkspaceProvider):
+class Provider(interface.WorkspaceProvider):
     """Makes nothing and remembers what was asked for."""
 
     name, variants = "nothing", ()
@@ -182,7 +184,7 @@ class Provider(workspace.WorkspaceProvider):
 def job_sizes():
     provider, rank = Provider(), dist.get_rank()
     workspace.REGISTRY.open(provider, dist.group.WORLD, BF16, 64, CPU, lambda _: 8 + rank, outputs=2 * rank)
-    workspace.close()
+    api.close()
     return [(request.max_tokens, request.outputs) for request in provider.requests]
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from test_symm_mem_compile import CpuWorkspace, caught_launch, compiled
 
+from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.custom_ops.workspaces.precompile import compile_ahead
 
@@ -102,7 +103,7 @@ def test_ranks_share_a_cache_where_inductor_has_given_each_its_own(monkeypatch, 
     assert os.environ.get("TRITON_CACHE_DIR") == directory
 
 
-class Provider(workspace.WorkspaceProvider):
+class Provider(interface.WorkspaceProvider):
     """Five pieces, of which one may fail on one rank."""
 
     name, variants = "pieces", ()
@@ -120,7 +121,7 @@ class Provider(workspace.WorkspaceProvider):
         self.done.append(number)
 
 
-class Held(workspace.Workspace):
+class Held(interface.Workspace):
     freed = False
 
     def release(self):
@@ -129,7 +130,7 @@ class Held(workspace.Workspace):
 
 def _ahead(failing):
     group, provider = dist.group.WORLD, Provider(failing)
-    key = workspace.WorkspaceKey("pieces", group.group_name, BF16, 64)
+    key = interface.WorkspaceKey("pieces", group.group_name, BF16, 64)
     held = Held(key, 8, 0, torch.device("cpu"))
     entry = workspace.REGISTRY.entries[key] = workspace.Entry(key, lambda: group, held)
     compile_ahead(provider, entry, group)

@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from test_flashinfer_provider import args_of, fake_flashinfer
 
+from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import cost_model as plans
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch.dispatcher import Policy, Room, Shape, pick, read_policy
 from fusewire.custom_ops.dispatch.overview import PlanRow, explain_plan
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.providers.flashinfer import provider
+from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.errors import ConfigError, NoProviderError
 from fusewire.fusion_passes.config import PassConfig
@@ -176,7 +178,7 @@ def test_the_choice_is_the_same_for_equal_facts():
 @pytest.mark.parametrize("hidden", [576, 4096, 8192])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_a_workspace_of_the_first_call_fits_all_that_comes_to_it(hidden, ranks):
-    keeper, policy = workspace.PROVIDERS["flashinfer"], read_policy(op, "flashinfer,native")
+    keeper, policy = interface.PROVIDERS["flashinfer"], read_policy(op, "flashinfer,native")
     plan = plans.find_plan(H200, ranks, hidden, BF16)
     tokens = dispatch.wanted_tokens(keeper, Shape(1, hidden, BF16, ranks), policy, plan)
     assert keeper.nbytes(hidden, BF16, ranks, tokens) <= dispatch.DEFAULT_WORKSPACE_BYTES
@@ -188,7 +190,7 @@ def test_a_workspace_of_the_first_call_fits_all_that_comes_to_it(hidden, ranks):
 
 
 def test_sizes_that_the_policy_asks_for():
-    keeper, shape = workspace.PROVIDERS["flashinfer"], Shape(6000, 8192, BF16, 4)
+    keeper, shape = interface.PROVIDERS["flashinfer"], Shape(6000, 8192, BF16, 4)
 
     def size(policy, plan=MEASURED, shape=shape):
         return dispatch.wanted_tokens(keeper, shape, read_policy(op, policy), plan)
@@ -255,7 +257,7 @@ def job_cache():
                     said["other"] = "taken for the same"
                 except AssertionError:
                     pass
-        workspace.close()
+        api.close()
         again = dispatch.select(op, args_of(x, None, None, name), "flashinfer")
         said["after close"] = again is not first
         return said
@@ -276,7 +278,7 @@ def job_mixed_gpus():
             dispatch.select(op, args_of(torch.ones(n, 8192, dtype=BF16), None, None, name), "").name
             for n in (1, 64, 65, 512)
         ]
-        return chosen, workspace.workspaces()[0].max_tokens
+        return chosen, api.workspaces()[0].max_tokens
 
 
 def test_ranks_with_different_gpus_choose_alike():
@@ -288,7 +290,7 @@ def test_ranks_with_different_gpus_choose_alike():
 def job_hosts(host, uuid):
     facts = {"gpu": H200, "host": [host, "b"][dist.get_rank()], "uuid": [uuid, "2"][dist.get_rank()]}
     with fake_flashinfer(), mock.patch.object(provider, "device_facts", return_value=facts):
-        made = workspace.prepare(None, 64, BF16, max_tokens=8)[0]
+        made = api.prepare(None, 64, BF16, max_tokens=8)[0]
         return made.reason
 
 
@@ -359,7 +361,7 @@ def job_explain():
     group = dist.group.WORLD
     with fake_flashinfer():
         before = explain_plan(group, 64, BF16)
-        workspace.prepare(group, 64, BF16, max_tokens=7)
+        api.prepare(group, 64, BF16, max_tokens=7)
         after = explain_plan(group.group_name, 64, BF16, policy="flashinfer,native;max_size_mb=1")
         return before[0].provider, [row[:3] for row in after], after[-1].reason
 

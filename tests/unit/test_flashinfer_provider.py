@@ -21,12 +21,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch.cost_model import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.registry import Support, _machine_support
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.custom_ops.providers.flashinfer import provider
+from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.errors import CaptureError, NoProviderError, PeerTimeoutError, WorkspaceError
 
@@ -163,7 +165,7 @@ def fake_flashinfer(version="0.6.18", fault="", kernels="prebuilt", **seams):
         try:
             yield fake
         finally:
-            workspace.close()
+            api.close()
             flashinfer_library.library.cache_clear()
             _machine_support.cache_clear()
 
@@ -329,7 +331,7 @@ def test_two_shot_in_fp32_on_two_ranks_stops_at_half_the_workspace():
 )
 def test_two_shot_waits_for_the_version_whose_barrier_is_right(monkeypatch, version, ok):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    keeper = workspace.PROVIDERS["flashinfer"]
+    keeper = interface.PROVIDERS["flashinfer"]
     with fake_flashinfer(version):
         assert bool(keeper.token_limit(TWO_SHOT, 8192, BF16, 4, 1024)) == ok
         assert 1024 in keeper.token_limit(ONE_SHOT, 8192, BF16, 4, 1024)
@@ -454,7 +456,7 @@ def job_calls(policy, plan_gpu):
     seen, errors = [], []
     facts = lambda device: {"gpu": plan_gpu, "host": "here", "uuid": f"gpu {rank}"}  # noqa: E731
     with fake_flashinfer() as fake, mock.patch.object(provider, "device_facts", facts):
-        workspace.prepare(None, HIDDEN, BF16, max_tokens=64)
+        api.prepare(None, HIDDEN, BF16, max_tokens=64)
         proofs = len(fake.calls)
         kinds = [(1, 1, 0.0), (1, 1, 1.0), (0, 1, 1.0), (1, 0, 0.0), (0, 0, 0.5)]
         for shape in [(1,), (2,), (3,), (2, 4), (1, 40), (64,), (0,)]:
@@ -616,7 +618,7 @@ def job_slow():
     os.environ["FUSEWIRE_TIMEOUT_S"] = "1"
     try:
         with fake_flashinfer(fault="compiles for long" if dist.get_rank() == 1 else ""):
-            made = workspace.prepare(None, HIDDEN, BF16, max_tokens=4)[0]
+            made = api.prepare(None, HIDDEN, BF16, max_tokens=4)[0]
             return made.max_tokens, made.reason
     finally:
         del os.environ["FUSEWIRE_TIMEOUT_S"]
@@ -654,11 +656,11 @@ def job_lifecycle():
     name, said = group.group_name, {}
     x = torch.ones(3, HIDDEN, dtype=BF16)
     with fake_flashinfer() as fake:
-        first = workspace.prepare(group, HIDDEN, BF16, max_tokens=16)[0]
+        first = api.prepare(group, HIDDEN, BF16, max_tokens=16)[0]
         said["size"] = (first.max_tokens, first.nbytes, first.reason)
-        said["again"] = workspace.prepare(name, HIDDEN, BF16, max_tokens=8)[0].max_tokens
+        said["again"] = api.prepare(name, HIDDEN, BF16, max_tokens=8)[0].max_tokens
         try:
-            workspace.prepare(group, HIDDEN, BF16, max_tokens=32)
+            api.prepare(group, HIDDEN, BF16, max_tokens=32)
         except WorkspaceError as error:
             said["grow"] = str(error)
         bound = dispatch.select(all_reduce_rms_norm, args_of(x, x, None, name), "flashinfer").fn
@@ -671,8 +673,8 @@ def job_lifecycle():
         one_more = torch.ones(17, HIDDEN, dtype=BF16)
         args = args_of(one_more, None, None, name)
         said["one more"] = dispatch.select(all_reduce_rms_norm, args, "flashinfer,native").name
-        workspace.close()
-        workspace.close()
+        api.close()
+        api.close()
         said["freed"] = (fake.destroyed, list(fake.freed), dict(fake.trtllm._symm_workspace_refs))
         try:
             bound(*args_of(x, x, None, name))
@@ -741,7 +743,7 @@ def job_streams():
 
     streams = {1: Stream("first"), 2: Stream("second")}
     now = {"raw": 1, "capturing": False}
-    order = workspace.StreamOrder()
+    order = interface.StreamOrder()
     with (
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True) as raw,
         mock.patch.object(torch.cuda, "is_current_stream_capturing") as capturing,

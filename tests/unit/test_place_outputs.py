@@ -13,11 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.registry import YES
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
+from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.errors import ConfigError
 from fusewire.fusion_passes.compiler import inductor as matcher
@@ -31,7 +33,7 @@ NAME = "slots"
 CONFIG = {"output_in_place": True, "ir_op_priority": {"all_reduce_rms_norm": (NAME,)}}
 
 
-class Buffers(workspace.Workspace):
+class Buffers(interface.Workspace):
     def __init__(self, request):
         key, tokens = request.key, request.max_tokens
         super().__init__(key, tokens, 0, request.device)
@@ -50,12 +52,12 @@ class Buffers(workspace.Workspace):
         self.outputs = []
 
 
-class Slots(workspace.WorkspaceProvider):
+class Slots(interface.WorkspaceProvider):
     name = NAME
     variants = (f"{NAME}/only",)
 
     def machine(self, group, device):
-        return workspace.device_facts(device)
+        return interface.device_facts(device)
 
     def limits(self, hidden, dtype, world_size):
         return YES
@@ -109,14 +111,14 @@ def slots(on_gpu=True):
         )
     )
     with (
-        mock.patch.dict(workspace.PROVIDERS, {NAME: Slots()}),
+        mock.patch.dict(interface.PROVIDERS, {NAME: Slots()}),
         mock.patch.object(dispatch, "_on_gpu", return_value=on_gpu),
         mock.patch.object(workspace, "check_memory"),
     ):
         try:
             yield
         finally:
-            workspace.close()
+            api.close()
             all_reduce_rms_norm.unregister_impl(NAME)
 
 
@@ -340,7 +342,7 @@ def _run(name, sharded, protect=True):
             stack.enter_context(torch._functorch.config.patch(check_custom_op_aliasing=False))
         for in_place in (False, True):
             torch._dynamo.reset()
-            workspace.close()
+            api.close()
             options = {**CONFIG, "output_in_place": in_place, "shard_residual": sharded}
             compiled = torch.compile(block, backend="fusewire", options={**options, "force_disable_caches": True})
             mine = [tensor.clone() for tensor in given]

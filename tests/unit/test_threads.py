@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from test_flashinfer_provider import args_of
 
+from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch.decisions import Decision, Decisions
 from fusewire.custom_ops.environment import scoped_variable
@@ -26,6 +27,7 @@ from fusewire.custom_ops.providers.symm_mem import launch_cache as symm_mem_agai
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem_provider
 from fusewire.custom_ops.providers.symm_mem import workspace as spaces
+from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.errors import WorkspaceError
 
@@ -239,7 +241,7 @@ def test_no_change_is_lost():
 
 
 class Order:
-    """As workspace.StreamOrder, without streams; says who entered."""
+    """As interface.StreamOrder, without streams; says who entered."""
 
     def __init__(self, log):
         self.lock, self.log = threading.RLock(), log
@@ -250,17 +252,17 @@ class Order:
 
 
 def held(log):
-    key = workspace.WorkspaceKey("symm_mem", "group", torch.float32, 16)
+    key = interface.WorkspaceKey("symm_mem", "group", torch.float32, 16)
     made = SimpleNamespace(nbytes=0, rank=0, world_size=2, close=lambda: log.append("freed"))
-    with mock.patch.object(workspace.StreamOrder, "of", return_value=Order(log)):
-        return symm_mem_provider.HeldWorkspace(workspace.Request(key, None, CPU, 64), made)
+    with mock.patch.object(interface.StreamOrder, "of", return_value=Order(log)):
+        return symm_mem_provider.HeldWorkspace(interface.Request(key, None, CPU, 64), made)
 
 
 def flashinfer_workspace(log, launch):
     made = object.__new__(flashinfer.FlashInferWorkspace)
-    key = workspace.WorkspaceKey("flashinfer", "group", torch.float32, 16)
-    with mock.patch.object(workspace.StreamOrder, "of", return_value=Order(log)):
-        workspace.Workspace.__init__(made, key, 64, 0, CPU)
+    key = interface.WorkspaceKey("flashinfer", "group", torch.float32, 16)
+    with mock.patch.object(interface.StreamOrder, "of", return_value=Order(log)):
+        interface.Workspace.__init__(made, key, 64, 0, CPU)
     made.device, made.handle, made._no_weight = torch.device("cuda", 0), None, torch.zeros(16)
     made._no_residual, made._fused = torch.zeros(64, 16), launch
     made.check_call = lambda tokens, device: None
@@ -363,12 +365,12 @@ def test_kernels_are_tried_once():
 # --- Workspaces of real ranks -------------------------------------------------------------------------------
 
 
-class Buffers(workspace.Workspace):
+class Buffers(interface.Workspace):
     def release(self):
         pass
 
 
-class Provider(workspace.WorkspaceProvider):
+class Provider(interface.WorkspaceProvider):
     """Counts the votes on machines and the workspaces that are made."""
 
     name, variants = "counted", ()
@@ -408,7 +410,7 @@ def job_two_threads():
 
     found = [thread.result() for thread in [Thread(open_one) for _ in range(2)]]
     same = found[0] is found[1] and not found[0].workspace.closed
-    workspace.close()
+    api.close()
     machines = [Thread(workspace.REGISTRY.machine, provider, group, CPU) for _ in range(2)]
     return same, len({id(thread.result()) for thread in machines}), provider.machines, provider.made
 

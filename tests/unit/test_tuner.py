@@ -23,6 +23,7 @@ import torch.distributed as dist
 from test_flashinfer_provider import args_of, fake_flashinfer
 
 from fusewire.cli import tune as command
+from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import cost_model as plans
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch import table_store as plan_store
@@ -33,6 +34,7 @@ from fusewire.custom_ops.ops.norms import add_residual, normalize
 from fusewire.custom_ops.tuning import measure as measuring
 from fusewire.custom_ops.tuning import timers as timing
 from fusewire.custom_ops.tuning import tuner
+from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.errors import CaptureError, ConfigError, PeerTimeoutError, WorkspaceError
 
@@ -535,9 +537,9 @@ def job_tune(cache):
     group = dist.group.WORLD
     with on_rank(cache, times_of) as fake:
         tuned = tuner.tune(group, HIDDEN, BF16, tokens=(1, 2, 4, 8))
-        left = workspace.workspaces()
+        left = api.workspaces()
         served = chosen((1, 2, 4, 8, 100))
-        info = workspace.workspaces()[0]
+        info = api.workspaces()[0]
         return tuned, left, served, info.plan, [call["backend"] for call in fake.created]
 
 
@@ -565,7 +567,7 @@ def test_ranks_measure_one_table_and_choose_by_it(cache):
 
 def job_reload(cache, environment):
     with on_rank(cache, **environment), mock.patch.object(tuner, "tune", side_effect=AssertionError):
-        return chosen((1, 8)), workspace.workspaces()[0].plan
+        return chosen((1, 8)), api.workspaces()[0].plan
 
 
 def test_the_next_process_loads_it(cache):
@@ -578,7 +580,7 @@ def test_the_next_process_loads_it(cache):
 
 def job_choose(caches, tokens):
     with on_rank(caches):
-        return chosen(tokens), [info.plan for info in workspace.workspaces()]
+        return chosen(tokens), [info.plan for info in api.workspaces()]
 
 
 def job_key():
@@ -660,10 +662,10 @@ def job_opt_in(cache, asking, how):
         if how == "first call":
             served = chosen((1, 8))
         else:
-            workspace.prepare(None, HIDDEN, BF16, max_tokens=8, tune=asks and how == "prepare")
+            api.prepare(None, HIDDEN, BF16, max_tokens=8, tune=asks and how == "prepare")
             served = chosen((1, 8))
         measured = max((t for found in plan_store.all_files() for t, _ in found.table.times["native"]), default=0)
-        return served, workspace.workspaces()[0].plan, measured
+        return served, api.workspaces()[0].plan, measured
 
 
 @pytest.mark.parametrize("how", ["prepare", "prepare by environment", "first call"])
@@ -691,7 +693,7 @@ def test_nobody_tunes_unasked(cache):
 
 def job_bad_opt_in(cache):
     with on_rank(cache, **{plan_vote.TUNE_VARIABLE: ["maybe", "1"][dist.get_rank()]}):
-        return workspace.prepare(None, HIDDEN, BF16, max_tokens=8)[0]
+        return api.prepare(None, HIDDEN, BF16, max_tokens=8)[0]
 
 
 def test_an_unclear_opt_in_is_named(cache):
@@ -719,7 +721,7 @@ def test_never_while_a_graph_is_captured(cache):
 def job_failing_tuner(cache):
     failing = mock.patch.object(measuring, "draw", side_effect=RuntimeError("no memory"))
     with on_rank(cache, **{plan_vote.TUNE_VARIABLE: "1"}), failing:
-        return chosen((1,)), workspace.workspaces()[0].plan
+        return chosen((1,)), api.workspaces()[0].plan
 
 
 def test_a_model_runs_where_tuning_fails(cache):
@@ -735,9 +737,9 @@ def test_a_model_runs_where_tuning_fails(cache):
 def job_existing_workspace(cache):
     """What a program prepared before is used as it is, and left."""
     with on_rank(cache, times_of) as fake:
-        before = workspace.prepare(None, HIDDEN, BF16, max_tokens=4)
+        before = api.prepare(None, HIDDEN, BF16, max_tokens=4)
         tuned = tuner.tune(dist.group.WORLD, HIDDEN, BF16, tokens=(1, 4, 8))
-        after = workspace.workspaces()
+        after = api.workspaces()
         return tuned.table, len(fake.created), [(i.provider, i.max_tokens) for i in before + after]
 
 
@@ -751,14 +753,14 @@ def test_workspaces_of_the_program_are_used_and_left(cache):
 
 def job_no_choice(cache):
     with mock.patch.dict(os.environ, {plan_store.CACHE_VARIABLE: str(cache)}):
-        infos = workspace.prepare(None, HIDDEN, BF16, max_tokens=4, tune=True)
+        infos = api.prepare(None, HIDDEN, BF16, max_tokens=4, tune=True)
         text = workspace.REGISTRY.plans[dist.group.WORLD.group_name, HIDDEN, BF16].text
         try:
             tuner.tune(dist.group.WORLD, HIDDEN, BF16, tokens=(1,))
         except WorkspaceError as error:
             return [info.max_tokens for info in infos], text, str(error)
         finally:
-            workspace.close()
+            api.close()
 
 
 def test_where_only_native_can_serve_there_is_nothing_to_measure(cache):
@@ -771,7 +773,7 @@ def test_where_only_native_can_serve_there_is_nothing_to_measure(cache):
 
 def job_wrong(cache, fault):
     """FlashInfer passes its proof and then fails one variant."""
-    keeper, rank = workspace.PROVIDERS["flashinfer"], dist.get_rank()
+    keeper, rank = interface.PROVIDERS["flashinfer"], dist.get_rank()
     bind = keeper.bind
 
     def bound(made, variant, *output):
@@ -797,7 +799,7 @@ def job_wrong(cache, fault):
         # In the order 4, 16, 8: what was measured before the fault showed is to go, too.
         tuned = tuner.tune(dist.group.WORLD, HIDDEN, BF16, tokens=(4, 8, 16))
         loud = [call.args[0] for call in said.call_args_list if "LEFT OUT" in call.args[0]]
-        return tuned, chosen((8,)), workspace.workspaces(), loud
+        return tuned, chosen((8,)), api.workspaces(), loud
 
 
 @pytest.mark.parametrize(
@@ -824,7 +826,7 @@ def test_a_candidate_that_is_wrong_on_one_rank_is_left_out_on_all(cache, fault, 
 
 def job_bits(cache):
     """Results right on each rank, with norms that differ in a last bit: not what kernels of one sum may do."""
-    keeper, rank = workspace.PROVIDERS["flashinfer"], dist.get_rank()
+    keeper, rank = interface.PROVIDERS["flashinfer"], dist.get_rank()
     bind = keeper.bind
 
     def bound(made, variant, *output):
@@ -869,8 +871,8 @@ def test_a_users_provider_is_measured_and_checked_too(cache):
 def job_unsaved(caches):
     with on_rank(caches, times_of):
         tuned = tuner.tune(dist.group.WORLD, HIDDEN, BF16, tokens=(1, 8))
-        served, text = chosen((1, 8)), workspace.workspaces()[0].plan
-        workspace.prepare(None, HIDDEN, BF16, max_tokens=8)  # looks at the disk again, and keeps what it has
+        served, text = chosen((1, 8)), api.workspaces()[0].plan
+        api.prepare(None, HIDDEN, BF16, max_tokens=8)  # looks at the disk again, and keeps what it has
         return tuned.problem, served, text, chosen((1, 8))
 
 

@@ -8,13 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, sum_in_rank_order
-from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
-from fusewire.custom_ops.providers.batch_invariant import torch_norm as torch_batch_invariant
-from fusewire.custom_ops.providers.batch_invariant import triton_norm
+from fusewire.custom_ops.ops.norms import BATCH_INVARIANT_NORMS, fused_add_rms_norm, rms_norm
 
 PROVIDER = "rank_ordered_batch_invariant"
-# The two agree bit for bit, so ranks need not agree on which of them runs.
-NORM_POLICY = f"{triton_norm.PROVIDER},{torch_batch_invariant.PROVIDER}"
 
 
 @all_reduce_rms_norm.register_impl(PROVIDER, batch_invariant=True)
@@ -30,7 +26,7 @@ def _all_reduce_rms_norm(
     summed = sum_in_rank_order(x, group_name)
     if residual is None:
         plain = (summed, weight, eps, weight_bias, form)
-        return rms_norm.choose(*plain, policy=NORM_POLICY).provider.fn(*plain), summed
+        return rms_norm.choose(*plain, policy=BATCH_INVARIANT_NORMS).provider.fn(*plain), summed
     added = (summed, residual, weight, eps, weight_bias, form)
-    norm, residual_out = fused_add_rms_norm.choose(*added, policy=NORM_POLICY).provider.fn(*added)
+    norm, residual_out = fused_add_rms_norm.choose(*added, policy=BATCH_INVARIANT_NORMS).provider.fn(*added)
     return norm, residual_out

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, add_residual, fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, TORCH_NORM, add_residual, fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.ops.registry import Support
 from fusewire.custom_ops.providers.batch_invariant.triton_norm import reduction_tree
 
-PROVIDER = "torch_batch_invariant"
+PROVIDER = TORCH_NORM
 
 
 def sum_of_squares(wide: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from fusewire.custom_ops.ops.norms import (
     ROUND_THEN_SCALE,
     SCALE_THEN_ROUND,
+    TRITON_NORM,
     check_norm_args,
     fused_add_rms_norm,
     rms_norm,
@@ -28,7 +29,7 @@ from fusewire.custom_ops.ops.norms import (
 from fusewire.custom_ops.ops.registry import YES, Support
 from fusewire.errors import NoProviderError, TrainingError
 
-PROVIDER = "triton_batch_invariant"
+PROVIDER = TRITON_NORM
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
 COMPILE_OPTIONS = {"enable_fp_fusion": False}

@@ -33,13 +33,7 @@ from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve
 from fusewire.custom_ops.ops.registry import NATIVE, Support, _machine_support
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.custom_ops.providers.flashinfer.library import CAPABILITIES
-from fusewire.custom_ops.workspaces.registry import (
-    PROVIDERS,
-    Request,
-    Workspace,
-    WorkspaceProvider,
-    device_facts,
-)
+from fusewire.custom_ops.workspaces.provider import PROVIDERS, Request, Workspace, WorkspaceProvider, device_facts
 from fusewire.errors import PeerTimeoutError, ProcessGroupError, WorkspaceError
 
 PROVIDER = "flashinfer"

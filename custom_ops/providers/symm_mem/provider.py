@@ -34,13 +34,7 @@ from fusewire.custom_ops.providers.symm_mem.workspace import (
     SymmMemWorkspace,
     unsupported_reason,
 )
-from fusewire.custom_ops.workspaces.registry import (
-    PROVIDERS,
-    Request,
-    Workspace,
-    WorkspaceProvider,
-    device_facts,
-)
+from fusewire.custom_ops.workspaces.provider import PROVIDERS, Request, Workspace, WorkspaceProvider, device_facts
 from fusewire.errors import ProcessGroupError, WorkspaceError
 
 PROVIDER = "symm_mem"
