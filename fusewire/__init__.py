@@ -1,24 +1,58 @@
-"""fusewire: torch.compile with tensor-parallel all-reduces fused into the RMSNorm after them.
+"""Fuse tensor-parallel all-reduces into the RMSNorm after them, inside torch.compile.
 
 torch.compile(model, backend="fusewire")
 print(fusewire.report())
 """
 
+from pathlib import Path as _Path
+
+# In a clone that is not installed, `python -m fusewire` finds this folder first; the other
+# packages lie beside it, not in it.
+if not _Path(__file__).with_name("custom_ops").is_dir():
+    __path__.append(str(_Path(__file__).parent.parent))
+
 from fusewire.custom_ops.api import close, prepare, workspaces
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
-from fusewire.custom_ops.ops.registry import ir_op_priority, register_op
+from fusewire.custom_ops.ops.registry import Support, ir_op_priority, register_op
+from fusewire.errors import (
+    ArgumentError,
+    CaptureError,
+    ConfigError,
+    ExpectationError,
+    FusewireError,
+    NoProviderError,
+    PeerTimeoutError,
+    ProcessGroupError,
+    RankMismatchError,
+    SchemaError,
+    TrainingError,
+    WorkspaceError,
+)
 from fusewire.fusion_passes.backend import enable
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.pipeline import run_passes
 from fusewire.fusion_passes.registry import register_pass
 from fusewire.fusion_passes.report.model import Report, clear_report, report
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # pyproject.toml reads it from here
 
 __all__ = [
+    "ArgumentError",
+    "CaptureError",
+    "ConfigError",
+    "ExpectationError",
+    "FusewireError",
+    "NoProviderError",
     "PassConfig",
+    "PeerTimeoutError",
+    "ProcessGroupError",
+    "RankMismatchError",
     "Report",
+    "SchemaError",
+    "Support",
+    "TrainingError",
+    "WorkspaceError",
     "all_reduce_rms_norm",
     "clear_report",
     "close",
