@@ -37,3 +37,13 @@ def _fresh_report():
     fusewire.clear_report()
     yield
     fusewire.clear_report()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder of this test's own for tables of measured times, empty, in this process and in those it starts."""
+    from fusewire.custom_ops.dispatch import table_store, table_vote
+
+    monkeypatch.setenv(table_store.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.delenv(table_vote.TUNE_VARIABLE, raising=False)
+    return tmp_path

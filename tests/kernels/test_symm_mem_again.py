@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from test_symm_mem_compile import CpuWorkspace
-
 from fusewire.custom_ops.providers.symm_mem import launch_cache as again
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.errors import ArgumentError, PeerTimeoutError, WorkspaceError
+
+from support.launches import CpuWorkspace
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SCALE, ROUND = "scale_then_round", "round_then_scale"

@@ -23,66 +23,17 @@ from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import workspace as spaces
 from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
 from fusewire.custom_ops.providers.symm_mem.kernels import peer_copy as symm_mem_copy
-from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_data as kernels
-from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_flags as flags
 from fusewire.custom_ops.providers.symm_mem.kernels.packets import peer_at
 from fusewire.custom_ops.providers.symm_mem.launch_config import check_plan
 from fusewire.errors import ArgumentError, WorkspaceError
 
+from support.launches import CpuWorkspace, caught_launch, compiled
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE, ROUND = "scale_then_round", "round_then_scale"
-POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int64: "*i64"}
-
-
-class CpuWorkspace(spaces.SymmMemWorkspace):
-    """A workspace in CPU memory; `peers` are the buffers of all ranks."""
-
-    def __init__(self, rank, world, hidden, dtype, tokens=(256, 1024, 8192), outputs=1, multiprocessors=132):
-        self.rank, self.world_size, self.hidden, self.dtype = rank, world, hidden, dtype
-        self.group_name, self.timeout_s, self.device = "simulated", 5.0, torch.device("cpu")
-        self.multiprocessors = multiprocessors
-        self.layout = spaces.Layout(world, hidden, dtype.itemsize, *tokens, outputs)
-        self.ctl, self.known = torch.zeros(spaces.CTL_WORDS, dtype=torch.int64), {}
-        self.use(torch.empty(0, dtype=torch.uint8))
-
-    def use(self, buffer):
-        self._buffer = buffer
-        self._outputs = self._output_tensors() if buffer is not None and len(buffer) else []
-
-    def check(self, synchronize=False):
-        pass
-
-
-def caught_launch(call):
-    """What the host would launch: name, plan and arguments."""
-    seen = []
-    original, symm_mem._run = symm_mem._run, lambda key, name, ws, plan, args: seen.append((name, plan, args))
-    try:
-        call()
-    finally:
-        symm_mem._run = original
-    assert len(seen) == 1
-    return seen[0]
 
 
 # --- Compilation --------------------------------------------------------------------------------------------
-
-
-def compiled(name, plan, args):
-    fn = getattr(kernels, name, None) or getattr(flags, name)
-    signature, constants, attributes = {}, {}, {}
-    for i, (param, value) in enumerate(zip(fn.params, args, strict=True)):
-        if param.is_constexpr or value is None:
-            signature[param.name], constants[param.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            # Only numbers that may be missing have no type of their own.
-            signature[param.name] = param.annotation_type or "fp32"
-            assert param.annotation_type in ("i32", "i64", "fp32") or type(value) is float
-    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=plan.options)
 
 
 def call_on_cpu(kind, world, hidden, dtype, tokens, weight=BF16, form=SCALE, residual=True, inner=None, **options):

@@ -1,5 +1,5 @@
 """The calls of known answer that `symm_mem` makes before its kernels are trusted: they pass on the real kernels, in the
-simulation of test_symm_mem_interpreted.py, and they notice wrong results; and the ranks vote on them."""
+simulation of support/simulator.py, and they notice wrong results; and the ranks vote on them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Made(Exception):
 
 def simulate(kind, world, dtype, spoil=None):
     """Make all probes of a kind on simulated ranks; for each probe, which ranks say it came out wrong."""
-    import test_symm_mem_interpreted as sim
+    from support import simulator as sim
 
     class Rank(sim.Rank):
         def begin(self, call):

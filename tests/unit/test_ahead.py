@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from test_symm_mem_compile import CpuWorkspace, caught_launch, compiled
 
 from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.custom_ops.workspaces.precompile import compile_ahead
 
 from support.distributed import shared_pool
+from support.launches import CpuWorkspace, caught_launch, compiled
 
 BF16, FP32 = torch.bfloat16, torch.float32
 triton = pytest.importorskip("triton", reason="Triton is not installed")

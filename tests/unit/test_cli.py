@@ -16,7 +16,6 @@ from unittest import mock
 
 import pytest
 import torch
-from test_flashinfer_provider import fake_flashinfer
 
 from fusewire import __main__ as cli
 from fusewire.cli import doctor, prebuild
@@ -24,6 +23,8 @@ from fusewire.cli import tune as tune_command
 from fusewire.custom_ops.dispatch import table_store as plan_store
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.errors import ConfigError, WorkspaceError
+
+from support.fake_flashinfer import fake_flashinfer
 
 
 def fusewire(*arguments, timeout=120, **environment):

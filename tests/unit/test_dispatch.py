@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from test_flashinfer_provider import args_of, fake_flashinfer
 
 from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import cost_model as plans
@@ -24,6 +23,7 @@ from fusewire.errors import ConfigError, NoProviderError
 from fusewire.fusion_passes.config import PassConfig
 
 from support.distributed import fake_group, shared_pool
+from support.fake_flashinfer import args_of, fake_flashinfer
 
 BF16 = torch.bfloat16
 H200 = "NVIDIA H200"

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-from test_flashinfer_provider import fake_flashinfer
 from torch import Tensor
 
 import fusewire
@@ -21,6 +20,7 @@ from fusewire.fusion_passes.report.model import Report
 
 from support.blocks import HIDDEN, NORMS, reduce_functional, tensors
 from support.distributed import fake_group, shared_pool
+from support.fake_flashinfer import fake_flashinfer
 from support.graphs import capture
 
 SANDWICH, SHARDED = all_reduce_sandwich_norm.torch_op, all_reduce_rms_norm_sharded.torch_op

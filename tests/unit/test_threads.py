@@ -13,7 +13,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from test_flashinfer_provider import args_of
 
 from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
@@ -32,6 +31,7 @@ from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.errors import WorkspaceError
 
 from support.distributed import fake_group, shared_pool
+from support.fake_flashinfer import args_of
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 VARIABLE = "FUSEWIRE_TEST_VARIABLE"

@@ -16,7 +16,7 @@ Everything that ranks say to each other goes through this file, in one of three 
 
 Every tensor operand has at least as many elements as the block has threads, in the default layout (element i
 belongs to thread i modulo the number of threads). So no element belongs to two threads, and a reader may
-reset a packet which it has seen arrive; tests/test_symm_mem_compile.py holds the compiled layouts to it.
+reset a packet which it has seen arrive; tests/kernels/test_symm_mem_compile.py holds the compiled layouts to it.
 
 Waits are bounded. After every 256 fruitless polls a wait looks at the error word of the control block and
 gives up at once if another one has; past the control block's time limit it writes there, and to the host's

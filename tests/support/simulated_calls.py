@@ -1,0 +1,129 @@
+"""Calls of the `symm_mem` kernels on simulated ranks: inputs, references and checks of the results."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
+from fusewire.custom_ops.providers.symm_mem import workspace as spaces
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SCALE, ROUND = "scale_then_round", "round_then_scale"
+EPS, INNER_EPS = 1e-5, 1e-3
+ONE_SHOT_TOKENS, DATA_TOKENS, MAX_TOKENS = 9, 16, 24
+
+
+def run_host(ws, call, mine):
+    outs = {"norm_out": mine.norm_out, "residual_out": mine.residual_out}
+    if call.options.get("output") is not None:
+        outs.pop("norm_out" if call.kind == "two_shot_sharded" else "residual_out")
+    function = getattr(symm_mem, call.kind)
+    function(ws, mine.x, mine.residual, call.weight, EPS, call.bias, call.form, **outs, **call.options)
+
+
+def make_call(
+    kind, tokens, world, hidden, dtype, residual=True, weight=BF16, bias=0.0, form=SCALE, inner=None, **options
+):
+    """Inputs of all ranks and places for their results. Holds -0.0, NaN, the sentinel, and sums that depend on
+    their order.
+    """
+    parts = [torch.randn(tokens, hidden).to(dtype) for _ in range(world)]
+    if world > 2:  # from rank 2 on, what comes in before ranks 0 and 1 cancel is rounded away
+        big = torch.randn(tokens, hidden // 2) * {BF16: 3e6, FP16: 8e3, FP32: 3e3}[dtype]
+        parts[0][:, ::2], parts[1][:, ::2] = big.to(dtype), -big.to(dtype)
+    if tokens > 1:
+        parts[0].view(torch.int16 if dtype.itemsize == 2 else torch.int32)[0, 2:4] = -1
+    for part in parts:
+        part[-1, 5] = -0.0
+    full = torch.randn(tokens, hidden).to(dtype) if residual else None
+    if full is not None:
+        full[-1, 5] = -0.0
+    if inner is not None:
+        inner_weight, inner_form = inner
+        inner_weight = None if inner_weight is None else torch.randn(hidden).to(inner_weight)
+        options["inner"] = InnerNorm(inner_weight, INNER_EPS, 1.0 - bias, inner_form)
+    shard, ranks = spaces.shard_rows(tokens, world), []
+    for rank, part in enumerate(parts):
+        sharded = kind == "two_shot_sharded"
+        rows = slice(rank * shard, (rank + 1) * shard) if sharded else slice(None)
+        mine = SimpleNamespace(x=part, rows=rows, residual=None if full is None else full[rows].clone())
+        mine.norm_out = torch.full((tokens, hidden), 77.0, dtype=dtype)
+        mine.residual_out = torch.full((shard if sharded else tokens, hidden), 77.0, dtype=dtype)
+        ranks.append(mine)
+    weight = None if weight is None else torch.randn(hidden).to(weight)
+    return SimpleNamespace(
+        kind=kind, tokens=tokens, weight=weight, bias=bias, form=form, options=options, ranks=ranks, parts=parts,
+        full=full, total=None, norm=None, absent=(),
+    )  # fmt: skip
+
+
+def norm_of(rows, weight, eps, bias, form, plan, layout):
+    """The norm as the kernels take it: eight (four) numbers a lane, lanes of a slice, slices in order."""
+    dtype, packets = rows.dtype, layout.packets
+    each = 16 // layout.itemsize
+    order = range(each) if each == 4 else (0, 2, 4, 6, 1, 3, 5, 7)
+    wide = rows.float().numpy().reshape(len(rows), packets, each)
+    lanes = sum(wide[:, :, k] * wide[:, :, k] for k in order)
+    size = -(-packets // plan.slices)
+    squares = None
+    for s in range(plan.slices):
+        part = lanes[:, s * size : (s + 1) * size]
+        padded = np.pad(part, ((0, 0), (0, plan.block - part.shape[1])))
+        value = np.array([np.sum(row) for row in padded], np.float32)
+        squares = value if squares is None else squares + value
+    rstd = 1 / np.sqrt(squares / np.float32(layout.hidden) + np.float32(eps))
+    normed = rows.float() * torch.from_numpy(rstd)[:, None]
+    if weight is None:
+        return normed.to(dtype)
+    if form == ROUND:
+        return (normed.to(dtype) * (weight + bias)).to(dtype)
+    return (normed * (weight.float() + bias)).to(dtype)
+
+
+def refer(call, plan, ws):
+    if call.total is not None:
+        return
+    total = call.parts[0].float()
+    for part in call.parts[1:]:
+        total = total + part.float()
+    total = total.to(ws.dtype)
+    if inner := call.options.get("inner"):
+        total = norm_of(total, inner.weight, inner.eps, inner.weight_bias, inner.form, plan, ws.layout)
+    if call.full is not None:
+        total = (total.float() + call.full.float()).to(ws.dtype)
+    call.total = total
+    call.norm = norm_of(total, call.weight, EPS, call.bias, call.form, plan, ws.layout)
+
+
+def wrong(result, exact, lost):
+    """How many numbers are wrong; with `lost`, those that are NaN are not."""
+    bits = torch.int16 if result.itemsize == 2 else torch.int32
+    equal = (result.view(bits) == exact.view(bits)) | (result.isnan() & exact.isnan())
+    return int((~(equal | result.isnan() if lost else equal)).sum())
+
+
+def check_call(call, lost=()):
+    """Results of all ranks that ended the call. `lost`: ranks whose wait gave up; what they have not got, and
+    what they pass on, is NaN.
+    """
+    for rank, mine in enumerate(call.ranks):
+        if rank in call.absent:
+            continue
+        exact = call.total[mine.rows]
+        kept, rest = mine.residual_out[: len(exact)], mine.residual_out[len(exact) :]
+        written = call.options.get("need_residual", True)
+        if written:
+            assert wrong(kept, exact, lost) == 0, f"rank {rank}, {call.kind}, {call.tokens}: residual"
+        assert (rest == (0 if written else 77)).all(), f"rank {rank}: rows of nobody"
+        assert wrong(mine.norm_out, call.norm, lost) == 0, f"rank {rank}, {call.kind}, {call.tokens}: norm"
+
+
+def protocol_of(call):
+    if call.kind == "one_shot":
+        return "one"
+    fits = call.tokens <= DATA_TOKENS and call.options.get("output") is None
+    return call.options.get("protocol") or ("data" if fits else "flags")
