@@ -2,15 +2,22 @@
 
 torch.compile(model, backend="fusewire")
 print(fusewire.report())
+
+Importing this registers the operators and their providers. What needs PyTorch's compiler is imported
+at its first use: the compiler takes longer to import than torch itself.
 """
 
+import importlib as _importlib
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
 # In a clone that is not installed, `python -m fusewire` finds this folder first; the other
 # packages lie beside it, not in it.
 if not _Path(__file__).with_name("custom_ops").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
+import fusewire.fusion_passes.compiler.cache_artifact  # noqa: F401 (registers a kind of artifact)
 from fusewire.custom_ops.api import close, prepare, workspaces
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
@@ -29,11 +36,13 @@ from fusewire.errors import (
     TrainingError,
     WorkspaceError,
 )
-from fusewire.fusion_passes.backend import enable
-from fusewire.fusion_passes.config import PassConfig
-from fusewire.fusion_passes.pipeline import run_passes
-from fusewire.fusion_passes.registry import register_pass
-from fusewire.fusion_passes.report.model import Report, clear_report, report
+
+if TYPE_CHECKING:
+    from fusewire.fusion_passes.backend import enable
+    from fusewire.fusion_passes.config import PassConfig
+    from fusewire.fusion_passes.pipeline import run_passes
+    from fusewire.fusion_passes.registry import register_pass
+    from fusewire.fusion_passes.report.model import Report, clear_report, report
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 
@@ -67,3 +76,26 @@ __all__ = [
     "run_passes",
     "workspaces",
 ]
+
+# Where the names lie that are imported at their first use.
+_LAZY = {
+    "PassConfig": "fusion_passes.config",
+    "Report": "fusion_passes.report.model",
+    "clear_report": "fusion_passes.report.model",
+    "enable": "fusion_passes.backend",
+    "register_pass": "fusion_passes.registry",
+    "report": "fusion_passes.report.model",
+    "run_passes": "fusion_passes.pipeline",
+}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

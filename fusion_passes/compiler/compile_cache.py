@@ -8,17 +8,15 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.compiler._cache import CacheArtifact, CacheArtifactFactory, CacheArtifactManager
+from torch.compiler._cache import CacheArtifactManager
 from torch.fx import GraphModule
 
+from fusewire.fusion_passes.compiler.cache_artifact import GraphReportArtifact, cache_folder, write_file
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.pipeline import cache_key
 from fusewire.fusion_passes.report.model import GraphAccount, accounts_from_json, accounts_to_json, add_account
@@ -38,9 +36,7 @@ class Keeper:
     """
 
     def __init__(self, name: str) -> None:
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-        self.file = Path(cache_dir()) / "fusewire" / f"{name}.json"
+        self.file = cache_folder() / f"{name}.json"
         self.made: list[GraphAccount] = []  # by the passes, in this compilation
         self.kept: list[GraphAccount] = []
         self.salt = uuid.uuid4().hex[:16]
@@ -60,10 +56,10 @@ class Keeper:
         self.made.append(account)
         text = json.dumps({"salt": self.salt, "graphs": accounts_to_json(self.made)})
         try:
-            _write(self.file, text)
+            write_file(self.file, text)
         except OSError as error:
             log.warning("the account of a graph could not be kept beside the compile cache: %s", error)
-        CacheArtifactManager.record_artifact(_Accounts.type(), self.file.name, text.encode())
+        CacheArtifactManager.record_artifact(GraphReportArtifact.type(), self.file.name, text.encode())
 
     def restore(self) -> None:
         """Bring the accounts back if a warm cache skipped the passes."""
@@ -71,7 +67,7 @@ class Keeper:
             return
         for account in self.kept:
             add_account(dataclasses.replace(account, cached=True, pass_seconds=0.0))
-        CacheArtifactManager.record_artifact(_Accounts.type(), self.file.name, self.file.read_bytes())
+        CacheArtifactManager.record_artifact(GraphReportArtifact.type(), self.file.name, self.file.read_bytes())
 
     def _read(self) -> None:
         try:
@@ -85,28 +81,6 @@ class Keeper:
         # A graph that was left as written since the ranks' graphs differed says nothing about this time.
         if not any(account.unfused for account in kept):
             self.kept, self.salt = kept, salt
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file in one step, so that nobody reads half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-    temporary.write_text(text)
-    temporary.replace(file)
-
-
-@CacheArtifactFactory.register
-class _Accounts(CacheArtifact):
-    """Accounts as torch.compiler.save_cache_artifacts takes them along."""
-
-    def populate_cache(self) -> None:
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-        _write(Path(cache_dir()) / "fusewire" / Path(self.key).name, self.content.decode())
-
-    @staticmethod
-    def type() -> str:
-        return "fusewire"
 
 
 KEEPER: contextvars.ContextVar[Keeper | None] = contextvars.ContextVar("fusewire_keeper", default=None)

@@ -38,8 +38,8 @@ import fusewire
 from fusewire.custom_ops.coordination import timeouts
 from fusewire.fusion_passes import backend
 from fusewire.fusion_passes.analysis import graph as graph_tools
-from fusewire.fusion_passes.compiler import compile_cache as warm_cache
 from fusewire.fusion_passes.compiler import inductor as matcher
+from fusewire.fusion_passes.compiler.cache_artifact import GraphReportArtifact
 from fusewire.patterns import collectives as spellings
 
 from support.blocks import tensors
@@ -210,10 +210,10 @@ def test_the_time_limit_of_a_group():
 
 @canary("torch.compiler._cache")
 def test_what_a_portable_cache_takes_along(tmp_path, monkeypatch):
-    """_Accounts in warm_cache.py: a kind of artifact of our own, by name, as bytes."""
+    """GraphReportArtifact in cache_artifact.py: a kind of artifact of our own, by name, as bytes."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with CacheArtifactManager.with_fresh_cache():
-        CacheArtifactManager.record_artifact(warm_cache._Accounts.type(), "name.json", b"{}")
+        CacheArtifactManager.record_artifact(GraphReportArtifact.type(), "name.json", b"{}")
         data, _ = torch.compiler.save_cache_artifacts()
     with CacheArtifactManager.with_fresh_cache():
         torch.compiler.load_cache_artifacts(data)
@@ -773,7 +773,7 @@ def test_what_the_tests_themselves_use():
 
 def _folder(name):
     root = Path(fusewire.__file__).parent
-    return root if name == "fusewire" else Path(inspect.getfile(matcher)).parent.parent / name
+    return root if name == "fusewire" else Path(inspect.getfile(matcher)).parents[2] / name
 
 
 def _private_names(tree):
