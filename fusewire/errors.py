@@ -1,49 +1,52 @@
-"""Every error that fusewire raises on purpose. Each message names what is wrong and what to do."""
+"""Define every error that fusewire raises on purpose.
+
+Each message names what is wrong and what to do. docs/errors.md lists the classes.
+"""
 
 
 class FusewireError(RuntimeError):
-    """Base class of all errors raised by fusewire."""
+    """Base class of all errors of fusewire's."""
 
 
 class ConfigError(FusewireError, ValueError):
-    """An option is unknown or has a value that cannot be used."""
+    """An option, a provider's name or an environment variable cannot be used."""
 
 
 class SchemaError(FusewireError, TypeError):
-    """A provider or an operator was registered with a signature that does not fit."""
+    """An operator or a provider is registered with a signature or an answer that does not fit."""
 
 
 class ArgumentError(FusewireError, ValueError):
-    """An operator was called with tensors or numbers that it cannot take."""
+    """An operator is called with tensors or numbers that it does not take."""
 
 
 class NoProviderError(FusewireError):
-    """No provider of an operator can serve a call; the message lists every provider's reason."""
+    """No provider of an operator can run a call; the message lists every provider's reason."""
 
 
 class ProcessGroupError(FusewireError):
-    """A process group is missing, unknown, or cannot be used."""
+    """A process group is missing or unknown, or has no store that its ranks can use."""
 
 
 class CaptureError(FusewireError):
-    """Something that allocates was asked for while a CUDA graph is being captured."""
+    """A CUDA graph is being captured, and the call would have to allocate memory or let ranks vote."""
 
 
 class WorkspaceError(FusewireError):
-    """A symmetric workspace could not be made, or was used after it was closed."""
+    """Memory or kernels that the ranks share cannot be made, are too small, or are closed."""
 
 
 class PeerTimeoutError(FusewireError):
-    """A rank did not take part in a collective in time."""
+    """A rank does not come within the time limit; the message names the operation and the rank."""
 
 
 class RankMismatchError(FusewireError):
-    """The ranks of a process group are about to run graphs whose collectives do not fit together."""
+    """The ranks of a process group are about to run collectives that do not fit together."""
 
 
 class ExpectationError(FusewireError):
-    """Compilation fused another number of all-reduces than `PassConfig.expect_fused` asks for."""
+    """A compilation fuses another number of all-reduces than `PassConfig.expect_fused` asks for."""
 
 
 class TrainingError(FusewireError):
-    """An operator made for inference was differentiated."""
+    """An operator that has no backward is called on tensors that require gradients."""
