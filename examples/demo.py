@@ -1,10 +1,11 @@
-"""The main job: a trained model, tensor-parallel, compiled by plain Inductor and then with fusewire.
+"""Run a trained model, tensor-parallel, compiled by plain Inductor and then with fusewire.
 
     python examples/demo.py --prompt "Why is the sky blue?"
 
-SmolLM2-135M-Instruct runs on three ranks: on GPUs (NCCL) where there are three, else as CPU processes
-(gloo). Each compiler gets fresh processes and an empty compile cache. Exit status: 0 if every all-reduce
-was fused and texts and perplexities agree, 1 if not or if a rank failed, 2 if something is missing.
+SmolLM2-135M-Instruct runs on three ranks: on GPUs (NCCL) where there are three, else as CPU
+processes (gloo). Each compiler gets fresh processes and an empty compile cache. Exit status: 0 if
+every all-reduce was fused and texts and perplexities agree, 1 if not or if a rank failed, 2 if
+something is missing.
 """
 
 from __future__ import annotations
@@ -44,33 +45,33 @@ GRACE_SECONDS = 2.0
 
 
 class RankError(Exception):
-    """A rank failed; the message names it and shows what it said."""
+    """A rank failed; the message names it and has its error."""
 
 
 # On a rank
 
 
-def say(**event: Any) -> None:
-    """Tell the parent something, over a pipe of its own: libraries write to stdout and stderr."""
+def send(**event: Any) -> None:
+    """Send an event to the parent. It has its own pipe, since libraries write to stdout and stderr."""
     line = json.dumps(event).encode() + b"\n"
     while line:
         line = line[os.write(int(os.environ["FUSEWIRE_DEMO_PIPE"]), line) :]
 
 
 def rank_main(job: dict[str, Any]) -> None:
-    """What each process does: one job, its result told to the parent."""
+    """Run one job in this process, and send its result to the parent."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     try:
-        say(result=_with_room_for_frames(lambda: JOBS[job["name"]](job)))
+        send(result=_with_large_frame_stack(lambda: JOBS[job["name"]](job)))
         status = 0
     except smollm2.SetupError as error:
-        say(setup_error=str(error))
+        send(setup_error=str(error))
         status = 2
     except BaseException:
-        say(error=traceback.format_exc(), at=time.time())
+        send(error=traceback.format_exc(), at=time.time())
         status = 1
-    # Not sys.exit: a process group that has lost a rank can hang in its destructor, and a process that has
-    # compiled takes seconds to take its objects apart.
+    # Not sys.exit: a process group that has lost a rank can hang in its destructor, and freeing all
+    # objects of a compilation takes seconds.
     os._exit(status)
 
 
@@ -79,12 +80,12 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _with_room_for_frames(function: Callable[[], Any]) -> Any:
-    """Call a function with a large chunk of CPython's frame stack already there.
+def _with_large_frame_stack(function: Callable[[], Any]) -> Any:
+    """Call a function with a large chunk of CPython's frame stack.
 
-    Since 3.11 frames live in 16 KiB chunks, each mapped when a call crosses into it and unmapped on return.
-    Compilation crosses that line in its hot loops, over a million times here: a quarter of its time. A frame
-    that claims a big stack makes the chunk big.
+    Since Python 3.11 frames lie in chunks of 16 KiB. A chunk is mapped when a call needs it and
+    unmapped on return. Compilation does so over a million times here, which is a quarter of its
+    time. A frame that declares a large stack gets a large chunk.
     """
 
     def call() -> Any:
@@ -96,13 +97,13 @@ def _with_room_for_frames(function: Callable[[], Any]) -> Any:
 
 
 def prepare_job(job: dict[str, Any]) -> str:
-    """Convert the model, once per machine."""
-    return str(smollm2.prepare(lambda stage: say(stage=stage)))
+    """Convert the model, once for each machine."""
+    return str(smollm2.prepare(lambda stage: send(stage=stage)))
 
 
 def model_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Load the model's share, compile it, generate text, measure perplexity."""
-    say(stage="starting the ranks")
+    """Load this rank's part of the model, compile it, generate text, and measure the perplexity."""
+    send(stage="starting the ranks")
     import torch
     import torch.distributed as dist
 
@@ -117,7 +118,7 @@ def model_job(job: dict[str, Any]) -> dict[str, Any]:
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks, timeout=limit, **bound
     )
-    say(stage="loading the model")
+    send(stage="loading the model")
     model, tokenizer = smollm2.load(Path(job["model"]), getattr(torch, job["dtype"]), device)
     with torch.no_grad():
         result = _measure(job, model, tokenizer, device)
@@ -131,17 +132,17 @@ def _measure(job: dict[str, Any], model: Any, tokenizer: Any, device: Any) -> di
 
     prompt = smollm2.chat_tokens(tokenizer, job["prompt"])
     text = list(tokenizer(Path(job["text_file"]).read_text(encoding="utf-8"))["input_ids"])
-    room = model.config.max_position_embeddings
-    if len(prompt) + job["max_new_tokens"] > room:
+    limit = model.config.max_position_embeddings
+    if len(prompt) + job["max_new_tokens"] > limit:
         raise smollm2.SetupError(
-            f"{len(prompt)} tokens of prompt and {job['max_new_tokens']} new ones exceed the model's {room}; "
+            f"{len(prompt)} tokens of prompt and {job['max_new_tokens']} new ones exceed the model's {limit}; "
             "shorten the prompt or lower --max-new-tokens"
         )
     if len(text) < 2:
         raise smollm2.SetupError(f"{job['text_file']} has too little text for a perplexity: {len(text)} tokens")
 
-    say(stage="compiling")
-    # Only the length is dynamic, by its mark: dynamic=True would turn the norms' epsilons into inputs too.
+    send(stage="compiling")
+    # Only the length is dynamic. dynamic=True would make the norms' epsilons inputs of the graph too.
     compiled = torch.compile(model, backend=job["backend"], fullgraph=True)
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
@@ -151,13 +152,13 @@ def _measure(job: dict[str, Any], model: Any, tokenizer: Any, device: Any) -> di
     torch._dynamo.mark_dynamic(ids, 1)
     cold, warm = _cost(lambda: forward(ids)), _cost(lambda: forward(ids))
 
-    say(stage="generating")
+    send(stage="generating")
     greedy = smollm2.greedy(
-        forward, prompt, job["max_new_tokens"], tokenizer.eos_token_id, device, lambda at: say(detail=at)
+        forward, prompt, job["max_new_tokens"], tokenizer.eos_token_id, device, lambda at: send(detail=at)
     )
-    say(stage="measuring perplexity")
+    send(stage="measuring perplexity")
     read = text[:TEXT_TOKENS]
-    perplexity = smollm2.perplexity(forward, read, WINDOW_TOKENS, device, lambda at: say(detail=at))
+    perplexity = smollm2.perplexity(forward, read, WINDOW_TOKENS, device, lambda at: send(detail=at))
     return {
         "tokens": greedy.tokens,
         "margins": greedy.margins,
@@ -173,9 +174,9 @@ def _measure(job: dict[str, Any], model: Any, tokenizer: Any, device: Any) -> di
 
 
 def _cost(call: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds by the clock, and of CPU time with that of compilers started."""
+    """Return seconds by the clock, and seconds of CPU time with that of compilers started."""
     started, used = time.perf_counter(), sum(os.times()[:4])
-    float(call()[0, -1, 0])  # reads a number back, so that a GPU has finished
+    float(call()[0, -1, 0])  # reading a number back waits for the GPU
     return time.perf_counter() - started, sum(os.times()[:4]) - used
 
 
@@ -191,11 +192,11 @@ def _report() -> dict[str, Any]:
 JOBS: dict[str, Callable[[dict[str, Any]], Any]] = {"prepare": prepare_job, "model": model_job}
 
 
-# In the parent: start the ranks, show how far they are, end them
+# In the parent: start the ranks, show their progress, end them
 
 
 class Progress:
-    """One line on a terminal, rewritten; elsewhere a line for each new stage and every 15 seconds."""
+    """A progress display: one line on a terminal; elsewhere a line for each stage and every 15 seconds."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
@@ -203,7 +204,7 @@ class Progress:
         self.stage, self.stage_start, self.printed = "", self.start, 0.0
 
     def show(self, stage: str, detail: str = "") -> None:
-        """Say what is happening now, if it is time to."""
+        """Show the stage, unless something was shown just before."""
         now = time.monotonic()
         new = stage != self.stage
         if new:
@@ -220,13 +221,13 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Make room for other output."""
+        """Clear the line for other output."""
         if self.terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 class Rank:
-    """A process, and what it has told so far."""
+    """A process, and the events it has sent."""
 
     def __init__(self, number: int, job: dict[str, Any], environment: dict[str, str]) -> None:
         self.number = number
@@ -274,20 +275,20 @@ class Rank:
         for reader in self.readers:
             reader.join(timeout=5)
 
-    def obituary(self, lines: int) -> str:
-        """Why it failed, in its own last words."""
+    def failure(self, lines: int) -> str:
+        """Return how the process ended, and the last lines of its error or output."""
         status = self.process.returncode
         if status < 0:
             how = f"was killed by {signal.Signals(-status).name}"
             how += " (out of memory?)" if -status == signal.SIGKILL else ""
         else:
             how = f"ended with status {status}"
-        said = (self.error.rstrip().splitlines() or list(self.tail))[-lines:]
-        return "\n".join([f"rank {self.number} {how}, while {self.stage}", *(f"    {line}" for line in said)])
+        last = (self.error.rstrip().splitlines() or list(self.tail))[-lines:]
+        return "\n".join([f"rank {self.number} {how}, while {self.stage}", *(f"    {line}" for line in last)])
 
 
 def launch(title: str, job: dict[str, Any], ranks: int, threads: int, cache: str, progress: Progress) -> list[Any]:
-    """Run a job on every rank and return their results. If one fails or time runs out, all are ended.
+    """Run a job on every rank and return the results. If one fails or the time is over, end all.
 
     Raises:
         RankError: a rank failed, or the time limit passed.
@@ -305,7 +306,7 @@ def launch(title: str, job: dict[str, Any], ranks: int, threads: int, cache: str
         while any(rank.process.poll() is None for rank in started):
             progress.show(f"{title}: {started[0].stage}", started[0].detail)
             if any(rank.process.poll() for rank in started):
-                time.sleep(GRACE_SECONDS)  # let the others tell their side
+                time.sleep(GRACE_SECONDS)  # let the other ranks send their errors
                 break
             if time.monotonic() > deadline:
                 at = "; ".join(f"rank {rank.number} was {rank.stage} {rank.detail}".rstrip() for rank in started)
@@ -321,10 +322,10 @@ def launch(title: str, job: dict[str, Any], ranks: int, threads: int, cache: str
             raise smollm2.SetupError(rank.setup_error)
     failed = failed or [rank for rank in started if rank.result is None]
     if failed:
-        # A rank that crashed says nothing, and the others then complain that it has gone: show it first.
+        # A rank that crashed sends no error, and the other ranks then fail too: show it first.
         failed.sort(key=lambda rank: (not (rank.process.returncode or 0) < 0, rank.error_at))
-        words = [rank.obituary(25 if rank is failed[0] else 1) for rank in failed]
-        raise RankError("\n".join([f"{title} failed.", *words]))
+        texts = [rank.failure(25 if rank is failed[0] else 1) for rank in failed]
+        raise RankError("\n".join([f"{title} failed.", *texts]))
     return [rank.result for rank in started]
 
 
@@ -334,11 +335,11 @@ def _rank_environment(device: str, threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",  # everything is on this disk
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
-        # NVLink multicast that goes wrong can take a host's GPUs out of service; three ranks do not need it.
+        # A failure of NVLink multicast can take a host's GPUs out of service, and three ranks do not need it.
         "NCCL_NVLS_ENABLE": os.environ.get("NCCL_NVLS_ENABLE", "0"),
     }
     if device == "cpu":
-        settings["CUDA_VISIBLE_DEVICES"] = ""  # transformers would put the model on a GPU that it sees
+        settings["CUDA_VISIBLE_DEVICES"] = ""  # transformers puts the model on any GPU it sees
         if sys.platform == "linux":
             settings["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     return settings
@@ -348,7 +349,7 @@ def _rank_environment(device: str, threads: int) -> dict[str, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Placement:
     """Where the ranks run: device, how many, CPU threads each, and why."""
 
     device: str
@@ -357,11 +358,11 @@ class Plan:
     why: str
 
 
-def choose_plan(ranks: int, device: str, gpus: int, cores: int) -> Plan:
-    """Settle device and number of ranks.
+def choose_placement(ranks: int, device: str, gpus: int, cores: int) -> Placement:
+    """Choose the device and the number of ranks.
 
     Raises:
-        SetupError: the wish cannot be met.
+        SetupError: the model or this machine does not allow the choice.
     """
     possible = smollm2.world_sizes()
     if ranks not in possible:
@@ -374,15 +375,15 @@ def choose_plan(ranks: int, device: str, gpus: int, cores: int) -> Plan:
         raise smollm2.SetupError(f"--device cuda needs {ranks} GPUs, PyTorch sees {gpus}; use --device cpu")
     threads = max(1, cores // ranks)
     if device != "cpu" and gpus >= ranks:
-        return Plan("cuda", ranks, threads, f"{ranks} of {gpus} GPU{'s' * (gpus != 1)} over NCCL")
+        return Placement("cuda", ranks, threads, f"{ranks} of {gpus} GPU{'s' * (gpus != 1)} over NCCL")
     why = f"{ranks} CPU processes over gloo, on {cores} cores"
     if device == "auto" and gpus:
         why += f": {ranks} ranks need as many GPUs, and there {'is 1' if gpus == 1 else f'are {gpus}'}"
-    return Plan("cpu", ranks, threads, why)
+    return Placement("cpu", ranks, threads, why)
 
 
 def check_compiler(device: str) -> None:
-    """See that what torch.compile writes can be compiled (C++ on CPUs, C around Triton's kernels on GPUs).
+    """Check that there is a compiler (torch.compile writes C++ on CPUs, C around Triton's kernels on GPUs).
 
     Raises:
         SetupError: no compiler, or no Python headers.
@@ -405,11 +406,11 @@ def check_compiler(device: str) -> None:
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the description's lines, and shows defaults."""
+    """A formatter that keeps the description's lines and shows defaults."""
 
 
 def check_backend(name: str) -> None:
-    """See that fusewire is installed, before the first run's minutes have gone by.
+    """Check that fusewire is installed, before the first run of minutes.
 
     Raises:
         SetupError: torch.compile does not know the backend "fusewire".
@@ -422,7 +423,7 @@ def check_backend(name: str) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_HelpFormatter)
     add = parser.add_argument
     add("--prompt", default=DEFAULT_PROMPT, help="what the model is asked")
@@ -445,11 +446,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# What to say
+# Output
 
 
 def show_run(title: str, results: list[dict[str, Any]], prompt: str) -> None:
-    """One run: its text and its perplexity."""
+    """Print the text and the perplexity of one run."""
     mine = results[0]
     print(f"\n== {title}")
     print(textwrap.indent(f"> {prompt}\n{mine['text']}", "   "))
@@ -459,7 +460,7 @@ def show_run(title: str, results: list[dict[str, Any]], prompt: str) -> None:
 
 
 def show_all_reduces(entries: list[dict[str, Any]]) -> None:
-    """The table of all-reduces: alike ones in one row, layers' numbers replaced by *, reasons below it."""
+    """Print the table of all-reduces: like ones in one row, layer numbers as *, reasons below."""
     if not entries:
         print("   none found")
         return
@@ -482,7 +483,7 @@ def show_all_reduces(entries: list[dict[str, Any]]) -> None:
 
 
 def show_times(plain: list[dict[str, Any]], fused: list[dict[str, Any]], name: str) -> None:
-    """Compile times by the clock (the slowest rank's) and in CPU time, which a busy machine disturbs less."""
+    """Print compile times by the clock (slowest rank) and in CPU time, which a busy machine disturbs less."""
     print("\n== compile time (empty caches and fresh processes for each)")
     rows = {"plain torch.compile": plain, f'backend="{name}"': fused}
     for title, results in rows.items():
@@ -496,7 +497,7 @@ def show_times(plain: list[dict[str, Any]], fused: list[dict[str, Any]], name: s
 
 
 def find_faults(plain: list[dict[str, Any]], fused: list[dict[str, Any]], dtype: str) -> list[str]:
-    """Everything that is not as it should be, in words."""
+    """Return a sentence for each thing that is not as it should be."""
     faults = []
     one, two = plain[0], fused[0]
     if one["tokens"] != two["tokens"]:
@@ -527,11 +528,11 @@ def find_faults(plain: list[dict[str, Any]], fused: list[dict[str, Any]], dtype:
     return faults
 
 
-def show_verdict(plain: list[dict[str, Any]], fused: list[dict[str, Any]], args: Any, seconds: float) -> int:
-    """Tables and the final line; the exit status."""
+def show_outcome(plain: list[dict[str, Any]], fused: list[dict[str, Any]], args: Any, seconds: float) -> int:
+    """Print the tables and the final line; return the exit status."""
     mine = fused[0]
     if mine["report"]:
-        print("\n== all-reduces, as fusewire accounts for them (rank 0)")
+        print("\n== all-reduces, as fusewire reports them (rank 0)")
         show_all_reduces(mine["report"]["entries"])
     show_times(plain, fused, args.backend)
     faults = find_faults(plain, fused, args.dtype)
@@ -540,7 +541,7 @@ def show_verdict(plain: list[dict[str, Any]], fused: list[dict[str, Any]], args:
         print("\n".join(f"FAILED: {fault}" for fault in faults))
         return 1
     if mine["report"] is None:
-        counts = f"--backend {args.backend} keeps no account of all-reduces"
+        counts = f"--backend {args.backend} reports no all-reduces"
     elif mine["expected"] == 0:
         counts = "one rank: there is no all-reduce to fuse"
     else:
@@ -552,7 +553,7 @@ def show_verdict(plain: list[dict[str, Any]], fused: list[dict[str, Any]], args:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Both runs and the comparison; the exit status."""
+    """Do both runs and the comparison; return the exit status."""
     progress = Progress()
     prepared = smollm2.is_prepared()
     progress.show("starting PyTorch")
@@ -562,18 +563,18 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise smollm2.SetupError(f'{error}; install what the demo needs: pip install -e ".[demo]"') from error
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    plan = choose_plan(args.world_size, args.device, torch.cuda.device_count(), cores)
-    check_compiler(plan.device)
+    placement = choose_placement(args.world_size, args.device, torch.cuda.device_count(), cores)
+    check_compiler(placement.device)
     check_backend(args.backend)
     progress.clear()
-    print(f"SmolLM2-135M-Instruct in {args.dtype}, torch {torch.__version__}, {plan.why}", flush=True)
+    print(f"SmolLM2-135M-Instruct in {args.dtype}, torch {torch.__version__}, {placement.why}", flush=True)
 
     base = {"device": "cpu", "timeout": args.timeout}
     if not prepared:
         launch("converting the model", {**base, "name": "prepare"}, 1, cores, "", progress)
     job = {
         "name": "model",
-        "device": plan.device,
+        "device": placement.device,
         "timeout": args.timeout,
         "model": str(smollm2.model_directory()),
         "text_file": str(args.text_file.resolve()),
@@ -581,19 +582,19 @@ def run(args: argparse.Namespace) -> int:
     }
     results = []
     for title, backend in (("plain torch.compile", "inductor"), (f'backend="{args.backend}"', args.backend)):
-        # The parent keeps the store, on a port that the system chose: no other program can take it.
+        # The parent holds the store, on a port that the system chooses, so no other program has it.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         with tempfile.TemporaryDirectory(prefix="fusewire-demo-", ignore_cleanup_errors=True) as cache:
             own = {**job, "backend": backend, "port": store.port}
-            results.append(launch(title, own, plan.ranks, plan.threads, cache, progress))
+            results.append(launch(title, own, placement.ranks, placement.threads, cache, progress))
         show_run(title, results[-1], args.prompt)
-    return show_verdict(results[0], results[1], args, time.monotonic() - progress.start)
+    return show_outcome(results[0], results[1], args, time.monotonic() - progress.start)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demo; return the exit status."""
+    """Run the demo and return the exit status."""
     args = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the ranks are ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds the stack, which ends the ranks
     try:
         return run(args)
     except smollm2.SetupError as error:

