@@ -1,4 +1,4 @@
-# Everything runs in an environment of its own, .venv, which the first target that needs it makes.
+# Everything runs in the environment .venv, which the first target that needs it makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,17 +9,17 @@ export TORCH TORCH_INDEX_URL PROMPT
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo    run the main job: a tensor-parallel model, plain and with fusewire'
-	@echo '               PROMPT="..."      what the model is asked'
+	@echo 'make demo    run a tensor-parallel model, with plain torch.compile and with fusewire'
+	@echo '               PROMPT="..."      the prompt'
 	@echo '               DEMO_ARGS="..."   further options (see examples/demo.py --help)'
 	@echo 'make test    run the tests (TEST_ARGS="..." goes to pytest)'
-	@echo 'make nightly run the tests that take too long for every time, 10,000 random programs among them (hours)'
+	@echo 'make nightly run the long tests, 10,000 random programs among them (hours)'
 	@echo 'make lint    run ruff and mypy'
-	@echo 'make env     make the environment $(VENV) and nothing else'
-	@echo 'make clean   remove the environment and what the tools left'
+	@echo 'make env     make the environment $(VENV) only'
+	@echo 'make clean   remove the environment and the files that tools left'
 	@echo
 	@echo 'Variables for the environment:'
-	@echo '  PYTHON=python3        the Python to make it from, 3.10 or later'
+	@echo '  PYTHON=python3        the Python to use, 3.10 or later'
 	@echo '  TORCH=torch==2.13.0   which PyTorch to install'
 	@echo '  TORCH_INDEX_URL=URL   where to find PyTorch wheels, for example a mirror of the CPU wheels.'
 	@echo '                        Without it a machine with an NVIDIA GPU gets the wheel that pip gives,'
@@ -48,7 +48,7 @@ lint: $(VENV)/.ready
 	rm -rf $(TYPES)/fusewire && mkdir -p $(TYPES)/fusewire
 	ln -s $(CURDIR)/fusewire/* $(CURDIR)/custom_ops $(CURDIR)/patterns $(CURDIR)/fusion_passes $(TYPES)/fusewire/
 	cd $(TYPES) && ../bin/mypy --config-file ../../pyproject.toml -p fusewire
-	@# What CI cannot run for want of GPUs must at least call things that are there, with arguments that they take.
+	@# CI has no GPUs and cannot run these. At least the names and arguments that they use must exist.
 	cd $(TYPES) && MYPYPATH=.:../../examples/benchmarks ../bin/mypy --config-file= --check-untyped-defs \
 	  --ignore-missing-imports $(TYPES_LEFT_OUT:%=--disable-error-code %) \
 	  ../../tests/gpu/*.py ../../examples/*.py ../../examples/benchmarks/*.py
@@ -57,10 +57,10 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Stamps: each is touched only when its step has succeeded, so an interrupted one is done again.
+# Stamps: a step touches its stamp when it has succeeded, so an interrupted step runs again.
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo 'error: fusewire needs Python 3.10 or later, and $(PYTHON) is not; name one: make PYTHON=/path/to/python3' >&2; \
+	  echo 'error: fusewire needs Python 3.10 or later, and $(PYTHON) is older; give one: make PYTHON=/path/to/python3' >&2; \
 	  exit 1; }
 	rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \

@@ -8,8 +8,8 @@ index=${TORCH_INDEX_URL:-}
 
 has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 
-# Whether pip, as the user has set it up, finds a CPU build of that version. This reads index pages only:
-# a dry run of pip install would fetch the wheels themselves.
+# Check whether pip, with the user's settings, finds a CPU build of that version. This reads index
+# pages only; a dry run of pip install would fetch the wheels.
 pip_finds_cpu() { "$python" -m pip index versions torch 2>/dev/null | grep -qF " ${torch#torch==}+cpu"; }
 
 if [ "$(uname -s)" = Linux ] && ! has_gpu; then
@@ -17,8 +17,8 @@ if [ "$(uname -s)" = Linux ] && ! has_gpu; then
         index=https://download.pytorch.org/whl/cpu
     fi
     case $torch in
-        torch==*+*) ;;                # the user has named a build
-        torch==*) torch="$torch+cpu" ;; # this build or none: never CUDA by accident
+        torch==*+*) ;;                # the user names a build
+        torch==*) torch="$torch+cpu" ;; # never CUDA by accident
     esac
 fi
 echo "installing $torch${index:+ with the help of $index}"

@@ -1,22 +1,19 @@
-"""The rules that hold the layers apart: who imports whom, who touches PyTorch's compiler, what importing
-costs, how long files are, and that what is public is documented."""
+"""The rules that hold the layers apart: who imports whom, who touches PyTorch's compiler, how long
+files and how complex functions are, and that what is public is documented."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
 import inspect
-from functools import cache
-from pathlib import Path
 
 import pytest
 
 import fusewire
-from fusewire import custom_ops, fusion_passes, patterns
 
-# Each may import those before it; fusewire.errors is for all.
-LAYERS = ("custom_ops", "patterns", "fusion_passes", "fusewire")
-# The same inside the packages: by the first part of a module's name.
+from support.layers import LAYERS, ROOT, imports, module_of, sources
+
+# The order inside the packages, by the first part of a module's name: each may import those before it.
 INNER_LAYERS = {
     "custom_ops": (
         "environment",
@@ -42,12 +39,6 @@ INNER_LAYERS = {
         "pipeline",
         "backend",
     ),
-}
-FOLDERS = {
-    "custom_ops": Path(custom_ops.__path__[0]),
-    "patterns": Path(patterns.__path__[0]),
-    "fusion_passes": Path(fusion_passes.__path__[0]),
-    "fusewire": Path(fusewire.__path__[0]),
 }
 COMPILER = (
     "torch._inductor",
@@ -93,18 +84,6 @@ COMPLEX = {
 }
 
 
-@cache
-def sources():
-    """Every source file by its place in the repository, with its syntax tree."""
-    found = {}
-    for layer, folder in FOLDERS.items():
-        for file in sorted(folder.rglob("*.py")):
-            inside = file.relative_to(folder)
-            if layer != "fusewire" or inside.parts[0] not in FOLDERS:
-                found[f"{layer}/{inside.as_posix()}"] = ast.parse(file.read_text())
-    return found
-
-
 def layer_of(module):
     """The layer that a module of ours belongs to, or None for fusewire.errors and everything that is not
     ours."""
@@ -112,18 +91,6 @@ def layer_of(module):
     if parts[0] != "fusewire" or parts[1:2] == ["errors"]:
         return None
     return parts[1] if len(parts) > 1 and parts[1] in LAYERS else "fusewire"
-
-
-def imports(tree):
-    """(line, module) of every import, wherever in the file it stands."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: a relative import"
-            module = node.module or ""
-            yield node.lineno, module
-            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
 
 
 def upward_imports(place, tree):
@@ -192,13 +159,6 @@ def test_every_part_of_a_package_has_its_place():
 def test_imports_run_one_way_inside_packages():
     found = {(place, part) for place, tree in sources().items() for _, part in upward_inside(place, tree)}
     assert found == UPWARD_INSIDE
-
-
-def module_of(place):
-    package, inside = place.split("/", 1)
-    parts = [package, *inside.removesuffix(".py").split("/")]
-    parts = parts[1:] if package == "fusewire" else parts
-    return ".".join(["fusewire", *(part for part in parts if part != "__init__")])
 
 
 def test_no_module_imports_itself_by_way_of_others():
@@ -315,11 +275,7 @@ def test_every_module_says_what_it_is():
 
 
 def test_files_are_short():
-    def length(place):
-        layer, inside = place.split("/", 1)
-        return len((FOLDERS[layer] / inside).read_text().splitlines())
-
-    lengths = {place: length(place) for place in sources()}
+    lengths = {place: len((ROOT / place).read_text().splitlines()) for place in sources()}
     assert {place: lines for place, lines in lengths.items() if lines > LONG.get(place, LONGEST)} == {}
     assert {place for place in LONG if lengths.get(place, 0) <= LONGEST} == set()  # split, so no longer to be listed
 
