@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -19,7 +20,7 @@ _FALSE = {"", "0", "false", "no", "off"}
 
 
 def env_flag(name: str) -> bool:
-    """Whether an environment variable switches something on; ConfigError if its value is neither yes nor no."""
+    """Whether an environment variable is on; ConfigError if its value is neither on nor off."""
     value = os.environ.get(name, "").strip().lower()
     if value in _TRUE:
         return True
@@ -33,15 +34,28 @@ def disabled_by_environment() -> bool:
     return env_flag(DISABLE_VARIABLE)
 
 
-def _doc(default: Any, text: str) -> Any:
-    metadata = {"doc": text}
+# The groups of options, in the order in which describe() prints them.
+GROUPS = {
+    "fusions": "what the passes rewrite",
+    "numerics": "where results are rounded, and which providers compute them",
+    "assumptions": "what is taken to hold for all ranks",
+    "reports": "what is checked and written",
+}
+
+
+def _option(group: str, default: Any, doc: str) -> Any:
+    """Return a dataclass field with its group and its description."""
+    metadata = {"group": group, "doc": doc}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+_fusion, _numeric, _assumption, _report = (functools.partial(_option, group) for group in GROUPS)
+
+
 class _FrozenMapping(Mapping[str, tuple[str, ...]]):
-    """A mapping that cannot be changed, and unlike types.MappingProxyType can be copied and pickled."""
+    """An immutable mapping that, unlike types.MappingProxyType, can be copied and pickled."""
 
     def __init__(self, values: Mapping[str, tuple[str, ...]]) -> None:
         self._values = dict(values)
@@ -61,93 +75,94 @@ class _FrozenMapping(Mapping[str, tuple[str, ...]]):
 
 @dataclass(frozen=True)
 class PassConfig:
-    """What the passes do. Immutable; names are vLLM's where vLLM has the same toggle.
+    """The options of the passes. Immutable. Options that vLLM has too are named as there.
 
-    `PassConfig.describe()` prints every field with its meaning.
+    `PassConfig.describe()` prints every option with its default and meaning, by group.
 
     Raises:
-        ConfigError: a value cannot be used; the message says which would do.
+        ConfigError: a value cannot be used; the message says which values can.
     """
 
-    fuse_allreduce_rms: bool = _doc(True, "Fuse all_reduce -> [add ->] rms_norm into fusewire::all_reduce_rms_norm.")
-    fuse_sandwich_norms: bool = _doc(
+    fuse_allreduce_rms: bool = _fusion(True, "Fuse all_reduce -> [add ->] rms_norm into fusewire::all_reduce_rms_norm.")
+    fuse_sandwich_norms: bool = _fusion(
         True,
-        "Fuse the residual add and the second norm of sandwich norms (all_reduce -> rms_norm -> add -> rms_norm) too.",
+        "Fuse also the residual add and the second norm of sandwich norms (all_reduce -> rms_norm -> add -> rms_norm).",
     )
-    fuse_sequence_parallel: bool = _doc(
-        True, "Fuse reduce_scatter -> [add ->] rms_norm -> all_gather, as sequence parallelism has it."
+    fuse_sequence_parallel: bool = _fusion(
+        True, "Fuse reduce_scatter -> [add ->] rms_norm -> all_gather, the form of sequence parallelism."
     )
-    shard_residual: bool = _doc(
+    merge_allreduces: bool = _fusion(
+        True,
+        "Replace the sum of two all-reduces over one group by one all-reduce of the sum. This rounds elsewhere, so it "
+        "needs allow_reassociation.",
+    )
+    shard_residual: bool = _fusion(
         False,
-        "Keep the residual sharded by rows between fused operators, so that each rank adds and normalises its own rows "
-        "only; for prefill of many tokens. Right only if residual and weights are the same on every rank (see "
-        "assume_replicated_residuals).",
+        "Keep the residual sharded by rows between fused operators: each rank adds and normalises its own rows. Meant for "
+        "prefill of many tokens. Residual and weights must be equal on every rank (see assume_replicated_residuals).",
     )
-    output_in_place: bool = _doc(
+    output_in_place: bool = _fusion(
         False,
-        "Hand out a fused operator's result in the symmetric buffer where it arrives, without a copy, where the graph "
-        "proves that it is read before the buffer is written again; takes memory for two more buffers.",
+        "Return a fused operator's result in the symmetric buffer where it arrives, without a copy, where the graph proves "
+        "that it is read before the buffer is written again. Takes the memory of two more buffers.",
     )
-    eliminate_noops: bool = _doc(True, "Drop views, reshapes and casts that change nothing, before matching.")
-    fi_allreduce_fusion_max_size_mb: float | None = _doc(
+    eliminate_noops: bool = _fusion(
+        True, "Drop views, reshapes and casts that change nothing before the graph is matched."
+    )
+    disabled_passes: tuple[str, ...] = _fusion((), "Names of registered passes that do not run.")
+    allow_reassociation: bool = _numeric(
+        True,
+        "Move a bias or a scale between the all-reduce and the norm across the sum, and accept norms that divide by a "
+        "root or by the hidden size. Both round elsewhere: the norms by one unit of float32. In float16 nothing moves "
+        "that could exceed the largest number.",
+    )
+    batch_invariant: bool = _numeric(
+        False,
+        "Use only providers whose result for a row does not depend on the other rows. "
+        f"{BATCH_INVARIANT_VARIABLE}=1 switches it on too.",
+    )
+    inline_native: bool = _numeric(
+        True,
+        "Where only native can serve a fused operator, write its arithmetic into the graph, where Inductor fuses it with "
+        "its neighbours. False keeps the call of the operator.",
+    )
+    ir_op_priority: Mapping[str, tuple[str, ...]] = _numeric(
+        {}, "For an operator, the providers to try, in order, e.g. {'rms_norm': ('triton', 'native')}."
+    )
+    fi_allreduce_fusion_max_size_mb: float | None = _numeric(
         None,
-        "Largest input, in MiB, that goes to FlashInfer's kernels; above it the next provider by priority serves. "
+        "Largest input, in MiB, that FlashInfer's kernels serve; larger ones go to the next provider by priority. "
         "None: the measured table of this GPU decides.",
     )
-    ir_op_priority: Mapping[str, tuple[str, ...]] = _doc(
-        {}, "Per operator the providers to try, in order, e.g. {'rms_norm': ('triton', 'native')}."
+    assume_replicated_scales: bool = _assumption(
+        True,
+        "Assume that a one-element parameter, buffer or input that multiplies an all-reduced value (Gemma's embedding "
+        "scale) is equal on every rank, so that it can move before the all-reduce.",
     )
-    batch_invariant: bool = _doc(
+    assume_replicated_gates: bool = _assumption(
         False,
-        "Only providers whose result for a row does not depend on the other rows; also switched on by "
-        f"{BATCH_INVARIANT_VARIABLE}=1.",
+        "Assume that a gate (one number a token, as of a shared expert) is equal on every rank if it is computed from "
+        "all-reduced values, inputs and parameters, so that it can move before the all-reduce. The graph does not prove "
+        "that the parameters are equal.",
     )
-    inline_native: bool = _doc(
+    assume_replicated_residuals: bool = _assumption(
         True,
-        "Where only native can serve a fused operator, write its arithmetic into the graph, so that Inductor fuses "
-        "it with its neighbours; False keeps the call of the operator.",
+        "Assume that the residual added after an all-reduce, and the norm's weight, are equal on every rank. Kernels "
+        "(every provider but native and rank_ordered) and shard_residual need it, since the rank that owns a row adds "
+        "its own residual for all ranks. False: where the graph does not prove it, native serves, which adds each "
+        "rank's own, and the residual is not sharded.",
     )
-    allow_reassociation: bool = _doc(
-        True,
-        "Let a bias or a scale between the all-reduce and the norm move across the sum, which rounds elsewhere (in "
-        "float16 not where that could pass the largest number); and let norms that divide by a root or by the hidden size, "
-        "which round elsewhere by a unit of float32, count as RMSNorm.",
-    )
-    merge_allreduces: bool = _doc(
-        True,
-        "Replace a sum of two all-reduces over one group by the all-reduce of the sum (one collective fewer); rounds "
-        "elsewhere, so it needs allow_reassociation.",
-    )
-    assume_replicated_scales: bool = _doc(
-        True,
-        "Take a one-element parameter, buffer or input that multiplies an all-reduced value (Gemma's embedding scale) "
-        "to be the same on every rank, so that it can move before the all-reduce.",
-    )
-    assume_replicated_gates: bool = _doc(
+    compile_alone: bool = _assumption(
         False,
-        "Take a gate (one number a token, as of a shared expert) that is computed from all-reduced values, inputs and "
-        "parameters to be the same on every rank, so that it can move before the all-reduce. The graph does not prove "
-        "that the parameters are.",
+        "Do not wait for the group's other ranks while compiling. Meant for a process that compiles what all of them load; "
+        "they compare what they run at its first call.",
     )
-    assume_replicated_residuals: bool = _doc(
-        True,
-        "Take the residual that is added after an all-reduce, and the norm's weight, to be the same on every rank. "
-        "Kernels (every provider but native and rank_ordered) and shard_residual need it: there the rank that owns a row "
-        "adds its own residual for all ranks. False: where the graph does not prove it, only native serves, which adds "
-        "each rank's own as the model does, and the residual is not sharded.",
-    )
-    expect_fused: int | str | None = _doc(
+    expect_fused: int | str | None = _report(
         None,
-        "Fail the compilation of a graph that has all-reduces, with the report, unless this many of them were fused "
-        "('all': every one).",
+        "Number of all-reduces that must be fused in each graph that has any ('all': every one). Otherwise the compilation "
+        "fails with the report.",
     )
-    compile_alone: bool = _doc(
-        False,
-        "Do not wait for the group's other ranks while compiling: for a process that compiles what all of them load. They "
-        "compare what they run at its first call.",
-    )
-    disabled_passes: tuple[str, ...] = _doc((), "Names of registered passes to leave out.")
-    dump_graphs: str | None = _doc(None, "Directory to write each graph to, before and after every pass.")
+    dump_graphs: str | None = _report(None, "Directory to write each graph to, before and after every pass.")
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -173,35 +188,30 @@ class PassConfig:
     def _check_types(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(item.default, bool) and not isinstance(value, bool):
-                raise ConfigError(f"{item.name} is {value!r}; it must be True or False")
-        self._check_type("fi_allreduce_fusion_max_size_mb", (int, float, type(None)), "a number >= 0, or None")
-        self._check_type("expect_fused", (int, str, type(None)), "a count, 'all' or None")
-        self._check_type("dump_graphs", (str, type(None)), "the path of a directory, or None")
-        self._check_type("disabled_passes", (list, tuple), "a list of names of passes")
+            if isinstance(item.default, bool):
+                types, wanted = (bool,), "True or False"
+            else:
+                types, wanted = _ACCEPTED[item.name]
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise ConfigError(f"{item.name} is {value!r}; it must be {wanted}")
         if not all(isinstance(name, str) for name in self.disabled_passes):
             raise ConfigError(f"disabled_passes is {self.disabled_passes!r}; it must be a list of names of passes")
-        self._check_type("ir_op_priority", (Mapping,), "a mapping of operators to lists of providers")
         for name, providers in self.ir_op_priority.items():
             if isinstance(providers, str) or not isinstance(providers, Iterable):
                 raise ConfigError(f"ir_op_priority[{name!r}] is {providers!r}; it must be a list of providers")
-
-    def _check_type(self, name: str, types: tuple[type, ...], wanted: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, types) or isinstance(value, bool):
-            raise ConfigError(f"{name} is {value!r}; it must be {wanted}")
 
     def __hash__(self) -> int:
         return hash(self.key())
 
     def key(self) -> str:
-        """All fields as text; equal exactly for equal configurations."""
+        """Return all options as text, equal for equal configurations only."""
         return repr([(item.name, getattr(self, item.name)) for item in fields(self)])
 
     def policy(self, op_name: str) -> str:
-        """The policy that graphs compiled with this configuration carry in calls of the operator.
+        """Return the policy that compiled graphs carry in calls of the operator.
 
-        Providers by priority, then `;` and the options of the choice between them. See fusewire.custom_ops.ops.registry.
+        It lists the providers by priority, then `;` and options (see
+        fusewire.custom_ops.ops.registry).
         """
         op = all_ops()[op_name]
         if op.base is not None:
@@ -222,15 +232,16 @@ class PassConfig:
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
-        """The names of all options."""
+        """Return the names of all options."""
         return tuple(item.name for item in fields(cls))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> PassConfig:
-        """A configuration from a mapping; an unknown name is an error that suggests the nearest one.
+        """Return a configuration from a mapping.
 
         Raises:
-            ConfigError: a name is unknown or a value cannot be used.
+            ConfigError: a name is unknown (the message suggests the nearest), or a value cannot be
+                used.
         """
         for name in options:
             if name not in cls.field_names():
@@ -239,21 +250,36 @@ class PassConfig:
 
     @classmethod
     def describe(cls) -> str:
-        """Every option with its default and meaning, one paragraph each."""
+        """Return a text of every option with its default and meaning, one line each, by group."""
         lines = []
-        for item in fields(cls):
-            default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-            lines.append(f"{item.name} (default {default!r}): {item.metadata['doc']}")
+        for group, about in GROUPS.items():
+            lines.append(f"{group}: {about}")
+            for item in fields(cls):
+                if item.metadata["group"] == group:
+                    default = (
+                        item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+                    )
+                    lines.append(f"  {item.name} (default {default!r}): {item.metadata['doc']}")
         return "\n".join(lines)
 
 
+# The types and the wording of the options that are not booleans.
+_ACCEPTED: dict[str, tuple[tuple[type, ...], str]] = {
+    "fi_allreduce_fusion_max_size_mb": ((int, float, type(None)), "a number >= 0, or None"),
+    "expect_fused": ((int, str, type(None)), "a count, 'all' or None"),
+    "dump_graphs": ((str, type(None)), "the path of a directory, or None"),
+    "disabled_passes": ((list, tuple), "a list of names of passes"),
+    "ir_op_priority": ((Mapping,), "a mapping of operators to lists of providers"),
+}
+
+
 def unknown_option(name: str, known: tuple[str, ...]) -> str:
-    """The message for an option that does not exist, with the nearest that does."""
+    """Return the message for an unknown option, with the nearest known one."""
     return f"{unknown_name('option', name, known)} (PassConfig.describe() lists fusewire's options)"
 
 
 def unknown_name(kind: str, name: str, known: tuple[str, ...]) -> str:
-    """The message for a name that does not exist, with the nearest that does."""
+    """Return the message for an unknown name, with the nearest known one."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {name!r}{hint}"

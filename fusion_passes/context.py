@@ -1,4 +1,4 @@
-"""What one run of the passes over one graph knows and finds out."""
+"""The state of one run of the passes over one graph."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fusewire.fusion_passes.config import PassConfig
 
 MATCH, SUPPORTED, PROVIDER = "match", "supported", "provider"
 MERGED = "merged into"
-# By the option that allows it, what was taken to be the same on every rank; for one and for several.
-_TAKEN_TO_BE_EQUAL = {
+# What each option lets the passes assume to be equal on every rank, in singular and plural.
+_ASSUMED_EQUAL = {
     "assume_replicated_residuals": ("the residual or weight of 1 operator", "the residual or weight of {} operators"),
     "assume_replicated_scales": ("1 scale", "{} scales"),
     "assume_replicated_gates": ("1 gate", "{} gates"),
@@ -19,7 +19,7 @@ _TAKEN_TO_BE_EQUAL = {
 
 @dataclass(frozen=True)
 class Refused:
-    """Why an all-reduce was not fused: the gate that said no, and its reason for the user."""
+    """Why an all-reduce was not fused: the gate that refused it, and the refusal for the user."""
 
     gate: str
     reason: str
@@ -37,55 +37,61 @@ class Fused:
 
 @dataclass
 class RunContext:
-    """The account of one run. All-reduces are keyed by the names of their nodes in the graph as it arrived.
+    """What one run of the passes is given and what it finds.
+
+    All-reduces are keyed by the names of their nodes in the graph as it arrived. The pipeline runs
+    the passes on copies of the graph and hands what one run refused to the next (`excluded`,
+    `unmergeable`, `unfused_second_norms`).
 
     Attributes:
-        config: the options of this run.
-        excluded: all-reduces to leave as they are, refused by an earlier run over a copy of this graph.
-        apart: all-reduces not to merge, since merged they were not fused.
-        plain: names of norms after a residual add that are not to be raised, since raised they became no epilogue.
-        fused, refused: the verdicts so far.
-        origin: for nodes made by the raise pass, the all-reduce they stand for.
-        merged: all-reduces that are no more, since they became one with another; with which one.
-        spelling: per raised all-reduce, how its norm was written.
-        moved: per all-reduce, what was moved across it, in words that are the same on every rank.
-        seconds: raised second norms, by their nodes' names, with the names of the norms in the graph as it arrived.
-        notes: what else the user should know.
+        config: the options.
+        excluded: all-reduces to leave as they are, since an earlier run refused them.
+        unmergeable: all-reduces not to merge, since the merged one was not fused.
+        unfused_second_norms: second norms (of sandwich norms) to leave as they are, since they were
+            not fused.
+        fused, refused: the verdicts.
+        origin: for all-reduce nodes that a pass made, the all-reduce they stand for.
+        merged: all-reduces that became one with another, with the text that names the other.
+        spelling: how the norm of each canonicalized all-reduce was written.
+        moved: what was moved across each all-reduce, in texts that are the same on every rank.
+        second_norms: for each canonicalized second norm, the name of the norm's node in the graph
+            as it arrived.
+        notes: further notes for the report.
         changes: the passes that changed the graph.
-        assumed: by the option that allows it, how often something was taken to be the same on every rank that the
-            graph does not prove to be.
+        assumed: how many values were assumed to be equal on every rank, by the option that allows
+            it.
     """
 
     config: PassConfig
     excluded: dict[str, Refused] = field(default_factory=dict)
-    apart: set[str] = field(default_factory=set)
-    plain: set[str] = field(default_factory=set)
+    unmergeable: set[str] = field(default_factory=set)
+    unfused_second_norms: set[str] = field(default_factory=set)
     fused: dict[str, Fused] = field(default_factory=dict)
     refused: dict[str, Refused] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     merged: dict[str, str] = field(default_factory=dict)
     spelling: dict[str, str] = field(default_factory=dict)
     moved: dict[str, list[str]] = field(default_factory=dict)
-    seconds: dict[str, str] = field(default_factory=dict)
+    second_norms: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     assumed: Counter[str] = field(default_factory=Counter)
 
     def merged_in_vain(self) -> set[str]:
-        """The all-reduces that another was merged into and that were not fused all the same."""
+        """Return the all-reduces that others were merged into and that were not fused."""
         targets = {text.removeprefix(f"{MERGED} ") for text in self.merged.values()}
         return {name for name in targets if name not in self.fused and name not in self.merged}
 
     def assumptions(self) -> list[str]:
-        """The note on what was taken to be the same on every rank; none if nothing was."""
+        """Return the note on what was assumed to be equal on every rank, if anything was."""
         parts = [
             f"{(one if count == 1 else many).format(count)} ({option})"
-            for option, (one, many) in _TAKEN_TO_BE_EQUAL.items()
+            for option, (one, many) in _ASSUMED_EQUAL.items()
             if (count := self.assumed[option])
         ]
         return [f"taken to be equal on all ranks: {', '.join(parts)}"] if parts else []
 
     def refuse(self, name: str, gate: str, reason: str) -> None:
-        """Record the first reason for which an all-reduce is not fused."""
+        """Record why an all-reduce is not fused; the first refusal stays."""
         if name not in self.fused:
             self.refused.setdefault(name, Refused(gate, reason))

@@ -27,7 +27,7 @@ from fusewire.fusion_passes.config import PassConfig, disabled_by_environment, u
 from fusewire.fusion_passes.context import MATCH, MERGED, Refused, RunContext
 from fusewire.fusion_passes.html import Album
 from fusewire.fusion_passes.passes.raise_ops import computes_norms_itself
-from fusewire.fusion_passes.registry import RegisteredPass, pass_names, registered_passes
+from fusewire.fusion_passes.registry import pass_names, registered_passes
 from fusewire.fusion_passes.report.model import (
     ALL_REDUCE,
     FUSED,
@@ -167,17 +167,12 @@ class _Run:
         self.unfused = dict(unfused)
         self.prints: list[GroupFingerprint] = []
         self.waited_s = 0.0  # for other ranks
-        self.passes = [item for item in registered_passes() if self._enabled(item)]
+        self.passes = [item for item in registered_passes() if item.is_enabled(config)]
         self.notes: list[str] = []
         self.album = Album()
         self.sites: list[AllReduce] = []
         self.entries: dict[str, Entry] = {}
         self.dumps = config.dump_graphs is not None
-
-    def _enabled(self, item: RegisteredPass) -> bool:
-        if item.name in self.config.disabled_passes:
-            return False
-        return not item.toggle or bool(getattr(self.config, item.toggle))
 
     def run(self) -> GraphAccount:
         kind = graph_kind()
@@ -275,26 +270,26 @@ class _Run:
         """Try on copies until nothing more is refused, then rewrite the graph itself."""
         left = (site for site in self.sites if self.entries[site.name].group in self.unfused)
         excluded = {site.name: Refused(MATCH, self.unfused[self.entries[site.name].group]) for site in left}
-        apart: set[str] = set()
-        plain: set[str] = set()
+        unmergeable: set[str] = set()
+        unfused_second_norms: set[str] = set()
         try:
             for _ in range(3 * len(self.sites) + 2):  # each round but the last learns of one site at least
-                trial = RunContext(self.config, dict(excluded), set(apart), set(plain))
+                trial = RunContext(self.config, dict(excluded), set(unmergeable), set(unfused_second_norms))
                 self._apply(copied(original), trial, trial_run=True)
                 vain = trial.merged_in_vain()
                 # A reason found at a merged all-reduce is not yet its own.
                 new = {n: why for n, why in trial.refused.items() if n not in excluded and n not in vain}
-                if not new and vain <= apart and trial.plain <= plain:
+                if not new and vain <= unmergeable and trial.unfused_second_norms <= unfused_second_norms:
                     break
                 excluded.update(new)
-                apart |= vain
-                plain |= trial.plain
+                unmergeable |= vain
+                unfused_second_norms |= trial.unfused_second_norms
             else:
                 raise RuntimeError("the passes refuse something new in every round")
         except Exception as error:  # a defect of ours must not cost the user the compilation
             log.warning("fusewire left a graph as it was, since a pass failed on it", exc_info=True)
             return self._failed(f"a pass of fusewire failed and the graph was left alone: {_say(error)}")
-        context = RunContext(self.config, dict(excluded), apart, plain)
+        context = RunContext(self.config, dict(excluded), unmergeable, unfused_second_norms)
         try:
             self._apply(self.graph, context, trial_run=False)
             self.graph.lint()

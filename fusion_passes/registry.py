@@ -1,4 +1,4 @@
-"""The passes by name, in the order in which they run."""
+"""The passes: their names, their order, and which options switch each off."""
 
 from __future__ import annotations
 
@@ -27,58 +27,66 @@ UserPass = Callable[[Graph, PassConfig], "bool | None"]
 
 @dataclass(frozen=True)
 class RegisteredPass:
-    """A pass with its name.
+    """A pass with its name and the options that switch it off.
 
     Attributes:
-        run: rewrites the graph in place and says whether it changed it.
-        toggle: the PassConfig field that switches it off, or "".
+        run: rewrites the graph in place; returns whether it changed it. It does not look at
+            `options` itself.
+        options: the PassConfig fields that must all be on for the pass to run.
         source: what enters the compile cache's key for a user's pass.
         user: whether a user registered it.
     """
 
     name: str
     run: PassFunction
-    toggle: str = ""
+    options: tuple[str, ...] = ()
     source: str = ""
     user: bool = False
 
+    def is_enabled(self, config: PassConfig) -> bool:
+        """Whether the options let this pass run."""
+        return self.name not in config.disabled_passes and all(getattr(config, name) for name in self.options)
+
 
 _PASSES: list[RegisteredPass] = [
-    RegisteredPass("eliminate_noops", eliminate_noops, "eliminate_noops"),
-    RegisteredPass("merge_all_reduces", merge_all_reduces, "merge_allreduces"),
+    RegisteredPass("eliminate_noops", eliminate_noops, ("eliminate_noops",)),
+    RegisteredPass("merge_all_reduces", merge_all_reduces, ("merge_allreduces", "allow_reassociation")),
     RegisteredPass("raise_ops", raise_ops),
-    RegisteredPass("fuse_all_reduce", fuse_all_reduce, "fuse_allreduce_rms"),
-    RegisteredPass("fuse_sequence_parallel", fuse_sequence_parallel, "fuse_sequence_parallel"),
-    RegisteredPass("fuse_epilogues", fuse_epilogues, "fuse_sandwich_norms"),
-    RegisteredPass("shard_residual", shard_residual, "shard_residual"),
+    RegisteredPass("fuse_all_reduce", fuse_all_reduce, ("fuse_allreduce_rms",)),
+    RegisteredPass("fuse_sequence_parallel", fuse_sequence_parallel, ("fuse_allreduce_rms", "fuse_sequence_parallel")),
+    RegisteredPass("fuse_epilogues", fuse_epilogues, ("fuse_sandwich_norms",)),
+    RegisteredPass("shard_residual", shard_residual, ("shard_residual",)),
     RegisteredPass("lower_ops", lower_ops),
-    RegisteredPass("place_outputs", place_outputs, "output_in_place"),
+    RegisteredPass("place_outputs", place_outputs, ("output_in_place",)),
 ]
 
 
 def registered_passes() -> tuple[RegisteredPass, ...]:
-    """All passes, in the order in which they run."""
+    """Return all passes in the order in which they run."""
     return tuple(_PASSES)
 
 
 def pass_names() -> tuple[str, ...]:
+    """Return the names of all passes in the order in which they run."""
     return tuple(item.name for item in _PASSES)
 
 
 def register_pass(
     name: str, run: UserPass, *, before: str | None = None, after: str | None = None, source: str | None = None
 ) -> None:
-    """Add a pass of your own to those that every inference graph goes through (training graphs are left alone).
+    """Add a pass of your own, which runs on every inference graph.
 
     Args:
         name: shown in reports and usable in PassConfig.disabled_passes.
-        run: called as `run(graph, config)` with the post-grad torch.fx.Graph, which it rewrites in place. It keeps
-            `node.meta["val"]` right for every node it adds. Unlike fusewire's own passes it is not tried on a copy
+        run: called as `run(graph, config)` with the post-grad torch.fx.Graph, which it rewrites in
+            place. It keeps `node.meta["val"]` right for every node it adds. Unlike fusewire's own
+            passes it is not tried on a copy
             first: an exception that it raises ends the compilation.
-        before, after: the name of the pass to stand next to; by default it stands just before `lower_ops`, where the
-            graph holds the IR operators.
-        source: a text that changes whenever the pass does; it enters the compile cache's key. By default the source
-            code of `run`, which says all only if `run` is a plain function: for a closure or a method give the text.
+        before, after: the name of the pass to stand next to; by default it stands just before
+            `lower_ops`, where the graph holds the IR operators.
+        source: a text that changes whenever the pass does; it enters the compile cache's key. By
+            default it is the source code of `run`. A closure or a method depends on more than its
+            code, so give the text.
 
     Raises:
         ConfigError: the name is taken, a neighbour does not exist, or `source` must be given.
@@ -100,7 +108,7 @@ def register_pass(
 
 
 def _source_of(name: str, run: UserPass) -> str:
-    """The source code of a pass, if that is all it depends on."""
+    """Return the source code of a pass; ConfigError if the pass depends on more than that."""
     try:
         source = inspect.getsource(run)
     except (OSError, TypeError) as error:

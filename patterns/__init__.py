@@ -1,1 +1,1 @@
-"""Spellings as data: collectives, norms, and the fusions that the matcher looks for."""
+"""Spellings as data: collectives, norms, and the patterns that fuse."""

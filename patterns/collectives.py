@@ -1,4 +1,4 @@
-"""The spellings of an all-reduce in a post-grad graph, as data, and of the reduce-scatter of sequence parallelism."""
+"""The spellings of an all-reduce, and of a reduce-scatter, in a post-grad graph, as data."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ SUM = "sum"
 
 @dataclass(frozen=True)
 class Spelling:
-    """One operator that all-reduces.
+    """An operator that all-reduces.
 
     Attributes:
-        op: the operator's qualified name, matched when it is registered.
-        operands: positions of (input, reduction, group) among its arguments; a missing reduction means sum.
-        waits: its result is ready only after `wait_tensor`.
-        who: where it comes from.
-        in_place: it overwrites its input, so that it cannot be moved; recognised to be explained.
-        scatters: each rank gets its own rows of the sum only.
+        op: the operator's qualified name; an operator of that name need not be registered.
+        operands: positions of (input, reduction, group) among its arguments; no reduction means a
+            sum.
+        waits: whether its result is ready only after `wait_tensor`.
+        who: who writes it so.
+        in_place: whether it overwrites its input. It is then never fused, only explained.
+        scatters: whether each rank gets only its own rows of the sum.
     """
 
     op: str
@@ -46,10 +47,11 @@ SPELLINGS = (
     Spelling("fusewire::all_reduce", (0, None, 1), False, "fusewire's own operator"),
     Spelling("vllm::all_reduce", (0, None, 1), False, "vLLM's opaque operator"),
 )
-# One tensor of an `all_reduce_coalesced`, which reduces a list: its node is the `getitem` that takes it out.
+# One tensor of an `all_reduce_coalesced`, which reduces a list. Its node is the `getitem` that
+# takes it out.
 COALESCED_PART = Spelling("_c10d_functional::all_reduce_coalesced", (0, 1, 2), True, "funcol.all_reduce_coalesced")
 SCATTERED = Spelling("_c10d_functional::reduce_scatter_tensor", (0, 1, 3), True, "sequence parallelism", scatters=True)
-# Collectives that reduce nothing, named here so that the report can explain them.
+# Collectives that may follow an all-reduce, for the report.
 OTHER_COLLECTIVES = {
     "_c10d_functional::reduce_scatter_tensor": "a reduce-scatter (sequence parallelism)",
     "_c10d_functional::all_gather_into_tensor": "an all-gather",
@@ -59,9 +61,14 @@ _BY_OP = {spelling.op: spelling for spelling in (*SPELLINGS, SCATTERED)}
 
 @dataclass(frozen=True)
 class AllReduce:
-    """An all-reduce in a graph: its node, what it reduces, and the node whose value is the finished sum.
+    """An all-reduce in a graph, or a reduce-scatter (`spelling.scatters`).
 
-    Also a reduce-scatter (`spelling.scatters`), whose value is this rank's rows of the sum.
+    Attributes:
+        node: the call.
+        x, reduction, group: its arguments.
+        value: the node whose value is the finished sum (of a reduce-scatter: this rank's rows of
+            it). It is `node` itself where nothing has to be waited for, or where more than one wait
+            reads `node`.
     """
 
     node: Node
@@ -73,18 +80,18 @@ class AllReduce:
 
     @property
     def name(self) -> str:
-        """The node's name, which tells the all-reduces of one graph apart."""
+        """The node's name, unique in the graph."""
         return self.node.name
 
 
 def op_name(node: Node) -> str:
-    """The qualified name of the operator a node calls, or "" if it calls none."""
+    """Return the qualified name of the operator that a node calls, or "" if it calls none."""
     target = node.target
     return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
 
 
 def read_all_reduce(node: Node) -> AllReduce | None:
-    """The all-reduce (or reduce-scatter) that this node calls, or None."""
+    """Return the all-reduce (or reduce-scatter) that a node calls, or None."""
     if node.target is operator.getitem:
         return _read_part(node)
     spelling = _BY_OP.get(op_name(node))
@@ -103,7 +110,7 @@ def read_all_reduce(node: Node) -> AllReduce | None:
 
 
 def _read_part(node: Node) -> AllReduce | None:
-    """One tensor of a coalesced all-reduce."""
+    """Return the all-reduce of one tensor of a coalesced one, or None."""
     call, index = node.args
     if not isinstance(call, Node) or call.target is not COALESCED or not isinstance(index, int):
         return None
@@ -112,7 +119,7 @@ def _read_part(node: Node) -> AllReduce | None:
 
 
 def _waited(node: Node) -> Node:
-    """The wait for a collective, if there is one and nothing else reads it; else the collective itself."""
+    """Return a collective's wait if nothing else reads the collective, else itself."""
     users = list(node.users)
     if len(users) != 1:
         return node
@@ -128,7 +135,7 @@ def _waited(node: Node) -> Node:
 
 
 def positional(node: Node) -> list[Any]:
-    """The node's arguments in the schema's order, keywords and defaults filled in."""
+    """Return a node's arguments in the schema's order, with keywords and defaults filled in."""
     parameters = node.target._schema.arguments  # type: ignore[union-attr]
     given = list(node.args)
     for parameter in parameters[len(given) :]:

@@ -1,4 +1,7 @@
-"""What fuses with what: trees over the few operators that are left after raising, as data."""
+"""What fuses with what, as data: patterns of the operators that canonicalized graphs have.
+
+A pattern is a tree of calls from the norm (the root) down to the collective.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from fusewire.patterns.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 
 @dataclass(frozen=True)
 class Capture:
-    """Anything at all, kept under this name: a node, a number, a string or None."""
+    """Matches anything (a node, a number, a string or None) and keeps it under this name."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of `target` with exactly these arguments; `shared` allows users outside the match."""
+    """Matches a call with exactly these arguments; `shared`: other nodes may read it too."""
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
@@ -32,14 +35,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Fusion:
-    """A tree and what it becomes.
+    """A pattern and what it becomes.
 
     Attributes:
-        name: in reports.
+        name: its name in reports.
         tree: what is matched; its root is the norm.
-        replacement: the fused operator, called with the captures of these names (None where there is none).
-        arguments: the captures that the replacement takes, in order.
-        returns_sum: the root returns (norm, sum) itself; otherwise the all-reduce's value is the sum.
+        replacement: the fused operator.
+        arguments: the captures that the replacement is called with, in order; None where it gets
+            None.
+        returns_sum: whether the root returns (norm, sum); if not, the all-reduce's value is the
+            sum.
     """
 
     name: str
@@ -74,11 +79,11 @@ FUSIONS = (
 
 
 def _first(call: Call) -> Call:
-    """The first result of a call that returns two."""
+    """Match the first result of a call that returns two."""
     return Call(operator.getitem, (call, 0))
 
 
-# Epilogues: what can follow the fused operator and become one with it.
+# Sandwich norms: the residual add and the second norm after the fused operator.
 _INNER = ("inner_weight", "inner_eps", "inner_weight_bias", "inner_form")
 _FUSED_NORM = _first(
     Call(
@@ -97,7 +102,8 @@ EPILOGUES = (
     ),
 )
 
-# Sequence parallelism: each rank normalises its own rows of the sum.
+# Sequence parallelism: each rank normalises its own rows of the sum, then all ranks gather the
+# rows.
 _SCATTERED = Call(
     WAIT,
     (Call(REDUCE_SCATTER, (Capture("x"), Capture("reduction"), Capture("size"), Capture("group")), shared=True),),
@@ -106,6 +112,7 @@ _SCATTERED = Call(
 
 
 def _gathered(norm: Call) -> Call:
+    """Match the finished all-gather of a norm."""
     return Call(WAIT, (Call(ALL_GATHER, (norm, Capture("gathered_size"), Capture("gathered_group"))),), shared=True)
 
 

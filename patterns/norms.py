@@ -1,13 +1,15 @@
 """The spellings of RMSNorm in a post-grad graph, as data.
 
-A decomposed norm is `x32 = cast(x); n = x32 * rsqrt(mean(x32 ** 2) + eps)` and then a *tail*: where the source rounds
-to x's dtype and how it multiplies by the weight. `steps` spells a tail in the order of computation:
+A decomposed norm is `x32 = cast(x); n = x32 * rsqrt(mean(x32 ** 2) + eps)` and then a *tail*: where
+the source rounds to x's dtype and how it multiplies by the weight. `steps` spells a tail in the
+order of computation:
 
     round     cast to x's dtype
     n*K, K*n  multiply by the weight, written on the right or on the left, K being
-              w (as it is), wide(w) (cast to fp32 first), w+b and wide(w)+b (a number added, Gemma's `1 + w`)
+              w (as it is), wide(w) (cast to fp32 first), (w+b) and (wide(w)+b) (a number is added,
+              Gemma's `1 + w`)
 
-Programs that compute the same with other operations take *detours*, which every tail may follow.
+*Variants* compute n by other operations. Every tail may follow them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ ROUND = "round"
 
 @dataclass(frozen=True)
 class Tail:
-    """One spelling, with the name it has in reports and the models it was seen in."""
+    """One spelling of a tail: its name in reports, its steps, and who writes it so."""
 
     name: str
     steps: tuple[str, ...]
@@ -46,55 +48,54 @@ _NAMES = {tail.steps: tail.name for tail in TAILS}
 
 
 def tail_name(steps: tuple[str, ...]) -> str:
-    """The tail's name in reports; the steps themselves for a spelling that has none."""
+    """Return a tail's name in reports; the steps themselves for a spelling that has none."""
     return _NAMES.get(steps, " ".join(steps))
 
 
 def tail_form(steps: tuple[str, ...]) -> str:
-    """The rounding order (`form` of the IR operators) that these steps have."""
+    """Return the rounding order (`form` of the IR operators) of a tail."""
     return ROUND_THEN_SCALE if len(steps) > 1 and steps[0] == ROUND else SCALE_THEN_ROUND
 
 
-SUMMED, SCALED, SQUARED_ROOT, RECIPROCAL = "summed", "scaled", "squared root", "reciprocal"
-DIVIDED, WEIGHTED_ROOT, WEIGHTED_INPUT = "divided", "weighted root", "weighted input"
-
-
 @dataclass(frozen=True)
-class Detour:
-    """A way to compute a norm by other operations, which round otherwise by a unit in the last place of fp32.
+class Variant:
+    """A way to compute n by other operations, which differ by a unit in the last place of fp32.
 
     Attributes:
-        key: what the reader calls it.
         name: what the report adds to the tail's name.
-        does: what such a norm does, in a sentence that begins with "the norm".
+        does: what such a norm does, to follow "the norm".
     """
 
-    key: str
     name: str
     does: str
 
 
-DETOURS = (
-    Detour(SUMMED, "sum over the size", "divides a sum by the hidden size instead of taking a mean"),
-    Detour(SCALED, "scaled root", "scales by numbers of its own, such as the square root of the hidden size"),
-    Detour(SQUARED_ROOT, "squared root", "takes a power of a square root, such as a vector's length squared"),
-    Detour(RECIPROCAL, "reciprocal of the root", "takes the reciprocal of a square root instead of rsqrt"),
-    Detour(DIVIDED, "divided by the root", "divides by a square root instead of multiplying by rsqrt"),
-    Detour(WEIGHTED_ROOT, "root weighted first", "multiplies the root by the weight before it multiplies the input"),
-    Detour(
-        WEIGHTED_INPUT, "input weighted first", "multiplies the input by the weight before it multiplies by the root"
-    ),
-)
+# Above each a program that is read so; `r` stands for `rsqrt(mean(x ** 2) + eps)`.
+# x * rsqrt(sum(x ** 2) / size + eps)
+SUMMED = Variant("sum over the size", "divides a sum by the hidden size instead of taking a mean")
+# x * (sqrt(size) * rsqrt(sum(x ** 2) + size * eps))
+SCALED = Variant("scaled root", "scales by numbers of its own, such as the square root of the hidden size")
+# x * rsqrt(vector_norm(x) ** 2 / size + eps)
+SQUARED_ROOT = Variant("squared root", "takes a power of a square root, such as a vector's length squared")
+# x * (1 / sqrt(mean(x ** 2) + eps))
+RECIPROCAL = Variant("reciprocal of the root", "takes the reciprocal of a square root instead of rsqrt")
+# x / sqrt(mean(x ** 2) + eps)
+DIVIDED = Variant("divided by the root", "divides by a square root instead of multiplying by rsqrt")
+# x * (r * w)
+WEIGHTED_ROOT = Variant("root weighted first", "multiplies the root by the weight before it multiplies the input")
+# (x * w) * r
+WEIGHTED_INPUT = Variant("input weighted first", "multiplies the input by the weight before it multiplies by the root")
+VARIANTS = (SUMMED, SCALED, SQUARED_ROOT, RECIPROCAL, DIVIDED, WEIGHTED_ROOT, WEIGHTED_INPUT)
 
 
-def detour_names(keys: Collection[str]) -> str:
-    """What these detours add to a tail's name in reports."""
-    return "".join(f", {detour.name}" for detour in DETOURS if detour.key in keys)
+def variant_names(variants: Collection[Variant]) -> str:
+    """Return what these variants add to a tail's name in reports."""
+    return "".join(f", {variant.name}" for variant in VARIANTS if variant in variants)
 
 
-def detour_moves(keys: Collection[str]) -> str:
-    """What a norm with these detours does, as the end of a sentence; "" without any."""
-    return " and ".join(detour.does for detour in DETOURS if detour.key in keys)
+def describe_variants(variants: Collection[Variant]) -> str:
+    """Return what a norm of these variants does, to follow "the norm"; "" without any."""
+    return " and ".join(variant.does for variant in VARIANTS if variant in variants)
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,11 @@ class NormOp:
     """An operator that is a norm by itself.
 
     Attributes:
-        op: its qualified name, matched when it is registered.
-        operands: positions of (x, residual, weight, eps) among its arguments; None where it has no such argument.
-        must_be_none: positions of arguments that must be None for the operator to mean a plain RMSNorm.
+        op: its qualified name; an operator of that name need not be registered.
+        operands: positions of (x, residual, weight, eps) among its arguments; None where it has no
+            residual.
+        must_be_none: positions of arguments that must be None for the operator to mean a plain
+            RMSNorm.
     """
 
     op: str
@@ -113,8 +116,10 @@ class NormOp:
 
 
 NORM_OPS = (
+    # fusewire's own, called by a program
     NormOp("fusewire::rms_norm", (0, None, 1, 2)),
     NormOp("fusewire::fused_add_rms_norm", (0, 1, 2, 3)),
+    # vLLM's, in graphs that a serving engine hands over
     NormOp("vllm_ir::rms_norm", (0, None, 1, 2), (3,)),
     NormOp("vllm_ir::fused_add_rms_norm", (0, 1, 2, 3), (4,)),
 )

@@ -1,1 +1,1 @@
-"""What a graph means: norms by their arithmetic, paths from collectives, proofs. Changes no graph."""
+"""What a graph means: norms by their arithmetic, paths from collectives, proofs."""

@@ -1,10 +1,10 @@
-"""Small readers of post-grad graphs, shared by the passes."""
+"""Helpers that read and change post-grad graphs, shared by the passes."""
 
 from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,8 +33,13 @@ VIEWS = frozenset(
 )
 
 
+def first_refusal(cases: Iterable[tuple[Any, str]]) -> str:
+    """Return the refusal of the first of (condition, refusal) whose condition holds, or ""."""
+    return next((refusal for holds, refusal in cases if holds), "")
+
+
 def value_of(node: Any) -> Tensor | None:
-    """The fake tensor a node computes, or None."""
+    """Return the fake tensor that a node computes, or None."""
     value = node.meta.get("val") if isinstance(node, Node) else None
     return value if isinstance(value, Tensor) else None
 
@@ -45,12 +50,13 @@ def is_number(value: Any) -> bool:
 
 
 def dtype_of(node: Any) -> torch.dtype | None:
+    """Return the dtype of a node's tensor, or None."""
     value = value_of(node)
     return None if value is None else value.dtype
 
 
 def last_size(node: Any) -> Any:
-    """The size of the last dimension, or None."""
+    """Return the size of a node's last dimension, or None."""
     value = value_of(node)
     return value.shape[-1] if value is not None and value.dim() > 0 else None
 
@@ -77,7 +83,7 @@ def is_unbacked(size: Any) -> bool:
 
 
 def same_shape(a: Any, b: Any) -> bool:
-    """Whether two nodes have tensors of the same shape, as far as is known without adding a guard."""
+    """Whether two nodes' tensors are known to have one shape, without adding a guard."""
     va, vb = value_of(a), value_of(b)
     return (
         va is not None
@@ -104,7 +110,7 @@ def is_row_major(node: Any) -> bool:
 
 
 def cast_source(node: Any) -> Node | None:
-    """What a cast converts, or None if the node is no plain cast."""
+    """Return what a cast converts, or None if the node is no plain cast."""
     if not isinstance(node, Node) or node.target not in CASTS:
         return None
     if set(node.kwargs) - {"dtype"}:
@@ -114,7 +120,7 @@ def cast_source(node: Any) -> Node | None:
 
 
 def plain_add(node: Any) -> tuple[Any, Any] | None:
-    """The operands of an add with alpha 1, or None."""
+    """Return the operands of an add with alpha 1, or None."""
     if not isinstance(node, Node) or node.target not in ADDS or len(node.args) != 2:
         return None
     if node.kwargs.get("alpha", 1) != 1 or set(node.kwargs) - {"alpha"}:
@@ -123,17 +129,27 @@ def plain_add(node: Any) -> tuple[Any, Any] | None:
 
 
 def plain_mul(node: Any) -> tuple[Any, Any] | None:
-    """The operands of a multiplication, or None."""
-    if not isinstance(node, Node) or node.target not in MULS or len(node.args) != 2 or node.kwargs:
-        return None
-    return node.args[0], node.args[1]
+    """Return the operands of a multiplication, or None."""
+    return _operands(node, MULS)
 
 
 def plain_div(node: Any) -> tuple[Any, Any] | None:
-    """The operands of a true division, or None."""
-    if not isinstance(node, Node) or node.target not in DIVS or len(node.args) != 2 or node.kwargs:
+    """Return the operands of a true division, or None."""
+    return _operands(node, DIVS)
+
+
+def _operands(node: Any, targets: frozenset[Any]) -> tuple[Any, Any] | None:
+    if not isinstance(node, Node) or node.target not in targets or len(node.args) != 2 or node.kwargs:
         return None
     return node.args[0], node.args[1]
+
+
+def other_factor(product: Any, value: Node) -> Any:
+    """Return what `product` multiplies `value` by; None if by itself or not at all."""
+    left, right = plain_mul(product) or (None, None)
+    if left is right:
+        return None
+    return right if left is value else left if right is value else None
 
 
 def writes_in_place(node: Node) -> bool:
@@ -145,7 +161,7 @@ def writes_in_place(node: Node) -> bool:
 
 
 def mutation_regions(graph: Graph) -> dict[Node, int]:
-    """For each node how many in-place writes stand before it: nodes may move within one region only."""
+    """Return how many in-place writes stand before each node; no node may move past one."""
     regions, count = {}, 0
     for node in graph.nodes:
         if writes_in_place(node):
@@ -155,13 +171,13 @@ def mutation_regions(graph: Graph) -> dict[Node, int]:
 
 
 def sort_topologically(graph: Graph) -> None:
-    """Move nodes behind what they use, changing the order no further.
+    """Move nodes behind what they use, and change the order no further.
 
-    What writes in place keeps its place among all other nodes, and the output stays last: what is read before a write
-    must not come to stand after it, and a write after the output would never happen.
+    No node moves past an in-place write: what is read before a write must not come to stand after
+    it. The output stays last.
 
     Raises:
-        RuntimeError: a node uses what stands behind a write that it stands before.
+        RuntimeError: a node would have to move past an in-place write, or the graph has a cycle.
     """
     placed: set[Node] = set()
     waiting: dict[Node, list[Node]] = {}
@@ -187,7 +203,7 @@ def sort_topologically(graph: Graph) -> None:
 
 
 def erase_unused(node: Node) -> None:
-    """Erase a node without users, and whatever thereby loses its last user."""
+    """Erase a node if it has no users, and then the inputs that have no other user."""
     pending = [node]
     while pending:
         current = pending.pop()
@@ -199,7 +215,7 @@ def erase_unused(node: Node) -> None:
 
 
 def depends_on(node: Any, ancestor: Node, order: dict[Node, int]) -> bool:
-    """Whether `node` is computed from `ancestor`; `order` gives each node's position in the graph."""
+    """Whether `node` is computed from `ancestor`; `order`: the nodes' positions."""
     if not isinstance(node, Node):
         return False
     floor = order.get(ancestor, -1)
@@ -217,28 +233,28 @@ def depends_on(node: Any, ancestor: Node, order: dict[Node, int]) -> bool:
 
 
 def getitem(graph: Graph, node: Node, index: int) -> Node:
-    """A new node for one output of a call that returns a tuple, with its value."""
+    """Return a new node for one output of a call that returns a tuple, with its fake value."""
     item = graph.call_function(operator.getitem, (node, index))
     item.meta["val"] = node.meta["val"][index]
     return item
 
 
 def getitem_users(node: Node) -> Iterator[tuple[int, Node]]:
-    """The nodes that take one output of a call that returns a tuple."""
+    """Yield (index, node) for each node that takes one output of a call that returns a tuple."""
     for user in list(node.users):
         if user.target is operator.getitem:
             yield user.args[1], user  # type: ignore[misc]
 
 
 def copy_origin(source: Node, new: Node) -> None:
-    """Give a new node the place in the user's program that `source` had."""
+    """Copy the metadata that says where in the user's program a node comes from."""
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "custom"):
         if key in source.meta:
             new.meta[key] = source.meta[key]
 
 
 def new_call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: Any, origin: Node) -> Node:
-    """A new call node with its fake value, in the place that `origin` has in the user's program."""
+    """Return a new call with its fake value, from where `origin` is in the user's program."""
     node = graph.call_function(target, args, dict(kwargs))
     copy_origin(origin, node)
     node.meta["val"] = _infer(node)
@@ -246,13 +262,14 @@ def new_call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: Any, orig
 
 
 def _infer(node: Node) -> Any:
-    """The fake value of a new node, from those of its inputs."""
+    """Return the fake value of a new node, computed from those of its inputs."""
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
     target: Any = node.target
     mode = next((m for n in node.all_input_nodes if (m := getattr(value_of(n), "fake_mode", None)) is not None), None)
     if target in (rms_norm.torch_op, fused_add_rms_norm.torch_op):
-        # These keep x's metadata; an epsilon that is a tensor must get as far as the check that refuses it.
+        # These keep x's metadata; an epsilon that is a tensor must get as far as the check that
+        # refuses it.
         outputs = [fresh_fake(args[0], contiguous=True) for _ in range(1 + (target is fused_add_rms_norm.torch_op))]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
     with mode if mode is not None else contextlib.nullcontext():

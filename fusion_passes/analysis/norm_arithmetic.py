@@ -1,8 +1,15 @@
-"""The number by which an RMSNorm scales a row, `rsqrt(mean(x^2) + eps)`, in whatever way a program computes it.
+"""Read the number by which an RMSNorm scales a row, however a program computes it.
 
-Every such number is read as `factor * (scale * S + eps) ** power`, S being the sum of the row's squares: a sum divided by
-the hidden size, a vector's length divided by the size's root and a reciprocal of a root are then the same formula with
-other numbers, and a clamp or an epsilon outside the root shows as what it is.
+The number is `rsqrt(mean(x^2) + eps)`. Programs spell it in many ways: a sum divided by the hidden
+size, a vector's length divided by the size's root, the reciprocal of a root. Each of them is the
+same formula with other numbers,
+
+    factor * (scale * S + eps) ** power        S: the sum of the row's squares
+
+so `read_row` reads a graph node as such a formula (`Row`), step by step from the squares on: S
+itself is `factor = scale = power = 1`, a mean has scale 1 / size, rsqrt sets power -1/2, and so on.
+The formula then shows whether the number is RMSNorm's (`Row.is_mean`) and, if not, why (a clamp, an
+epsilon outside the root, a wrong divisor).
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from fusewire.fusion_passes.analysis.graph import (
     dtype_of,
     is_number,
     last_size,
+    other_factor,
     plain_add,
     plain_div,
     plain_mul,
@@ -31,7 +39,7 @@ from fusewire.fusion_passes.analysis.graph import (
     same_size,
     value_of,
 )
-from fusewire.patterns.norms import RECIPROCAL, SCALED, SQUARED_ROOT, SUMMED
+from fusewire.patterns.norms import RECIPROCAL, SCALED, SQUARED_ROOT, SUMMED, Variant
 
 _POWERS: dict[Any, float] = {aten.rsqrt.default: -0.5, aten.sqrt.default: 0.5, aten.reciprocal.default: -1}
 _CLAMPS = frozenset(
@@ -49,13 +57,16 @@ _LIMIT = 12
 
 @dataclass(frozen=True)
 class Row:
-    """One number a row of `wide`: `factor * (scale * size**sizes * S + eps) ** power`, S the sum of the row's squares.
+    """One number for each row of `wide`: `factor * (scale * size**sizes * S + eps) ** power`.
+
+    S is the sum of the row's squares and `size` the hidden size, which may be symbolic.
 
     Attributes:
-        wide: the node whose rows are squared and summed; `size` is its last.
-        eps: a number, a node where the graph does not know the number, or None as long as nothing was added.
-        detours: how it is spelled (see `fusewire.patterns.norms.DETOURS`).
-        problem: why it cannot be an RMSNorm's, or "".
+        wide: the node whose rows are squared, of shape (..., size).
+        eps: a number, a node where the graph does not know the number, or None if nothing was
+            added.
+        variants: how it is spelled, besides RMSNorm's own way.
+        refusal: the step that no RMSNorm has, as a sentence, or "".
     """
 
     wide: Node
@@ -64,17 +75,18 @@ class Row:
     eps: Any = None
     power: float = 1.0
     factor: float = 1.0
-    detours: frozenset[str] = frozenset()
-    problem: str = ""
+    variants: frozenset[Variant] = frozenset()
+    refusal: str = ""
 
-    def by(self, *detours: str) -> Row:
-        return dataclasses.replace(self, detours=self.detours.union(detours))
+    def by(self, *variants: Variant) -> Row:
+        """Return this row, spelled in these variants too."""
+        return dataclasses.replace(self, variants=self.variants.union(variants))
 
     def times(self, number: float, sizes: int = 0) -> Row | None:
-        """This, times `number * size**sizes`."""
+        """Return this row times `number * size**sizes`; None if the product is no such formula."""
         if (number, sizes) == (1, 0):
             return self
-        row = self if SUMMED in self.detours and self.power == 1 else self.by(SCALED)
+        row = self if SUMMED in self.variants and self.power == 1 else self.by(SCALED)
         if self.power == 1:
             if self.eps is not None and (sizes or not is_number(self.eps)):
                 return None
@@ -86,14 +98,14 @@ class Row:
         return dataclasses.replace(row, factor=self.factor * number * float(size) ** sizes)
 
     def plus(self, eps: Any) -> Row | None:
-        """This, with a number or a node added."""
+        """Return this row with a number or a node added; None if the sum is no such formula."""
         if self.power != 1:
             outside = "the norm adds its epsilon outside the square root, where RMSNorm adds it to the mean square"
-            return dataclasses.replace(self, problem=outside) if is_number(eps) else None
+            return dataclasses.replace(self, refusal=outside) if is_number(eps) else None
         return dataclasses.replace(self, eps=eps) if self.eps is None else None
 
     def to_the(self, power: float) -> Row | None:
-        """A power of this; None where that is not known to be one number more of the same kind."""
+        """Return a power of this row; None if that is not known to be such a formula."""
         if not (1e-30 < self.factor < 1e30 and abs(power) <= 4):
             return None
         if self.power != 1 and not (self.eps is None or (is_number(self.eps) and self.eps >= 0)):
@@ -110,12 +122,12 @@ class Row:
         return dataclasses.replace(row, factor=1.0, scale=row.scale * row.factor, eps=eps)
 
     def inverse(self) -> Row:
-        """What multiplies where this divides."""
+        """Return the reciprocal of this row."""
         return dataclasses.replace(self, power=-self.power, factor=1 / self.factor if self.factor else 0.0)
 
     @property
     def divisor(self) -> float | None:
-        """What the sum of squares is divided by, the epsilon and this number written as RMSNorm's; None if unknown."""
+        """The divisor where this is written as `(S / divisor + eps) ** power`, or None."""
         size = last_size(self.wide)
         sizes = self.sizes
         if not isinstance(size, int):
@@ -137,17 +149,17 @@ class Row:
 
     @property
     def epsilon(self) -> Any:
-        """The eps of RMSNorm."""
+        """The eps of the RMSNorm that this row is."""
         if self.eps is None:
             return 0.0
         scaled = self.factor != 1 and self.is_mean and is_number(self.eps)
         return self.eps / self.factor**2 if scaled else self.eps
 
     @property
-    def trouble(self) -> str:
+    def norm_refusal(self) -> str:
         """Why this cannot scale a row as RMSNorm does, or ""."""
-        if self.problem or self.is_mean:
-            return self.problem
+        if self.refusal or self.is_mean:
+            return self.refusal
         size = last_size(self.wide)
         by = f"{self.divisor:g}" if isinstance(size, int) and self.divisor is not None else "something else"
         return f"the norm divides the sum of squares by {by}, where RMSNorm's mean square divides by the hidden size {size}"
@@ -161,7 +173,7 @@ def is_root(node: Node) -> bool:
 
 
 def rows_from(root: Node) -> Iterator[tuple[Node, Row]]:
-    """What a root and the steps after it, up to the next root, say of a tensor's rows."""
+    """Yield the nodes from a root up to the next that are a row's number, with their rows."""
     pending, seen = [root], {root}
     while pending:
         node = pending.pop(0)
@@ -169,7 +181,7 @@ def rows_from(root: Node) -> Iterator[tuple[Node, Row]]:
         if row is None:
             continue
         yield node, row
-        # What has x's own shape is x times the number already, unless it is the number expanded.
+        # A node of x's shape is x times the number already, unless it is the number expanded.
         later = [
             user
             for user in node.users
@@ -180,7 +192,7 @@ def rows_from(root: Node) -> Iterator[tuple[Node, Row]]:
 
 
 def read_row(node: Any, limit: int = _LIMIT) -> Row | None:
-    """What a node says of a tensor's rows, or None if it is no function of their sums of squares."""
+    """Return the formula that a node computes of a tensor's rows, or None (at most 12 steps)."""
     if not isinstance(node, Node) or node.op != "call_function" or limit == 0:
         return None
     row = _sum_of_squares(node)
@@ -189,27 +201,30 @@ def read_row(node: Any, limit: int = _LIMIT) -> Row | None:
             row = read(node, lambda source: read_row(source, limit - 1))
     if row is None or not _is_per_row(node, row.wide):
         return None
-    if dtype_of(node) != dtype_of(row.wide) and not row.problem:
-        row = dataclasses.replace(row, problem=rounded_between("the root", dtype_of(node), dtype_of(row.wide)))
+    if dtype_of(node) != dtype_of(row.wide) and not row.refusal:
+        row = dataclasses.replace(row, refusal=rounding_refusal("the root", dtype_of(node), dtype_of(row.wide)))
     return row
 
 
 _Read = Callable[[Any], "Row | None"]
 
 
-def rounded_between(what: str, dtype: torch.dtype | None, wide: torch.dtype | None) -> str:
-    """That a norm keeps a value in between in another dtype than it is computed in."""
+def rounding_refusal(what: str, dtype: torch.dtype | None, wide: torch.dtype | None) -> str:
+    """Return the refusal of a norm that rounds a value before its end."""
     return f"the norm rounds {what} to {dtype} on the way, which neither form of the fused operator does; keep it in {wide}"
 
 
 def reaches_every_row(node: Any, wide: Node) -> bool:
-    """Whether, multiplied with `wide`, a node that says something of its rows meets the rows it is of."""
+    """Whether a product of `wide` and a node with one number a row multiplies row by row."""
     value, rows = value_of(node), value_of(wide)
     return value is not None and rows is not None and (value.dim() == rows.dim() or rows.dim() == 1)
 
 
 def same_input(node: Any, wide: Node) -> bool:
-    """Whether a factor is a norm's input, of which `wide` is squared: itself, cast again, or widened by the product."""
+    """Whether a factor is the norm's input, of which `wide` is squared.
+
+    That is `wide`, another cast to its dtype, or what it is cast from (which the product widens).
+    """
     source = cast_source(wide)
     if node is wide or source is None:
         return node is wide
@@ -217,10 +232,10 @@ def same_input(node: Any, wide: Node) -> bool:
 
 
 def scaled_by(row: Row, value: Node, product: Node) -> Row | None:
-    """The row's number where `product` is `value` times a number or divided by one, else None."""
-    factors, quotient, size = plain_mul(product), plain_div(product), last_size(row.wide)
-    if factors is not None and value in factors:
-        number = _number(factors[factors[0] is value], size)
+    """Return the row of a product or quotient of `value` (with this row) and a number."""
+    factor, quotient, size = other_factor(product, value), plain_div(product), last_size(row.wide)
+    if factor is not None:
+        number = _number(factor, size)
         return None if number is None else row.times(*number)
     if quotient is not None and quotient[0] is value:
         number = _number(quotient[1], size)
@@ -228,7 +243,7 @@ def scaled_by(row: Row, value: Node, product: Node) -> Row | None:
     return None
 
 
-# The steps
+# The steps. Each function reads one kind of node; `read` reads the node before it.
 
 
 def _sum_of_squares(node: Node) -> Row | None:
@@ -238,7 +253,7 @@ def _sum_of_squares(node: Node) -> Row | None:
     wide = _squared(node.args[0])
     if wide is None or not _over_last_dimension(node, wide):
         return None
-    return Row(wide, sizes=-1) if mean else Row(wide, detours=frozenset({SUMMED}))
+    return Row(wide, sizes=-1) if mean else Row(wide, variants=frozenset({SUMMED}))
 
 
 def _is_mean(node: Any) -> bool:
@@ -256,7 +271,7 @@ def _over_last_dimension(mean: Node, wide: Node) -> bool:
 
 
 def _squared(node: Any) -> Node | None:
-    """x, if the node is x squared."""
+    """Return x if the node is x squared, else None."""
     if not isinstance(node, Node):
         return None
     if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
@@ -308,23 +323,24 @@ def _clamped(node: Node, read: _Read) -> Row | None:
     for value in node.args[:2] if node.target in _CLAMPS else ():
         if (row := read(value)) is not None:
             says = "the norm clamps what it divides by, where RMSNorm adds an epsilon to the mean square"
-            return dataclasses.replace(row, problem=f"{says}; {node.name} does")
+            return dataclasses.replace(row, refusal=f"{says}; {node.name} does")
     return None
 
 
 def _kept(node: Node, read: _Read) -> Row | None:
-    """A view, an expansion or a cast, which change no number (a cast that rounds shows in the dtype)."""
+    """Read a view, an expansion or a cast. (`read_row` refuses a cast that rounds.)"""
     kept = node.target in VIEWS or node.target is _EXPAND or cast_source(node) is not None
     row = read(node.args[0]) if kept else None
     if row is not None and node.target is _EXPAND and not reaches_every_row(node.args[0], row.wide):
-        return None  # the numbers would be repeated for every row, not along it
+        return None  # the numbers are repeated for every row, not along it
     return row
 
 
 def _is_per_row(node: Node, wide: Node) -> bool:
-    """Whether a value that is made of one number a row still has one a row, in the rows' order.
+    """Whether a node that is computed from one number a row still holds one a row.
 
-    Views keep the order of elements, so the shape says it: the rows', with or without a last dimension of 1, or `wide`'s.
+    Views keep the order of elements, so the shape decides: the rows', with or without a last
+    dimension of 1, or `wide`'s.
     """
     value, rows = value_of(node), value_of(wide)
     if value is None or rows is None:
@@ -337,7 +353,7 @@ def _is_per_row(node: Node, wide: Node) -> bool:
 
 
 def _number(value: Any, size: Any) -> tuple[float, int] | None:
-    """(number, exponent of the hidden size) of a factor that is known, or None."""
+    """Return a known factor as (number, exponent of the hidden size), or None."""
     if isinstance(value, Node):
         if value.target is operator.truediv and value.args[0] == 1:
             below = _number(value.args[1], size)

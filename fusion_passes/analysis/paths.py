@@ -1,20 +1,24 @@
-"""What may stand between an all-reduce and its norm, and how it moves out of the way.
+"""Find the path from an all-reduce to a norm, and whether the steps on it can move out of the way.
 
-Views move before the all-reduce (it works elementwise). A bias, or any other addend, joins the residual; a scale moves
-before the all-reduce (a sum of multiples is the multiple of the sum): both round elsewhere than the source did, so they
-are carried only with PassConfig.allow_reassociation. In float16 a scale above 1 and a whole tensor stay where they are:
-what they make of a rank's part, or of the residual, may be too large for the dtype where the sum is not.
+Views move before the all-reduce, which works elementwise. A bias, or any other addend, joins the
+residual. A scale moves before the all-reduce, since a sum of multiples is the multiple of the sum.
+Addends and scales then round elsewhere than in the source, so they move only with
+PassConfig.allow_reassociation. In float16 a scale above 1 and a whole tensor do not move: a rank's
+part, or the residual, could become too large for the dtype although the sum is not.
 
-A scale may move only if it is the same on every rank. A number in the program is; of a tensor the graph does not say.
-A one-element parameter, buffer or input (Gemma's embedding scale, a layer scale) is taken to be replicated, as all of
-a tensor-parallel model's unsharded parameters are, unless PassConfig.assume_replicated_scales is off. A gate (one number
-a token, computed: the sigmoid gate of a shared expert) may move only with PassConfig.assume_replicated_gates, and only if
-all that it is computed from are results of collectives, inputs and parameters (fusion_passes/spmd/replication.py).
+A scale may move only if it is equal on every rank. A number in the program is. Of a tensor the
+graph does not say:
+
+- a one-element parameter, buffer or input (Gemma's embedding scale, a layer scale) is assumed to
+  be, unless PassConfig.assume_replicated_scales is off;
+- a gate (one computed number a token: the sigmoid gate of a shared expert) is assumed to be only
+  with PassConfig.assume_replicated_gates, and only if it is computed from results of collectives,
+  inputs and parameters alone (fusion_passes/analysis/replication.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +30,7 @@ from fusewire.fusion_passes.analysis.graph import (
     aten,
     cast_source,
     dtype_of,
+    first_refusal,
     is_number,
     is_vector,
     last_size,
@@ -46,9 +51,13 @@ _LIMIT = 12
 
 @dataclass(frozen=True)
 class Step:
-    """One node on the way; `value` is the factor of a scale, or what an add adds.
+    """One node of a path.
 
-    `assumption` is the option (a field of PassConfig) by which the factor is taken to be the same on every rank, or "".
+    Attributes:
+        kind: VIEW, CAST, SCALE or ADDEND.
+        value: the factor of a scale, or what an add adds.
+        assumption: the PassConfig option that lets a scale count as equal on every rank, or "" if
+            none is needed.
     """
 
     kind: str
@@ -59,73 +68,92 @@ class Step:
 
 @dataclass(frozen=True)
 class Path:
-    """The way from an all-reduce's value to `end`, the value that is normalised or that a residual is added to."""
+    """The steps from an all-reduce's value to `end`, which is normalised or added to a residual."""
 
     all_reduce: AllReduce
     steps: tuple[Step, ...]
     end: Node
 
     def of_kind(self, *kinds: str) -> tuple[Step, ...]:
-        """The steps of these kinds, from the all-reduce on."""
+        """Return the steps of these kinds, from the all-reduce on."""
         return tuple(step for step in self.steps if step.kind in kinds)
 
     def views_after(self, step: Step) -> tuple[Node, ...]:
-        """The views between a step and the end of the way."""
+        """Return the views between a step and the end."""
         later = self.steps[self.steps.index(step) + 1 :]
         return tuple(other.node for other in later if other.kind == VIEW)
 
+    def moved_input(self, call: Callable[..., Node]) -> Node:
+        """Return the all-reduce's input with the path's views and scales, as new nodes."""
+        x: Node = self.all_reduce.x
+        for step in self.of_kind(VIEW, SCALE):
+            if step.kind == VIEW:
+                x = call(step.node.target, (x, *step.node.args[1:]), step.node.kwargs, step.node)
+            else:
+                x = call(aten.mul.Tensor, (x, step.value), {}, step.node)
+        return x
+
     @property
     def other_readers(self) -> int:
-        """How often values on the way, the all-reduce's among them, are read by something else."""
+        """How often something off the path reads the all-reduce's value or a step's."""
         return _other_readers(self.all_reduce.value, self.steps)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """For each scale that is taken to be the same on every rank, the option that allows it."""
+        """For each scale that is assumed to be equal on every rank, the option that allows it."""
         return tuple(step.assumption for step in self.of_kind(SCALE) if step.assumption)
 
-    def problem(self, allow_reassociation: bool) -> str:
-        """Why this way cannot be cleared, or ""."""
-        for index, step in enumerate(self.steps):
-            source = step.node.args[0]
-            if step.kind == VIEW and not same_size(last_size(step.node), last_size(source)):
-                return "a view between the all-reduce and the norm changes the last dimension"
-            if step.kind == CAST and dtype_of(source) != dtype_of(step.node):
-                return (
-                    f"a cast from {dtype_of(source)} to {dtype_of(step.node)} stands between the all-reduce and the "
-                    "norm; reduce in the dtype that the norm takes"
-                )
-            if step.kind == ADDEND and dtype_of(step.node) == torch.float16 and not _is_bias(step.value):
-                return (
-                    "a tensor is added between the all-reduce and the norm; added to the residual first, they could make "
-                    "more than float16 holds"
-                )
-            if step.kind != SCALE:
-                continue
-            if any(earlier.kind == ADDEND for earlier in self.steps[:index]):
-                return "a scale after a bias stands between the all-reduce and the norm"
-            before, after = (dtype_of(n) for n in (self.all_reduce.value, step.node))
-            if before != after or after is None or not after.is_floating_point:
-                return f"a scale between the all-reduce and the norm makes {after} of {before}; scale after the norm's cast"
-            if after == torch.float16 and not (is_number(step.value) and abs(step.value) <= 1):
-                what = f"{step.value:g}" if is_number(step.value) else "of unknown size"
-                return (
-                    f"a scale ({what}) stands between the all-reduce and the norm; before the all-reduce it could make of "
-                    "each rank's part more than float16 holds"
-                )
-        if self.of_kind(SCALE, ADDEND) and not allow_reassociation:
-            return (
-                "a scale or a bias stands between the all-reduce and the norm; moving it rounds elsewhere, which "
-                "allow_reassociation=False forbids"
+    def refusal(self, allow_reassociation: bool) -> str:
+        """Return why the steps cannot move out of the way, or ""."""
+        moves = first_refusal(case for index in range(len(self.steps)) for case in self._step_refusals(index))
+        if moves or allow_reassociation or not self.of_kind(SCALE, ADDEND):
+            return moves
+        return (
+            "a scale or a bias stands between the all-reduce and the norm; moving it rounds elsewhere, which "
+            "allow_reassociation=False forbids"
+        )
+
+    def _step_refusals(self, index: int) -> Iterator[tuple[bool, str]]:
+        step = self.steps[index]
+        source, value = step.node.args[0], value_of(step.value)
+        before, after = dtype_of(source), dtype_of(step.node)
+        half = after == torch.float16
+        if step.kind == VIEW:
+            changed = not same_size(last_size(step.node), last_size(source))
+            yield changed, "a view between the all-reduce and the norm changes the last dimension"
+        elif step.kind == CAST:
+            yield (
+                before != after,
+                f"a cast from {before} to {after} stands between the all-reduce and the norm; reduce in the dtype that "
+                "the norm takes",
             )
-        return ""
+        elif step.kind == ADDEND:
+            yield (
+                half and (value is None or value.dim() != 1),
+                "a tensor is added between the all-reduce and the norm; added to the residual first, they could make "
+                "more than float16 holds",
+            )
+        else:
+            number, before = step.value if is_number(step.value) else None, dtype_of(self.all_reduce.value)
+            late = any(earlier.kind == ADDEND for earlier in self.steps[:index])
+            yield late, "a scale after a bias stands between the all-reduce and the norm"
+            yield (
+                before != after or after is None or not after.is_floating_point,
+                f"a scale between the all-reduce and the norm makes {after} of {before}; scale after the norm's cast",
+            )
+            yield (
+                half and (number is None or abs(number) > 1),
+                f"a scale ({'of unknown size' if number is None else f'{number:g}'}) stands between the all-reduce and "
+                "the norm; before the all-reduce it could make of each rank's part more than float16 holds",
+            )
 
 
 class PathFinder:
-    """Finds the way back from a node to the all-reduce that it comes from.
+    """Finds paths from all-reduces.
 
     Args:
-        by_value: the all-reduces by the nodes that are their finished values.
+        by_value: the all-reduces' nodes, by the nodes that are their finished values. Read at each
+            call of `find`.
         config: the options.
     """
 
@@ -135,19 +163,18 @@ class PathFinder:
         self.replication = Replication()
 
     def find(self, node: Any) -> Path | None:
-        """A way from an all-reduce to this node through steps that can be carried, or None."""
-        if not isinstance(node, Node):
+        """Return a path of at most 12 steps from an all-reduce to this node, or None."""
+        found = self._walk(node, set(), _LIMIT)
+        if found is None:
             return None
-        way = self._walk(node, set(), _LIMIT)
-        if way is None:
+        start, steps = found
+        site = read_all_reduce(self.by_value[start])
+        if site is None or any(not self._fits_group(step.value, site) for step in steps if step.kind == SCALE):
             return None
-        start, steps = way
-        found = read_all_reduce(self.by_value[start])
-        if found is None or any(not self._fits_group(step.value, found) for step in steps if step.kind == SCALE):
-            return None
-        return Path(found, tuple(steps), node)
+        return Path(site, tuple(steps), node)
 
     def _walk(self, node: Any, seen: set[Node], limit: int) -> tuple[Node, list[Step]] | None:
+        """Return an all-reduce's value and the steps from there to the node, or None."""
         if not isinstance(node, Node) or node in seen:
             return None
         if node in self.by_value:
@@ -155,16 +182,17 @@ class PathFinder:
         if limit == 0:
             return None
         seen.add(node)
-        ways = []
+        found = []
         for source, step in self._back(node):
-            way = self._walk(source, seen, limit - 1)
-            if way is not None:
-                ways.append((way[0], [*way[1], step]))
-        # Of several all-reduces, one that nothing else reads, and the last of these, so that they keep their order.
-        return max(ways, key=lambda way: (-_other_readers(way[0], way[1]), way[0]), default=None)
+            path = self._walk(source, seen, limit - 1)
+            if path is not None:
+                found.append((path[0], [*path[1], step]))
+        # Of several all-reduces, one that nothing else reads, and the last of these, so that they
+        # keep their order.
+        return max(found, key=lambda path: (-_other_readers(path[0], path[1]), path[0]), default=None)
 
     def _back(self, node: Node) -> Iterator[tuple[Any, Step]]:
-        """The nodes one step before this one, with the step."""
+        """Yield the sources of a node that can be on a path, each with the step from there."""
         if node.target in VIEWS:
             yield node.args[0], Step(VIEW, node)
         elif (source := cast_source(node)) is not None:
@@ -185,56 +213,52 @@ class PathFinder:
                     yield value, Step(ADDEND, node, addend)
 
     def _may_scale(self, factor: Any, value: Node) -> str | None:
-        """The option by which a factor is taken to be the same on every rank, "" if none is needed; None if it may not
-        move."""
+        """Return the option by which a factor may move, "" if it needs none, None if it may not."""
         if is_number(factor):
             return ""
-        if self._is_replicated_scale(factor, value):
+        if self.config.assume_replicated_scales and _is_scale(factor, value):
             return "assume_replicated_scales"
-        if self.config.assume_replicated_gates and self._is_replicated_gate(factor, value):
-            return "assume_replicated_gates" if self.replication.origin(factor).assumed else ""
+        if self.config.assume_replicated_gates and _is_gate(factor, value):
+            origin = self.replication.origin(factor)
+            return None if origin.unknown else "assume_replicated_gates" if origin.assumed else ""
         return None
 
-    def _is_replicated_gate(self, factor: Any, value: Node) -> bool:
-        """Whether a factor is one number a token, computed from what is the same on every rank."""
-        gate, scaled = value_of(factor), value_of(value)
-        if gate is None or scaled is None or gate.dim() == 0 or factor.op != "call_function":
-            return False
-        one = isinstance(gate.shape[-1], int) and gate.shape[-1] == 1
-        rows = gate.dim() == scaled.dim() and all(map(same_size, gate.shape[:-1], scaled.shape[:-1]))
-        return bool(one and rows and gate.dtype == scaled.dtype) and not self.replication.origin(factor).problem
-
     def _fits_group(self, factor: Any, site: AllReduce) -> bool:
-        """Whether a factor is the same on the ranks of an all-reduce's group."""
+        """Whether a factor is equal on the ranks of an all-reduce's group."""
         if not isinstance(factor, Node) or factor.op != "call_function":
             return True
         return self.replication.judge(factor, site.group).kind != UNKNOWN
-
-    def _is_replicated_scale(self, factor: Any, value: Node) -> bool:
-        tensor, scaled = value_of(factor), value_of(value)
-        return (
-            self.config.assume_replicated_scales
-            and tensor is not None
-            and scaled is not None
-            and factor.op in ("placeholder", "get_attr")
-            and tuple(tensor.shape) in ((), (1,))
-            and scaled.dim() > 0
-            and torch.result_type(scaled, tensor) == scaled.dtype
-        )
 
 
 def _other_readers(value: Node, steps: Sequence[Step]) -> int:
     return sum(len(node.users) - 1 for node in (value, *(step.node for step in steps)))
 
 
-def _is_bias(value: Any) -> bool:
-    """Whether an addend is a bias, one number for each place in the last dimension."""
-    tensor = value_of(value)
-    return tensor is not None and tensor.dim() == 1
+def _is_scale(factor: Any, value: Node) -> bool:
+    """Whether a factor is a one-element parameter, buffer or input that keeps the dtype."""
+    tensor, scaled = value_of(factor), value_of(value)
+    return (
+        tensor is not None
+        and scaled is not None
+        and factor.op in ("placeholder", "get_attr")
+        and tuple(tensor.shape) in ((), (1,))
+        and scaled.dim() > 0
+        and torch.result_type(scaled, tensor) == scaled.dtype
+    )
+
+
+def _is_gate(factor: Any, value: Node) -> bool:
+    """Whether a factor is one computed number a token, in the value's dtype."""
+    gate, scaled = value_of(factor), value_of(value)
+    if gate is None or scaled is None or gate.dim() == 0 or factor.op != "call_function":
+        return False
+    one = isinstance(gate.shape[-1], int) and gate.shape[-1] == 1
+    rows = gate.dim() == scaled.dim() and all(map(same_size, gate.shape[:-1], scaled.shape[:-1]))
+    return bool(one and rows and gate.dtype == scaled.dtype)
 
 
 def _is_addend(addend: Any, value: Any, node: Node) -> bool:
-    """Whether an add adds a vector over the last dimension, or a tensor of the value's own shape, in its dtype."""
+    """Whether an add adds a vector of the last size or a tensor of the value's shape."""
     if dtype_of(addend) is None or not dtype_of(addend) == dtype_of(value) == dtype_of(node):
         return False
     return same_shape(value, node) and (same_shape(addend, node) or is_vector(addend, last_size(node)))

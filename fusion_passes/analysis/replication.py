@@ -1,16 +1,17 @@
-"""Tell whether a node of a graph has the same value on every rank of a group, as far as the graph says.
+"""Find whether a graph proves that a node has the same value on every rank of a group.
 
-Some rewrites are right only for such values. A scale that moves before an all-reduce must be the same on every rank; so
-must the residual and the norm's weight where a row's owner adds and multiplies its own for all ranks, as kernels may
-and a sharded residual does.
+Some rewrites are right only for such values. A scale that moves before an all-reduce must be equal
+on every rank. So must the residual and the norm's weight where a row's owner adds and multiplies
+its own for all ranks, as kernels may and a sharded residual does.
 
-Every rank runs the same graph, so an operation that is deterministic gives the same everywhere if its inputs are the
-same everywhere. A verdict is one of three:
+Every rank runs the same graph, so a deterministic operation gives equal results on every rank if
+its inputs are equal. A verdict is one of three:
 
 - PROVED: computed from results of all-reduces and all-gathers over the group, and from numbers;
-- ASSUMED: inputs of the graph, parameters or buffers take part, of which the graph does not say where they come from;
-- UNKNOWN, with the reason: random numbers, an operator of which nothing is known, a rank's own rows, a tensor that is
-  written in place, or a result of another group's collective.
+- ASSUMED: inputs of the graph, parameters or buffers take part, and the graph does not say where
+  they come from;
+- UNKNOWN, with the refusal: random numbers, an operator of which nothing is known, a rank's own
+  rows, a tensor that is written in place, or a result of another group's collective.
 
 Equal means equal bits, on ranks with the same kind of GPU and the same libraries.
 """
@@ -33,29 +34,31 @@ from fusewire.fusion_passes.analysis.graph import aten, writes_in_place
 from fusewire.patterns.collectives import ALL_GATHER, REDUCE_SCATTER, WAIT, op_name, positional, read_all_reduce
 
 PROVED, ASSUMED, UNKNOWN = "proved", "assumed", "unknown"
-# In the metadata of a fused operator's node: that it needs an assumption is counted already (RunContext.assumed).
+# Key in a fused operator's metadata: RunContext.assumed counts its assumption already.
 ASSUMPTION_COUNTED = "fusewire_assumption_counted"
-# Of each fused operator, the arguments that must be the same on every rank, whoever computes it.
+# The arguments of each fused operator that must be equal on every rank, whichever provider computes
+# it.
 #
-# The sharded operator is given each rank's own rows of the residual, in sequence parallelism as in the source, so the
-# residual is not among them. The weight is: native multiplies a row by its owner's weight, as the source does, but a
-# kernel may send rows before they are normalised, and then each reader multiplies by its own.
+# The sharded operator takes each rank's own rows of the residual, so its residual need not be. Its
+# weight must be: native multiplies a row by its owner's weight, as the source does, but a kernel
+# may send rows before they are normalised, and then each reader multiplies by its own.
 REPLICATED_ARGUMENTS = {
     all_reduce_rms_norm.torch_op: ("residual", "weight"),
     all_reduce_sandwich_norm.torch_op: ("residual", "weight", "inner_weight"),
     all_reduce_rms_norm_sharded.torch_op: ("weight",),
 }
-# Of fusewire's own operators, those that compute each row by itself and send nothing.
+# Operators of fusewire that compute each row by itself and send nothing.
 _LOCAL_NORMS = (rms_norm.torch_op, fused_add_rms_norm.torch_op)
-# Of these inputs only the first one's values are read; of the other, the shape.
+# These read the values of their first input and only the shape of the second.
 _SHAPED_LIKE = (aten.expand_as.default,)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a value is the same on every rank of a group: PROVED, ASSUMED or UNKNOWN.
+    """Whether a value is equal on every rank of a group: PROVED, ASSUMED or UNKNOWN.
 
-    The reason, of the latter two, continues a sentence that begins with the value: "comes from ...".
+    The reason of ASSUMED and UNKNOWN continues a sentence that begins with the value: "comes from
+    ...".
     """
 
     kind: str
@@ -67,21 +70,21 @@ class Origin:
     """What a value is computed from.
 
     Attributes:
-        groups: the groups of whose collectives it is a result, or is computed from results.
-        assumed: inputs of the graph, parameters or buffers are among what it is computed from.
-        problem: what it comes from of which nothing can be said, or "".
+        groups: the groups whose collectives' results are among it.
+        assumed: whether inputs of the graph, parameters or buffers are among it.
+        unknown: what among it nothing is known of, or "".
     """
 
     groups: frozenset[Any] = frozenset()
     assumed: bool = False
-    problem: str = ""
+    unknown: str = ""
 
 
 class Replication:
-    """Verdicts on the nodes of one graph.
+    """The verdicts on the nodes of one graph.
 
-    Each node is looked at once, so all verdicts together take time linear in the graph. What was found holds on while
-    passes rewrite the graph, since they replace nodes by such as have the same value.
+    Each node is read once, so all verdicts together take time linear in the graph. They stay right
+    while passes rewrite the graph, since a replacement has the value of what it replaces.
     """
 
     def __init__(self) -> None:
@@ -89,10 +92,10 @@ class Replication:
         self._writers: dict[Node, Node | None] = {}
 
     def judge(self, node: Node, group: Any) -> Verdict:
-        """Whether a node has the same value on every rank of the group."""
+        """Return whether a node has the same value on every rank of the group."""
         origin = self.origin(node)
-        if origin.problem:
-            return Verdict(UNKNOWN, f"comes from {origin.problem}")
+        if origin.unknown:
+            return Verdict(UNKNOWN, f"comes from {origin.unknown}")
         others = sorted(str(other) for other in origin.groups - {group})
         if others:
             return Verdict(UNKNOWN, f"comes from a collective over another group ({others[0]})")
@@ -101,8 +104,9 @@ class Replication:
         return Verdict(PROVED)
 
     def judge_call(self, call: Node) -> Verdict:
-        """Whether what a fused operator needs to be the same on every rank of its group is: the worst verdict on its
-        arguments, its reason with the argument's name.
+        """Return the worst verdict on the REPLICATED_ARGUMENTS of a fused operator.
+
+        Its reason begins with the argument's name.
 
         Args:
             call: a call of an operator in REPLICATED_ARGUMENTS.
@@ -118,7 +122,7 @@ class Replication:
         return worst
 
     def origin(self, node: Node) -> Origin:
-        """What a node is computed from."""
+        """Return what a node is computed from."""
         pending = [node]
         while pending:
             current = pending[-1]
@@ -135,10 +139,10 @@ class Replication:
         return self._origins[node]
 
     def _own_origin(self, node: Node) -> tuple[Origin, Sequence[Node]]:
-        """What a node by itself adds to its origin, and the nodes whose origins are part of it."""
+        """Return what a node adds to its origin, and the nodes whose origins are part of it."""
         writer = self._writer(node)
         if writer is not None:
-            return Origin(problem=f"{node.name}, which {writer.name} writes in place"), ()
+            return Origin(unknown=f"{node.name}, which {writer.name} writes in place"), ()
         if node.op in ("placeholder", "get_attr"):
             return Origin(assumed=True), ()
         group = _result_for_all(node)
@@ -147,13 +151,13 @@ class Replication:
         call = node.args[0] if node.target is operator.getitem else None
         if isinstance(call, Node) and call.target in REPLICATED_ARGUMENTS:
             return _result_of_fused(node, call)
-        problem = _why_unknown(node)
-        if problem:
-            return Origin(problem=problem), ()
+        unknown = _why_unknown(node)
+        if unknown:
+            return Origin(unknown=unknown), ()
         return Origin(), node.all_input_nodes[:1] if node.target in _SHAPED_LIKE else node.all_input_nodes
 
     def _writer(self, node: Node) -> Node | None:
-        """What writes into a node's memory, through views of it too, or None."""
+        """Return a node that writes into another's memory, directly or through views, or None."""
         if node not in self._writers:
             self._writers[node] = None
             for user in node.users:
@@ -167,20 +171,20 @@ class Replication:
 def _joined(own: Origin, sources: Iterable[Origin]) -> Origin:
     groups, assumed = own.groups, own.assumed
     for source in sources:
-        if own.problem or source.problem:
-            return own if own.problem else source
+        if own.unknown or source.unknown:
+            return own if own.unknown else source
         groups, assumed = groups | source.groups, assumed or source.assumed
-    return Origin(groups, assumed, own.problem)
+    return Origin(groups, assumed, own.unknown)
 
 
 def _arguments(call: Node) -> dict[str, Any]:
-    """A call's arguments by their names."""
+    """Return a call's arguments by name."""
     parameters = call.target._schema.arguments  # type: ignore[union-attr]
     return {parameter.name: value for parameter, value in zip(parameters, positional(call), strict=True)}
 
 
 def _result_for_all(node: Node) -> Any:
-    """The group whose ranks all have this result of a collective, or None."""
+    """Return the group whose ranks all have this result of a collective, or None."""
     if node.target is gather_rows.torch_op:
         return _arguments(node)["group_name"]
     source = node.args[0] if node.target is WAIT else node
@@ -195,18 +199,23 @@ def _result_for_all(node: Node) -> Any:
 
 
 def _result_of_fused(item: Node, call: Node) -> tuple[Origin, Sequence[Node]]:
-    """The origin of one result of a fused operator: its sum is the same for all, but each rank may have added and
-    multiplied its own residual and weight."""
+    """Return the origin of one result of a fused operator, and the nodes that are part of it.
+
+    The sum is equal on every rank, but each may have added its own residual and multiplied by its
+    own weight.
+    """
     if call.target is all_reduce_rms_norm_sharded.torch_op and item.args[1] == 1:
-        return Origin(problem=f"rows that each rank has for itself ({item.name})"), ()
+        return Origin(unknown=f"rows that each rank has for itself ({item.name})"), ()
     given = _arguments(call)
     sources = [given[name] for name in REPLICATED_ARGUMENTS[call.target]]
     return Origin(frozenset({given["group_name"]})), [source for source in sources if isinstance(source, Node)]
 
 
 def _why_unknown(node: Node) -> str:
-    """What a node's value depends on beside its inputs, or "": only PyTorch's own operators, without random numbers, are
-    known to give every rank the same of the same inputs."""
+    """Return what may make a node's values differ between ranks whose inputs are equal, or "".
+
+    Only PyTorch's own operators without random numbers are known to be deterministic.
+    """
     target = node.target
     if target is operator.getitem or target in _LOCAL_NORMS:
         return ""
@@ -224,7 +233,8 @@ def _why_unknown(node: Node) -> str:
 def _writes(user: Node, node: Node) -> bool:
     """Whether a user of a node writes into its memory.
 
-    Not if it copies into an input of the graph: functionalisation does that at the graph's end, after all reads.
+    A copy into an input of the graph does not count: functionalisation puts it at the graph's end,
+    after all reads.
     """
     if not writes_in_place(user) or (user.target is aten.copy_.default and node.op == "placeholder"):
         return False

@@ -1,10 +1,12 @@
-"""Why an all-reduce reaches no RMSNorm, read off the graph and said in words."""
+"""Explain from the graph why an all-reduce reaches no RMSNorm."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch.fx import Node
 
-from fusewire.fusion_passes.analysis.graph import CASTS, VIEWS, aten, plain_add, plain_mul
+from fusewire.fusion_passes.analysis.graph import CASTS, VIEWS, aten, first_refusal, plain_add, plain_mul
 from fusewire.fusion_passes.context import MATCH, Refused
 from fusewire.patterns.collectives import OTHER_COLLECTIVES, AllReduce, op_name
 
@@ -15,32 +17,60 @@ _STEPS = 24
 
 
 def explain_unfused(site: AllReduce, norms: set[Node], fused_sums: set[str]) -> Refused:
-    """The reason for an all-reduce that no norm claimed.
+    """Return why no norm claimed an all-reduce.
 
     Args:
         site: the all-reduce, in the graph as it arrived.
         norms: what the norms of that graph normalise.
         fused_sums: names of sums that were fused with another all-reduce.
     """
-    if site.spelling.in_place:
-        return Refused(MATCH, "the all-reduce overwrites its input in place, so it cannot be moved to the norm")
-    if site.value is site.node and site.spelling.waits:
-        return Refused(MATCH, "its result is waited for in several places, or nowhere, in this graph")
-    users = list(site.value.users)
-    if not users:
-        return Refused(MATCH, "nothing reads its result in this graph")
-    if all(user.op == "output" for user in users):
-        return Refused(
-            MATCH,
-            "its result is an output of this graph: the norm lies beyond a graph break or the end of a "
-            "nested_compile_region, or outside the compiled part; compile with fullgraph=True to see what breaks the graph",
-        )
+    return Refused(MATCH, first_refusal(_at_site(site)) or first_refusal(_after(site, norms, fused_sums)))
+
+
+def _at_site(site: AllReduce) -> Iterator[tuple[bool, str]]:
+    yield site.spelling.in_place, "the all-reduce overwrites its input in place, so it cannot be moved to the norm"
+    yield (
+        site.value is site.node and site.spelling.waits,
+        "its result is waited for in several places, or nowhere, in this graph",
+    )
+    yield not site.value.users, "nothing reads its result in this graph"
+    yield (
+        all(user.op == "output" for user in site.value.users),
+        "its result is an output of this graph: the norm lies beyond a graph break or the end of a "
+        "nested_compile_region, or outside the compiled part; compile with fullgraph=True to see what breaks the graph",
+    )
+
+
+def _after(site: AllReduce, norms: set[Node], fused_sums: set[str]) -> Iterator[tuple[bool, str]]:
     reached = _reach(site.value, norms)
-    return Refused(MATCH, _say(site, reached, norms, fused_sums))
+    names = [op_name(node) for node in reached]
+    gate = next((node for node in reached if node not in norms and plain_mul(node) is not None), None)
+    other_sum = next((node for node in reached if node.name in fused_sums), None)
+    collective = next((OTHER_COLLECTIVES[name] for name in names if name in OTHER_COLLECTIVES), "")
+    reaches_norm = not norms.isdisjoint(reached)
+    yield (
+        gate is not None and (reaches_norm or other_sum is not None),
+        f"it is multiplied by a tensor ({gate}) before the norm; the product of a sum is the sum of products only if "
+        "that tensor is the same on every rank, which the graph does not prove",
+    )
+    yield (
+        other_sum is not None,
+        f"it is added to another all-reduce ({other_sum}), and a sum can be fused with one of its two all-reduces only; "
+        "the other becomes the residual",
+    )
+    yield (
+        not _LAYER_NORMS.isdisjoint(names) or {"aten::mean", "aten::sub"} <= set(names),
+        "a LayerNorm follows, which subtracts the mean; only RMSNorm has a fused kernel",
+    )
+    yield collective != "", f"{collective} follows, not a norm"
+    yield reaches_norm, "an operation between the all-reduce and the norm cannot be carried over it"
+    yield not _MATMULS.isdisjoint(names[:4]), "a matrix product follows, not a norm"
+    yield any(node.op == "output" for node in reached), "its result leaves the graph without an RMSNorm after it"
+    yield True, f"no RMSNorm follows; {names[0] or reached[0].target} reads its result"
 
 
 def _reach(start: Node, norms: set[Node]) -> list[Node]:
-    """The nodes that read a value, through elementwise steps, nearest first, as far as the first norm."""
+    """Return the nodes that read a value, through at most 24 elementwise steps, nearest first."""
     seen: list[Node] = []
     pending = list(start.users)
     while pending and len(seen) < _STEPS:
@@ -53,32 +83,3 @@ def _reach(start: Node, norms: set[Node]) -> list[Node]:
         if node.target in _PASSED or plain_add(node) is not None or plain_mul(node) is not None:
             pending.extend(node.users)
     return seen
-
-
-def _say(site: AllReduce, reached: list[Node], norms: set[Node], fused_sums: set[str]) -> str:
-    names = [op_name(node) for node in reached]
-    gate = next((node for node in reached if node not in norms and plain_mul(node) is not None), None)
-    if gate is not None and any(node in norms or node.name in fused_sums for node in reached):
-        return (
-            f"it is multiplied by a tensor ({gate.name}) before the norm; the product of a sum is the sum of products "
-            "only if that tensor is the same on every rank, which the graph does not prove"
-        )
-    for node in reached:
-        if node.name in fused_sums:
-            return (
-                f"it is added to another all-reduce ({node.name}), and a sum can be fused with one of its two "
-                "all-reduces only; the other becomes the residual"
-            )
-    if any(name in _LAYER_NORMS for name in names) or {"aten::mean", "aten::sub"} <= set(names):
-        return "a LayerNorm follows, which subtracts the mean; only RMSNorm has a fused kernel"
-    for node in reached:
-        if op_name(node) in OTHER_COLLECTIVES and node is not site.node:
-            return f"{OTHER_COLLECTIVES[op_name(node)]} follows, not a norm"
-    if norms & set(reached):
-        return "an operation between the all-reduce and the norm cannot be carried over it"
-    first = names[0] or str(reached[0].target)
-    if first in _MATMULS or any(name in _MATMULS for name in names[:4]):
-        return "a matrix product follows, not a norm"
-    if any(node.op == "output" for node in reached):
-        return "its result leaves the graph without an RMSNorm after it"
-    return f"no RMSNorm follows; {first} reads its result"

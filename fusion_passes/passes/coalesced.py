@@ -1,4 +1,4 @@
-"""Coalesced all-reduces of which a pass has taken tensors out."""
+"""Shrink the coalesced all-reduces that a pass has taken tensors out of."""
 
 from __future__ import annotations
 
@@ -28,22 +28,13 @@ def drop_taken_tensors(graph: Graph, context: RunContext) -> None:
 
 def _wait_for_less(graph: Graph, wait: Node) -> None:
     """Wait only for those tensors of a list that are still read."""
-    assert WAIT_ALL is not None
     tensors: Any = wait.args[0]
     kept = sorted(getitem_users(wait))
-    if len(kept) != len(wait.users) or len({index for index, _ in kept}) == len(tensors):
-        return
     indices = sorted({index for index, _ in kept})
+    if len(kept) != len(wait.users) or len(indices) == len(tensors):
+        return
     with graph.inserting_before(wait):
-        if len(indices) > 1:
-            fewer = graph.call_function(WAIT_ALL, ([tensors[i] for i in indices],))
-            fewer.meta["val"] = [tensors[i].meta["val"] for i in indices]
-            copy_origin(wait, fewer)
-            items = {i: getitem(graph, fewer, place) for place, i in enumerate(indices)}
-        else:
-            items = {i: graph.call_function(WAIT, (tensors[i],)) for i in indices}
-            for i, item in items.items():
-                item.meta["val"] = tensors[i].meta["val"]
+        items = dict(zip(indices, _waits(graph, wait, [tensors[i] for i in indices]), strict=True))
     for index, old in kept:
         copy_origin(old, items[index])
         old.replace_all_uses_with(items[index])
@@ -54,9 +45,24 @@ def _wait_for_less(graph: Graph, wait: Node) -> None:
             graph.erase_node(tensor)
 
 
+def _waits(graph: Graph, wait: Node, tensors: list[Node]) -> list[Node]:
+    """Return the finished values of these tensors, from a new wait in the place of `wait`."""
+    values = [tensor.meta["val"] for tensor in tensors]
+    if len(tensors) > 1:
+        call = graph.call_function(WAIT_ALL, (tensors,))  # type: ignore[arg-type]
+        call.meta["val"] = values
+        copy_origin(wait, call)
+        return [getitem(graph, call, i) for i in range(len(tensors))]
+    items = [graph.call_function(WAIT, (tensor,)) for tensor in tensors]
+    for item, value in zip(items, values, strict=True):
+        item.meta["val"] = value
+    return items
+
+
 def _replace(
     graph: Graph, context: RunContext, node: Node, kept: list[tuple[Node, Node]], options: tuple[Any, Any]
 ) -> None:
+    """Reduce only the tensors in `kept`, given as (tensor, its sum)."""
     with graph.inserting_before(node):
         if len(kept) == 1:
             call = graph.call_function(ALL_REDUCE, (kept[0][0], *options))

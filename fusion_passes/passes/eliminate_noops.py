@@ -1,4 +1,4 @@
-"""Drop views, casts and waits that change nothing, so that fewer nodes stand between an all-reduce and its norm."""
+"""Drop views, casts and waits that change nothing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _RESHAPES = VIEWS | {aten.expand.default}
 
 
 def eliminate_noops(graph: Graph, context: RunContext) -> bool:
-    """Replace each node that returns its input unchanged by that input; says whether any was found."""
+    """Replace nodes that change nothing by their input; returns whether there were any."""
     changed = False
-    # Where something is written in place, a cast that changes nothing may be the copy that keeps the old value.
+    # Where the graph writes in place, a cast that changes nothing may be the copy that keeps the
+    # old value.
     removable = {WAIT} | (_RESHAPES if any(map(writes_in_place, graph.nodes)) else _RESHAPES | CASTS)
     waits: dict[Any, Node] = {}
     for node in graph.nodes:
@@ -34,7 +35,7 @@ def eliminate_noops(graph: Graph, context: RunContext) -> bool:
 
 
 def _same_size(node: Any, waits: dict[Any, Node]) -> Any:
-    """What else has the size of a collective, or of its finished value: to ask these would be to read them."""
+    """Return a node of a collective's size to ask instead (which would read it), or None."""
     call = node.args[0] if isinstance(node, Node) and node.target is WAIT else node
     if isinstance(call, Node) and call.target is ALL_REDUCE:
         return call.args[0]
@@ -48,7 +49,7 @@ def _changes_nothing(node: Node) -> bool:
     if not isinstance(source, Node) or not _same_layout(node, source):
         return False
     if any(user.op == "output" for user in node.users):
-        return False  # an output that is another output, or an input, is no longer a tensor of its own
+        return False  # an output must stay a tensor of its own, which another output or an input is not
     return node.target not in CASTS or set(node.kwargs) <= {"dtype"}
 
 

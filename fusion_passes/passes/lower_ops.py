@@ -1,12 +1,14 @@
 """Lower: give each IR operator that is left in the graph the provider that serves it.
 
-Native is the operator's meaning in plain PyTorch: it is traced and written into the graph, where Inductor fuses it with
-its neighbours. Any other provider stays a call of the operator, with the providers that this graph may use as its
-`policy`, so that the choice by number of tokens is made at run time.
+Native is the operator's meaning in plain PyTorch. It is traced and written into the graph, where
+Inductor fuses it with its neighbours. Any other provider stays a call of the operator, whose
+`policy` lists the providers that this graph may use, so that the choice by number of tokens is made
+at run time.
 
-A kernel may add one rank's residual, and multiply by one rank's weight, for all ranks. Where these are not proved to be
-the same on every rank, PassConfig.assume_replicated_residuals decides: they are taken to be, and the report says so, or
-only providers that add each rank's own may serve.
+A kernel may add one rank's residual, and multiply by one rank's weight, for all ranks. Where the
+graph does not prove that these are equal on every rank, PassConfig.assume_replicated_residuals
+decides: either they are assumed to be, and the report says so, or only providers that add each
+rank's own may serve.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ from fusewire.fusion_passes.compiler.inductor import fresh_fake, trace
 from fusewire.fusion_passes.context import RunContext
 from fusewire.patterns.collectives import positional
 
-# These sum x and leave the rest to each rank, so residuals and weights may differ between ranks as in the source. Of all
-# others, a user's too, that is not known; they are taken for kernels.
-_LEAVE_THE_REST = (NATIVE, "rank_ordered", "rank_ordered_batch_invariant")
+# These only sum x over the ranks, so residuals and weights may differ between ranks as in the
+# source. All others, a user's too, are assumed to be kernels that need them equal.
+_ONLY_SUM = (NATIVE, "rank_ordered", "rank_ordered_batch_invariant")
 
 
 def lower_ops(graph: Graph, context: RunContext) -> bool:
-    """Lower every IR operator of the graph; says whether anything changed."""
+    """Lower every IR operator of the graph; returns whether it changed."""
     return _Lowerer(graph, context).run()
 
 
@@ -50,7 +52,8 @@ class _Lowerer:
 
     def run(self) -> bool:
         changed = False
-        # Before any is replaced: judged one by one, they would be judged by what native does.
+        # Before any is replaced: what native is written as says less about its ranks than the
+        # operator.
         replication = Replication()
         for node in self.graph.nodes:
             if node.op == "call_function" and node.target in REPLICATED_ARGUMENTS:
@@ -73,14 +76,14 @@ class _Lowerer:
                 self._keep(node, arguments, policy)
             return bool(left_out)
         try:
-            # Of an operator whose ranks vote at run time, no rank may decide alone here, by what its machine has.
+            # Where ranks vote at run time, no rank may decide here by what its own machine has.
             judge, judged = (op, tuple(values)) if op.base is None else (op.base, op.base_args(tuple(values)))
             choice = judge.choose(*judged, policy=policy, static=True, machine=op.selector is None)
         except NoProviderError as error:
             choice = None
-            self._account(node, "", str(error))
+            self._record(node, "", str(error))
         if choice is not None:
-            self._account(node, choice.provider.name, "; ".join(filter(None, (left_out, self._why(judge, choice)))))
+            self._record(node, choice.provider.name, "; ".join(filter(None, (left_out, self._why(judge, choice)))))
             self._count_assumption(node, choice)
         if choice is not None and choice.provider.name == NATIVE and self.context.config.inline_native and op.inlines:
             self._inline(node, op, arguments, values)
@@ -89,13 +92,13 @@ class _Lowerer:
         return True
 
     def _policy(self, node: Node, op: IrOp, policy: str) -> tuple[str, str]:
-        """The policy without the providers that may not serve this call, and why they may not (or "")."""
+        """Return the policy of the providers that may serve a call, and why others may not."""
         if node not in self.unproved or self.context.config.assume_replicated_residuals:
             return policy, ""
         names = parse_policy(op if op.base is None else op.base, policy)
         if NATIVE in names:
             names = names[: names.index(NATIVE) + 1]  # what follows is never reached
-        kept = [name for name in names if name in _LEAVE_THE_REST]
+        kept = [name for name in names if name in _ONLY_SUM]
         if len(kept) == len(names):
             return policy, ""
         left_out = ", ".join(name for name in names if name not in kept)
@@ -104,19 +107,19 @@ class _Lowerer:
         )
 
     def _count_assumption(self, node: Node, choice: Choice) -> None:
-        """Count a call whose provider needs what is not proved."""
-        needed = node in self.unproved and choice.provider.name not in _LEAVE_THE_REST
+        """Count a call whose provider needs what the graph does not prove."""
+        needed = node in self.unproved and choice.provider.name not in _ONLY_SUM
         if needed and ASSUMPTION_COUNTED not in node.meta:
             self.context.assumed["assume_replicated_residuals"] += 1
 
     def _keep(self, node: Node, arguments: list[Any], policy: str) -> None:
-        """Let a call stay, with its policy."""
+        """Keep a call, with its policy."""
         node.args = (*arguments, policy)
         node.kwargs = {}
         node.meta.pop("eager_input_vals", None)  # of fewer arguments; Inductor pairs the two
 
     def _why(self, op: IrOp, choice: Choice) -> str:
-        """Why providers of higher priority do not serve, and what is left to run time."""
+        """Return why providers of higher priority do not serve, and what is decided at run time."""
         parts = [str(refusal) for refusal in choice.refusals]
         if self.context.config.batch_invariant:
             parts += [
@@ -128,14 +131,15 @@ class _Lowerer:
             parts.append("or another by number of tokens, once the ranks have voted at the first call")
         return "; ".join(parts)
 
-    def _account(self, node: Node, provider: str, detail: str) -> None:
-        """Complete the report's entry of a fused all-reduce."""
+    def _record(self, node: Node, provider: str, detail: str) -> None:
+        """Record for the report the provider of a fused all-reduce."""
         name: str = node.meta.get("fusewire_all_reduce", "")
         fused = self.context.fused.get(name)
         if fused is not None:
             self.context.fused[name] = dataclasses.replace(fused, provider=provider, detail=detail)
 
     def _inline(self, node: Node, op: IrOp, arguments: list[Any], values: list[Any]) -> None:
+        """Replace a call by the trace of its native function, one for each signature."""
         tensors = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor)]
         key = _signature(op, values)
         if key not in self.traced:
@@ -150,7 +154,7 @@ class _Lowerer:
         self._copy_in(node, self.traced[key].graph, [arguments[i] for i in tensors])
 
     def _copy_in(self, node: Node, traced: Graph, inputs: list[Node]) -> None:
-        """Put a traced graph in a node's place."""
+        """Replace a node by a copy of a traced graph."""
         mapping: dict[Node, Any] = {}
         given = iter(inputs)
         with self.graph.inserting_before(node):
@@ -177,7 +181,7 @@ class _Lowerer:
 
 
 def _signature(op: IrOp, values: list[Any]) -> Any:
-    """Equal for calls whose native traces are the same graph."""
+    """Return a key that is equal for calls whose native traces are the same graph."""
     parts: list[Any] = [op.name]
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -188,5 +192,5 @@ def _signature(op: IrOp, values: list[Any]) -> Any:
 
 
 def _fresh(value: Any) -> Any:
-    """A fake value with a storage of its own: Inductor takes a shared storage for an alias."""
+    """Return a fake value with its own storage: Inductor takes a shared one for an alias."""
     return value if getattr(value, "fake_mode", None) is None else fresh_fake(value)

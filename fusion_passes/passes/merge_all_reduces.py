@@ -1,12 +1,13 @@
-"""A sum of two all-reduces over one group is the all-reduce of the sum: one collective fewer.
+"""Merge a sum of two all-reduces over one group into one all-reduce of the sum.
 
-Mixture-of-experts layers add the all-reduced output of the routed experts to that of the shared expert; layers whose
-attention and feed-forward stand side by side add both to the residual. Added first and reduced once, the sum can then
-be fused with the norm after it. It rounds elsewhere than the source did.
+Mixture-of-experts layers add the all-reduced output of the routed experts to that of the shared
+expert. Layers whose attention and feed-forward stand side by side add both to the residual. The
+merged all-reduce can then be fused with the norm after it. It rounds elsewhere than the source did.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,82 +36,157 @@ from fusewire.patterns.collectives import ALL_REDUCE, COALESCED_PART, SUM, WAIT,
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two all-reduces whose results an add adds up: directly, or one of them to a sum of the other and `residual`."""
+    """Two all-reduces that are added, one of them perhaps to a sum of the other and `residual`."""
 
     first: Path
     second: Path
     residual: Node | None = None
 
     @property
-    def both(self) -> tuple[Path, Path]:
+    def paths(self) -> tuple[Path, Path]:
         return self.first, self.second
 
 
 def merge_all_reduces(graph: Graph, context: RunContext) -> bool:
-    """Merge every sum of two all-reduces that allows it; says whether anything changed."""
-    config = context.config
-    if not config.merge_allreduces or not config.allow_reassociation:
-        return False
-    changed = False
-    regions = mutation_regions(graph)
-    values = _mergeable_values(graph)
-    for node in list(graph.nodes) if len(values) > 1 else ():
-        if node.target not in ADDS or node._erased:
-            continue
-        pair = _mergeable(node, context, values)
-        # What the one all-reduce reads would be read after a write that stood behind the other.
-        if pair is not None and len({regions.get(n, 0) for n in (node, *(p.all_reduce.node for p in pair.both))}) == 1:
-            regions[_merge(graph, node, pair, context)] = regions[node]
-            values = _mergeable_values(graph)
-            changed = True
-    if changed:
-        drop_taken_tensors(graph, context)
-        sort_topologically(graph)
-    return changed
+    """Merge every sum of two all-reduces that allows it; returns whether the graph changed."""
+    return _Merger(graph, context).run()
 
 
-def _mergeable(node: Node, context: RunContext, values: dict[Node, Node]) -> _Pair | None:
-    """The all-reduces behind the operands of an add, if these can be merged."""
-    operands = plain_add(node)
-    if operands is None or not all(isinstance(operand, Node) for operand in operands):
-        return None
-    ways = [_way(operand, context, values) for operand in operands]
-    if ways[0] is not None and ways[1] is not None:
-        return _pair(ways[0], ways[1], None, context)
-    for way, other in ((ways[0], operands[1]), (ways[1], operands[0])):
-        inner = plain_add(other) if way is not None and len(other.users) == 1 else None
-        for summed, residual in (inner, inner[::-1]) if inner is not None else ():
-            second = _way(summed, context, values)
-            plain = same_shape(residual, node) and same_shape(other, node)
-            if second is not None and plain and dtype_of(residual) == dtype_of(other) == dtype_of(node):
-                assert way is not None
-                return _pair(second, way, residual, context)
-    return None
+class _Merger:
+    """One run of the pass.
 
-
-def _way(operand: Any, context: RunContext, values: dict[Node, Node]) -> Path | None:
-    """The way from an all-reduce to this node through views and scales that nothing else reads, or None.
-
-    So nothing that another all-reduce sums, and no gate, can be computed from this one's result.
+    Attributes:
+        regions: how many in-place writes stand before each node (see mutation_regions).
+        values: the finished values of all-reduces that can be merged, with the all-reduces' nodes.
     """
-    if not _may_lead(operand, values):
-        return None
-    path = PathFinder(values, context.config).find(operand)
-    if path is None or len(path.of_kind(VIEW, SCALE)) != len(path.steps) or path.other_readers or path.problem(True):
-        return None
-    return path
 
+    def __init__(self, graph: Graph, context: RunContext) -> None:
+        self.graph = graph
+        self.context = context
+        found = (read_all_reduce(node) for node in graph.nodes if node.op == "call_function")
+        self.values = {
+            site.value: site.node
+            for site in found
+            if site is not None
+            and site.value is not site.node
+            and (site.node.target is ALL_REDUCE or site.spelling is COALESCED_PART)
+        }
+        self.paths = PathFinder(self.values, context.config)
 
-def _pair(first: Path, second: Path, residual: Node | None, context: RunContext) -> _Pair | None:
-    a, b = first.all_reduce, second.all_reduce
-    if a.node is b.node or not _same_reduction(a, b) or not same_shape(first.end, second.end):
+    def run(self) -> bool:
+        changed = False
+        if len(self.values) < 2:
+            return False
+        regions = mutation_regions(self.graph)
+        for node in list(self.graph.nodes):
+            pair = self._pair_at(node) if node.target in ADDS and not node._erased else None
+            if pair is None:
+                continue
+            # Both all-reduces must read their inputs between the same two in-place writes.
+            if len({regions.get(n, 0) for n in (node, *(path.all_reduce.node for path in pair.paths))}) == 1:
+                regions[self._merge(node, pair)] = regions[node]
+                changed = True
+        if changed:
+            drop_taken_tensors(self.graph, self.context)
+            sort_topologically(self.graph)
+        return changed
+
+    def _pair_at(self, node: Node) -> _Pair | None:
+        """Return the all-reduces behind the operands of an add, if they can be merged."""
+        left, right = plain_add(node) or (None, None)
+        if not isinstance(left, Node) or not isinstance(right, Node):
+            return None
+        paths = self._path_to(left), self._path_to(right)
+        if paths[0] is not None and paths[1] is not None:
+            return self._pair(paths[0], paths[1], None)
+        for path, other in ((paths[0], right), (paths[1], left)):
+            pair = self._pair_behind(path, other, node) if path is not None else None
+            if pair is not None:
+                return pair
         return None
-    if {context.origin.get(site.name, site.name) for site in (a, b)} & (set(context.excluded) | context.apart):
+
+    def _pair_behind(self, path: Path, other: Node, node: Node) -> _Pair | None:
+        """Return the pair where `other`, the add's other operand, is a sum with a residual."""
+        inner = plain_add(other) if len(other.users) == 1 else None
+        for summed, residual in (inner, inner[::-1]) if inner is not None else ():
+            second = self._path_to(summed)
+            fits = same_shape(residual, node) and same_shape(other, node)
+            if second is not None and fits and dtype_of(residual) == dtype_of(other) == dtype_of(node):
+                return self._pair(second, path, residual)
         return None
-    return _Pair(first, second, residual)
+
+    def _path_to(self, operand: Any) -> Path | None:
+        """Return a path of views and scales that nothing else reads, or None.
+
+        So nothing that another all-reduce sums, and no gate, can be computed from this one's
+        result.
+        """
+        if not self._may_lead(operand):
+            return None
+        path = self.paths.find(operand)
+        if (
+            path is None
+            or len(path.of_kind(VIEW, SCALE)) != len(path.steps)
+            or path.other_readers
+            or path.refusal(True)
+        ):
+            return None
+        return path
+
+    def _may_lead(self, node: Any, limit: int = 6) -> bool:
+        """Whether an all-reduce stands behind at most 6 views and products."""
+        if not isinstance(node, Node) or limit == 0:
+            return False
+        if node in self.values:
+            return True
+        behind = plain_mul(node) or (node.args[:1] if node.target in VIEWS else ())
+        return any(self._may_lead(source, limit - 1) for source in behind)
+
+    def _pair(self, first: Path, second: Path, residual: Node | None) -> _Pair | None:
+        a, b = first.all_reduce, second.all_reduce
+        if a.node is b.node or not _same_reduction(a, b) or not same_shape(first.end, second.end):
+            return None
+        names = {self.context.origin.get(site.name, site.name) for site in (a, b)}
+        if names & (set(self.context.excluded) | self.context.unmergeable):
+            return None
+        return _Pair(first, second, residual)
+
+    def _merge(self, node: Node, pair: _Pair) -> Node:
+        """Replace an add of two all-reduces by one all-reduce; returns its node."""
+        graph, kept, gone = self.graph, pair.first.all_reduce, pair.second.all_reduce
+        with graph.inserting_before(max(kept.node, gone.node)):
+            inputs = tuple(path.moved_input(functools.partial(new_call, graph)) for path in pair.paths)
+            total = new_call(graph, aten.add.Tensor, inputs, {}, node)
+            reduced = new_call(graph, ALL_REDUCE, (total, kept.reduction, kept.group), {}, kept.node)
+            total = waited = new_call(graph, WAIT, (reduced,), {}, kept.value)
+        if pair.residual is not None:
+            with graph.inserting_before(node):
+                total = new_call(graph, aten.add.Tensor, (pair.residual, waited), {}, node)
+        node.replace_all_uses_with(total)
+        erase_unused(node)
+        for site in (kept, gone):
+            del self.values[site.value]
+            for dead in (site.value, site.node):
+                if not dead.users:
+                    graph.erase_node(dead)
+        self.values[waited] = reduced
+        self._record(pair, reduced)
+        return reduced
+
+    def _record(self, pair: _Pair, reduced: Node) -> None:
+        """Record that `reduced` stands for a pair's first all-reduce, with the second merged in."""
+        context = self.context
+        first, second = (context.origin.pop(path.all_reduce.name, path.all_reduce.name) for path in pair.paths)
+        context.origin[reduced.name] = first
+        context.merged[second] = f"{MERGED} {first}"
+        texts = [" ".join(["one sum", *(scale_text(s.value) for s in path.of_kind(SCALE))]) for path in pair.paths]
+        moved = [*context.moved.pop(second, []), f"merged: {texts[0]} + {texts[1]}"]
+        context.moved.setdefault(first, []).extend(moved)
+        context.assumed.update(option for path in pair.paths for option in path.assumptions)
 
 
 def _same_reduction(a: AllReduce, b: AllReduce) -> bool:
+    """Whether two all-reduces sum over one group in one dtype that the total cannot exceed."""
     return bool(
         isinstance(a.group, str)
         and a.group == b.group
@@ -121,64 +197,3 @@ def _same_reduction(a: AllReduce, b: AllReduce) -> bool:
         # A rank's two parts together may be more than float16 holds where the two sums are not.
         and a.x.meta["val"].dtype != torch.float16
     )
-
-
-def _may_lead(node: Any, values: dict[Node, Node], limit: int = 6) -> bool:
-    """Whether an all-reduce stands behind a chain of views and products."""
-    if not isinstance(node, Node) or limit == 0:
-        return False
-    if node in values:
-        return True
-    factors = plain_mul(node)
-    behind = factors if factors is not None else node.args[:1] if node.target in VIEWS else ()
-    return any(_may_lead(source, values, limit - 1) for source in behind)
-
-
-def _mergeable_values(graph: Graph) -> dict[Node, Node]:
-    """The finished values of all-reduces that can be merged, with the all-reduces' nodes."""
-    found = (read_all_reduce(node) for node in graph.nodes if node.op == "call_function")
-    return {
-        site.value: site.node
-        for site in found
-        if site is not None
-        and site.value is not site.node
-        and (site.node.target is ALL_REDUCE or site.spelling is COALESCED_PART)
-    }
-
-
-def _merge(graph: Graph, node: Node, pair: _Pair, context: RunContext) -> Node:
-    """Put one all-reduce in the place of an add of two; returns it."""
-    kept, gone = pair.first.all_reduce, pair.second.all_reduce
-    texts = [
-        " ".join(["one sum", *map(scale_text, (step.value for step in path.of_kind(SCALE)))]) for path in pair.both
-    ]
-    with graph.inserting_before(max(kept.node, gone.node)):
-        inputs = []
-        for path in pair.both:
-            x = path.all_reduce.x
-            for step in path.steps:
-                if step.kind == VIEW:
-                    x = new_call(graph, step.node.target, (x, *step.node.args[1:]), step.node.kwargs, step.node)
-                else:
-                    x = new_call(graph, aten.mul.Tensor, (x, step.value), {}, step.node)
-            inputs.append(x)
-        total = new_call(graph, aten.add.Tensor, tuple(inputs), {}, node)
-        reduced = new_call(graph, ALL_REDUCE, (total, kept.reduction, kept.group), {}, kept.node)
-        waited = new_call(graph, WAIT, (reduced,), {}, kept.value)
-    total = waited
-    if pair.residual is not None:
-        with graph.inserting_before(node):
-            total = new_call(graph, aten.add.Tensor, (pair.residual, waited), {}, node)
-    node.replace_all_uses_with(total)
-    erase_unused(node)
-    for path in pair.both:
-        for dead in (path.all_reduce.value, path.all_reduce.node):
-            if not dead.users:
-                graph.erase_node(dead)
-    context.origin[reduced.name] = context.origin.pop(kept.name, kept.name)
-    name = context.origin.pop(gone.name, gone.name)
-    context.merged[name] = f"{MERGED} {context.origin[reduced.name]}"
-    moved = [*context.moved.pop(name, []), f"merged: {texts[0]} + {texts[1]}"]
-    context.moved.setdefault(context.origin[reduced.name], []).extend(moved)
-    context.assumed.update(option for path in pair.both for option in path.assumptions)
-    return reduced

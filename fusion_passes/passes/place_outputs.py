@@ -1,15 +1,18 @@
-"""Hand out results in the symmetric buffers where they arrive, instead of copying them out.
+"""Return results in the symmetric buffers where they arrive, instead of copying them out.
 
-A workspace has a few output buffers ("slots"). A result may stay in one only if everything that reads it has done so
-when the next call with that slot writes it again. The order of a graph's nodes does not say that: Inductor schedules
-anew, and computes cheap values again where they are used. What holds in every schedule is data dependence. So a slot is
-given only where each reader
+A workspace has a few output buffers ("slots"). A result may stay in one only if everything that
+reads it has run when the next call with that slot writes it again. The order of a graph's nodes
+does not tell: Inductor schedules anew, and computes cheap values again where they are used. Data
+dependence holds in every schedule. So a result gets a slot only where each reader
 
-- keeps what it computes in memory of its own (a matrix product, an attention, a fused operator): whatever else stands
-  in the graph (a view, a pointwise operation) may be computed again later, so that its readers count instead; and
-- is something that the next call with that slot is computed from, along operations that need their inputs' values.
+- writes what it computes to memory of its own (a matrix product, an attention, a fused operator).
+  Anything else (a view, a pointwise operation) may be computed again later, so its readers count
+  instead; and
+- is something that the next call with that slot is computed from, along operations that need their
+  inputs' values.
 
-No reader may be the graph's output. The graph's own memory planning is told to leave these buffers alone.
+The graph's output must not be a reader. Inductor's memory planning is told not to reuse these
+buffers.
 """
 
 from __future__ import annotations
@@ -38,14 +41,14 @@ from fusewire.fusion_passes.compiler.inductor import never_reuse_outputs
 from fusewire.fusion_passes.context import RunContext
 from fusewire.patterns.collectives import WAIT, positional
 
-# Of each operator, the result that may stay in a slot: the sum, or of the sharded one the norm.
+# The result of each operator that may stay in a slot: the sum; of the sharded operator the norm.
 _PLACED = {
     all_reduce_rms_norm.torch_op: 1,
     all_reduce_sandwich_norm.torch_op: 1,
     all_reduce_rms_norm_sharded.torch_op: 0,
 }
 _SLOT, _NONE = "output=", -1
-# These write their results to memory when they run; nothing reads their inputs later on their account.
+# These write their results to memory when they run, and do not read their inputs later.
 _MATERIALIZE = frozenset(
     {
         aten.mm.default,
@@ -59,7 +62,7 @@ _MATERIALIZE = frozenset(
         aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-# Whose values these need, all of them, beside what torch tags as pointwise.
+# These need all values of their inputs, as do the operators that torch tags as pointwise.
 _NEED_INPUTS = (
     _MATERIALIZE
     | VIEWS
@@ -84,10 +87,10 @@ _NEED_INPUTS = (
 
 
 def place_outputs(graph: Graph, context: RunContext) -> bool:
-    """Give slots to the results that the graph proves safe; says whether there are any."""
-    if not context.config.output_in_place:
-        return False
+    """Give slots to the results that the graph proves safe; returns whether there are any."""
     calls = [node for node in graph.nodes if node.op == "call_function" and node.target in _PLACED]
+    if not calls:
+        return False
     needs = _Needs(graph)
     latest: dict[tuple[Any, ...], list[Node | None]] = {}
     chosen: dict[Node, int] = {}
@@ -114,13 +117,14 @@ def place_outputs(graph: Graph, context: RunContext) -> bool:
 
 
 def _workspace(call: Node) -> tuple[Any, ...]:
-    """What decides which workspace a call works in."""
+    """Return what decides which workspace a call works in."""
     value = value_of(call.args[0])
     assert value is not None
     return positional(call)[-2], value.dtype, str(value.shape[-1])
 
 
 def _mark(call: Node, slot: int) -> None:
+    """Append the slot to a call's policy."""
     arguments = positional(call)
     arguments[-1] = f"{arguments[-1]};{_SLOT}{slot}"
     call.args, call.kwargs = tuple(arguments), {}
@@ -135,8 +139,10 @@ def _is_marked(args: Sequence[Any]) -> bool:
 
 
 def _readers(call: Node) -> list[Node] | None:
-    """The nodes that read the result that could stay in a slot and keep theirs in memory; None if it may be read by
-    others, whenever these are computed."""
+    """Return the readers, direct or through cheap values, of the result that could stay in a slot.
+
+    None if the output, or what writes in place, is among them.
+    """
     wanted = _PLACED[call.target]
     pending = [item for index, item in getitem_users(call) if index == wanted]
     found: list[Node] = []
@@ -159,10 +165,7 @@ def _materializes(node: Node) -> bool:
 
 
 class _Needs:
-    """Which nodes' values a node is computed from.
-
-    Kept as one number per node, with a bit for each node that it needs.
-    """
+    """The nodes that each node is computed from, as a number with a bit for each."""
 
     def __init__(self, graph: Graph) -> None:
         self.bit: dict[Node, int] = {}
@@ -174,7 +177,7 @@ class _Needs:
                 self.needed[node] |= self.needed[source] | self.bit[source]
 
     def all_read(self, before: Node | None, call: Node) -> bool:
-        """Whether all that reads an earlier call's result in its slot has done so when `call` runs."""
+        """Whether all readers of an earlier call's result have run when `call` runs."""
         if before is None:
             return True
         readers = _readers(before)
@@ -182,7 +185,7 @@ class _Needs:
 
 
 def _sources(node: Node) -> Iterator[Node]:
-    """The inputs whose values a node certainly needs."""
+    """Yield the inputs whose values a node certainly needs."""
     if node.op != "call_function":
         return
     if op_of_target(node.target) is not None or node.target in _NEED_INPUTS or _is_pointwise(node):

@@ -1,15 +1,21 @@
-"""Raise: rewrite every spelling of an all-reduce and of the norm after it into a few operators.
+"""Canonicalize: rewrite the spellings of an all-reduce and its norm into a few operators.
 
     all_reduce, [view, scale, bias,] [add,] norm's arithmetic
  -> wait_tensor(all_reduce(x)) -> fusewire::rms_norm or fusewire::fused_add_rms_norm
 
-Only norms that an all-reduce reaches are raised (all of them where a provider other than native computes norms), and a
-second norm, after the residual add that follows the first (sandwich norms). The walk goes back from each norm to its
-all-reduce, so it knows why a site fails, and says so. The reduce-scatter of sequence parallelism is one more kind of site.
+Three kinds of norms are canonicalized, each where it stands:
+
+- a norm that an all-reduce (or the reduce-scatter of sequence parallelism) reaches;
+- a second norm, after the residual add that follows such a norm (sandwich norms);
+- any other norm, where a provider other than native computes norms.
+
+The search goes back from each norm to its all-reduce, so a refusal can name what stands between.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -21,6 +27,7 @@ from fusewire.fusion_passes.analysis.graph import (
     depends_on,
     dtype_of,
     erase_unused,
+    first_refusal,
     getitem,
     is_row_major,
     is_vector,
@@ -30,7 +37,6 @@ from fusewire.fusion_passes.analysis.graph import (
     plain_add,
     same_shape,
     sort_topologically,
-    value_of,
 )
 from fusewire.fusion_passes.analysis.norm_reader import Norm, norm_roots, norms_at
 from fusewire.fusion_passes.analysis.paths import ADDEND, SCALE, VIEW, Path, PathFinder
@@ -38,29 +44,69 @@ from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import MATCH, RunContext
 from fusewire.fusion_passes.passes.coalesced import drop_taken_tensors
 from fusewire.fusion_passes.spmd.fingerprint import scale_text
-from fusewire.patterns.collectives import (
-    ALL_GATHER,
-    ALL_REDUCE,
-    REDUCE_SCATTER,
-    WAIT,
-    AllReduce,
-    read_all_reduce,
-)
+from fusewire.patterns.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, WAIT, AllReduce, read_all_reduce
 
 
 def raise_ops(graph: Graph, context: RunContext) -> bool:
-    """Raise the all-reduces and norms of a graph in place; says whether anything changed."""
-    return _Raiser(graph, context).run()
+    """Canonicalize the all-reduces and norms of a graph in place; returns whether it changed.
+
+    The pass is named `raise_ops` in PassConfig.disabled_passes.
+    """
+    return _Canonicalizer(graph, context).run()
 
 
 def computes_norms_itself(config: PassConfig) -> bool:
-    """Whether some provider other than native comes first for norms, so that every norm is worth raising."""
+    """Whether a provider other than native comes first for norms."""
     return any(
         parse_policy(get_op(name), config.policy(name))[0] != NATIVE for name in ("rms_norm", "fused_add_rms_norm")
     )
 
 
-class _Raiser:
+@dataclass(frozen=True)
+class _Site:
+    """A norm, the path from an all-reduce to it, and the residual added between (or None)."""
+
+    norm: Norm
+    path: Path
+    residual: Any
+
+    @property
+    def scatters(self) -> bool:
+        """Whether the collective is a reduce-scatter."""
+        return self.path.all_reduce.spelling.scatters
+
+    @property
+    def stays(self) -> bool:
+        """Whether the all-reduce is in its canonical form and nothing has to move before it."""
+        return not self.path.of_kind(VIEW, SCALE) and self.path.all_reduce.node.target in (ALL_REDUCE, REDUCE_SCATTER)
+
+    @property
+    def inner(self) -> list[Node]:
+        """The nodes between that nothing else may read, since the fused operator lacks them."""
+        if (not self.path.steps and self.stays) or self.is_viewed:
+            return []  # the check of the fusion sees the readers of an all-reduce that stays where it is
+        nodes = [self.path.all_reduce.value, *(step.node for step in self.path.steps)]
+        return nodes if self.residual is not None else [node for node in nodes if node is not self.path.end]
+
+    @property
+    def is_viewed(self) -> bool:
+        """Whether only views stand between the all-reduce and the norm."""
+        only = all(step.kind == VIEW for step in self.path.steps) and not self.scatters
+        return self.residual is None and bool(self.path.steps) and only
+
+
+class _Canonicalizer:
+    """One run of the pass.
+
+    Attributes:
+        regions: how many in-place writes stand before each node (see mutation_regions).
+        order: each node's position in the graph; a new node has the position of the node it stands
+            for.
+        all_reduces: those of the graph, in order.
+        taken: names of the all-reduces that are canonicalized with a norm.
+        first_norms: the new rms_norm nodes, which a second norm may follow.
+    """
+
     def __init__(self, graph: Graph, context: RunContext) -> None:
         self.graph = graph
         self.context = context
@@ -78,7 +124,7 @@ class _Raiser:
         }
         self.paths = PathFinder(usable, self.config)
         self.taken: set[str] = set()
-        self.inner: set[Node] = set()  # raised norms that are followed by a residual add, perhaps
+        self.first_norms: set[Node] = set()
 
     def run(self) -> bool:
         changed = False
@@ -86,125 +132,113 @@ class _Raiser:
         if not self.all_reduces and not every_norm:
             return False
         for root in norm_roots(self.graph):
-            # Raising a norm replaces nodes that the next norm was read from, so each is read when its turn comes.
-            while any(self._raise(norm, every_norm) for norm in norms_at(root, self.config.allow_reassociation)):
+            # A norm is read when its turn comes: canonicalizing one replaces nodes that the next
+            # may be built on.
+            while any(self._canonicalize(norm, every_norm) for norm in norms_at(root, self.config.allow_reassociation)):
                 changed = True
         if changed:
             drop_taken_tensors(self.graph, self.context)
             sort_topologically(self.graph)
         return changed
 
-    def _raise(self, norm: Norm, every_norm: bool) -> bool:
-        if self.config.fuse_allreduce_rms and (self._raise_at_all_reduce(norm) or self._raise_second(norm)):
+    def _canonicalize(self, norm: Norm, every_norm: bool) -> bool:
+        if self.config.fuse_allreduce_rms and (self._at_all_reduce(norm) or self._second(norm)):
             return True
-        return every_norm and not norm.problem and self._raise_alone(norm)
+        return every_norm and self._alone(norm)
 
     # Norms after an all-reduce
 
-    def _raise_at_all_reduce(self, norm: Norm) -> bool:
+    def _at_all_reduce(self, norm: Norm) -> bool:
         site = self._site_of(norm)
         if site is None:
             return False
-        path, residual = site
+        path = site.path
         name = self.context.origin.get(path.all_reduce.name, path.all_reduce.name)
         if name in self.context.excluded or name in self.taken:
             return False
-        problem = norm.problem or path.problem(self.config.allow_reassociation) or self._obstacle(norm, path, residual)
-        if problem:
-            self.context.refuse(name, MATCH, problem)
+        refusal = norm.refusal or path.refusal(self.config.allow_reassociation)
+        refusal = refusal or first_refusal(self._refusals(site))
+        if refusal:
+            self.context.refuse(name, MATCH, refusal)
             return False
         self.taken.add(name)
         self.context.spelling[name] = norm.spelling
-        self.context.refused.pop(name, None)  # another norm may have been tried before, by a longer way
+        self.context.refused.pop(name, None)  # a norm on a longer path may have been refused before
         scales = [scale_text(step.value) for step in path.of_kind(SCALE)]
         if scales:
             self.context.moved.setdefault(name, []).extend(scales)
         self.context.assumed.update(path.assumptions)
-        summed = self._cleared(norm, path)
+        summed = self._moved_all_reduce(site)
         self.context.origin[summed.all_input_nodes[0].name] = name
-        self._place(norm, path, summed, residual)
+        self._replace_site(site, summed)
         return True
 
-    def _site_of(self, norm: Norm) -> tuple[Path, Any] | None:
-        """The way to an all-reduce from what is normalised, and the residual that is added on it (or None)."""
+    def _site_of(self, norm: Norm) -> _Site | None:
+        """Return the all-reduce that a norm can be fused with, or None."""
         if norm.residual is not None:
             path = self.paths.find(norm.source)
-            return None if path is None else (path, norm.residual)
-        found: list[tuple[Path, Any]] = []
+            return None if path is None else _Site(norm, path, norm.residual)
+        found: list[_Site] = []
         operands = plain_add(norm.source)
         if operands is not None:
             for addend, residual in (operands, operands[::-1]):
                 path = self.paths.find(addend)
                 if path is not None and isinstance(residual, Node):
-                    found.append((path, residual))
-        if not any(same_shape(residual, norm.source) for _, residual in found):
+                    found.append(_Site(norm, path, residual))
+        if not any(same_shape(site.residual, norm.source) for site in found):
             direct = self.paths.find(norm.source)  # what is added may be a bias
             if direct is not None or not found:
-                return None if direct is None else (direct, None)
-        # Of two all-reduces, the nearer one that only this sum reads is fused (the later one, so that they keep their
-        # order); the other becomes the residual.
+                return None if direct is None else _Site(norm, direct, None)
+        # Of two all-reduces, one that only this sum reads is fused, then the nearer one, then the
+        # later one (so that they keep their order). The other becomes the residual.
         return min(
             found,
-            key=lambda item: (item[0].other_readers, len(item[0].steps), -self.order.get(item[0].all_reduce.node, 0)),
+            key=lambda site: (
+                site.path.other_readers,
+                len(site.path.steps),
+                -self.order.get(site.path.all_reduce.node, 0),
+            ),
         )
 
-    def _obstacle(self, norm: Norm, path: Path, residual: Any) -> str:
-        """Why the nodes between cannot be rewritten, or ""."""
-        if self.regions.get(norm.out) != self.regions.get(path.all_reduce.node) or self._spans_write(norm):
-            return "an operation that writes in place stands between the all-reduce and the norm"
-        # Without a residual the fused operator returns the value that is normalised, so its last node may be shared.
-        # An all-reduce that stays where it is is left to the check of the fusion.
-        inner = [path.all_reduce.value, *(step.node for step in path.steps)]
-        if residual is None:
-            inner.remove(path.end)
-        if (not path.steps and self._stays(path)) or self._views_only(path, residual):
-            inner = []
-        if path.all_reduce.spelling.scatters and (problem := self._scattered_problem(norm, path, residual)):
-            return problem
-        shared = next((node for node in inner if len(node.users) > 1), None)
-        if shared is not None:
-            return (
-                f"{shared.name}, between the all-reduce and the norm, is also read elsewhere, and the fused operator "
-                "does not return it"
-            )
-        adds = residual is not None or bool(path.of_kind(ADDEND))
-        for what in ("weight", "eps", "weight_bias") if adds else ():
-            if depends_on(getattr(norm, what), path.all_reduce.node, self.order):
-                return f"the norm's {what} is computed from the all-reduce's own result"
-        added = () if self._stays(path) else (residual, *(step.value for step in path.of_kind(ADDEND)))
-        if any(depends_on(value, path.all_reduce.node, self.order) for value in added):
-            return "what is added to the all-reduce's result is computed from that result"
-        if not (is_row_major(norm.out) and is_row_major(norm.source)):
-            return "the value that is normalised is not contiguous, as the fused operator's results are"
-        if residual is not None and not same_shape(path.end, norm.source):
-            return "the all-reduce's result is broadcast when the residual is added"
-        if path.of_kind(ADDEND) and residual is not None and not same_shape(residual, path.end):
-            return "a bias stands before the add, and the residual has another shape"
-        return ""
+    # Refusals
 
-    def _views_only(self, path: Path, residual: Any) -> bool:
-        """Whether all that stands between is views of the sum, which the fused operator returns."""
-        only = all(step.kind == VIEW for step in path.steps) and not path.all_reduce.spelling.scatters
-        return residual is None and bool(path.steps) and only
-
-    def _scattered_problem(self, norm: Norm, path: Path, residual: Any) -> str:
-        """Why a norm of this rank's rows cannot become one operator with the reduce-scatter before it, or ""."""
-        if path.of_kind(VIEW, SCALE):
-            return "a view or a scale stands between the reduce-scatter and the norm"
-        if path.of_kind(ADDEND) and residual is None:
-            return "a bias stands between the reduce-scatter and the norm, and no residual that could take it up"
-        if not norm.out.users or any(user.target is not ALL_GATHER for user in norm.out.users):
-            return "the norm of this rank's rows is read by something else than an all-gather"
-        if len({user.args[1:] for user in norm.out.users}) > 1 or any(
-            [reader.target for reader in user.users] != [WAIT] for user in norm.out.users
-        ):
-            return "the all-gathers after the norm differ, or are not waited for once each"
-        return ""
+    def _refusals(self, site: _Site) -> Iterator[tuple[Any, str]]:
+        """Yield (condition, refusal): where a condition holds, the site cannot be rewritten."""
+        norm, path, residual, reduce = site.norm, site.path, site.residual, site.path.all_reduce.node
+        yield (
+            self.regions.get(norm.out) != self.regions.get(reduce) or self._spans_write(norm),
+            "an operation that writes in place stands between the all-reduce and the norm",
+        )
+        if site.scatters:
+            yield from _scatter_refusals(site)
+        shared = next((node for node in site.inner if len(node.users) > 1), None)
+        yield (
+            shared,
+            f"{shared}, between the all-reduce and the norm, is also read elsewhere, and the fused operator does not "
+            "return it",
+        )
+        addends = [step.value for step in path.of_kind(ADDEND)]
+        for what in ("weight", "eps", "weight_bias") if residual is not None or addends else ():
+            of_sum = depends_on(getattr(norm, what), reduce, self.order)
+            yield of_sum, f"the norm's {what} is computed from the all-reduce's own result"
+        yield (
+            not site.stays and any(depends_on(value, reduce, self.order) for value in (residual, *addends)),
+            "what is added to the all-reduce's result is computed from that result",
+        )
+        yield (
+            not (is_row_major(norm.out) and is_row_major(norm.source)),
+            "the value that is normalised is not contiguous, as the fused operator's results are",
+        )
+        if residual is not None:
+            broadcast = not same_shape(path.end, norm.source)
+            yield broadcast, "the all-reduce's result is broadcast when the residual is added"
+            other = addends and not same_shape(residual, path.end)
+            yield other, "a bias stands before the add, and the residual has another shape"
 
     def _spans_write(self, norm: Norm) -> bool:
-        """Whether something is written in place between two of the nodes that the norm consists of."""
+        """Whether something is written in place between two nodes of the norm."""
         region, pending = self.regions.get(norm.out, 0), [norm.out]
-        while pending and self.regions.get(norm.out, 0) > 0:
+        while pending and region > 0:
             node = pending.pop()
             if node.op == "call_function" and node not in (norm.source, norm.weight, norm.residual):
                 if self.regions.get(node, region) != region:
@@ -212,27 +246,21 @@ class _Raiser:
                 pending.extend(node.all_input_nodes)
         return False
 
-    def _stays(self, path: Path) -> bool:
-        """Whether the all-reduce is in its one form already and nothing has to move before it."""
-        return not path.of_kind(VIEW, SCALE) and path.all_reduce.node.target in (ALL_REDUCE, REDUCE_SCATTER)
+    # Rewriting
 
-    def _cleared(self, norm: Norm, path: Path) -> Node:
-        """The all-reduce's value with views and scales moved before it; the all-reduce itself if there are none."""
-        site = path.all_reduce
-        if self._stays(path):
-            return site.value
-        with self.graph.inserting_before(site.node):
-            x = site.x
-            for step in path.of_kind(VIEW, SCALE):
-                if step.kind == VIEW:
-                    x = self._call(step.node.target, (x, *step.node.args[1:]), step.node.kwargs, step.node)
-                else:
-                    x = self._call(aten.mul.Tensor, (x, step.value), {}, step.node)
-            reduced = self._call(ALL_REDUCE, (x, site.reduction, site.group), {}, site.node)
-            return self._call(WAIT, (reduced,), {}, site.value)
+    def _moved_all_reduce(self, site: _Site) -> Node:
+        """Return the finished sum with views and scales moved before the all-reduce."""
+        old = site.path.all_reduce
+        if site.stays:
+            return old.value
+        with self.graph.inserting_before(old.node):
+            x = site.path.moved_input(self._call)
+            reduced = self._call(ALL_REDUCE, (x, old.reduction, old.group), {}, old.node)
+            return self._call(WAIT, (reduced,), {}, old.value)
 
-    def _residual(self, path: Path, residual: Any, summed: Node) -> Any:
-        """The residual with every addend on the way, in the order in which they were added."""
+    def _residual(self, site: _Site, summed: Node) -> Any:
+        """Return the residual with the path's addends in the order of the source, or None."""
+        path, residual = site.path, site.residual
         for step in path.of_kind(ADDEND):
             addend = step.value
             if not is_vector(addend, last_size(summed)) or same_shape(addend, step.node):
@@ -243,40 +271,47 @@ class _Raiser:
             elif same_shape(addend, summed):
                 residual = addend
             else:
-                # In the shape of what is reduced: to read the sum itself would be one more reader of it.
+                # In the shape of what is reduced: to read the sum itself would be one more reader
+                # of it.
                 like = summed.args[0].args[0]  # type: ignore[union-attr]
                 residual = self._call(aten.expand_as.default, (addend, like), {}, step.node)
         return residual
 
-    def _place(self, norm: Norm, path: Path, summed: Node, residual: Any) -> None:
-        """Put the IR operator in the norm's place, and its sum in the place of the value that was normalised."""
+    def _replace_site(self, site: _Site, summed: Node) -> None:
+        """Replace the norm, and the value that was normalised, by the IR operator's results."""
+        norm, old = site.norm, site.path.all_reduce
         with self.graph.inserting_before(norm.out):
-            residual = self._residual(path, residual, summed)
-            options = (norm.weight, norm.eps, norm.weight_bias, norm.form)
+            residual = self._residual(site, summed)
             if residual is None:
-                new = self._call(rms_norm.torch_op, (summed, *options), {}, norm.out)
-                sum_out = summed
-                self.inner.add(new)
+                new, sum_out = self._call(rms_norm.torch_op, (summed, *_options(norm)), {}, norm.out), summed
+                self.first_norms.add(new)
             else:
-                both = self._call(fused_add_rms_norm.torch_op, (summed, residual, *options), {}, norm.out)
-                new, sum_out = getitem(self.graph, both, 0), getitem(self.graph, both, 1)
-                self.order.update(dict.fromkeys((new, sum_out), self.order[both]))
+                _, new, sum_out = self._fused_add(summed, residual, norm)
         self._replace(norm.out, new)
-        if path.all_reduce.spelling.scatters:
+        if site.scatters:
             self._gather_once(new)
-        if norm.residual is None:
-            self._replace(norm.source, sum_out)
-        elif norm.sum_out is not None:
-            self._replace(norm.sum_out, sum_out)
-        if self._views_only(path, residual):
-            self._view_back(path.all_reduce, summed)
+        self._replace_sum(norm, sum_out)
+        if site.is_viewed:
+            self._view_back(old, summed)
         if residual is not None and not sum_out.users:
             self.graph.erase_node(sum_out)
-        if summed is not path.all_reduce.value:
-            self._drop(path.all_reduce)
+        if summed is not old.value:
+            self._drop(old)
+
+    def _fused_add(self, summed: Node, residual: Any, norm: Norm) -> tuple[Node, Node, Node]:
+        """Return a new fused_add_rms_norm call and its two results: the norm and the sum."""
+        call = self._call(fused_add_rms_norm.torch_op, (summed, residual, *_options(norm)), {}, norm.out)
+        items = getitem(self.graph, call, 0), getitem(self.graph, call, 1)
+        self.order.update(dict.fromkeys(items, self.order[call]))
+        return call, *items
+
+    def _replace_sum(self, norm: Norm, sum_out: Node) -> None:
+        summed = norm.source if norm.residual is None else norm.sum_out
+        if summed is not None:
+            self._replace(summed, sum_out)
 
     def _view_back(self, site: AllReduce, summed: Node) -> None:
-        """Let what else reads an all-reduce that was moved behind a view read a view of the moved one."""
+        """Give the other readers of an all-reduce that a view has moved before a view back."""
         if not site.value.users:
             return
         with self.graph.inserting_before(summed.next):
@@ -288,7 +323,7 @@ class _Raiser:
         site.value.replace_all_uses_with(viewed)
 
     def _gather_once(self, norm: Node) -> None:
-        """Let equal all-gathers of one norm (each projection's own) be one."""
+        """Merge equal all-gathers of one norm (each projection's own) into one."""
         first, *others = norm.users
         (value,) = first.users
         for gather in others:
@@ -299,71 +334,63 @@ class _Raiser:
 
     # The second norm of sandwich norms
 
-    def _raise_second(self, norm: Norm) -> bool:
-        """Raise the norm of `residual + norm of an all-reduce`; it may become an epilogue of the fused operator."""
-        operands = plain_add(norm.source) if norm.residual is None else (norm.source, norm.residual)
+    def _second(self, norm: Norm) -> bool:
+        """Canonicalize the norm of `residual + norm of an all-reduce`, perhaps an epilogue."""
         name = norm.out.name
-        if not self.config.fuse_sandwich_norms or operands is None or name in self.context.plain:
+        known = name in self.context.unfused_second_norms or name in self.context.second_norms.values()
+        if known or not self.config.fuse_sandwich_norms:
             return False
-        if name in self.context.seconds.values():
-            return False  # raised already
-        for inner, residual in (operands, operands[::-1]):
-            if inner in self.inner and len(inner.users) == 1 and same_shape(inner, residual):
-                if dtype_of(residual) != dtype_of(inner) or depends_on(residual, inner, self.order):
-                    return False
-                break
-        else:
+        operands = self._second_operands(norm)
+        if operands is None or not self._is_plain(norm):
             return False
-        if self._unfit_to_raise(norm) or self.regions.get(norm.out) != self.regions.get(inner):
+        first, residual = operands
+        if self.regions.get(norm.out) != self.regions.get(first):
             return False
-        if any(depends_on(value, inner, self.order) for value in (norm.weight, norm.weight_bias)):
+        if any(depends_on(value, first, self.order) for value in (residual, norm.weight, norm.weight_bias)):
             return False
         with self.graph.inserting_before(norm.out):
-            options = (norm.weight, norm.eps, norm.weight_bias, norm.form)
-            both = self._call(fused_add_rms_norm.torch_op, (inner, residual, *options), {}, norm.out)
-            new, sum_out = getitem(self.graph, both, 0), getitem(self.graph, both, 1)
-            self.order.update(dict.fromkeys((new, sum_out), self.order[both]))
-        self.context.seconds[both.name] = name
+            call, new, sum_out = self._fused_add(first, residual, norm)
+        self.context.second_norms[call.name] = name
         self._replace(norm.out, new)
-        summed = norm.source if norm.residual is None else norm.sum_out
-        if summed is not None:
-            self._replace(summed, sum_out)
+        self._replace_sum(norm, sum_out)
         if not sum_out.users:
             self.graph.erase_node(sum_out)
         return True
 
-    def _unfit_to_raise(self, norm: Norm) -> bool:
-        """Whether a norm cannot become an IR operator that stands for exactly what it was."""
-        value, source = value_of(norm.out), value_of(norm.source)
-        return bool(
-            norm.problem
-            or value is None
-            or source is None
-            or value.dtype != source.dtype
-            or not isinstance(norm.eps, float)
-            or norm.eps < 0
-            or not is_row_major(norm.out)
-            or self._spans_write(norm)
+    def _second_operands(self, norm: Norm) -> tuple[Node, Any] | None:
+        """Return the first norm and the residual whose sum is normalised, or None."""
+        operands = plain_add(norm.source) if norm.residual is None else (norm.source, norm.residual)
+        for first, residual in (operands, operands[::-1]) if operands is not None else ():
+            if first in self.first_norms and len(first.users) == 1 and same_shape(first, residual):
+                return (first, residual) if dtype_of(residual) == dtype_of(first) else None
+        return None
+
+    def _is_plain(self, norm: Norm) -> bool:
+        """Whether an IR operator computes exactly what a norm does."""
+        dtype = dtype_of(norm.out)
+        return (
+            not norm.refusal
+            and dtype is not None
+            and dtype == dtype_of(norm.source)
+            and isinstance(norm.eps, float)
+            and norm.eps >= 0
+            and is_row_major(norm.out)
+            and not self._spans_write(norm)
         )
 
-    # Norms on their own
+    # Norms without an all-reduce
 
-    def _raise_alone(self, norm: Norm) -> bool:
+    def _alone(self, norm: Norm) -> bool:
         if norm.out.op != "call_function" or norm.spelling.startswith("fusewire::"):
             return False
-        if norm.residual is not None or self._unfit_to_raise(norm):
+        if norm.residual is not None or not self._is_plain(norm):
             return False
         with self.graph.inserting_before(norm.out):
-            new = self._call(
-                rms_norm.torch_op,
-                (norm.source, norm.weight, norm.eps, norm.weight_bias, norm.form),
-                {},
-                norm.out,
-            )
+            new = self._call(rms_norm.torch_op, (norm.source, *_options(norm)), {}, norm.out)
         self._replace(norm.out, new)
         return True
 
-    # Graph surgery
+    # The graph
 
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: Any, origin: Node) -> Node:
         node = new_call(self.graph, target, args, kwargs, origin)
@@ -378,7 +405,7 @@ class _Raiser:
         erase_unused(old)
 
     def _drop(self, site: AllReduce) -> None:
-        """Erase an all-reduce that was moved; erase_unused leaves it alone, since waits have side effects."""
+        """Erase an all-reduce that was moved, which erase_unused keeps since waits are impure."""
         for node in (site.value, site.node):
             if not node._erased and not node.users:
                 inputs = list(node.all_input_nodes)
@@ -386,3 +413,26 @@ class _Raiser:
                 for source in inputs:
                     if source.target is not ALL_REDUCE:
                         erase_unused(source)
+
+
+def _scatter_refusals(site: _Site) -> Iterator[tuple[bool, str]]:
+    """Yield (condition, refusal) for a norm of the rows that a reduce-scatter leaves this rank."""
+    path, gathers = site.path, site.norm.out.users
+    yield bool(path.of_kind(VIEW, SCALE)), "a view or a scale stands between the reduce-scatter and the norm"
+    yield (
+        bool(path.of_kind(ADDEND)) and site.residual is None,
+        "a bias stands between the reduce-scatter and the norm, and no residual that could take it up",
+    )
+    yield (
+        not gathers or any(user.target is not ALL_GATHER for user in gathers),
+        "the norm of this rank's rows is read by something else than an all-gather",
+    )
+    yield (
+        len({user.args[1:] for user in gathers}) > 1
+        or any([reader.target for reader in user.users] != [WAIT] for user in gathers),
+        "the all-gathers after the norm differ, or are not waited for once each",
+    )
+
+
+def _options(norm: Norm) -> tuple[Any, ...]:
+    return norm.weight, norm.eps, norm.weight_bias, norm.form

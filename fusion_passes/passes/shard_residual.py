@@ -1,12 +1,14 @@
-"""Keep the residual stream sharded by rows between fused operators.
+"""Keep the residual sharded by rows between fused operators.
 
-Between the fused operators of a decoder nobody reads the residual but the next of them. So it need not be complete on
-every rank: each rank adds and normalises its own rows, and only normalised rows travel. Where something else reads a
-residual (the last hidden state, an auxiliary head), it is gathered there, which costs about half an all-reduce: a chain
-of operators is sharded only if it is long enough to pay for its gathers.
+Between the fused operators of a decoder only the next of them reads the residual, so it need not be
+complete on every rank: each rank adds and normalises its own rows, and only normalised rows travel.
+Where something else reads a residual (the last hidden state, an auxiliary head), it is gathered,
+which costs about half an all-reduce. A chain of operators is sharded only if it is long enough to
+pay for its gathers.
 
-The rank that owns a row adds its own residual and multiplies by its own weight, for all ranks. So both must be the same on
-every rank; where the graph does not prove that, PassConfig.assume_replicated_residuals decides.
+The rank that owns a row adds its own residual and multiplies by its own weight, for all ranks. So
+both must be equal on every rank; where the graph does not prove that,
+PassConfig.assume_replicated_residuals decides.
 """
 
 from __future__ import annotations
@@ -37,28 +39,26 @@ from fusewire.fusion_passes.compiler.inductor import fresh_fake
 from fusewire.fusion_passes.context import RunContext
 from fusewire.patterns.collectives import positional
 
-# Below so many tokens a one-shot kernel, in which every rank has the whole residual, is the faster one.
+# With fewer tokens a one-shot kernel, in which every rank has the whole residual, is faster.
 MIN_TOKENS = 16
-# A gather moves (R - 1) / R of the rows, half of what the operator itself moves; a sharded operator was measured to
-# take 2% to 6% less time (docs/benchmarks.md).
+# A gather moves (R - 1) / R of the rows on R ranks, half of what the operator moves. A sharded
+# operator takes 2% to 6% less time (docs/benchmarks.md).
 OPS_PER_GATHER = 16
 
 _FUSED = (all_reduce_rms_norm.torch_op, all_reduce_sandwich_norm.torch_op)
 
 
 def shard_residual(graph: Graph, context: RunContext) -> bool:
-    """Shard the residual of every chain that allows it and is worth it; says whether anything changed."""
-    if not context.config.shard_residual:
-        return False
+    """Shard every chain that allows it and is worth it; returns whether the graph changed."""
     changed = False
     replication = Replication()
     for chain in _chains(graph):
         verdicts = [verdict for op in chain.ops if (verdict := replication.judge_call(op)).kind != PROVED]
-        problem = chain.problem()
-        if not problem and verdicts and not context.config.assume_replicated_residuals:
-            problem = f"{verdicts[0].reason} and may differ between ranks (assume_replicated_residuals=False)"
-        if problem:
-            context.notes.append(f"shard_residual: {len(chain.ops)} operators stay as they are: {problem}")
+        refusal = chain.refusal()
+        if not refusal and verdicts and not context.config.assume_replicated_residuals:
+            refusal = f"{verdicts[0].reason} and may differ between ranks (assume_replicated_residuals=False)"
+        if refusal:
+            context.notes.append(f"shard_residual: {len(chain.ops)} operators stay as they are: {refusal}")
             continue
         context.assumed["assume_replicated_residuals"] += len(verdicts)
         _Sharder(graph, context).run(chain)
@@ -70,17 +70,17 @@ def shard_residual(graph: Graph, context: RunContext) -> bool:
 
 @dataclass
 class _Chain:
-    """Fused operators of which each hands its residual to the next, in the graph's order.
+    """Fused operators of which each takes the residual of the one before, in the graph's order.
 
     Attributes:
-        gathered: those whose residual is read by something else, too.
+        gathered: those whose residual something else reads too.
     """
 
     ops: list[Node]
     gathered: list[Node] = field(default_factory=list)
 
-    def problem(self) -> str:
-        """Why this chain is not to be sharded, or ""."""
+    def refusal(self) -> str:
+        """Return why this chain is not to be sharded, or ""."""
         value = value_of(self.ops[0].args[0])
         assert value is not None
         tokens = value.numel() // value.shape[-1] if value.shape[-1] else 0
@@ -100,7 +100,7 @@ class _Chain:
 
 
 def _residual_of(op: Node) -> Node | None:
-    """The node of a fused operator's second result, if it is read."""
+    """Return the node of a fused operator's second result, or None if nothing reads it."""
     return next((item for index, item in getitem_users(op) if index == 1), None)
 
 
@@ -122,7 +122,7 @@ def _chains(graph: Graph) -> list[_Chain]:
 
 
 def _handed_over(op: Node) -> Node | None:
-    """The fused operator whose residual this one takes as its own, or None."""
+    """Return the fused operator whose residual this one takes, or None."""
     residual = op.args[1]
     if not isinstance(residual, Node) or residual.target is not operator.getitem or residual.args[1] != 1:
         return None
@@ -137,7 +137,7 @@ def _group(op: Node) -> object:
 
 
 def _other_readers(op: Node) -> Iterator[Node]:
-    """What reads an operator's residual and is no fused operator that takes it as its own."""
+    """Yield the readers of an operator's residual that do not take it as theirs."""
     residual = _residual_of(op)
     for user in residual.users if residual is not None else ():
         fused = user.target in _FUSED and user.args[1] is residual and _handed_over(user) is op
@@ -151,7 +151,7 @@ class _Sharder:
         self.context = context
 
     def run(self, chain: _Chain) -> None:
-        shards: dict[Node, Node] = {}  # by the complete residual they stand for
+        shards: dict[Node, Node] = {}  # by the complete residual that each stands for
         for op in chain.ops:
             others = list(_other_readers(op))
             old = _residual_of(op)
@@ -171,7 +171,7 @@ class _Sharder:
             self.graph.erase_node(op)
 
     def _sharded(self, op: Node, shards: dict[Node, Node]) -> Node:
-        """Put the sharded operator beside a fused one, and its norm in the norm's place."""
+        """Return a new sharded operator for a fused one, whose norm it replaces."""
         x, residual, weight, eps, weight_bias, form, *rest, policy = positional(op)
         inner, group = (rest[:-1] or [None, 0.0, 0.0, NO_INNER]), rest[-1]
         with self.graph.inserting_before(op):

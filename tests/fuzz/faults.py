@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 
 import torch
 
-from fusewire import fusion_passes
-from fusewire.custom_ops.ops.registry import Support
-from fusewire.fusion_passes.analysis import norm_reader
-from fusewire.fusion_passes.analysis import paths as carriers
+from fusewire.custom_ops.ops.registry import YES, Support
+from fusewire.fusion_passes.analysis import norm_arithmetic, norm_reader, paths
 from fusewire.fusion_passes.analysis.graph import aten, getitem_users
 from fusewire.fusion_passes.passes import (
     eliminate_noops,
-    fuse_all_reduce,
-    fuse_sequence_parallel,
     merge_all_reduces,
     place_outputs,
     raise_ops,
     shard_residual,
 )
+from fusewire.fusion_passes.passes.fuse_all_reduce import AllReduceFuser
+from fusewire.fusion_passes.passes.fuse_sequence_parallel import SequenceFuser
 from fusewire.patterns import norms
 
 from fuzz import ranks as fuzz_ranks
 
 
 def yes(*_, **__):
-    return fuse_all_reduce.YES
+    return YES
 
 
-def without_clause(name, module=fuse_all_reduce):
-    return [(module, "CLAUSES", tuple(c for c in module.CLAUSES if c.__name__ != name))]
+def without_clause(name, fuser=AllReduceFuser):
+    return [(fuser, "clauses", tuple(c for c in fuser.clauses if c.__name__ != name))]
 
 
-def without_obstacle(words):
-    """A raise pass that goes on where `_obstacle` refuses with these words."""
-    real = raise_ops._Raiser._obstacle
+def without_refusal(words):
+    """A raise pass that goes on where it refuses with these words."""
+    real = raise_ops._Canonicalizer._refusals
 
-    def obstacle(self, norm, path, residual):
-        reason = real(self, norm, path, residual)
-        return "" if words in reason else reason
+    def refusals(self, site):
+        return (case for case in real(self, site) if words not in case[1])
 
-    return [(raise_ops._Raiser, "_obstacle", obstacle)]
+    return [(raise_ops._Canonicalizer, "_refusals", refusals)]
 
 
 def swapped_outputs(graph, node, index):
@@ -52,38 +50,34 @@ def swapped_outputs(graph, node, index):
 
 def forgets_weight_bias(user, value, hidden):
     found = real_weight_of(user, value, hidden)
-    return None if found is None else (found[0], 0.0, found[2])
+    return None if found is None else dataclasses.replace(found, bias=0.0)
 
 
 def rounded_sum_unrounded(user, value, hidden):
     """Reads `1 + w`, rounded in the weight's dtype, as Gemma's `1 + w` in fp32."""
     found = real_weight_of(user, value, hidden)
-    if found is None or found[1]:
+    if found is None or found.bias:
         return found
-    operands = norm_reader.plain_add(found[0])
+    operands = norm_reader.plain_add(found.node)
     if operands is None or not norm_reader.is_number(operands[1]):
         return found
-    return operands[0], operands[1], found[2]
+    return dataclasses.replace(found, node=operands[0], bias=operands[1])
 
 
 def scale_not_moved(path, *kinds):
-    return tuple(step for step in path.steps if step.kind in kinds and step.kind != carriers.SCALE)
+    return tuple(step for step in path.steps if step.kind in kinds and step.kind != paths.SCALE)
+
+
+def only_scales_moved(path, call):
+    x = path.all_reduce.x
+    for step in path.of_kind(paths.SCALE):
+        x = call(aten.mul.Tensor, (x, step.value), {}, step.node)
+    return x
 
 
 def same_group_only(captures):
     """A gather of this group, for however many ranks."""
     return Support.all_of((captures["group"] == captures["gathered_group"], "another group"))
-
-
-def without_scattered(words):
-    """A raise pass that goes on where `_scattered_problem` refuses a norm of rows with these words."""
-    real = raise_ops._Raiser._scattered_problem
-
-    def problem(self, norm, path, residual):
-        reason = real(self, norm, path, residual)
-        return "" if words in reason else reason
-
-    return [(raise_ops._Raiser, "_scattered_problem", problem)]
 
 
 def handed_over_by_anyone(op):
@@ -140,7 +134,6 @@ def a_workspace_each(call):
     return call.name
 
 
-arithmetic = getattr(fusion_passes, "norm_arithmetic", norm_reader)  # where a norm's arithmetic is read
 real_new_call = shard_residual.new_call
 real_getitem = shard_residual.getitem
 real_positional = shard_residual.positional
@@ -153,15 +146,18 @@ FAULTS = {
     "any residual": ("wide residual", without_clause("check_residual")),
     "broadcast residual": ("broadcast residual", without_clause("check_residual")),
     "any epsilon": ("negative epsilon", without_clause("check_epsilon")),
-    "further readers ignored": ("all-reduce also read", [(fuse_all_reduce._Fuser, "_check_readers", yes)]),
-    "order ignored": ("collective between", [(fuse_all_reduce._Fuser, "_check_order", yes)]),
-    "own result added": ("doubled", without_obstacle("computed from that result")),
-    "steps also read": ("step also read", without_obstacle("is also read elsewhere")),
-    "weight of the sum": ("weight of the sum", without_obstacle("the norm's weight")),
-    "epsilon of the sum": ("epsilon of the sum", without_obstacle("the norm's eps")),
-    "strides ignored": ("strided residual", without_obstacle("is not contiguous")),
+    "further readers ignored": ("all-reduce also read", [(AllReduceFuser, "check_readers", yes)]),
+    "order ignored": ("collective between", [(AllReduceFuser, "check_order", yes)]),
+    "own result added": ("doubled", without_refusal("computed from that result")),
+    "steps also read": ("step also read", without_refusal("is also read elsewhere")),
+    "weight of the sum": ("weight of the sum", without_refusal("the norm's weight")),
+    "epsilon of the sum": ("epsilon of the sum", without_refusal("the norm's eps")),
+    "strides ignored": ("strided residual", without_refusal("is not contiguous")),
     # Both refuse it: with either alone nothing goes wrong.
-    "broadcast sum": ("broadcast all-reduce", [*without_obstacle("broadcast"), *without_clause("check_residual")]),
+    "broadcast sum": (
+        "broadcast all-reduce",
+        [*without_refusal("broadcast"), *without_clause("check_residual")],
+    ),
     "outputs swapped": ("", [(raise_ops, "getitem", swapped_outputs)]),
     "weight bias lost": ("", [(norm_reader, "_weight_of", forgets_weight_bias)]),
     "rounding of 1 + w lost": ("", [(norm_reader, "_weight_of", rounded_sum_unrounded)]),
@@ -170,41 +166,41 @@ FAULTS = {
     "any dimension": (
         "mean over tokens",
         [
-            (arithmetic, "_over_last_dimension", lambda mean, wide: True),
-            (arithmetic, "_is_per_row", lambda node, wide: True),
+            (norm_arithmetic, "_over_last_dimension", lambda mean, wide: True),
+            (norm_arithmetic, "_is_per_row", lambda node, wide: True),
         ],
     ),
-    "any sum": ("sum of squares", [(arithmetic.Row, "is_mean", True)]),
+    "any sum": ("sum of squares", [(norm_arithmetic.Row, "is_mean", True)]),
     "another tensor scaled": ("another tensor scaled", [(norm_reader, "same_input", lambda *_: True)]),
-    "any product": ("product, not square", [(arithmetic, "_squared", lambda node: node.args[0])]),
-    "any mean": ("sum of squares", [(arithmetic, "_is_mean", lambda node: node.op == "call_function")]),
+    "any product": ("product, not square", [(norm_arithmetic, "_squared", lambda node: node.args[0])]),
+    "any mean": ("sum of squares", [(norm_arithmetic, "_is_mean", lambda node: node.op == "call_function")]),
     "alpha ignored": ("alpha", [(raise_ops, "plain_add", lambda node: tuple(node.args[:2]))]),
     "narrow arithmetic": (
         "narrow arithmetic",
         [(norm_reader, "_computed_in", norm_reader.dtype_of)],
     ),
     "double arithmetic": ("double arithmetic", [(norm_reader, "_computed_in", lambda node: torch.float64)]),
-    "scales dropped": ("", [(carriers.Path, "of_kind", scale_not_moved)]),
-    "views dropped": ("", [(raise_ops, "VIEW", "nothing")]),
-    "relu is a view": ("relu", [(carriers, "VIEWS", carriers.VIEWS | {aten.relu.default})]),
-    "slice is a view": ("slice", [(carriers, "VIEWS", carriers.VIEWS | {aten.slice.Tensor})]),
+    "scales dropped": ("", [(paths.Path, "of_kind", scale_not_moved)]),
+    "views dropped": ("", [(paths.Path, "moved_input", only_scales_moved)]),
+    "relu is a view": ("relu", [(paths, "VIEWS", paths.VIEWS | {aten.relu.default})]),
+    "slice is a view": ("slice", [(paths, "VIEWS", paths.VIEWS | {aten.slice.Tensor})]),
     "any group merges": ("two all-reduces", [(merge_all_reduces, "_same_reduction", lambda a, b: True)]),
     "copies are no-ops": ("", [(eliminate_noops, "_same_layout", lambda node, source: True)]),
     # Sequence parallelism
-    "rows: any reduction": ("scatter: other reduction", without_clause("check_reduction", fuse_sequence_parallel)),
-    "rows: one rank is enough": ("scatter: group of one rank", without_clause("check_group", fuse_sequence_parallel)),
-    "rows: any group gathers": ("gather: other group", without_clause("check_gather", fuse_sequence_parallel)),
+    "rows: any reduction": ("scatter: other reduction", without_clause("check_reduction", SequenceFuser)),
+    "rows: one rank is enough": ("scatter: group of one rank", without_clause("check_group", SequenceFuser)),
+    "rows: any group gathers": ("gather: other group", without_clause("check_gather", SequenceFuser)),
     "rows: any world size": (
         "gather: other world size",
-        [(fuse_sequence_parallel, "CLAUSES", (*fuse_sequence_parallel.CLAUSES[:2], same_group_only))],
+        [(SequenceFuser, "clauses", (*SequenceFuser.clauses[:2], same_group_only))],
     ),
-    "rows: hidden dimension": ("scatter: flat", without_clause("check_rows", fuse_sequence_parallel)),
-    "rows: any weight": ("sequence: wide weight", without_clause("check_weight", fuse_sequence_parallel)),
-    "rows: wide residual": ("rows: wide residual", [(fuse_sequence_parallel._Fuser, "_check_residual", yes)]),
-    "rows: broadcast residual": ("rows: broadcast residual", [(fuse_sequence_parallel._Fuser, "_check_residual", yes)]),
-    "rows: readers ignored": ("rows: also read", [(fuse_sequence_parallel._Fuser, "_check_readers", yes)]),
-    "rows: order ignored": ("rows: collective between", [(fuse_sequence_parallel._Fuser, "_check_order", yes)]),
-    "rows: scales ignored": ("rows: scaled", without_scattered("a view or a scale stands between")),
+    "rows: hidden dimension": ("scatter: flat", without_clause("check_rows", SequenceFuser)),
+    "rows: any weight": ("sequence: wide weight", without_clause("check_weight", SequenceFuser)),
+    "rows: wide residual": ("rows: wide residual", [(SequenceFuser, "check_residual", yes)]),
+    "rows: broadcast residual": ("rows: broadcast residual", [(SequenceFuser, "check_residual", yes)]),
+    "rows: readers ignored": ("rows: also read", [(SequenceFuser, "check_readers", yes)]),
+    "rows: order ignored": ("rows: collective between", [(SequenceFuser, "check_order", yes)]),
+    "rows: scales ignored": ("rows: scaled", without_refusal("a view or a scale stands between")),
     # Sharded residuals
     "any group hands over": ("chain", [(shard_residual, "_handed_over", handed_over_by_anyone)]),
     "other readers forgotten": ("chain", [(shard_residual, "_other_readers", lambda op: iter(()))]),

@@ -66,19 +66,11 @@ UPWARD_INSIDE = {
 # More complex than MOST_COMPLEX (cyclomatic complexity), to be taken apart. Kernels are exempt.
 MOST_COMPLEX = 15
 COMPLEX = {
-    "fusion_passes/passes/raise_ops.py _obstacle": 28,
-    "fusion_passes/analysis/why_unfused.py _say": 28,
     "fusion_passes/picture_words.py words": 28,
-    "fusion_passes/analysis/paths.py problem": 28,
     "fusion_passes/pipeline.py _explain_rest": 28,
     "custom_ops/dispatch/dispatcher.py _fastest": 28,
     "fusion_passes/report/model.py _describe_graph": 28,
-    "fusion_passes/passes/raise_ops.py _raise_second": 28,
-    "fusion_passes/passes/merge_all_reduces.py _mergeable": 28,
-    "fusion_passes/analysis/norm_reader.py _read_weight": 28,
     "fusewire/cli/doctor.py as_text": 28,
-    "fusion_passes/passes/coalesced.py _wait_for_less": 28,
-    "fusion_passes/analysis/norm_reader.py _weighted_first": 28,
     "custom_ops/providers/symm_mem/launcher.py two_shot": 28,
     "custom_ops/ops/norms.py check_norm_args": 28,
 }

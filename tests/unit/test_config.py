@@ -13,6 +13,7 @@ from fusewire import PassConfig
 from fusewire.custom_ops.ops.registry import NATIVE, get_op
 from fusewire.errors import ConfigError, FusewireError
 from fusewire.fusion_passes import backend, config
+from fusewire.fusion_passes.config import GROUPS
 from fusewire.fusion_passes.pipeline import run_passes
 
 DEFAULTS = {
@@ -76,15 +77,18 @@ def test_every_field_is_documented(field):
     assert text[0].isupper()
     assert text.endswith(".")
     assert len(text.split()) > 4
-    shown = [line for line in PassConfig.describe().splitlines() if line.startswith(f"{field.name} (default ")]
+    assert field.metadata["group"] in GROUPS
+    shown = [line for line in PassConfig.describe().splitlines() if line.startswith(f"  {field.name} (default ")]
     assert len(shown) == 1
     assert text in shown[0]
     assert f"(default {getattr(PassConfig(), field.name)!r})" in shown[0]
 
 
-def test_describe_lists_each_field_once_in_order():
-    starts = [line.split(" ", 1)[0] for line in PassConfig.describe().splitlines()]
-    assert tuple(starts) == PassConfig.field_names()
+def test_describe_lists_each_field_once_in_order_under_its_group():
+    lines = PassConfig.describe().splitlines()
+    assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == list(GROUPS)
+    starts = tuple(line.split()[0] for line in lines if line.startswith(" "))
+    assert starts == PassConfig.field_names()
 
 
 def test_is_frozen():

@@ -15,7 +15,7 @@ from torch.torch_version import TorchVersion
 import fusewire
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.fusion_passes.analysis.norm_arithmetic import Row
-from fusewire.patterns.norms import DETOURS
+from fusewire.patterns.norms import VARIANTS
 
 from support.blocks import HIDDEN, NORMS, reduce_functional, tensors
 from support.graphs import capture
@@ -220,7 +220,7 @@ def test_without_reassociation_only_what_rounds_alike_fuses(way):
     assert captured.verdicts() == [("refused", "match") if moves else ("fused", "")] * 2
     for reason in captured.reasons():
         assert "allow_reassociation=False forbids" in reason if moves else True
-        assert all((detour.does in reason) == (detour.name in moves) for detour in DETOURS) if moves else True
+        assert all((variant.does in reason) == (variant.name in moves) for variant in VARIANTS) if moves else True
     for got, want in zip(captured.result, blocks(norm)(*inputs), strict=True):
         assert way in RSQRT_BY_TORCH or torch.equal(got, want)
 
@@ -535,4 +535,4 @@ def test_row_without_a_hidden_size():
     wide = graph.placeholder("x")
     assert Row(wide, power=-0.5, sizes=-1).is_mean
     assert not Row(wide, power=-0.5).is_mean
-    assert "something else" in Row(wide, power=-0.5).trouble
+    assert "something else" in Row(wide, power=-0.5).norm_refusal

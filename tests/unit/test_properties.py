@@ -146,7 +146,7 @@ def test_reader_finds_each_norm_with_its_numbers(spelling, shape, dtype):
     graph = traced(lambda x, w: spelling(x, w), x, w).graph
     (norm,) = find_norms(graph)
     first, second = graph.find_nodes(op="placeholder")
-    assert norm.problem == ""
+    assert norm.refusal == ""
     assert norm.source is first
     assert norm.weight is (None if spelling.tail == "weightless" else second)
     assert (norm.eps, norm.weight_bias) == (spelling.eps, spelling.weight_bias)
@@ -172,7 +172,7 @@ ALMOST = {
 def test_reader_finds_nothing_else(name):
     for shape in ((3, HIDDEN), (HIDDEN, HIDDEN)):
         graph = traced(ALMOST[name], torch.randn(shape)).graph
-        assert [norm for norm in find_norms(graph) if not norm.problem] == []
+        assert [norm for norm in find_norms(graph) if not norm.refusal] == []
 
 
 # Raise, fuse and lower, each alone

@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fusewire.fusion_passes import pipeline as manager
 from fusewire.fusion_passes.compiler.inductor import FusionMatcher
-from fusewire.fusion_passes.passes import fuse_all_reduce as fuse
+from fusewire.fusion_passes.passes import fuser as fuse
 
 from support.blocks import HIDDEN, NORMS, reduce_functional, tensors
 from support.distributed import fake_group
