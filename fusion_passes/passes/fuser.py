@@ -60,7 +60,7 @@ class Fuser:
         collective: what every match calls once; the node stands for the match.
         what: the collective's name in refusals.
         clauses: the checks of the captures, in order.
-        order: each node's position in the graph as it was when the pass began.
+        order: the position of each node that was there when the pass began.
     """
 
     fusions: ClassVar[tuple[Fusion, ...]]
@@ -183,9 +183,7 @@ class Fuser:
         last, x = self.last_input(match), match.captures["x"].meta["val"]
         arguments = tuple(None if key is None else match.captures[key] for key in match.fusion.arguments)
         with self.graph.inserting_before(last.next):
-            fused = self.call(match, arguments, (fresh_fake(x, contiguous=True), fresh_fake(x, contiguous=True)))
-        self.order[fused] = self.order[last]
-        return fused
+            return self.call(match, arguments, (fresh_fake(x, contiguous=True), fresh_fake(x, contiguous=True)))
 
 
 # The clauses: checks of the captures. A `Support` that says no has the refusal.
