@@ -14,8 +14,6 @@ The search goes back from each norm to its all-reduce, so a refusal can name wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -39,12 +37,13 @@ from fusewire.fusion_passes.analysis.graph import (
     sort_topologically,
 )
 from fusewire.fusion_passes.analysis.norm_reader import Norm, norm_roots, norms_at
-from fusewire.fusion_passes.analysis.paths import ADDEND, SCALE, VIEW, Path, PathFinder
+from fusewire.fusion_passes.analysis.paths import ADDEND, SCALE, PathFinder
+from fusewire.fusion_passes.analysis.sites import Site, site_refusals, spans_write
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import MATCH, RunContext
 from fusewire.fusion_passes.passes.coalesced import drop_taken_tensors
 from fusewire.fusion_passes.spmd.fingerprint import scale_text
-from fusewire.patterns.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, WAIT, AllReduce, read_all_reduce
+from fusewire.patterns.collectives import ALL_REDUCE, WAIT, AllReduce, read_all_reduce
 
 
 def raise_ops(graph: Graph, context: RunContext) -> bool:
@@ -60,39 +59,6 @@ def computes_norms_itself(config: PassConfig) -> bool:
     return any(
         parse_policy(get_op(name), config.policy(name))[0] != NATIVE for name in ("rms_norm", "fused_add_rms_norm")
     )
-
-
-@dataclass(frozen=True)
-class _Site:
-    """A norm, the path from an all-reduce to it, and the residual added between (or None)."""
-
-    norm: Norm
-    path: Path
-    residual: Any
-
-    @property
-    def scatters(self) -> bool:
-        """Whether the collective is a reduce-scatter."""
-        return self.path.all_reduce.spelling.scatters
-
-    @property
-    def stays(self) -> bool:
-        """Whether the all-reduce is in its canonical form and nothing has to move before it."""
-        return not self.path.of_kind(VIEW, SCALE) and self.path.all_reduce.node.target in (ALL_REDUCE, REDUCE_SCATTER)
-
-    @property
-    def inner(self) -> list[Node]:
-        """The nodes between that nothing else may read, since the fused operator lacks them."""
-        if (not self.path.steps and self.stays) or self.is_viewed:
-            return []  # the check of the fusion sees the readers of an all-reduce that stays where it is
-        nodes = [self.path.all_reduce.value, *(step.node for step in self.path.steps)]
-        return nodes if self.residual is not None else [node for node in nodes if node is not self.path.end]
-
-    @property
-    def is_viewed(self) -> bool:
-        """Whether only views stand between the all-reduce and the norm."""
-        only = all(step.kind == VIEW for step in self.path.steps) and not self.scatters
-        return self.residual is None and bool(self.path.steps) and only
 
 
 class _Canonicalizer:
@@ -157,7 +123,7 @@ class _Canonicalizer:
         if name in self.context.excluded or name in self.taken:
             return False
         refusal = norm.refusal or path.refusal(self.config.allow_reassociation)
-        refusal = refusal or first_refusal(self._refusals(site))
+        refusal = refusal or first_refusal(site_refusals(site, self.regions, self.order))
         if refusal:
             self.context.refuse(name, MATCH, refusal)
             return False
@@ -173,22 +139,22 @@ class _Canonicalizer:
         self._replace_site(site, summed)
         return True
 
-    def _site_of(self, norm: Norm) -> _Site | None:
+    def _site_of(self, norm: Norm) -> Site | None:
         """Return the all-reduce that a norm can be fused with, or None."""
         if norm.residual is not None:
             path = self.paths.find(norm.source)
-            return None if path is None else _Site(norm, path, norm.residual)
-        found: list[_Site] = []
+            return None if path is None else Site(norm, path, norm.residual)
+        found: list[Site] = []
         operands = plain_add(norm.source)
         if operands is not None:
             for addend, residual in (operands, operands[::-1]):
                 path = self.paths.find(addend)
                 if path is not None and isinstance(residual, Node):
-                    found.append(_Site(norm, path, residual))
+                    found.append(Site(norm, path, residual))
         if not any(same_shape(site.residual, norm.source) for site in found):
             direct = self.paths.find(norm.source)  # what is added may be a bias
             if direct is not None or not found:
-                return None if direct is None else _Site(norm, direct, None)
+                return None if direct is None else Site(norm, direct, None)
         # Of two all-reduces, one that only this sum reads is fused, then the nearer one, then the
         # later one (so that they keep their order). The other becomes the residual.
         return min(
@@ -200,55 +166,9 @@ class _Canonicalizer:
             ),
         )
 
-    # Refusals
-
-    def _refusals(self, site: _Site) -> Iterator[tuple[Any, str]]:
-        """Yield (condition, refusal): where a condition holds, the site cannot be rewritten."""
-        norm, path, residual, reduce = site.norm, site.path, site.residual, site.path.all_reduce.node
-        yield (
-            self.regions.get(norm.out) != self.regions.get(reduce) or self._spans_write(norm),
-            "an operation that writes in place stands between the all-reduce and the norm",
-        )
-        if site.scatters:
-            yield from _scatter_refusals(site)
-        shared = next((node for node in site.inner if len(node.users) > 1), None)
-        yield (
-            shared,
-            f"{shared}, between the all-reduce and the norm, is also read elsewhere, and the fused operator does not "
-            "return it",
-        )
-        addends = [step.value for step in path.of_kind(ADDEND)]
-        for what in ("weight", "eps", "weight_bias") if residual is not None or addends else ():
-            of_sum = depends_on(getattr(norm, what), reduce, self.order)
-            yield of_sum, f"the norm's {what} is computed from the all-reduce's own result"
-        yield (
-            not site.stays and any(depends_on(value, reduce, self.order) for value in (residual, *addends)),
-            "what is added to the all-reduce's result is computed from that result",
-        )
-        yield (
-            not (is_row_major(norm.out) and is_row_major(norm.source)),
-            "the value that is normalised is not contiguous, as the fused operator's results are",
-        )
-        if residual is not None:
-            broadcast = not same_shape(path.end, norm.source)
-            yield broadcast, "the all-reduce's result is broadcast when the residual is added"
-            other = addends and not same_shape(residual, path.end)
-            yield other, "a bias stands before the add, and the residual has another shape"
-
-    def _spans_write(self, norm: Norm) -> bool:
-        """Whether something is written in place between two nodes of the norm."""
-        region, pending = self.regions.get(norm.out, 0), [norm.out]
-        while pending and region > 0:
-            node = pending.pop()
-            if node.op == "call_function" and node not in (norm.source, norm.weight, norm.residual):
-                if self.regions.get(node, region) != region:
-                    return True
-                pending.extend(node.all_input_nodes)
-        return False
-
     # Rewriting
 
-    def _moved_all_reduce(self, site: _Site) -> Node:
+    def _moved_all_reduce(self, site: Site) -> Node:
         """Return the finished sum with views and scales moved before the all-reduce."""
         old = site.path.all_reduce
         if site.stays:
@@ -258,7 +178,7 @@ class _Canonicalizer:
             reduced = self._call(ALL_REDUCE, (x, old.reduction, old.group), {}, old.node)
             return self._call(WAIT, (reduced,), {}, old.value)
 
-    def _residual(self, site: _Site, summed: Node) -> Any:
+    def _residual(self, site: Site, summed: Node) -> Any:
         """Return the residual with the path's addends in the order of the source, or None."""
         path, residual = site.path, site.residual
         for step in path.of_kind(ADDEND):
@@ -277,7 +197,7 @@ class _Canonicalizer:
                 residual = self._call(aten.expand_as.default, (addend, like), {}, step.node)
         return residual
 
-    def _replace_site(self, site: _Site, summed: Node) -> None:
+    def _replace_site(self, site: Site, summed: Node) -> None:
         """Replace the norm, and the value that was normalised, by the IR operator's results."""
         norm, old = site.norm, site.path.all_reduce
         with self.graph.inserting_before(norm.out):
@@ -375,7 +295,7 @@ class _Canonicalizer:
             and isinstance(norm.eps, float)
             and norm.eps >= 0
             and is_row_major(norm.out)
-            and not self._spans_write(norm)
+            and not spans_write(norm, self.regions)
         )
 
     # Norms without an all-reduce
@@ -413,25 +333,6 @@ class _Canonicalizer:
                 for source in inputs:
                     if source.target is not ALL_REDUCE:
                         erase_unused(source)
-
-
-def _scatter_refusals(site: _Site) -> Iterator[tuple[bool, str]]:
-    """Yield (condition, refusal) for a norm of the rows that a reduce-scatter leaves this rank."""
-    path, gathers = site.path, site.norm.out.users
-    yield bool(path.of_kind(VIEW, SCALE)), "a view or a scale stands between the reduce-scatter and the norm"
-    yield (
-        bool(path.of_kind(ADDEND)) and site.residual is None,
-        "a bias stands between the reduce-scatter and the norm, and no residual that could take it up",
-    )
-    yield (
-        not gathers or any(user.target is not ALL_GATHER for user in gathers),
-        "the norm of this rank's rows is read by something else than an all-gather",
-    )
-    yield (
-        len({user.args[1:] for user in gathers}) > 1
-        or any([reader.target for reader in user.users] != [WAIT] for user in gathers),
-        "the all-gathers after the norm differ, or are not waited for once each",
-    )
 
 
 def _options(norm: Norm) -> tuple[Any, ...]:

@@ -34,12 +34,12 @@ def without_clause(name, fuser=AllReduceFuser):
 
 def without_refusal(words):
     """A raise pass that goes on where it refuses with these words."""
-    real = raise_ops._Canonicalizer._refusals
+    real = raise_ops.site_refusals
 
-    def refusals(self, site):
-        return (case for case in real(self, site) if words not in case[1])
+    def refusals(*site):
+        return (case for case in real(*site) if words not in case[1])
 
-    return [(raise_ops._Canonicalizer, "_refusals", refusals)]
+    return [(raise_ops, "site_refusals", refusals)]
 
 
 def swapped_outputs(graph, node, index):

@@ -1,0 +1,118 @@
+"""Find why a norm and the all-reduce that it comes from cannot be rewritten into one operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from fusewire.fusion_passes.analysis.graph import depends_on, is_row_major, same_shape
+from fusewire.fusion_passes.analysis.norm_reader import Norm
+from fusewire.fusion_passes.analysis.paths import ADDEND, SCALE, VIEW, Path
+from fusewire.patterns.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, WAIT
+
+
+@dataclass(frozen=True)
+class Site:
+    """A norm, the path from an all-reduce to it, and the residual added between (or None)."""
+
+    norm: Norm
+    path: Path
+    residual: Any
+
+    @property
+    def scatters(self) -> bool:
+        """Whether the collective is a reduce-scatter."""
+        return self.path.all_reduce.spelling.scatters
+
+    @property
+    def stays(self) -> bool:
+        """Whether the all-reduce is in its canonical form and nothing has to move before it."""
+        return not self.path.of_kind(VIEW, SCALE) and self.path.all_reduce.node.target in (ALL_REDUCE, REDUCE_SCATTER)
+
+    @property
+    def inner(self) -> list[Node]:
+        """The nodes between that nothing else may read, since the fused operator lacks them."""
+        if (not self.path.steps and self.stays) or self.is_viewed:
+            return []  # the check of the fusion sees the readers of an all-reduce that stays where it is
+        nodes = [self.path.all_reduce.value, *(step.node for step in self.path.steps)]
+        return nodes if self.residual is not None else [node for node in nodes if node is not self.path.end]
+
+    @property
+    def is_viewed(self) -> bool:
+        """Whether only views stand between the all-reduce and the norm."""
+        only = all(step.kind == VIEW for step in self.path.steps) and not self.scatters
+        return self.residual is None and bool(self.path.steps) and only
+
+
+def site_refusals(site: Site, regions: dict[Node, int], order: dict[Node, int]) -> Iterator[tuple[Any, str]]:
+    """Yield (condition, refusal): where a condition holds, the site cannot be rewritten.
+
+    Args:
+        site: the site.
+        regions: how many in-place writes stand before each node (see mutation_regions).
+        order: each node's position in the graph.
+    """
+    norm, path, residual, reduce = site.norm, site.path, site.residual, site.path.all_reduce.node
+    yield (
+        regions.get(norm.out) != regions.get(reduce) or spans_write(norm, regions),
+        "an operation that writes in place stands between the all-reduce and the norm",
+    )
+    if site.scatters:
+        yield from _scatter_refusals(site)
+    shared = next((node for node in site.inner if len(node.users) > 1), None)
+    yield (
+        shared,
+        f"{shared}, between the all-reduce and the norm, is also read elsewhere, and the fused operator does not "
+        "return it",
+    )
+    addends = [step.value for step in path.of_kind(ADDEND)]
+    for what in ("weight", "eps", "weight_bias") if residual is not None or addends else ():
+        of_sum = depends_on(getattr(norm, what), reduce, order)
+        yield of_sum, f"the norm's {what} is computed from the all-reduce's own result"
+    yield (
+        not site.stays and any(depends_on(value, reduce, order) for value in (residual, *addends)),
+        "what is added to the all-reduce's result is computed from that result",
+    )
+    yield (
+        not (is_row_major(norm.out) and is_row_major(norm.source)),
+        "the value that is normalised is not contiguous, as the fused operator's results are",
+    )
+    if residual is not None:
+        broadcast = not same_shape(path.end, norm.source)
+        yield broadcast, "the all-reduce's result is broadcast when the residual is added"
+        other = addends and not same_shape(residual, path.end)
+        yield other, "a bias stands before the add, and the residual has another shape"
+
+
+def _scatter_refusals(site: Site) -> Iterator[tuple[bool, str]]:
+    """Yield (condition, refusal) for a norm of the rows that a reduce-scatter leaves this rank."""
+    path, gathers = site.path, site.norm.out.users
+    yield bool(path.of_kind(VIEW, SCALE)), "a view or a scale stands between the reduce-scatter and the norm"
+    yield (
+        bool(path.of_kind(ADDEND)) and site.residual is None,
+        "a bias stands between the reduce-scatter and the norm, and no residual that could take it up",
+    )
+    yield (
+        not gathers or any(user.target is not ALL_GATHER for user in gathers),
+        "the norm of this rank's rows is read by something else than an all-gather",
+    )
+    yield (
+        len({user.args[1:] for user in gathers}) > 1
+        or any([reader.target for reader in user.users] != [WAIT] for user in gathers),
+        "the all-gathers after the norm differ, or are not waited for once each",
+    )
+
+
+def spans_write(norm: Norm, regions: dict[Node, int]) -> bool:
+    """Whether something is written in place between two nodes of the norm."""
+    region, pending = regions.get(norm.out, 0), [norm.out]
+    while pending and region > 0:
+        node = pending.pop()
+        if node.op == "call_function" and node not in (norm.source, norm.weight, norm.residual):
+            if regions.get(node, region) != region:
+                return True
+            pending.extend(node.all_input_nodes)
+    return False
