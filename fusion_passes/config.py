@@ -240,8 +240,7 @@ class PassConfig:
         """Return a configuration from a mapping.
 
         Raises:
-            ConfigError: a name is unknown (the message suggests the nearest), or a value cannot be
-                used.
+            ConfigError: a name is unknown or a value cannot be used.
         """
         for name in options:
             if name not in cls.field_names():

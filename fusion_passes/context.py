@@ -47,19 +47,16 @@ class RunContext:
         config: the options.
         excluded: all-reduces to leave as they are, since an earlier run refused them.
         unmergeable: all-reduces not to merge, since the merged one was not fused.
-        unfused_second_norms: second norms (of sandwich norms) to leave as they are, since they were
-            not fused.
+        unfused_second_norms: second norms of sandwiches to leave, since they were not fused.
         fused, refused: the verdicts.
         origin: for all-reduce nodes that a pass made, the all-reduce they stand for.
         merged: all-reduces that became one with another, with the text that names the other.
         spelling: how the norm of each canonicalized all-reduce was written.
         moved: what was moved across each all-reduce, in texts that are the same on every rank.
-        second_norms: for each canonicalized second norm, the name of the norm's node in the graph
-            as it arrived.
+        second_norms: canonicalized second norms, with their nodes' names in the graph as it arrived.
         notes: further notes for the report.
         changes: the passes that changed the graph.
-        assumed: how many values were assumed to be equal on every rank, by the option that allows
-            it.
+        assumed: how many values were assumed to be equal on every rank, by option.
     """
 
     config: PassConfig

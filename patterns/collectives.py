@@ -25,8 +25,7 @@ class Spelling:
 
     Attributes:
         op: the operator's qualified name; an operator of that name need not be registered.
-        operands: positions of (input, reduction, group) among its arguments; no reduction means a
-            sum.
+        operands: positions of (input, reduction, group); no reduction means a sum.
         waits: whether its result is ready only after `wait_tensor`.
         who: who writes it so.
         in_place: whether it overwrites its input. It is then never fused, only explained.
@@ -47,8 +46,7 @@ SPELLINGS = (
     Spelling("fusewire::all_reduce", (0, None, 1), False, "fusewire's own operator"),
     Spelling("vllm::all_reduce", (0, None, 1), False, "vLLM's opaque operator"),
 )
-# One tensor of an `all_reduce_coalesced`, which reduces a list. Its node is the `getitem` that
-# takes it out.
+# One tensor of an `all_reduce_coalesced`, which reduces a list. Its node is the `getitem`.
 COALESCED_PART = Spelling("_c10d_functional::all_reduce_coalesced", (0, 1, 2), True, "funcol.all_reduce_coalesced")
 SCATTERED = Spelling("_c10d_functional::reduce_scatter_tensor", (0, 1, 3), True, "sequence parallelism", scatters=True)
 # Collectives that may follow an all-reduce, for the report.

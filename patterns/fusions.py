@@ -41,10 +41,8 @@ class Fusion:
         name: its name in reports.
         tree: what is matched; its root is the norm.
         replacement: the fused operator.
-        arguments: the captures that the replacement is called with, in order; None where it gets
-            None.
-        returns_sum: whether the root returns (norm, sum); if not, the all-reduce's value is the
-            sum.
+        arguments: what the replacement is called with, in order: captures, or None.
+        returns_sum: whether the root returns (norm, sum); else the all-reduce is the sum.
     """
 
     name: str
@@ -102,8 +100,7 @@ EPILOGUES = (
     ),
 )
 
-# Sequence parallelism: each rank normalises its own rows of the sum, then all ranks gather the
-# rows.
+# Sequence parallelism: each rank normalises its own rows, then all gather the rows.
 _SCATTERED = Call(
     WAIT,
     (Call(REDUCE_SCATTER, (Capture("x"), Capture("reduction"), Capture("size"), Capture("group")), shared=True),),

@@ -104,10 +104,8 @@ class NormOp:
 
     Attributes:
         op: its qualified name; an operator of that name need not be registered.
-        operands: positions of (x, residual, weight, eps) among its arguments; None where it has no
-            residual.
-        must_be_none: positions of arguments that must be None for the operator to mean a plain
-            RMSNorm.
+        operands: positions of (x, residual, weight, eps); None where it has no residual.
+        must_be_none: positions of arguments that are None in a plain RMSNorm.
     """
 
     op: str

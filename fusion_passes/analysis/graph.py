@@ -268,8 +268,7 @@ def _infer(node: Node) -> Any:
     target: Any = node.target
     mode = next((m for n in node.all_input_nodes if (m := getattr(value_of(n), "fake_mode", None)) is not None), None)
     if target in (rms_norm.torch_op, fused_add_rms_norm.torch_op):
-        # These keep x's metadata; an epsilon that is a tensor must get as far as the check that
-        # refuses it.
+        # These keep x's metadata. (An epsilon may be a tensor, which a later check refuses.)
         outputs = [fresh_fake(args[0], contiguous=True) for _ in range(1 + (target is fused_add_rms_norm.torch_op))]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
     with mode if mode is not None else contextlib.nullcontext():

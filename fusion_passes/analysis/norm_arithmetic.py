@@ -63,8 +63,7 @@ class Row:
 
     Attributes:
         wide: the node whose rows are squared, of shape (..., size).
-        eps: a number, a node where the graph does not know the number, or None if nothing was
-            added.
+        eps: a number, a node that holds an unknown number, or None if nothing was added.
         variants: how it is spelled, besides RMSNorm's own way.
         refusal: the step that no RMSNorm has, as a sentence, or "".
     """

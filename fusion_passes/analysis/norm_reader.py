@@ -76,8 +76,7 @@ class Norm:
         form: where it rounds (`form` of the IR operators).
         spelling: the name for the report.
         refusal: why this norm cannot become an IR operator, or "".
-        variants: what it computes otherwise than the IR operator, which therefore rounds elsewhere,
-            or "".
+        variants: what it does so that it rounds elsewhere than the IR operator, or "".
     """
 
     source: Node

@@ -56,8 +56,7 @@ class Step:
     Attributes:
         kind: VIEW, CAST, SCALE or ADDEND.
         value: the factor of a scale, or what an add adds.
-        assumption: the PassConfig option that lets a scale count as equal on every rank, or "" if
-            none is needed.
+        assumption: the option that lets a scale count as equal on every rank; "" if none has to.
     """
 
     kind: str
@@ -187,8 +186,7 @@ class PathFinder:
             path = self._walk(source, seen, limit - 1)
             if path is not None:
                 found.append((path[0], [*path[1], step]))
-        # Of several all-reduces, one that nothing else reads, and the last of these, so that they
-        # keep their order.
+        # Of several all-reduces the last that nothing else reads, so that they keep their order.
         return max(found, key=lambda path: (-_other_readers(path[0], path[1]), path[0]), default=None)
 
     def _back(self, node: Node) -> Iterator[tuple[Any, Step]]:

@@ -36,8 +36,7 @@ from fusewire.patterns.collectives import ALL_GATHER, REDUCE_SCATTER, WAIT, op_n
 PROVED, ASSUMED, UNKNOWN = "proved", "assumed", "unknown"
 # Key in a fused operator's metadata: RunContext.assumed counts its assumption already.
 ASSUMPTION_COUNTED = "fusewire_assumption_counted"
-# The arguments of each fused operator that must be equal on every rank, whichever provider computes
-# it.
+# The arguments of each fused operator that must be equal on every rank, for any provider.
 #
 # The sharded operator takes each rank's own rows of the residual, so its residual need not be. Its
 # weight must be: native multiplies a row by its owner's weight, as the source does, but a kernel
@@ -57,8 +56,7 @@ _SHAPED_LIKE = (aten.expand_as.default,)
 class Verdict:
     """Whether a value is equal on every rank of a group: PROVED, ASSUMED or UNKNOWN.
 
-    The reason of ASSUMED and UNKNOWN continues a sentence that begins with the value: "comes from
-    ...".
+    The reason of ASSUMED and UNKNOWN follows the value's name: "comes from ...".
     """
 
     kind: str
@@ -201,8 +199,7 @@ def _result_for_all(node: Node) -> Any:
 def _result_of_fused(item: Node, call: Node) -> tuple[Origin, Sequence[Node]]:
     """Return the origin of one result of a fused operator, and the nodes that are part of it.
 
-    The sum is equal on every rank, but each may have added its own residual and multiplied by its
-    own weight.
+    The sum is equal on every rank; each may have used its own residual and weight.
     """
     if call.target is all_reduce_rms_norm_sharded.torch_op and item.args[1] == 1:
         return Origin(unknown=f"rows that each rank has for itself ({item.name})"), ()
@@ -233,8 +230,7 @@ def _why_unknown(node: Node) -> str:
 def _writes(user: Node, node: Node) -> bool:
     """Whether a user of a node writes into its memory.
 
-    A copy into an input of the graph does not count: functionalisation puts it at the graph's end,
-    after all reads.
+    Except a copy into an input: functionalisation puts it at the graph's end.
     """
     if not writes_in_place(user) or (user.target is aten.copy_.default and node.op == "placeholder"):
         return False

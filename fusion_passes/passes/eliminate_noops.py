@@ -16,8 +16,7 @@ _RESHAPES = VIEWS | {aten.expand.default}
 def eliminate_noops(graph: Graph, context: RunContext) -> bool:
     """Replace nodes that change nothing by their input; returns whether there were any."""
     changed = False
-    # Where the graph writes in place, a cast that changes nothing may be the copy that keeps the
-    # old value.
+    # Where the graph writes in place, such a cast may be the copy that keeps the old value.
     removable = {WAIT} | (_RESHAPES if any(map(writes_in_place, graph.nodes)) else _RESHAPES | CASTS)
     waits: dict[Any, Node] = {}
     for node in graph.nodes:

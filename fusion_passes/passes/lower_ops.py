@@ -1,14 +1,12 @@
 """Lower: give each IR operator that is left in the graph the provider that serves it.
 
 Native is the operator's meaning in plain PyTorch. It is traced and written into the graph, where
-Inductor fuses it with its neighbours. Any other provider stays a call of the operator, whose
-`policy` lists the providers that this graph may use, so that the choice by number of tokens is made
-at run time.
+Inductor fuses it with its neighbours. Any other provider stays a call of the operator. Its `policy`
+lists the providers that may serve; the choice by number of tokens is made at run time.
 
 A kernel may add one rank's residual, and multiply by one rank's weight, for all ranks. Where the
 graph does not prove that these are equal on every rank, PassConfig.assume_replicated_residuals
-decides: either they are assumed to be, and the report says so, or only providers that add each
-rank's own may serve.
+decides: they are assumed to be, or only providers that add each rank's own may serve.
 """
 
 from __future__ import annotations
@@ -52,8 +50,7 @@ class _Lowerer:
 
     def run(self) -> bool:
         changed = False
-        # Before any is replaced: what native is written as says less about its ranks than the
-        # operator.
+        # Before any is replaced: native's arithmetic says less about ranks than the operator.
         replication = Replication()
         for node in self.graph.nodes:
             if node.op == "call_function" and node.target in REPLICATED_ARGUMENTS:

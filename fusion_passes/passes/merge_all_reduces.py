@@ -118,8 +118,7 @@ class _Merger:
     def _path_to(self, operand: Any) -> Path | None:
         """Return a path of views and scales that nothing else reads, or None.
 
-        So nothing that another all-reduce sums, and no gate, can be computed from this one's
-        result.
+        So neither a gate nor what another all-reduce sums is computed from this one's result.
         """
         if not self._may_lead(operand):
             return None

@@ -11,8 +11,7 @@ dependence holds in every schedule. So a result gets a slot only where each read
 - is something that the next call with that slot is computed from, along operations that need their
   inputs' values.
 
-The graph's output must not be a reader. Inductor's memory planning is told not to reuse these
-buffers.
+The output must not be a reader. Inductor's memory planning does not reuse these buffers.
 """
 
 from __future__ import annotations

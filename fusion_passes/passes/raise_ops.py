@@ -66,8 +66,7 @@ class _Canonicalizer:
 
     Attributes:
         regions: how many in-place writes stand before each node (see mutation_regions).
-        order: each node's position in the graph; a new node has the position of the node it stands
-            for.
+        order: each node's position in the graph; a new node has that of the node it replaces.
         all_reduces: those of the graph, in order.
         taken: names of the all-reduces that are canonicalized with a norm.
         first_norms: the new rms_norm nodes, which a second norm may follow.
@@ -98,8 +97,7 @@ class _Canonicalizer:
         if not self.all_reduces and not every_norm:
             return False
         for root in norm_roots(self.graph):
-            # A norm is read when its turn comes: canonicalizing one replaces nodes that the next
-            # may be built on.
+            # Read one by one: canonicalizing a norm replaces nodes that the next may be built on.
             while any(self._canonicalize(norm, every_norm) for norm in norms_at(root, self.config.allow_reassociation)):
                 changed = True
         if changed:
@@ -191,8 +189,7 @@ class _Canonicalizer:
             elif same_shape(addend, summed):
                 residual = addend
             else:
-                # In the shape of what is reduced: to read the sum itself would be one more reader
-                # of it.
+                # Shaped like what is reduced, since the sum must have no other reader.
                 like = summed.args[0].args[0]  # type: ignore[union-attr]
                 residual = self._call(aten.expand_as.default, (addend, like), {}, step.node)
         return residual
