@@ -1,11 +1,12 @@
-"""What a call costs the host where no CUDA graph replays it: fusewire's operator by provider, the ranks' comparison before
-a graph runs, and a compiled layer.
+"""Measure the host time of a call that no CUDA graph replays.
 
     torchrun --nproc-per-node 2 examples/benchmarks/host_time.py
     torchrun --nproc-per-node 2 examples/benchmarks/host_time.py --cpu    # on gloo ranks: to try the command
 
-The GPU's queue is empty before each round of calls and never full, so what is timed is the Python and C++ before the
-kernel: the best of several rounds, the slowest rank. One token, bf16, with residual and weight.
+Measured are fusewire's operator by provider, the ranks' comparison before a graph runs, and a compiled
+layer. The GPU's queue is empty before each round of calls and never full. So the time is that of the
+Python and C++ before the kernel: the best of several rounds, on the slowest rank. One token, bf16,
+with residual and weight.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Multicast objects are not for benchmarks that others' GPUs share.
+# A failure of NVLink multicast can take a machine's GPUs out of service.
 os.environ["NCCL_NVLS_ENABLE"] = "0"
 os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
 
@@ -36,7 +37,7 @@ SITES = 16  # all-reduces of the compiled program
 
 
 class Layers(torch.nn.Module):
-    """All-reduce, add and RMSNorm, again and again."""
+    """A program that repeats all-reduce, add and RMSNorm."""
 
     def forward(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(SITES):
@@ -47,7 +48,7 @@ class Layers(torch.nn.Module):
 
 
 def host_time(call: Callable[[], Any], calls: int, synchronize: Callable[[], None]) -> float:
-    """Microseconds a call, the best of five rounds, the largest over the ranks."""
+    """Return microseconds per call: the best of five rounds, on the slowest rank."""
     best = float("inf")
     for timed in (False, *(5 * (True,))):
         synchronize()

@@ -1,4 +1,4 @@
-"""Real model shapes on GPUs: prefill and decode with plain torch.compile + NCCL against backend="fusewire".
+"""Time prefill and decode of real model shapes, with plain torch.compile + NCCL and with fusewire.
 
     torchrun --nproc-per-node 4 examples/benchmarks/models.py --models llama-8b,gemma3-27b --layers 4 --out results
 
@@ -140,7 +140,7 @@ def build(name: str, layers: int) -> torch.nn.Module:
 def replay_ms(
     step: Callable[[], object], replays: int = 20, inspect: Callable[[Callable[[], None]], None] | None = None
 ) -> float:
-    """Median time of one replay of a CUDA graph of `step`, in milliseconds, maximum over ranks.
+    """Return the median time of one CUDA graph replay of `step` in milliseconds, maximum over ranks.
 
     `inspect` is then given what replays it.
     """
@@ -177,7 +177,7 @@ def kind_of(kernel: str) -> str:
 
 
 def breakdown(title: str, kernels: dict[str, tuple[int, float]]) -> str:
-    """Kernels of one step by total time, and each kind's share of them, as text.
+    """Return the kernels of one step by total time, and each kind's share, as text.
 
     Args:
         kernels: for each name, how often it ran in a step and how many microseconds all that took.
@@ -253,7 +253,7 @@ def decode(
     options: dict[str, object] | None = None,
     inspect: Callable[[Callable[[], None]], None] | None = None,
 ) -> tuple[torch.Tensor, float]:
-    """Logits of one decode step after a context of CONTEXT tokens in a static KV cache, and its time.
+    """Return logits and time of one decode step after CONTEXT tokens in a static KV cache.
 
     Without a backend the step runs eagerly, once, untimed.
     """

@@ -1,16 +1,18 @@
-"""fusewire and its peers: all-reduce + residual add + RMSNorm, every way that installs, at every size. One command:
+"""Time all-reduce + residual add + RMSNorm by fusewire and every peer that is installed, at every size.
 
     torchrun --nproc-per-node 4 examples/benchmarks/peers.py --out results
     ... --hidden 8192 --tokens 1,512,8192 --rounds 7 --seconds 200
-    torchrun --nproc-per-node 2 examples/benchmarks/peers.py --cpu --tokens 1,64 --hidden 256  # the logic, without a GPU
+    torchrun --nproc-per-node 2 examples/benchmarks/peers.py --cpu --tokens 1,64 --hidden 256  # without a GPU
     python examples/benchmarks/peers.py --from results/peers.csv --out results  # tables and pictures again
 
-Prints markdown tables and whether fusewire meets its bars; writes peers.csv, peers.json, peers.md and a picture for each
-hidden size. Every candidate is checked against the sum in rank order and RMSNorm in float64, before it is timed and, as
-captured, after; what is wrong, or cannot be set up, is listed with its reason. A time is of CUDA-graph replays: at each
-size all candidates take turns, round after round, with inputs and outputs that rotate through more memory than the L2
-cache holds; the median of the rounds on each rank, and of the ranks the slowest. Nothing waits for ever. NVLink multicast
-stays off, for NCCL too.
+Prints markdown tables, and whether fusewire meets its limits. Writes peers.csv, peers.json, peers.md
+and a picture for each hidden size.
+
+Every candidate is compared with the sum in rank order and RMSNorm in float64, before it is timed and,
+as captured, after. A candidate that is wrong or cannot be set up is listed with its reason. Times are
+of CUDA graph replays. At each size all candidates take turns, round after round. Inputs and outputs
+rotate through more memory than the L2 cache holds. The median of the rounds counts on each rank,
+and the slowest rank. No wait is without a limit. NVLink multicast stays off, for NCCL too.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-# Multicast objects are not for benchmarks: one that goes wrong takes the machine's GPUs out of service.
+# A failure of NVLink multicast can take a machine's GPUs out of service.
 os.environ["NCCL_NVLS_ENABLE"] = "0"
 os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
 os.environ.setdefault("FUSEWIRE_TIMEOUT_S", "180")
@@ -48,7 +50,7 @@ HIDDEN = (4096, 5120, 7168, 8192)
 
 
 def facts_of(run: Run, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader needs to know to compare: versions, devices, date, options."""
+    """Return what a reader needs for a comparison: versions, devices, date, options."""
     machine = plan_store.machine_facts(run.device)
     known = {name: machine[name] for name in ("gpu", "driver", "links", "versions")}
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
@@ -87,7 +89,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     bad = [h for h in options.hidden if h % 8]
     if bad:
         parser.error(f"--hidden {bad[0]}: kernels take multiples of 8")
-    # The order of hidden sizes counts where time runs out.
+    # The order of hidden sizes matters if the time runs out.
     options.tokens, options.hidden = sorted(set(options.tokens)), list(dict.fromkeys(options.hidden))
     if options.out and not options.no_pictures and not options.files:
         try:
@@ -98,7 +100,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def report_on(options: argparse.Namespace) -> int:
-    """The report on files that were measured before."""
+    """Write the report again from files that were measured before."""
     try:
         rows = [row for file in options.files for row in peers_report.read_csv(file)]
         found = {(row.world_size, row.hidden) for row in rows}
@@ -149,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bounded(options: argparse.Namespace, make: Callable[..., Run], asked: Mapping[str, Any]) -> int:
-    """Measure, and end in time whatever happens."""
+    """Measure, and end in time in every case."""
     loud = dist.get_rank() == 0
 
     def save(rows: Sequence[Row], last: bool = False) -> None:
@@ -174,7 +176,7 @@ def bounded(options: argparse.Namespace, make: Callable[..., Run], asked: Mappin
         print(peers_report.report(run.rows, facts), flush=True)
     if failure:
         print(f"rank {dist.get_rank()}: {failure}", file=sys.stderr, flush=True)
-        os._exit(3)  # kernels may still be waiting for a peer, and an orderly end would wait for them
+        os._exit(3)  # kernels may wait for a peer, and an orderly end would wait for them
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
     faulthandler.cancel_dump_traceback_later()

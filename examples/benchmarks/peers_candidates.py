@@ -1,4 +1,4 @@
-"""What peers.py times: what a candidate is, and the peers. peers_ours.py has fusewire's own.
+"""Define what peers.py times: candidates, and the peers. peers_ours.py has fusewire's own.
 
 A family is set up by all ranks together in two steps: `alone` (import, compile) and `together` (what communicates),
 each followed by a vote, so that all ranks leave out the same and say why.
@@ -47,11 +47,11 @@ class Arena:
         self.inputs = [Inputs(x, r, weight) for x, r in zip(self._x, self._residual, strict=True)]
         self.x, self.residual = list(self._own_x), list(self._own_residual)
         self.symmetric = [] if self._symmetric is None else list(self._symmetric)
-        self.also: list[Tensor] = []  # further copies of all x, stacked
+        self.also: list[Tensor] = []  # more copies of all x, stacked
         self.restore()
 
     def restore(self) -> None:
-        """Undo what candidates that work in place have done."""
+        """Restore the inputs that candidates changed in place."""
         self._own_x.copy_(self._x)
         self._own_residual.copy_(self._residual)
         for stacked in [*self.also, *([] if self._symmetric is None else [self._symmetric])]:
@@ -87,7 +87,7 @@ class Candidate:
 
 @dataclass
 class Bench:
-    """What the candidates of one hidden size share."""
+    """The tensors and objects that all candidates of one hidden size share."""
 
     group: dist.ProcessGroup
     cpu_group: dist.ProcessGroup | None
@@ -100,7 +100,7 @@ class Bench:
     tail: Any = None
     norm: Callable[[Tensor, Tensor, Tensor], None] | None = None
     symmetric: Tensor | None = None
-    missing: dict[str, str] = field(default_factory=dict)  # why a candidate of a family that is there is not
+    missing: dict[str, str] = field(default_factory=dict)  # why a candidate is missing though its family is set up
     closers: list[Callable[[], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class Bench:
         self.tail = torch.compile(Tail(self.weight), dynamic=True)
 
     def workspace(self, provider: str) -> Any:
-        """A provider's workspace. Raises WorkspaceError with the reason if there is none."""
+        """Return a provider's workspace. Raises WorkspaceError with the reason if there is none."""
         entry = REGISTRY.entries.get(WorkspaceKey(provider, self.name, self.dtype, self.hidden))
         if entry is None or entry.workspace is None:
             raise WorkspaceError(entry.reason if entry else f"{provider} takes no such calls")
@@ -134,7 +134,7 @@ class Tail(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Family:
-    """Candidates that stand or fall together; `labels` name them, with their column and kind, where they fall."""
+    """Candidates that are set up together; `labels` has their names, columns and kinds if that fails."""
 
     name: str
     labels: tuple[tuple[str, str, str], ...]
@@ -145,7 +145,7 @@ class Family:
 
 
 def plain_family(name: str) -> Family:
-    """The backend's own all-reduce (`name`: NCCL or gloo), in place as Inductor makes it, then add and norm."""
+    """Return the backend's all-reduce (`name`: NCCL or gloo), in place as Inductor does it, then add and norm."""
     labels = tuple((f"{name} + {how}",) * 2 + (PEER,) for how in ("Inductor", "eager"))
 
     def alone(bench: Bench) -> None:
@@ -204,7 +204,7 @@ NORM = "FlashInfer's fused_add_rmsnorm"
 
 
 def norm_family() -> Family:
-    """FlashInfer's fused add + RMSNorm, for peers that reduce and then call it. No candidate by itself."""
+    """Return FlashInfer's fused add + RMSNorm, which peers call after their all-reduce. No candidate by itself."""
 
     def alone(bench: Bench) -> None:
         found = flashinfer_library.library()
@@ -238,8 +238,11 @@ TORCH = (
 
 
 def torch_family() -> Family:
-    """torch's symmetric-memory all-reduces, peer to peer. They read a symmetric buffer; bringing x there counts, except
-    in the candidates named "no copy". One-shot copies inside its kernel, two-shot works in place in the buffer."""
+    """Return torch's symmetric-memory all-reduces, peer to peer.
+
+    They read a symmetric buffer. The copy of x into it counts, except in candidates named "no copy".
+    One-shot copies inside its kernel; two-shot works in place in the buffer.
+    """
 
     def together(bench: Bench) -> list[Candidate]:
         from torch.distributed import _symmetric_memory as memory
@@ -262,7 +265,7 @@ def torch_family() -> Family:
         def two_shot_spared(arena: Arena) -> Call:
             return lambda i: ops.two_shot_all_reduce_(arena.symmetric[i], "sum", name)
 
-        # Without a copy, x must first be brought back to where all of these leave something else.
+        # Without a copy, x must be restored first: all of these overwrite it.
         ways = ((one_shot, False), (two_shot, False), (one_shot_spared, True), (two_shot_spared, True))
         pairs = [with_norms(bench, TORCH[2 * n : 2 * n + 2], r, in_place=s) for n, (r, s) in enumerate(ways)]
         return [candidate for pair in pairs for candidate in pair]
@@ -278,7 +281,7 @@ DIRECT = tuple(
 
 
 def flashinfer_family() -> Family:
-    """FlashInfer's own call, trtllm backend, with programmatic dependent launch and without."""
+    """Return FlashInfer's own call, trtllm backend, with and without programmatic dependent launch."""
 
     def together(bench: Bench) -> list[Candidate]:
         made, comm = bench.workspace(flashinfer.PROVIDER), flashinfer_library.library().comm

@@ -1,4 +1,4 @@
-"""How peers.py measures: every size in the same way on every rank, with a vote after each step."""
+"""Measure for peers.py: every size alike on every rank, with a vote after each step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fusewire.custom_ops.workspaces.registry import check_memory
 from fusewire.errors import PeerTimeoutError
 
 DTYPE = torch.bfloat16
-# A candidate so many times slower than the fastest at the next smaller size is not tried.
+# A candidate that is this many times slower than the fastest at the next smaller size is left out.
 FAR = 6.0
 UNWANTED = "left out by --without"
 
@@ -64,7 +64,7 @@ class Run:
         self.notes: list[str] = []
 
     def vote(self, topic: str, work: Callable[[], Mapping[str, Any] | None], **options: Any) -> VoteResult:
-        """Vote, without gradients, whatever thread it is in."""
+        """Vote without gradients, from any thread."""
         self._alive()
         return vote(self.channel, topic, torch.no_grad()(work), **options)
 
@@ -77,7 +77,7 @@ class Run:
         self.say(text)
 
     def measure(self, hidden_sizes: Sequence[int], grid: Sequence[int]) -> list[Row]:
-        """Rows of all sizes, as far as the time goes."""
+        """Return rows of all sizes, as far as the time allows."""
         with torch.no_grad():
             for done, hidden in enumerate(hidden_sizes):
                 now = self._elapsed(f"before {hidden}")
@@ -86,7 +86,7 @@ class Run:
         return self.rows
 
     def _elapsed(self, topic: str) -> float:
-        """Seconds by rank 0's clock: the same on every rank."""
+        """Return seconds by rank 0's clock, the same on every rank."""
         return float(self.vote(f"elapsed {topic}", lambda: {"s": time.monotonic() - self.start}).facts[0]["s"])
 
     def _measure_hidden(self, hidden: int, grid: Sequence[int], until: float) -> None:
@@ -114,7 +114,7 @@ class Run:
 
 
 class _Hidden:
-    """One hidden size."""
+    """The measurement of one hidden size."""
 
     def __init__(self, run: Run, bench: Bench, grid: Sequence[int]) -> None:
         self.run, self.bench, self.grid = run, bench, grid
@@ -128,7 +128,7 @@ class _Hidden:
     def set_up(self) -> None:
         for family in families(self.bench.device):
             unwanted = {label for label, _, _ in family.labels if self._is_unwanted(label)}
-            # A family that is not wanted at all is not even set up.
+            # A family of which no candidate is asked for is not set up.
             whole = bool(family.labels) and len(unwanted) == len(family.labels)
             found, reason = ([], UNWANTED) if whole else self._set_up(family)
             found = [candidate for candidate in found if candidate.label not in unwanted]
@@ -167,7 +167,7 @@ class _Hidden:
         return [c for c in found if all(c.label in fact["labels"] for fact in verdict.facts)], ""
 
     def _compile_ahead(self) -> None:
-        """Compile our kernels, each on one rank first: a shared cache serves the others."""
+        """Compile fusewire's kernels, each on one rank first: the others find it in the shared cache."""
         pairs = [(c, t) for c in self.candidates if c.compiles for t in self.grid if t in c.tokens]
 
         def work(share: Sequence[tuple[Candidate, int]]) -> None:
@@ -185,7 +185,7 @@ class _Hidden:
     # Measuring
 
     def measure(self, tokens: int) -> list[Row]:
-        """Rows of all candidates at one size."""
+        """Return rows of all candidates at one size."""
         notes = {c.label: self._why_not(c, tokens) for c in self.candidates}
         due = [c for c in self.candidates if not notes[c.label]]
         arenas: list[Arena] = []
@@ -206,7 +206,7 @@ class _Hidden:
         return rows
 
     def _why_not(self, candidate: Candidate, tokens: int) -> str:
-        """Why a candidate is not tried at a size, or nothing."""
+        """Return why a candidate is left out at a size, or an empty text."""
         if candidate.label in self.rejected:
             return self.rejected[candidate.label]
         if tokens not in candidate.tokens:
@@ -250,7 +250,7 @@ class _Hidden:
 
 
 class _Size:
-    """One size: check, record, take turns, check what was recorded."""
+    """Measure one size: check, record, take turns, check what was recorded."""
 
     def __init__(self, one: _Hidden, tokens: int, arena: Arena) -> None:
         self.one, self.run, self.bench = one, one.run, one.bench
@@ -259,7 +259,7 @@ class _Size:
         self.recordings: dict[str, Recording] = {}
 
     def measure(self, due: Sequence[Candidate], notes: dict[str, str]) -> None:
-        """Adds to the times of the hidden size, and to the notes."""
+        """Add to the times of the hidden size, and to the notes."""
         steps = {
             "bind": self._bind,
             "check": self._check,
@@ -270,7 +270,7 @@ class _Size:
         for topic, step in steps.items():
             fit = [c for c in due if not self.one.rejected.get(c.label)]
             verdict = self.run.vote(f"{topic} {self.tokens}", lambda step=step, fit=fit: step(fit))
-            if not verdict.ok:  # of a step itself, not of a candidate
+            if not verdict.ok:  # the step failed, not a candidate
                 raise RuntimeError(f"{topic} at {self.tokens} tokens: {verdict.reason}")
             self._judge(topic, fit, verdict)
             if topic == "record":
@@ -284,7 +284,7 @@ class _Size:
                 notes[candidate.label] = chosen(self.arena, self.bench.name)
 
     def _judge(self, topic: str, fit: Sequence[Candidate], verdict: VoteResult) -> None:
-        """What the ranks found, together: a candidate that failed on any of them is left out on all."""
+        """Collect the ranks' results: a candidate that failed on one rank is left out on all."""
         for rank, fact in zip(verdict.ranks, verdict.facts, strict=True):
             for label, reason in fact.get("failed", {}).items():
                 self.one._reject([label], f"{topic}, {self.tokens} tokens, on rank {rank}: {reason}")
@@ -297,7 +297,7 @@ class _Size:
                 self.one.us.setdefault(candidate.label, {})[self.tokens] = round(slowest, 3)
 
     def _each(self, fit: Sequence[Candidate], work: Callable[[Candidate], Any]) -> tuple[dict, dict[str, str]]:
-        """The work's outcome for each candidate, or what it raised."""
+        """Return the result of the work for each candidate, or what it raised."""
         done, failed = {}, {}
         for candidate in fit:
             try:
@@ -309,7 +309,7 @@ class _Size:
         return done, failed
 
     def _bind(self, fit: Sequence[Candidate]) -> dict[str, Any]:
-        """Apart from the first calls: where one rank cannot, no other may wait for it in a kernel."""
+        """Bind before the first calls: if one rank cannot, no other may wait for it in a kernel."""
         self.calls, failed = self._each(fit, lambda candidate: candidate.bind(self.arena))
         return {"failed": failed}
 
@@ -328,7 +328,7 @@ class _Size:
         return {"failed": failed, "prints": prints}
 
     def _fingerprint(self, candidate: Candidate, results: Sequence[Any], indices: Sequence[int]) -> str:
-        """Raises AssertionError if results are wrong; else what must be the same on all ranks."""
+        """Return what must be equal on all ranks. Raises AssertionError if results are wrong."""
         prints, problems = [], []
         for (norm, total), i in zip(results, indices, strict=True):
             # Later sets are copies of the first two.
@@ -337,7 +337,7 @@ class _Size:
                 total = gather_rows(total, inputs.x, self.bench.name)
             problems.append(wrong(norm, total, inputs, wanted, candidate.exact))
             prints.append(fingerprint(norm, total))
-        if any(problems):  # of both sets, since all ranks gather alike
+        if any(problems):  # after both sets, since all ranks gather alike
             raise AssertionError(next(filter(None, problems)))
         return " ".join(prints)
 
@@ -366,7 +366,7 @@ class _Size:
     def _time(self, fit: Sequence[Candidate]) -> dict[str, Any]:
         found: dict[str, list[float]] = {candidate.label: [] for candidate in fit}
         for turn in range(self.run.rounds):
-            first = turn * 7 % max(1, len(fit))  # who comes after whom changes
+            first = turn * 7 % max(1, len(fit))  # the order of the candidates changes
             for candidate in [*fit[first:], *fit[:first]]:
                 if candidate.in_place:
                     self.arena.restore()
@@ -374,7 +374,7 @@ class _Size:
         return {"us": {label: statistics.median(times) for label, times in found.items()}}
 
     def _again(self, fit: Sequence[Candidate]) -> dict[str, Any]:
-        """What the recordings compute. In place a set comes out right once only, so two calls are recorded anew."""
+        """Check what the recordings compute. In place a set is right once only, so two calls are recorded again."""
 
         def work(candidate: Candidate) -> str:
             if candidate.in_place:

@@ -1,4 +1,4 @@
-"""fusewire's own candidates for peers.py: each provider and way to call it, and what the dispatcher chooses."""
+"""Define fusewire's candidates for peers.py: each provider in each form, and the dispatcher's choice."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ CHOICE = (("fusewire's own choice", "fusewire chooses", CHOSEN),)
 
 
 def _functional(call: Callable[..., Result], group_name: str) -> Callable[[Arena], Call]:
-    """A provider's call, which has the operator's parameters, for set i."""
+    """Return a provider's call, with the operator's parameters, for set i."""
 
     def at(arena: Arena) -> Call:
         return lambda i: call(*arena.inputs[i], EPS, 0.0, SCALE_THEN_ROUND, group_name)
@@ -60,7 +60,7 @@ def _functional(call: Callable[..., Result], group_name: str) -> Callable[[Arena
 
 
 def symm_mem_family() -> Family:
-    """Our kernels, each way to call them."""
+    """Return fusewire's kernels in each form."""
 
     def together(bench: Bench) -> list[Candidate]:
         fusewire.prepare(bench.group, bench.hidden, bench.dtype, max_tokens=bench.most_tokens, output_in_place=True)
@@ -110,7 +110,7 @@ def symm_mem_family() -> Family:
 
 
 def provider_family() -> Family:
-    """FlashInfer's kernels as fusewire calls them."""
+    """Return FlashInfer's kernels as fusewire calls them."""
 
     def together(bench: Bench) -> list[Candidate]:
         keeper, made = PROVIDERS[flashinfer.PROVIDER], bench.workspace(flashinfer.PROVIDER)
@@ -126,7 +126,7 @@ def provider_family() -> Family:
 
 
 def choice_family() -> Family:
-    """fusewire::all_reduce_rms_norm with the default policy."""
+    """Return fusewire::all_reduce_rms_norm with the default policy."""
 
     def together(bench: Bench) -> list[Candidate]:
         return [Candidate(*CHOICE[0], _functional(op, bench.name))]
@@ -144,7 +144,7 @@ CPU = (("fusewire native", "native", FUSEWIRE), ("fusewire rank_ordered", "rank_
 
 
 def cpu_family() -> Family:
-    """The operator's providers that need no GPU."""
+    """Return the operator's providers that need no GPU."""
 
     def together(bench: Bench) -> list[Candidate]:
         calls = (op.native, op.providers["rank_ordered"].fn)
@@ -155,7 +155,7 @@ def cpu_family() -> Family:
 
 
 def families(device: torch.device) -> list[Family]:
-    """In the order in which they are set up: later ones use what earlier ones made."""
+    """Return the families in the order of their set-up: later ones use what earlier ones made."""
     if device.type == "cpu":
         return [plain_family("gloo"), cpu_family(), choice_family()]
     peers = [plain_family("NCCL"), norm_family(), torch_family()]
@@ -163,5 +163,5 @@ def families(device: torch.device) -> list[Family]:
 
 
 def most_bytes(timer: Timer, grid: Sequence[int], row_bytes: int) -> int:
-    """The most memory that all sets of x of a size take, in bytes."""
+    """Return the most memory, in bytes, that all sets of x of a size take."""
     return max(timer.sets(tokens * row_bytes) * tokens * row_bytes for tokens in grid)

@@ -1,4 +1,4 @@
-"""What peers.py found, as rows: the bars that fusewire is held to, tables, CSV, JSON and pictures. Imports no torch."""
+"""Report the rows that peers.py measured: limits, tables, CSV, JSON and pictures. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PEER = "peer"
-# A peer whose input lies where only this peer can read it, as if the layer before had written it there.
+# A peer whose input already lies in its own buffer, as if the layer before wrote it there.
 SPARED = "peer, copy spared"
 FUSEWIRE, SHARDED, CHOSEN, COPY = "fusewire", "fusewire, sharded residual", "fusewire's own choice", "plain copy"
 FULL = (FUSEWIRE, CHOSEN)
@@ -60,33 +60,33 @@ class Size:
     rows: tuple[Row, ...]
 
     def best(self, *kinds: str) -> Best | None:
-        """The fastest of these kinds, if any was timed."""
+        """Return the fastest of these kinds, if any was timed."""
         found = [Best(row.us, row.candidate) for row in self.rows if row.us is not None and row.kind in kinds]
         return min(found) if found else None
 
     def ratio(self, *kinds: str, peers: tuple[str, ...] = (PEER,)) -> float | None:
-        """Time of the fastest of these kinds over the best peer's; below 1 is faster than all peers."""
+        """Return the time of the fastest of these kinds over the best peer's; below 1 is faster."""
         ours, theirs = self.best(*kinds), self.best(*peers)
         return ours.us / theirs.us if ours and theirs else None
 
     def link_rate(self) -> float | None:
-        """Bytes per second that each GPU sends in a plain copy to all peers at once."""
+        """Return the bytes per second that each GPU sends in a plain copy to all peers at once."""
         rates = [row.sent / row.us * 1e6 for row in self.rows if row.kind == COPY and row.us]
         return max(rates) if rates else None
 
     def rate_share(self, *kinds: str) -> float | None:
-        """The rate at which the fastest of these kinds sends, over the plain copy's."""
+        """Return the rate at which the fastest of these kinds sends, over the plain copy's."""
         ours, copy = self.best(*kinds), self.link_rate()
         return None if ours is None or copy is None else self.sent / (ours.us * 1e-6) / copy
 
     @property
     def sent(self) -> float:
-        """Bytes that a two-shot all-reduce of bf16 numbers sends from each GPU: partial sums out, results back."""
+        """Return the bytes that a two-shot all-reduce of bf16 numbers sends from each GPU."""
         return 2 * (self.world_size - 1) / self.world_size * self.tokens * self.hidden * 2
 
 
 def sizes(rows: Iterable[Row]) -> list[Size]:
-    """The rows by size, in order."""
+    """Return the rows by size, in order."""
     found: dict[tuple[int, int, int], list[Row]] = {}
     for row in rows:
         found.setdefault((row.world_size, row.hidden, row.tokens), []).append(row)
@@ -157,7 +157,7 @@ class Judged(NamedTuple):
 
 
 def judge(found: Sequence[Size], bars: Sequence[Bar] = BARS) -> list[Judged]:
-    """Every bar against every size."""
+    """Compare every size with every bar."""
     judged = []
     for bar in bars:
         meant = [size for size in found if bar.applies(size)]
@@ -177,7 +177,7 @@ def _at(size: Size) -> str:
 
 
 def bars_table(judged: Sequence[Judged]) -> str:
-    """The bars as a markdown table."""
+    """Return the bars as a markdown table."""
     lines = ["| bar | limit | verdict | worst | at (tokens x hidden on ranks) |", "|---|---|---|---|---|"]
     for one in judged:
         verdict = {None: "not measured", True: "met", False: "MISSED"}[one.met]
@@ -192,7 +192,7 @@ def bars_table(judged: Sequence[Judged]) -> str:
 
 
 def table(found: Sequence[Size]) -> str:
-    """The sizes of one world size and hidden size as a markdown table."""
+    """Return the sizes of one world size and hidden size as a markdown table."""
     columns = [c for c in dict.fromkeys(r.column for s in found for r in s.rows if r.kind != COPY) if c]
     shown = [c for c in columns if any(r.us is not None for s in found for r in s.rows if r.column == c)]
     ratios = [("full / best peer", FULL), ("sharded / best peer", (SHARDED,))]
@@ -220,7 +220,7 @@ def table(found: Sequence[Size]) -> str:
 
 
 def left_out(found: Sequence[Size]) -> list[str]:
-    """What has no time and why, one line for each candidate and reason."""
+    """Return what has no time and why, one line for each candidate and reason."""
     reasons: dict[tuple[str, str], list[int]] = {}
     for size in found:
         for row in size.rows:
@@ -235,7 +235,7 @@ def left_out(found: Sequence[Size]) -> list[str]:
 
 
 def report(rows: Sequence[Row], facts: dict[str, Any]) -> str:
-    """The whole report in markdown: what was measured where, a table for each hidden size, what was left out, bars."""
+    """Return the report in markdown: conditions, a table for each hidden size, what was left out, bars."""
     found = sizes(rows)
     versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
     parts = [f"{facts.get('gpu', 'unknown device')}, driver {facts.get('driver', 'unknown')}; {versions}; bf16, with "]
@@ -330,7 +330,7 @@ def _timed(size: Size, column: str) -> bool:
 
 
 def draw(found: Sequence[Size], path: Path, device: str) -> None:
-    """Time against tokens, a line for each column of the table, and below it the ratio to the best peer."""
+    """Draw time against tokens, a line for each column, and below it the ratio to the best peer."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""How peers.py times: calls are recorded once and run again in turns, so that all meet the same clocks."""
+"""Time calls for peers.py: they are recorded once and run in turns, so that all meet the same clocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fusewire.custom_ops.tuning.timers import CpuTimer, GpuTimer
 
 @dataclasses.dataclass
 class Recording:
-    """Calls that can be run again, and the results of the last of them."""
+    """Recorded calls, and the results of the last run."""
 
     run: Callable[[], Any]
     calls: int
@@ -26,7 +26,7 @@ class Recording:
 
 
 class Replays(GpuTimer):
-    """Records a CUDA graph of the calls and times its replays. Results rotate, too: as many stay alive as sets."""
+    """A timer of CUDA graph replays. Results rotate too: as many stay alive as there are sets."""
 
     WARM_UP, REPLAYS = 1, 3
 
@@ -45,7 +45,7 @@ class Replays(GpuTimer):
         return Recording(graph.replay, calls, kept)
 
     def replay(self, recording: Recording) -> float:
-        """Microseconds per call: the median of REPLAYS replays."""
+        """Return microseconds per call: the median of REPLAYS replays."""
         events = [torch.cuda.Event(enable_timing=True) for _ in range(self.WARM_UP + self.REPLAYS + 1)]
         # What ran before has ended on all ranks, and they start together.
         dist.all_reduce(self._token, group=self._group)
@@ -59,7 +59,7 @@ class Replays(GpuTimer):
 
 
 class Calls(CpuTimer):
-    """The same by the wall clock, without graphs."""
+    """A timer by the wall clock, without CUDA graphs."""
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
         super().__init__(device)
@@ -72,7 +72,7 @@ class Calls(CpuTimer):
         return recording
 
     def replay(self, recording: Recording) -> float:
-        """Microseconds per call."""
+        """Return microseconds per call."""
         dist.barrier(group=self._group)
         start = time.perf_counter()
         recording.run()

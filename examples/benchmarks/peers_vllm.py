@@ -1,4 +1,4 @@
-"""vLLM's custom all-reduce, as FlashInfer ships it (flashinfer.comm.vllm_*), as a candidate for peers.py."""
+"""Define vLLM's custom all-reduce, as FlashInfer ships it (flashinfer.comm.vllm_*), for peers.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Memory:
 
 
 class Vllm:
-    """Its buffers, shared through IPC handles. Input lies in registered memory, as in vLLM under CUDA graphs."""
+    """The buffers of vLLM's all-reduce, shared through IPC handles. Inputs are registered, as under CUDA graphs."""
 
     BLOCKS = 36  # the most it takes, and what vLLM launches
 
@@ -41,7 +41,7 @@ class Vllm:
         group, nbytes = bench.cpu_group, bench.most_bytes
         self._signals = comm.create_shared_buffer(comm.vllm_meta_size() + nbytes, group)
         self._pointers = comm.create_shared_buffer(nbytes, group)
-        # Its counters must start equal on all ranks, and memory comes as it was left.
+        # The counters must start equal on all ranks, and new memory has any content.
         self._view(self._signals, comm.vllm_meta_size()).zero_()
         self._data = self._view(self._pointers, nbytes).view(bench.dtype)
         self._table = torch.empty(16 << 20, dtype=torch.uint8, device=bench.device)
@@ -54,7 +54,7 @@ class Vllm:
         return torch.as_tensor(_Memory(pointers[self._bench.rank], nbytes), device=self._bench.device)
 
     def reduce(self, arena: Arena) -> Call:
-        """A function that sums set i."""
+        """Return a function that sums set i."""
         x = arena.inputs[0].x
         stacked = self._data[: len(arena.inputs) * x.numel()].view(len(arena.inputs), *x.shape)
         if not any(known.data_ptr() == stacked.data_ptr() for known in arena.also):
@@ -72,7 +72,7 @@ class Vllm:
         return call
 
     def before_replay(self) -> None:
-        """Tell it where the peers' inputs of the captured calls are. A collective."""
+        """Register the addresses of the peers' inputs of the captured calls. A collective."""
         if not self._unregistered:
             return
         own, problem = [], ""
@@ -99,7 +99,7 @@ class Vllm:
 
 
 def vllm_family() -> Family:
-    """vLLM's custom all-reduce, one or two steps as it chooses by size, then the norm."""
+    """Return vLLM's custom all-reduce, in one or two steps by its own choice, then the norm."""
 
     def alone(bench: Bench) -> None:
         found = flashinfer_library.library()
@@ -108,7 +108,7 @@ def vllm_family() -> Family:
         if bench.world_size not in (2, 4, 6, 8):
             raise WorkspaceError(f"it is built for 2, 4, 6 or 8 ranks, not {bench.world_size}")
         with flashinfer_library.toolkit() if flashinfer_library.find_nvcc() else contextlib.nullcontext():
-            found.comm.vllm_meta_size()  # loads the module, compiling it if need be
+            found.comm.vllm_meta_size()  # loads the module, and compiles it if needed
 
     def together(bench: Bench) -> list[Candidate]:
         made = Vllm(flashinfer_library.library().comm, bench)
