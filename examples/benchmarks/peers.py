@@ -12,7 +12,7 @@ Every candidate is compared with the sum in rank order and RMSNorm in float64, b
 as captured, after. A candidate that is wrong or cannot be set up is listed with its reason. Times are
 of CUDA graph replays. At each size all candidates take turns, round after round. Inputs and outputs
 rotate through more memory than the L2 cache holds. The median of the rounds counts on each rank,
-and the slowest rank. No wait is without a limit. NVLink multicast stays off, for NCCL too.
+and the slowest rank. Every wait has a limit. NVLink multicast stays off, for NCCL too.
 """
 
 from __future__ import annotations
