@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from fusewire.fusion_passes.config import PassConfig
     from fusewire.fusion_passes.pipeline import run_passes
     from fusewire.fusion_passes.registry import register_pass
-    from fusewire.fusion_passes.report.model import Report, clear_report, report
+    from fusewire.fusion_passes.report.store import Report, clear_report, report
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 
@@ -80,11 +80,11 @@ __all__ = [
 # Where the names lie that are imported at their first use.
 _LAZY = {
     "PassConfig": "fusion_passes.config",
-    "Report": "fusion_passes.report.model",
-    "clear_report": "fusion_passes.report.model",
+    "Report": "fusion_passes.report.store",
+    "clear_report": "fusion_passes.report.store",
     "enable": "fusion_passes.backend",
     "register_pass": "fusion_passes.registry",
-    "report": "fusion_passes.report.model",
+    "report": "fusion_passes.report.store",
     "run_passes": "fusion_passes.pipeline",
 }
 

@@ -24,22 +24,14 @@ from fusewire.fusion_passes.analysis.norm_reader import find_norms
 from fusewire.fusion_passes.analysis.why_unfused import explain_unfused
 from fusewire.fusion_passes.compiler.inductor import copied, exchange_nodes, graph_kind
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment, unknown_name
-from fusewire.fusion_passes.context import MATCH, MERGED, Refused, RunContext
-from fusewire.fusion_passes.html import Album
+from fusewire.fusion_passes.context import MATCH, Refused, RunContext
+from fusewire.fusion_passes.observer import Observer, observer_of
 from fusewire.fusion_passes.passes.raise_ops import computes_norms_itself
 from fusewire.fusion_passes.registry import pass_names, registered_passes
-from fusewire.fusion_passes.report.model import (
-    ALL_REDUCE,
-    FUSED,
-    REDUCE_SCATTER,
-    Entry,
-    GraphAccount,
-    Report,
-    add_account,
-    describe_counts,
-    entry_of,
-    source_location,
-)
+from fusewire.fusion_passes.report.entries import entry_of, source_location
+from fusewire.fusion_passes.report.model import ALL_REDUCE, FUSED, REDUCE_SCATTER, Entry, GraphReport
+from fusewire.fusion_passes.report.store import Report, add_graph_report
+from fusewire.fusion_passes.report.text import describe_counts
 from fusewire.fusion_passes.spmd.agreement import settle
 from fusewire.fusion_passes.spmd.fingerprint import (
     GroupFingerprint,
@@ -96,7 +88,7 @@ def _groups() -> list[str]:
 
 def run_passes(
     graph: Graph, config: PassConfig | None = None, *, unfused: Mapping[str, str] = MappingProxyType({})
-) -> GraphAccount:
+) -> GraphReport:
     """Run all enabled passes over a post-grad graph, in place.
 
     fusewire's own passes are tried on a copy first: what they refuse, or fail at, leaves this graph as it is. Where they
@@ -119,7 +111,7 @@ def run_passes(
     config = config if config is not None else PassConfig()
     _check_arguments(graph, config)
     if disabled_by_environment():
-        return GraphAccount(-1, "disabled")
+        return GraphReport(-1, "disabled")
     for name in config.disabled_passes:
         if name not in pass_names():
             raise ConfigError(f"disabled_passes: {unknown_name('pass', name, pass_names())}")
@@ -128,7 +120,7 @@ def run_passes(
     account = run.run()
     seconds = time.perf_counter() - start - run.waited_s
     account = dataclasses.replace(account, pass_seconds=seconds, nodes_after=len(graph.nodes))
-    account = add_account(account)
+    account = add_graph_report(account)
     log.info("%s", Report((account,)).summary)
     _check_expectation(account, config)
     return account
@@ -148,7 +140,7 @@ def _check_arguments(graph: Any, config: Any) -> None:
             )
 
 
-def _check_expectation(account: GraphAccount, config: PassConfig) -> None:
+def _check_expectation(account: GraphReport, config: PassConfig) -> None:
     expected = config.expect_fused
     if expected is None or (expected != "all" and not account.entries):
         return
@@ -169,12 +161,12 @@ class _Run:
         self.waited_s = 0.0  # for other ranks
         self.passes = [item for item in registered_passes() if item.is_enabled(config)]
         self.notes: list[str] = []
-        self.album = Album()
+        self.observer: Observer | None = None
         self.sites: list[AllReduce] = []
         self.entries: dict[str, Entry] = {}
         self.dumps = config.dump_graphs is not None
 
-    def run(self) -> GraphAccount:
+    def run(self) -> GraphReport:
         kind = graph_kind()
         before = len(self.graph.nodes)
         context = RunContext(self.config)
@@ -196,10 +188,8 @@ class _Run:
             self._settle(program, context)
         if kind != "training":
             insert_rendezvous(self.graph, self.prints)
-        entries = tuple(self._pictured(self._entry(site.name, context), context) for site in self.sites)
-        if self.album.problem:
-            self.notes.append(self.album.problem)
-        return GraphAccount(
+        entries = tuple(self._entry(site.name, context) for site in self.sites)
+        account = GraphReport(
             -1,
             kind,
             entries,
@@ -207,20 +197,20 @@ class _Run:
             before,
             before,
             tuple(self.notes),
-            pictures=self.album.pictures,
             fingerprints=tuple(self.prints),
             unfused=tuple(sorted(self.unfused)),
         )
+        return account if self.observer is None else self.observer.complete(account)
 
     def _agreed(self, original: Graph, program: Mapping[str, tuple[str, list[str]]]) -> RunContext:
         """Rewrite the graph as far as the ranks of each group agree."""
         notes = list(self.notes)
-        self.album = Album(original if self.sites else None)
+        self.observer = observer_of(lambda: original)
         context = self._attempt(original)
         unfused = self._settle(program, context)
         if unfused:
             self.unfused.update(unfused)
-            self.notes, self.album = notes, Album(original if self.sites else None)
+            self.notes, self.observer = notes, observer_of(lambda: original)
             exchange_nodes(self.graph, copied(original))
             context = self._attempt(original)
             self.prints = self._fingerprints(program, context)
@@ -321,8 +311,8 @@ class _Run:
                 raise
             if changed:
                 context.changes.append(item.name)
-            if not trial_run and item.name in _FUSING:
-                self.album.see_fused(graph)
+            if not trial_run and self.observer is not None and item.name in _FUSING:
+                self.observer.fused(graph)
         if not trial_run:
             self._dump(graph, "99_after")
 
@@ -366,10 +356,6 @@ class _Run:
             )
         refused = context.refused[name]
         return dataclasses.replace(entry, gate=refused.gate, reason=refused.reason)
-
-    def _pictured(self, entry: Entry, context: RunContext) -> Entry:
-        shown = context.merged.get(entry.node, entry.node).removeprefix(f"{MERGED} ")
-        return dataclasses.replace(entry, picture=self.album.number(shown, entry.reason if entry.gate else ""))
 
     def _dump(self, graph: Graph, name: str) -> None:
         if not self.dumps:

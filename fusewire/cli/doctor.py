@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Everything the command prints, as JSON types. Communicates with nobody and compiles nothing."""
+    """Return all that the command prints, as JSON types. Communicates with nobody and compiles nothing."""
     return {
         "versions": _versions(),
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_VARIABLES)},
@@ -87,7 +87,7 @@ def _driver() -> str:
 
 
 def _ask(*command: str) -> str:
-    """What a program prints; empty if it is missing, fails or does not answer."""
+    """Return what a program prints; "" if it is missing, fails or does not answer."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -161,7 +161,7 @@ def _operators() -> dict[str, dict[str, Any]]:
 
 
 def _tuned_tables() -> dict[str, Any]:
-    """Where tables of `python -m fusewire tune` lie, and which of them serve on this machine."""
+    """Return where the tables of `python -m fusewire tune` lie, and which of them serve on this machine."""
     tables = []
     for found in plan_store.all_files():
         entry: dict[str, Any] = {"path": str(found.path), "serves": False, "reason": found.reason}
@@ -204,33 +204,9 @@ def _plans() -> list[dict[str, Any]]:
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """The same, for people."""
+    """Return what `examine` found as text for people."""
     lines = [*_pairs("Versions", found["versions"]), *_pairs("Environment", found["environment"])]
-    lines += ["", "GPUs"]
-    lines += [
-        f"  {gpu['index']}: {gpu['name']}, compute capability {gpu['compute_capability']}, "
-        f"{gpu['memory_gib']} GiB, {gpu['multiprocessors']} multiprocessors"
-        for gpu in found["gpus"]
-    ] or ["  none"]
-    if len(found["gpus"]) > 1:
-        lines += ["", "Peer access (row reads column)"]
-        lines += ["  " + " ".join("yes" if cell else " no" for cell in row) for row in found["peer_access"]]
-    if found["links"]:
-        lines += ["", "Links", *("  " + line for line in found["links"].splitlines())]
-    lines += _pairs("FlashInfer", found["flashinfer"])
-    for name, op in found["operators"].items():
-        if op["computed_with"]:
-            lines += ["", f"Operator {name}, computed with the providers of {op['computed_with']}"]
-            continue
-        lines += ["", f"Operator {name}, tried in the order {', '.join(op['priority'])}"]
-        lines += _table(
-            (
-                key,
-                "batch-invariant" * each["batch_invariant"],
-                "yes" if each["available"] else f"no: {each['reason']}",
-            )
-            for key, each in op["providers"].items()
-        )
+    lines += [*_gpu_lines(found), *_pairs("FlashInfer", found["flashinfer"]), *_operator_lines(found["operators"])]
     lines += ["", f"Tuned tables, in {found['tuned_tables']['folder']}"]
     lines += _table(_tuned_row(table) for table in found["tuned_tables"]["tables"]) or [
         "  none (`python -m fusewire tune --hidden N` measures one; until then the plan is the shipped one)"
@@ -241,6 +217,35 @@ def as_text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines).strip()
 
 
+def _gpu_lines(found: Mapping[str, Any]) -> list[str]:
+    lines = ["", "GPUs"]
+    lines += [
+        f"  {gpu['index']}: {gpu['name']}, compute capability {gpu['compute_capability']}, "
+        f"{gpu['memory_gib']} GiB, {gpu['multiprocessors']} multiprocessors"
+        for gpu in found["gpus"]
+    ] or ["  none"]
+    if len(found["gpus"]) > 1:
+        lines += ["", "Peer access (row reads column)"]
+        lines += ["  " + " ".join("yes" if cell else " no" for cell in row) for row in found["peer_access"]]
+    if found["links"]:
+        lines += ["", "Links", *("  " + line for line in found["links"].splitlines())]
+    return lines
+
+
+def _operator_lines(operators: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, op in operators.items():
+        if op["computed_with"]:
+            lines += ["", f"Operator {name}, computed with the providers of {op['computed_with']}"]
+            continue
+        lines += ["", f"Operator {name}, tried in the order {', '.join(op['priority'])}"]
+        lines += _table(
+            (key, "batch-invariant" * each["batch_invariant"], "yes" if each["available"] else f"no: {each['reason']}")
+            for key, each in op["providers"].items()
+        )
+    return lines
+
+
 def _tuned_row(table: Mapping[str, Any]) -> tuple[str, ...]:
     if "hidden" not in table:
         return ("", "", "not used", table["reason"])
@@ -248,8 +253,9 @@ def _tuned_row(table: Mapping[str, Any]) -> tuple[str, ...]:
     left_out = "".join(f"; {label} is left out: {why}" for label, why in table["left_out"].items())
     left_out += "".join(f"; {name} could not be measured: {why}" for name, why in table["not_measured"].items())
     name = os.path.basename(table["path"])
-    said = f"{name}{left_out}" if table["serves"] else f"{name}: {table['reason']}"
-    return (what, table["measured"], "serves" if table["serves"] else "not used", said)
+    if table["serves"]:
+        return (what, table["measured"], "serves", f"{name}{left_out}")
+    return (what, table["measured"], "not used", f"{name}: {table['reason']}")
 
 
 def _span(row: Mapping[str, Any]) -> str:
@@ -263,7 +269,7 @@ def _pairs(title: str, pairs: Mapping[str, str]) -> list[str]:
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Rows as aligned columns; the last one is as wide as it likes."""
+    """Return rows as aligned columns, the last one of any width."""
     kept = list(rows)
     widths = [max(map(len, column)) for column in list(zip(*kept, strict=True))[:-1]]
     return [

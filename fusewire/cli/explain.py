@@ -3,8 +3,8 @@
     python -m fusewire explain [options] script.py [arguments of the script]
     torchrun --nproc-per-node 2 -m fusewire explain [options] script.py [arguments of the script]
 
-Whatever the script compiles goes through fusewire's passes, as within `fusewire.enable()`; rank 0 prints the report
-when the script has ended or failed. The exit status is the script's own.
+All that the script compiles goes through fusewire's passes, as within `fusewire.enable()`. Rank 0 prints the
+report when the script has ended or failed. The exit status is the script's own.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ import torch._functorch.config
 import torch._inductor.config
 
 import fusewire
+from fusewire.custom_ops.coordination.timeouts import timeout_s
 from fusewire.custom_ops.ops.registry import parse_priorities
 from fusewire.errors import ConfigError
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment
-from fusewire.fusion_passes.html import pictures_recorded
 from fusewire.rendering.page import page
+from fusewire.rendering.pictures import pictures_recorded
 
 INTERRUPTED, STOPPED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 class _Stopped(BaseException):
-    """Somebody asked this process to end: torchrun does so when another rank has failed."""
+    """SIGTERM came while the script ran: torchrun sends it when another rank has failed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,18 +85,16 @@ def run(arguments: argparse.Namespace) -> int:
         _check_writable(file)
     if arguments.nproc_per_node is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
         _start_ranks(arguments.nproc_per_node)
-    with _stdout_for_json(arguments.json) as output:
+    with _stdout_for_json(arguments.json) as output, _sigterm_restored():
         status, error = _run_script(arguments, config)
         if _rank() == 0:
-            unmet = _tell(arguments, error, status, output)
-            status = status or unmet
-        elif error:
-            print(error, file=sys.stderr, end="")
-    return status
+            return status or _show(arguments, error, status, output)
+        print(error, file=sys.stderr, end="")
+        return status
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Options of PassConfig from "name=value" texts.
+    """Return options of PassConfig from "name=value" texts.
 
     Raises:
         ConfigError: a text has no "=", or the value of ir_op_priority is not OPERATOR=PROVIDER[,PROVIDER...].
@@ -126,7 +125,7 @@ def _value(text: str) -> Any:
 
 
 def _check_writable(file: str) -> None:
-    """Say so before the script runs, not after it, if a report cannot be written."""
+    """Raise ConfigError if a report cannot be written there."""
     path = Path(file).absolute()
     place = path if path.exists() else path.parent
     if path.is_dir() or not place.exists() or not os.access(place, os.W_OK):
@@ -134,7 +133,7 @@ def _check_writable(file: str) -> None:
 
 
 def _start_ranks(count: int) -> None:
-    """Become torchrun, with this command on every rank."""
+    """Replace this process by torchrun, with this command on every rank."""
     if count < 1:
         raise ConfigError(f"--nproc-per-node is {count}; it must be at least 1")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
@@ -149,7 +148,7 @@ def _rank() -> int:
 
 @contextlib.contextmanager
 def _stdout_for_json(wanted: bool) -> Iterator[TextIO]:
-    """Where the report goes. If that is JSON, everything else that is written to stdout goes to stderr."""
+    """Yield the stream for the report. If that is JSON, all else that is written to stdout goes to stderr."""
     sys.stdout.flush()
     if not wanted:
         yield sys.stdout
@@ -168,13 +167,17 @@ def _stdout_for_json(wanted: bool) -> Iterator[TextIO]:
 
 
 def _run_script(arguments: argparse.Namespace, config: PassConfig) -> tuple[int, str]:
-    """Run the script with the passes enabled; its exit status, and its error as text ("" if there was none)."""
+    """Run the script with the passes enabled. Returns its exit status, and its error as text ("" if none)."""
     sys.argv = [arguments.script, *arguments.arguments]
     if not getattr(sys.flags, "safe_path", False):  # python -P has no such first entry
         sys.path[0] = os.getcwd() if arguments.module else str(Path(arguments.script).absolute().parent)
     torch._dynamo.utils.counters["graph_break"].clear()
+    if _rank() != 0:  # before SIGTERM is handled in Python, which this wait in C++ would delay
+        _rank_0_ready(wait=True)
     try:
         with _no_compile_cache(), pictures_recorded(), fusewire.enable(config), _stoppable():
+            if _rank() == 0:
+                _rank_0_ready(wait=False)
             if arguments.module:
                 runpy.run_module(arguments.script, run_name="__main__", alter_sys=True)
             else:
@@ -203,7 +206,7 @@ def _no_compile_cache() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Within the block SIGTERM ends the script by an exception, so that there is time to say what was compiled."""
+    """Within the block SIGTERM ends the script by an exception; afterwards it is ignored, for the report's sake."""
     owner = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -212,15 +215,49 @@ def _stoppable() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)  # a process that the script forked
         os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _sigterm_restored() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN if before is None else before)
 
 
+def _rank_0_ready(*, wait: bool) -> None:
+    """Publish that rank 0 can be stopped without losing its report, or wait until it can.
+
+    Without it a rank that fails early has torchrun end rank 0 while that still starts. Past the limit, or where the
+    launcher offers no store, the ranks go on.
+    """
+    try:
+        store = _launchers_store()
+        key = f"fusewire/explain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        if store is not None and wait:
+            store.wait([key])
+        elif store is not None:
+            store.set(key, "ready")
+    except torch.distributed.DistError as error:
+        print(f"fusewire: rank {_rank()} cannot coordinate its start with rank 0: {error}", file=sys.stderr)
+
+
+def _launchers_store() -> torch.distributed.Store | None:
+    """Return the store that torchrun keeps for its ranks, or None under other launchers."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return torch.distributed.TCPStore(*place, is_master=False, timeout=datetime.timedelta(seconds=timeout_s()))
+
+
 def _users_part(trace: TracebackType | None) -> TracebackType | None:
-    """A traceback without the frames of this command and of runpy at its top."""
+    """Return a traceback without the frames of this command and of runpy at its top."""
     ours = (__file__, runpy.__file__)
     while trace is not None and (
         trace.tb_frame.f_code.co_filename in ours or trace.tb_frame.f_code.co_filename.startswith("<frozen runpy")
@@ -232,8 +269,8 @@ def _users_part(trace: TracebackType | None) -> TracebackType | None:
 # --- The report ---------------------------------------------------------------------------------------------
 
 
-def _tell(arguments: argparse.Namespace, error: str, status: int, output: TextIO) -> int:
-    """Print and write the report; 1 if an expectation is not met, else 0."""
+def _show(arguments: argparse.Namespace, error: str, status: int, output: TextIO) -> int:
+    """Print and write the report. Returns 1 if an expectation is not met, else 0."""
     report = fusewire.report()
     breaks = dict(torch._dynamo.utils.counters["graph_break"])
     notices = [advice] if (advice := advise()) else []
@@ -261,11 +298,11 @@ def _tell(arguments: argparse.Namespace, error: str, status: int, output: TextIO
     if arguments.html:
         failed = [f"The script failed (exit status {status}).\n{error}".strip()] if status else []
         title = " ".join([arguments.script, *arguments.arguments])
-        text = page(report, title, facts, [*failed, *notices, *filter(None, [unmet])], breaks)
-        Path(arguments.html).write_text(text, encoding="utf-8")
+        html = page(report, title, facts, [*failed, *notices, *filter(None, [unmet])], breaks)
+        Path(arguments.html).write_text(html, encoding="utf-8")
         print(f"fusewire: wrote {arguments.html}", file=sys.stderr)
-    for said in filter(None, (error, unmet)):
-        print(said.rstrip("\n"), file=sys.stderr)
+    for text in filter(None, (error, unmet)):
+        print(text.rstrip("\n"), file=sys.stderr)
     return 1 if unmet else 0
 
 
@@ -307,7 +344,7 @@ def _world_size() -> int:
 
 
 def advise() -> str:
-    """What to do where the report has nothing to tell; "" where it has."""
+    """Return what to do if the report is empty, else ""."""
     report = fusewire.report()
     if disabled_by_environment():
         return "FUSEWIRE_DISABLE in the environment switches fusewire off; unset it to see what it would do."
@@ -328,8 +365,7 @@ def advise() -> str:
             "SCRIPT."
         )
     return (
-        "The compiled graphs hold no all-reduce. Either the model is not split over the ranks (transformers: "
-        "tp_plan='auto'; PyTorch: parallelize_module), or its all-reduces are issued outside the compiled part: "
-        "compile the whole model, with fullgraph=True to see what breaks the graph. Sequence parallelism has "
-        "reduce-scatters instead, which fusewire does not fuse."
+        "The compiled graphs hold no all-reduce and no reduce-scatter. Either the model is not split over the ranks "
+        "(transformers: tp_plan='auto'; PyTorch: parallelize_module), or its all-reduces are issued outside the "
+        "compiled part: compile the whole model, with fullgraph=True to see what breaks the graph."
     )

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
-
-from fusewire.fusion_passes.report.model import Box, Drawing
 
 GAP_X, GAP_Y, MARGIN = 18, 23, 8
 LINE, PADDING, CHARACTER = 15, 9, 7.3
 _SWEEPS, _STRAIGHT = 12, 6.0
+
+
+@dataclass(frozen=True)
+class Box:
+    """One box of a drawing: its text, its role (which gives it a colour), and a second line."""
+
+    label: str
+    role: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Boxes, and edges as (from, to, what flows), which give positions in `boxes`."""
+
+    boxes: tuple[Box, ...]
+    edges: tuple[tuple[int, int, str], ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The subgraph around an all-reduce as it arrived, and with the fused operator (None if it stayed)."""
+
+    before: Drawing
+    after: Drawing | None = None
 
 
 def draw(drawing: Drawing, label: str) -> str:

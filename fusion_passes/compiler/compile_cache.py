@@ -19,7 +19,8 @@ from torch.fx import GraphModule
 from fusewire.fusion_passes.compiler.cache_artifact import GraphReportArtifact, cache_folder, write_file
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.pipeline import cache_key
-from fusewire.fusion_passes.report.model import GraphAccount, accounts_from_json, accounts_to_json, add_account
+from fusewire.fusion_passes.report.model import GraphReport, graph_reports_from_json, graph_reports_to_json
+from fusewire.fusion_passes.report.store import add_graph_report
 from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint
 
 log = logging.getLogger("fusewire")
@@ -37,8 +38,8 @@ class Keeper:
 
     def __init__(self, name: str) -> None:
         self.file = cache_folder() / f"{name}.json"
-        self.made: list[GraphAccount] = []  # by the passes, in this compilation
-        self.kept: list[GraphAccount] = []
+        self.made: list[GraphReport] = []  # by the passes, in this compilation
+        self.kept: list[GraphReport] = []
         self.salt = uuid.uuid4().hex[:16]
         self._read()
         self.key = f"{name}-{self.salt}"
@@ -48,13 +49,13 @@ class Keeper:
         """What ranks must have alike to run the graphs that were kept."""
         return [item for account in self.kept for item in account.fingerprints]
 
-    def save(self, account: GraphAccount) -> None:
+    def save(self, account: GraphReport) -> None:
         """Add an account to those of this compilation, and write them.
 
         Called by the passes, so before Inductor puts the graph into its cache: another rank may find it there at once.
         """
         self.made.append(account)
-        text = json.dumps({"salt": self.salt, "graphs": accounts_to_json(self.made)})
+        text = json.dumps({"salt": self.salt, "graphs": graph_reports_to_json(self.made)})
         try:
             write_file(self.file, text)
         except OSError as error:
@@ -66,13 +67,13 @@ class Keeper:
         if self.made or not self.kept:
             return
         for account in self.kept:
-            add_account(dataclasses.replace(account, cached=True, pass_seconds=0.0))
+            add_graph_report(dataclasses.replace(account, cached=True, pass_seconds=0.0))
         CacheArtifactManager.record_artifact(GraphReportArtifact.type(), self.file.name, self.file.read_bytes())
 
     def _read(self) -> None:
         try:
             data = json.loads(self.file.read_text())
-            kept, salt = accounts_from_json(data["graphs"]), str(data["salt"])
+            kept, salt = graph_reports_from_json(data["graphs"]), str(data["salt"])
         except FileNotFoundError:
             return
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -100,8 +101,8 @@ def accounts_kept(name: str) -> Iterator[Keeper]:
     keeper.restore()
 
 
-def _unaccounted(note: str) -> GraphAccount:
-    return GraphAccount(-1, "inference", notes=(note,), cached=True)
+def _unaccounted(note: str) -> GraphReport:
+    return GraphReport(-1, "inference", notes=(note,), cached=True)
 
 
 _accounted_hits = 0
@@ -121,7 +122,7 @@ def hits_noted() -> Iterator[None]:
     hits = _cache_hits() - _accounted_hits - before
     if hits > 0:
         note = "graph" if hits == 1 else "graphs"
-        add_account(
+        add_graph_report(
             _unaccounted(
                 f"the compile cache held {hits} {note}, rewritten as they were when they were made; no account was kept"
             )

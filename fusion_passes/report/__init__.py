@@ -1,1 +1,7 @@
-"""What became of every all-reduce: the records, their texts, and where they are kept."""
+"""What became of every all-reduce.
+
+model    the records
+entries  the record of one all-reduce, from its node
+text     the records as text
+store    the report of this process
+"""

@@ -27,7 +27,7 @@ from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
 from fusewire.fusion_passes.backend import specialize_epsilons
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.pipeline import run_passes
-from fusewire.fusion_passes.report.model import GraphAccount
+from fusewire.fusion_passes.report.model import GraphReport
 from fusewire.patterns.collectives import ALL_REDUCE, COALESCED
 
 from fuzz.program import Program, make_arguments
@@ -46,7 +46,7 @@ class Variant:
     """A copy of a program's graph, rewritten with one configuration; `late`, with everything computed where it is read."""
 
     module: torch.fx.GraphModule
-    account: GraphAccount | None = None
+    account: GraphReport | None = None
     text: str = ""
     late: torch.fx.GraphModule | None = None
 

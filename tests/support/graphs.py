@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fusewire.fusion_passes.backend import specialize_epsilons
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.pipeline import run_passes
-from fusewire.fusion_passes.report.model import GraphAccount
+from fusewire.fusion_passes.report.model import GraphReport
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Captured:
 
     graphs: list[torch.fx.Graph] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
-    accounts: list[GraphAccount] = field(default_factory=list)
+    accounts: list[GraphReport] = field(default_factory=list)
     run: Callable[..., Any] | None = None
 
     @property
@@ -35,7 +35,7 @@ class Captured:
         return self.graphs[0]
 
     @property
-    def account(self) -> GraphAccount:
+    def account(self) -> GraphReport:
         assert len(self.accounts) == 1, f"{len(self.accounts)} graphs were compiled"
         return self.accounts[0]
 

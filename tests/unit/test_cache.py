@@ -418,7 +418,7 @@ def test_the_account_is_kept_by_the_passes_themselves():
     with warm_cache.accounts_kept("name") as keeper:
         backend.FusewirePass(PassConfig())(graph)
         kept = json.loads((_account_folder() / "name.json").read_text())
-    (account,) = reports.accounts_from_json(kept["graphs"])
+    (account,) = reports.graph_reports_from_json(kept["graphs"])
     assert account.entries == fusewire.report().entries
     assert len(account.entries) == 1
     assert keeper.key == f"name-{kept['salt']}"

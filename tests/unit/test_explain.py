@@ -22,12 +22,12 @@ import fusewire
 from fusewire import __main__ as cli
 from fusewire.cli import explain
 from fusewire.errors import ConfigError
-from fusewire.fusion_passes import html as pictures
-from fusewire.fusion_passes.html import pictures_recorded
 from fusewire.fusion_passes.report import model as reports
-from fusewire.fusion_passes.report.model import Box, Drawing, Report
-from fusewire.rendering.drawing import draw
+from fusewire.fusion_passes.report.store import Report
+from fusewire.rendering import pictures
+from fusewire.rendering.drawing import Box, Drawing, draw
 from fusewire.rendering.page import page
+from fusewire.rendering.pictures import pictures_recorded
 
 from support.blocks import NORMS, reduce_functional, tensors
 from support.coverage import as_markdown, measure
@@ -189,7 +189,7 @@ def test_pictures_are_kept_only_where_wanted(fake_world):
 def test_pictures_survive_the_way_through_json(recorded):
     accounts = [recorded(mixed)]
     assert accounts[0].pictures
-    assert reports.accounts_from_json(reports.accounts_to_json(accounts)) == accounts
+    assert reports.graph_reports_from_json(reports.graph_reports_to_json(accounts)) == accounts
 
 
 def test_a_picture_that_fails_costs_nothing(recorded, monkeypatch):
@@ -313,7 +313,7 @@ def test_page_is_self_contained_and_complete(sample):
 def test_page_escapes_what_it_is_given():
     bad = "</script><u>&'\""
     entry = reports.Entry(0, bad, "refused", "match", bad, bad, bad, bad, bad, bad, bad, bad, bad)
-    found = Report((reports.GraphAccount(0, "inference", (entry,), notes=(bad,)),))
+    found = Report((reports.GraphReport(0, "inference", (entry,), notes=(bad,)),))
     text = page(found, bad, [(bad, bad)], [bad], {bad: 1})
     Reader(text)
     assert "<u>" not in text

@@ -16,7 +16,7 @@ from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded, gather_rows, own_rows, shard_rows
 from fusewire.errors import ArgumentError, ConfigError, TrainingError
 from fusewire.fusion_passes.config import PassConfig
-from fusewire.fusion_passes.report.model import Report
+from fusewire.fusion_passes.report.store import Report
 
 from support.blocks import HIDDEN, NORMS, reduce_functional, tensors
 from support.distributed import fake_group, shared_pool

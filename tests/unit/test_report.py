@@ -15,8 +15,10 @@ import fusewire
 from fusewire import PassConfig
 from fusewire.errors import ExpectationError
 from fusewire.fusion_passes.pipeline import run_passes
+from fusewire.fusion_passes.report import entries
 from fusewire.fusion_passes.report import model as reports
-from fusewire.fusion_passes.report.model import Entry, GraphAccount, Report
+from fusewire.fusion_passes.report.model import Entry, GraphReport
+from fusewire.fusion_passes.report.store import Report
 from fusewire.patterns.collectives import ALL_REDUCE, WAIT
 
 from support.blocks import HIDDEN, NORMS, reduce_functional, tensors
@@ -128,8 +130,8 @@ def test_text_of_a_report():
         dtype="float32",
     )
     nameless = dataclasses.replace(refused, node="all_reduce_9", location="", module="")
-    account = GraphAccount(0, "inference", (fused, fused, slow, refused, nameless), 1.5, notes=("a word more",))
-    cached = GraphAccount(1, "training", cached=True)
+    account = GraphReport(0, "inference", (fused, fused, slow, refused, nameless), 1.5, notes=("a word more",))
+    cached = GraphReport(1, "training", cached=True)
     assert str(Report((account, cached))) == "\n".join(
         [
             "fusewire: 3 of 5 all-reduces fused in 2 graphs, 2 refused; passes took 1.50 s",
@@ -154,7 +156,7 @@ def test_json():
     assert data["refused"] == 1
     assert data["pass_seconds"] == found.pass_seconds
     (graph,) = data["graphs"]
-    assert set(graph) == {field.name for field in dataclasses.fields(GraphAccount)}
+    assert set(graph) == {field.name for field in dataclasses.fields(GraphReport)}
     assert [set(entry) for entry in graph["entries"]] == [{field.name for field in dataclasses.fields(Entry)}] * 2
     assert [entry["reason"] for entry in graph["entries"]] == [entry.reason for entry in found.entries]
     assert data == json.loads(json.dumps(found.to_dict()))
@@ -165,7 +167,7 @@ def test_accounts_survive_a_round_trip():
     capture(fuses, *tensors(), dynamic=True)
     graphs = list(fusewire.report().graphs)
     assert len(graphs) == 2
-    assert reports.accounts_from_json(reports.accounts_to_json(graphs)) == graphs
+    assert reports.graph_reports_from_json(reports.graph_reports_to_json(graphs)) == graphs
 
 
 # Places
@@ -247,14 +249,14 @@ def _frames(*places):
 def test_location_skips_machinery(places, expected):
     node = torch.fx.Graph().placeholder("x")
     node.meta["stack_trace"] = _frames(*places)
-    assert reports.source_location(node) == expected
+    assert entries.source_location(node) == expected
 
 
 def test_location_without_a_stack_trace():
     node = torch.fx.Graph().placeholder("x")
-    assert reports.source_location(node) == ""
+    assert entries.source_location(node) == ""
     node.meta["stack_trace"] = None
-    assert reports.source_location(node) == ""
+    assert entries.source_location(node) == ""
 
 
 @pytest.mark.parametrize(
@@ -268,9 +270,9 @@ def test_location_without_a_stack_trace():
 )
 def test_module_path(path, expected):
     node = torch.fx.Graph().placeholder("x")
-    assert reports.module_path(node) == ""
+    assert entries.module_path(node) == ""
     node.meta["nn_module_stack"] = {"outer": ("L['self']", object), "inner": (path, object)}
-    assert reports.module_path(node) == expected
+    assert entries.module_path(node) == expected
 
 
 # Spellings

@@ -1,40 +1,39 @@
-"""What the HTML report draws of each all-reduce: the subgraph around it, before fusewire's passes and after.
+"""Pictures of each all-reduce: the subgraph around it, before fusewire's passes and after.
 
-Pictures hold words and no sizes or names of layers, so that the same site in every layer gives the same picture,
-which the account of a graph keeps once.
+Pictures hold no sizes and no names of layers, so that the same site in every layer gives the same
+picture, which a graph's report holds once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import logging
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 
 from torch.fx import Graph, Node
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
-from fusewire.fusion_passes.analysis.graph import (
-    dtype_of,
-    getitem_users,
-    plain_add,
-)
+from fusewire.fusion_passes.analysis.graph import dtype_of, getitem_users, plain_add
 from fusewire.fusion_passes.analysis.norm_reader import Norm, find_norms
-from fusewire.fusion_passes.picture_words import is_epsilon, label_of_input, named, passes, words
-from fusewire.fusion_passes.report.model import Box, Drawing, Picture
+from fusewire.fusion_passes.context import MERGED
+from fusewire.fusion_passes.observer import observed
+from fusewire.fusion_passes.report.model import Entry, GraphReport
 from fusewire.patterns.collectives import WAIT, AllReduce, positional, read_all_reduce
+from fusewire.rendering.drawing import Box, Drawing, Picture
+from fusewire.rendering.node_names import is_epsilon, label_of_input, name_of, names_of_readers, passes
 
 log = logging.getLogger("fusewire")
 # The roles of boxes, which the page gives colours.
 COLLECTIVE, NORM, FUSED, STEP, OBSTACLE = "collective", "norm", "fused", "step", "obstacle"
 INPUT, READER = "input", "reader"
 OTHER = "another all-reduce"
-# The fused operators, and what their boxes say.
+# The labels of the fused operators' boxes.
 _PLAIN, _SANDWICH = all_reduce_rms_norm.torch_op, all_reduce_sandwich_norm.torch_op
 _FUSED_OPS = {
     _PLAIN: "all-reduce{add} + RMSNorm",
@@ -42,6 +41,83 @@ _FUSED_OPS = {
     all_reduce_rms_norm_sharded.torch_op: "reduce-scatter{add} + RMSNorm + all-gather",
 }
 _FAR, _FEW = 24, 5
+
+
+def pictures_recorded() -> AbstractContextManager[None]:
+    """Within the block, the reports of graphs hold pictures."""
+    return observed(PictureRecorder)
+
+
+class PictureRecorder:
+    """Makes the pictures of one graph. One that cannot be made is missing, with a note in the report.
+
+    Args:
+        original: the graph as it arrived.
+    """
+
+    def __init__(self, original: Graph) -> None:
+        self.problem = ""
+        self.seen: dict[str, _Before] = {}
+        self.second: set[str] = set()  # all-reduces that are fused with a second norm, too
+        self.apart: set[str] = set()  # all-reduces that are fused
+        self.after: dict[str, Drawing] = {}
+        self.numbers: dict[Picture, int] = {}
+        self.nodes = {node.name: node for node in original.nodes}
+        self.order = {node: i for i, node in enumerate(original.nodes)}
+        self.norms: dict[Node, Norm] = {}
+        with self._harmless():
+            for norm in find_norms(original):
+                self.norms.setdefault(norm.source, norm)
+
+    @contextlib.contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """Turn an error within the block into a note of the report."""
+        try:
+            yield
+        except Exception as error:
+            log.warning("fusewire could not draw a picture for its report", exc_info=True)
+            self.problem = f"pictures for the HTML report are missing: {type(error).__name__}: {error}"
+
+    def fused(self, graph: Graph) -> None:
+        """Draw the fused sites of the rewritten graph, before its operators are lowered."""
+        with self._harmless():
+            found = [node for op in _FUSED_OPS for node in graph.find_nodes(op="call_function", target=op)]
+            sites = {node.meta.get("fusewire_all_reduce"): node for node in found}
+            self.apart = set(sites)
+            for name, node in sites.items():
+                if node.target is _SANDWICH and name not in self.second:
+                    self.second.add(name)
+                    self.seen.pop(name, None)
+                if name in self.nodes:
+                    self.after[name] = _After(self._before(name), node, self.nodes).drawing
+
+    def complete(self, report: GraphReport) -> GraphReport:
+        """Return the report with the pictures, and in each entry the number of its own (-1: none)."""
+        entries = tuple(dataclasses.replace(entry, picture=self._number(entry)) for entry in report.entries)
+        notes = (*report.notes, self.problem) if self.problem else report.notes
+        return dataclasses.replace(report, entries=entries, notes=notes, pictures=tuple(self.numbers))
+
+    def _number(self, entry: Entry) -> int:
+        # An all-reduce that was merged into another is shown with that one.
+        merged = entry.fusion.startswith(MERGED)
+        name = entry.fusion.removeprefix(f"{MERGED} ") if merged else entry.node
+        with self._harmless():
+            before = self._before(name, entry.reason if entry.gate else "")
+            return self.numbers.setdefault(Picture(before.drawing, self.after.get(name)), len(self.numbers))
+        return -1
+
+    def _before(self, name: str, reason: str = "") -> _Before:
+        """Draw the site of an all-reduce as it arrived; nodes that the reason of a refusal names are marked."""
+        if not reason and name in self.seen:
+            return self.seen[name]
+        site = read_all_reduce(self.nodes[name])
+        assert site is not None
+        # Another all-reduce that is fused by itself is a residual like any other here.
+        apart = set() if reason else self.apart
+        found = _Before(site, self.norms, self.order, set(re.findall(r"\w+", reason)), apart, name in self.second)
+        if not reason:
+            self.seen[name] = found
+        return found
 
 
 class _Canvas:
@@ -63,108 +139,6 @@ class _Canvas:
     @property
     def drawing(self) -> Drawing:
         return Drawing(tuple(self.boxes), tuple(self.edges))
-
-
-_RECORDING: list[bool] = []
-
-
-@contextlib.contextmanager
-def pictures_recorded() -> Iterator[None]:
-    """Within the block the accounts of graphs hold pictures; otherwise nobody would look at them."""
-    _RECORDING.append(True)
-    try:
-        yield
-    finally:
-        _RECORDING.pop()
-
-
-def _harmless(make: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of Album that returns None where it fails."""
-
-    @functools.wraps(make)
-    def tried(album: Album, *arguments: Any) -> Any:
-        try:
-            return make(album, *arguments)
-        except Exception as error:
-            log.warning("fusewire could not draw a picture for its report", exc_info=True)
-            album.problem = f"pictures for the HTML report are missing: {type(error).__name__}: {error}"
-            return None
-
-    return tried
-
-
-class Album:
-    """The pictures of one graph. A picture that cannot be made is missing; it never costs the compilation.
-
-    Args:
-        original: the graph as it arrived; None for no pictures at all.
-
-    Attributes:
-        pictures: all that `number` has given positions in.
-        problem: why pictures are missing, or "".
-    """
-
-    def __init__(self, original: Graph | None = None) -> None:
-        self.problem = ""
-        self.seen: dict[str, _Before] = {}
-        self.second: set[str] = set()  # all-reduces that are fused with a second norm, too
-        self.fused: set[str] = set()
-        self.after: dict[str, Drawing] = {}
-        self.numbers: dict[Picture, int] = {}
-        self.nodes: dict[str, Node] = {}
-        self.norms: dict[Node, Norm] = {}
-        if original is not None and _RECORDING:
-            self._read(original)
-
-    @property
-    def pictures(self) -> tuple[Picture, ...]:
-        return tuple(self.numbers)
-
-    @_harmless
-    def _read(self, original: Graph) -> None:
-        self.nodes = {node.name: node for node in original.nodes}
-        self.order = {node: i for i, node in enumerate(original.nodes)}
-        for norm in find_norms(original):
-            self.norms.setdefault(norm.source, norm)
-
-    @_harmless
-    def see_fused(self, graph: Graph) -> None:
-        """Keep what the fused sites look like in the rewritten graph, before operators are lowered."""
-        found = [node for op in _FUSED_OPS for node in graph.find_nodes(op="call_function", target=op)]
-        sites = {node.meta.get("fusewire_all_reduce"): node for node in found if self.nodes}
-        self.fused = set(sites)
-        for name, node in sites.items():
-            if node.target is _SANDWICH and name not in self.second:
-                self.second.add(name)
-                self.seen.pop(name, None)
-            if name in self.nodes:
-                self.after[name] = _After(self._before(name), node, self.nodes).drawing
-
-    def number(self, name: str, reason: str = "") -> int:
-        """The position in `pictures` of the picture of an all-reduce, or -1 if there is none.
-
-        Args:
-            name: the all-reduce's node.
-            reason: why it was refused; nodes named in it are marked.
-        """
-        picture = self._picture(name, reason) if name in self.nodes else None
-        return -1 if picture is None else self.numbers.setdefault(picture, len(self.numbers))
-
-    @_harmless
-    def _picture(self, name: str, reason: str) -> Picture:
-        return Picture(self._before(name, reason).drawing, self.after.get(name))
-
-    def _before(self, name: str, reason: str = "") -> _Before:
-        if not reason and name in self.seen:
-            return self.seen[name]
-        site = read_all_reduce(self.nodes[name])
-        assert site is not None
-        # Another all-reduce that is fused by itself is a residual like any other here.
-        apart = set() if reason else self.fused
-        found = _Before(site, self.norms, self.order, set(re.findall(r"\w+", reason)), apart, name in self.second)
-        if not reason:
-            self.seen[name] = found
-        return found
 
 
 class _Before(_Canvas):
@@ -269,12 +243,10 @@ class _Before(_Canvas):
     def _add(self, node: Node) -> None:
         if node.target is WAIT or node.target is operator.getitem:
             source = node.args[0]
-            if (
-                isinstance(source, Node) and source in self.ids
-            ):  # shown as one with what it waits for, or takes a part of
+            if isinstance(source, Node) and source in self.ids:  # shown as one with its source
                 self.ids[node] = self.ids[source]
                 return
-        role, label, detail = NORM if node in self.inside else STEP, words(node), ""
+        role, label, detail = NORM if node in self.inside else STEP, name_of(node), ""
         if read_all_reduce(node) is not None:
             role, detail = COLLECTIVE, str(dtype_of(node)).removeprefix("torch.")
             label = label if node is self.site.node else f"another {label}"
@@ -310,10 +282,10 @@ class _Before(_Canvas):
             stops = outside
         for users, role in (([u for u in outside if u not in stops], READER), (stops, OBSTACLE)):
             if users:
-                self.edge(self.ids[node], self.box(named(users), role))
+                self.edge(self.ids[node], self.box(names_of_readers(users), role))
 
     def _readers(self, node: Node, inner: set[Node]) -> str:
-        return named([user for user in node.users if user not in inner])
+        return names_of_readers([user for user in node.users if user not in inner])
 
 
 class _After(_Canvas):
@@ -333,7 +305,9 @@ class _After(_Canvas):
         readers_of = [before.norm_readers, before.sum_readers]
         if node.target is not _PLAIN:  # more was fused than the way to the first norm, so others read the results
             items = list(getitem_users(node))
-            readers_of = [named([user for i, item in items if i == index for user in item.users]) for index in (0, 1)]
+            readers_of = [
+                names_of_readers([user for i, item in items if i == index for user in item.users]) for index in (0, 1)
+            ]
         for text, readers in zip(("norm", "sum"), readers_of, strict=True):
             if readers:
                 self.edge(fused, self.box(readers, READER), text)
@@ -349,7 +323,7 @@ class _After(_Canvas):
             other = read_all_reduce(node) is not None
             # Where a sum stands for the residual, the residual itself comes first in it.
             sources = [self._visit(s, role if s is node.args[0] else "") for s in node.all_input_nodes]
-            label, kind = (OTHER, COLLECTIVE) if other else (words(node), STEP)
+            label, kind = (OTHER, COLLECTIVE) if other else (name_of(node), STEP)
             self.ids[node] = self.box(label, kind)
             for source in sources:
                 self.edge(source, self.ids[node])

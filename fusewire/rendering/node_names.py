@@ -1,4 +1,4 @@
-"""What nodes of a graph are called in pictures for people."""
+"""The names of a graph's nodes in pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fusewire.fusion_passes.analysis.graph import (
 )
 from fusewire.patterns.collectives import WAIT, op_name, read_all_reduce
 
-_WORDS = {
+_NAMES = {
     **dict.fromkeys(("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm"), "matrix product"),
     "aten::embedding": "embedding lookup",
     "aten::add": "add",
@@ -40,12 +40,10 @@ _WORDS = {
 }
 
 
-def words(node: Node) -> str:
-    """What a node does, in a word or two."""
-    if node.op == "output":
-        return "result of the graph"
+def name_of(node: Node) -> str:
+    """Return what a node does, in a word or two."""
     if node.op != "call_function":
-        return "input"
+        return "result of the graph" if node.op == "output" else "input"
     site = read_all_reduce(node)
     if site is not None or node.target is WAIT:
         return "reduce-scatter" if site is not None and site.spelling.scatters else "all-reduce"
@@ -53,52 +51,59 @@ def words(node: Node) -> str:
         return "reshape"
     if node.target in CASTS:
         return f"to {str(dtype_of(node)).removeprefix('torch.')}"
+    return _arithmetic(node) or _operator(node)
+
+
+def _arithmetic(node: Node) -> str:
+    """Name a power, a square, or an operation with a number; "" for others."""
     if node.target is aten.pow.Tensor_Scalar:
         return {"2": "square", "-0.5": "1 / √"}.get(str(node.args[1]), f"power {node.args[1]}")
-    for sign, operands in (("+", plain_add(node)), ("\N{MULTIPLICATION SIGN}", plain_mul(node))):
-        number = next((value for value in operands or () if is_number(value)), None)
-        if number is not None:
-            return f"{sign} {number:.6g}"
     factors = plain_mul(node)
-    if factors is not None and factors[0] is factors[1]:
-        return "square"
+    for sign, operands in (("+", plain_add(node)), ("\N{MULTIPLICATION SIGN}", factors)):
+        for number in filter(is_number, operands or ()):
+            return f"{sign} {number:.6g}"
+    return "square" if factors is not None and factors[0] is factors[1] else ""
+
+
+def _operator(node: Node) -> str:
     name = op_name(node)
     if name == "aten::index_put" and any(source.target is aten.embedding.default for source in node.all_input_nodes):
         return "embedding lookup"  # by a rank that holds a part of the vocabulary: other tokens' rows become zeros
-    return _WORDS.get(name) or name.rpartition("::")[2] or str(getattr(node.target, "__name__", node.target))
+    return _NAMES.get(name) or name.rpartition("::")[2] or str(getattr(node.target, "__name__", node.target))
 
 
-def named(users: list[Node]) -> str:
-    names = sorted({words(reader) for user in users for reader in _past_views(user, 4)})
+def names_of_readers(users: list[Node]) -> str:
+    """Name the nodes that read a value, behind views of it: two of them at most."""
+    names = sorted({name_of(reader) for user in users for reader in _past_views(user, 4)})
     if {"mean", "subtract"} <= set(names):
         return "LayerNorm"
     return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
 
 
 def passes(node: Node) -> bool:
-    """Whether a node is one of the steps that may stand between an all-reduce and its norm."""
+    """Return whether a node is one of the steps that may stand between an all-reduce and its norm."""
     return node.target in VIEWS | CASTS or plain_add(node) is not None or plain_mul(node) is not None
 
 
 def label_of_input(node: Node, role: str) -> str:
-    """What a value from outside is to a person, `role` being what its place says."""
+    """Name a value from outside the picture; `role` is what its place there says of it, or ""."""
     value = value_of(node)
     if value is not None and value.dim() <= 1 and node.op != "call_function":
         scalar = value.dim() == 0 or (isinstance(value.shape[0], int) and value.shape[0] == 1)
         return "scale" if scalar else ("weight" if role == "weight" else "bias")
     while not role and node.target in VIEWS | CASTS and isinstance(node.args[0], Node):
         node = node.args[0]
-    return role or words(node)
+    return role or name_of(node)
 
 
 def is_epsilon(node: Node) -> bool:
-    """Whether a step of a norm adds epsilon to the mean."""
+    """Return whether a step of a norm adds epsilon to the mean."""
     operands = plain_add(node)
     return any(isinstance(value, Node) and value.target is aten.mean.dim for value in operands or ())
 
 
 def _past_views(node: Node, steps: int) -> list[Node]:
-    """Who reads a value, behind views of it."""
+    """Return the nodes that read a value, behind views of it."""
     if steps == 0 or not node.users or node.target not in VIEWS | {aten.expand.default}:
         return [node]
     return [reader for user in node.users for reader in _past_views(user, steps - 1)]

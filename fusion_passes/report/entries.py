@@ -1,0 +1,53 @@
+"""Makes the report's entry of an all-reduce: what it sends, and where it stands in the model's source."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from torch.fx import Node
+
+from fusewire.fusion_passes.analysis.graph import value_of
+from fusewire.fusion_passes.report.model import ALL_REDUCE, REDUCE_SCATTER, REFUSED, Entry
+from fusewire.patterns.collectives import AllReduce
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+# Frames of the machinery that issues the collective; the user looks for the call in the model.
+_MACHINERY = re.compile(
+    r"[/\\](torch|accelerate)[/\\]|(integrations|distributed)[/\\](tensor_parallel|parallel_utils)"
+    r"|<eval_with_key>|<string>"
+)
+
+
+def entry_of(site: AllReduce) -> Entry:
+    """Return an entry for an all-reduce, refused without a reason so far."""
+    x = value_of(site.x)
+    return Entry(
+        graph=-1,
+        node=site.name,
+        status=REFUSED,
+        location=source_location(site.node),
+        module=module_path(site.node),
+        group=site.group if isinstance(site.group, str) else "",
+        shape="" if x is None else str(list(x.shape)).replace(" ", ""),
+        dtype="" if x is None else str(x.dtype).removeprefix("torch."),
+        collective=REDUCE_SCATTER if site.spelling.scatters else ALL_REDUCE,
+    )
+
+
+def source_location(node: Node) -> str:
+    """Return where in the user's source a node comes from, as "folder/file:line", or ""."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if not _MACHINERY.search(frame[0])]
+    for path, line, _ in reversed(own or frames):
+        return f"{os.path.basename(os.path.dirname(path))}/{os.path.basename(path)}:{line}"
+    return ""
+
+
+def module_path(node: Node) -> str:
+    """Return the path of the innermost module that a node comes from, or ""."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        path = re.sub(r"^L\['self'\]|^L__self___?|^[LG](?=\[)", "", str(path))
+        return re.sub(r"\._modules\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]", r".\1\2", path).lstrip(".")
+    return ""
