@@ -1,437 +1,26 @@
-"""`fusewire explain`: the command, the page that it writes (in a browser, if there is one), and the coverage table."""
+"""The command `fusewire explain`: what it runs, prints and writes, and how it ends."""
 
 from __future__ import annotations
 
-import dataclasses
-import html.parser
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import torch
 
 import fusewire
 from fusewire import __main__ as cli
 from fusewire.cli import explain
 from fusewire.errors import ConfigError
-from fusewire.fusion_passes.report import model as reports
-from fusewire.fusion_passes.report.store import Report
-from fusewire.rendering import pictures
-from fusewire.rendering.drawing import Box, Drawing, draw
-from fusewire.rendering.page import page
-from fusewire.rendering.pictures import pictures_recorded
 
-from support.blocks import NORMS, reduce_functional, tensors
-from support.coverage import as_markdown, measure
-from support.graphs import capture
-from support.zoo import MODELS
+from support.pages import Reader
 
 TESTS = Path(__file__).parents[1]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-# --- What the pictures show ---------------------------------------------------------------------------------
-
-
-def fuses(x, r, w):
-    return NORMS["L"](r + reduce_functional(x), w, 1e-5)
-
-
-def gated(x, r, w):
-    return NORMS["L"](r + reduce_functional(x) * torch.sigmoid(r), w, 1e-5)
-
-
-def layer_norm(x, r, w):
-    return torch.nn.functional.layer_norm(r + reduce_functional(x), (x.shape[-1],), w)
-
-
-def two_layers(x, r, w):
-    h = r + reduce_functional(x.relu())
-    h = h + reduce_functional(NORMS["L"](h, w, 1e-5).relu())
-    h = h + reduce_functional(NORMS["L"](h, w, 1e-5).relu())
-    return NORMS["L"](h, w, 1e-5)
-
-
-def merged(x, r, w):
-    return NORMS["L"](r + (reduce_functional(x) + reduce_functional(x.sin())), w, 1e-5)
-
-
-def mixed(x, r, w):
-    return fuses(x, r, w), gated(x.cos(), r, w), torch.relu(reduce_functional(x.sin()))
-
-
-@pytest.fixture
-def recorded(fake_world):
-    """capture(...) whose account has pictures."""
-
-    def run(block, *inputs, **options):
-        with pictures_recorded():
-            return capture(block, *(inputs or tensors()), **options).account
-
-    return run
-
-
-def roles(drawing, role):
-    return sorted(box.label for box in drawing.boxes if box.role == role)
-
-
-def test_picture_of_a_fused_site(recorded):
-    account = recorded(fuses)
-    (picture,) = account.pictures
-    before, after = picture.before, picture.after
-    assert roles(before, "collective") == ["all-reduce"]
-    assert {"residual", "weight"} <= set(roles(before, "input"))
-    assert roles(before, "norm") == sorted(
-        ["to float32", "square", "mean", "+ epsilon", "1 / √", "multiply", "to bfloat16", "multiply"]
-    )
-    assert roles(before, "obstacle") == []
-    assert roles(after, "fused") == ["all-reduce + add + RMSNorm"]
-    assert roles(after, "collective") == roles(after, "norm") == []
-    assert roles(after, "input") == roles(before, "input")
-    assert {text for _, _, text in after.edges} == {"", "norm"}
-
-
-def test_edges_follow_the_computation(recorded):
-    (picture,) = recorded(fuses).pictures
-    named = {(picture.before.boxes[a].label, picture.before.boxes[b].label) for a, b, _ in picture.before.edges}
-    assert {("all-reduce", "add"), ("residual", "add"), ("square", "mean"), ("mean", "+ epsilon")} <= named
-    assert all(a < b for a, b, _ in picture.before.edges)
-
-
-def test_picture_of_a_sandwich_shows_both_norms_as_one(recorded):
-    def sandwich(x, r, w):
-        h = r + NORMS["G"](reduce_functional(x), w, 1e-6)
-        return h, NORMS["G"](h, w, 1e-6)
-
-    (picture,) = recorded(sandwich).pictures
-    assert roles(picture.after, "fused") == ["all-reduce + RMSNorm + add + RMSNorm"]
-    assert {"residual", "weight"} <= set(roles(picture.after, "input"))
-    assert {text for _, _, text in picture.after.edges} == {"", "norm", "sum"}
-
-
-def test_pictures_of_sequence_parallelism():
-    with pictures_recorded():
-        measure("native_sequence")
-    (graph,) = fusewire.report().graphs
-    assert len(graph.pictures) >= 3
-    text = page(fusewire.report(), "title")
-    assert "left as it is" not in text
-    for picture in graph.pictures:
-        assert "reduce-scatter" in roles(picture.before, "collective")
-        (label,) = roles(picture.after, "fused")
-        assert label.startswith("reduce-scatter")
-        assert label.endswith("all-gather")
-
-
-def test_picture_of_a_refused_site_marks_the_obstacle(recorded):
-    (picture,) = recorded(gated).pictures
-    assert picture.after is None
-    assert roles(picture.before, "obstacle") == ["multiply"]
-
-
-def test_picture_of_a_layer_norm(recorded):
-    (picture,) = recorded(layer_norm, *tensors(torch.float32)).pictures
-    assert [label for label in roles(picture.before, "obstacle") if "LayerNorm" in label or "mean" in label]
-
-
-def test_picture_of_merged_all_reduces_is_shared(recorded):
-    account = recorded(merged)
-    (picture,) = account.pictures
-    assert [entry.picture for entry in account.entries] == [0, 0]
-    assert roles(picture.before, "collective") == ["all-reduce", "another all-reduce"]
-    assert roles(picture.after, "collective") == []
-    assert "add" in roles(picture.after, "step")
-
-
-def test_an_all_reduce_that_stays_is_in_both_pictures(recorded):
-    def experts(x, r, w):
-        shared = reduce_functional(x.sin()) * torch.sigmoid(r)
-        return NORMS["L"](r + (reduce_functional(x) + shared), w, 1e-5)
-
-    account = recorded(experts)
-    fused = next(entry for entry in account.entries if entry.status == "fused")
-    picture = account.pictures[fused.picture]
-    assert roles(picture.before, "collective") == ["all-reduce", "another all-reduce"]
-    assert roles(picture.after, "collective") == ["another all-reduce"]
-
-
-def test_the_same_site_in_every_layer_is_one_picture(recorded):
-    account = recorded(two_layers)
-    assert account.entries[1].picture == account.entries[0].picture
-    assert len(account.entries) == 3
-    assert len(account.pictures) == 2  # the last sum is read by the graph's result, the others by the next layer
-
-
-def test_module_of_a_model_that_a_function_closes_over(fake_world):
-    class Model(torch.nn.Module):
-        def forward(self, x):
-            return NORMS["L"](reduce_functional(x), x[0], 1e-5)
-
-    model = torch.nn.Sequential(Model())
-    (entry,) = capture(lambda x: model(x), tensors()[0]).account.entries
-    assert entry.module == "model.0"
-
-
-def test_pictures_are_kept_only_where_wanted(fake_world):
-    account = capture(fuses, *tensors()).account
-    assert account.pictures == ()
-    assert [entry.picture for entry in account.entries] == [-1]
-
-
-def test_pictures_survive_the_way_through_json(recorded):
-    accounts = [recorded(mixed)]
-    assert accounts[0].pictures
-    assert reports.graph_reports_from_json(reports.graph_reports_to_json(accounts)) == accounts
-
-
-def test_a_picture_that_fails_costs_nothing(recorded, monkeypatch):
-    def broken(*arguments):
-        raise ZeroDivisionError("planted")
-
-    monkeypatch.setattr(pictures, "_Before", broken)
-    account = recorded(fuses)
-    assert account.entries[0].status == "fused"
-    assert account.entries[0].picture == -1
-    assert account.notes == ("pictures for the HTML report are missing: ZeroDivisionError: planted",)
-    assert "planted" in page(Report((account,)), "title")
-
-
-# --- How they are drawn -------------------------------------------------------------------------------------
-
-DIAMOND = Drawing(
-    (Box("in", "input"), Box("left", "step"), Box("right with a long name", "norm", "detail"), Box("out", "reader")),
-    ((0, 1, "norm"), (0, 2, "sum"), (1, 3, ""), (2, 3, ""), (0, 3, "")),
-)
-
-
-def rectangles(svg):
-    found = re.findall(r'<rect x="([-\d.]+)" y="([-\d.]+)" width="([\d.]+)" height="([\d.]+)"', svg)
-    return [tuple(map(float, each)) for each in found]
-
-
-def overlap(a, b):
-    return a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] and b[1] < a[1] + a[3]
-
-
-def check_drawing(drawing):
-    svg = draw(drawing, "label")
-    boxes = rectangles(svg)
-    assert len(boxes) == len(drawing.boxes)
-    for start, end, _ in drawing.edges:
-        assert boxes[start][1] + boxes[start][3] < boxes[end][1], "an edge does not point down"
-    assert not any(overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
-    width, height = map(float, re.search(r'viewBox="0 0 (\d+) (\d+)"', svg).groups())
-    for x, y, w, h in boxes:
-        assert min(x, y) >= 0
-        assert x + w <= width
-        assert y + h <= height
-    return svg
-
-
-def test_boxes_do_not_overlap_and_edges_point_down():
-    assert check_drawing(DIAMOND).count('class="wire"') == len(DIAMOND.edges)
-
-
-@pytest.mark.parametrize("block", [fuses, gated, merged, two_layers, mixed], ids=lambda block: block.__name__)
-def test_real_pictures_are_drawn_well(recorded, block):
-    for picture in recorded(block).pictures:
-        for drawing in filter(None, (picture.before, picture.after)):
-            check_drawing(drawing)
-
-
-def test_text_of_a_box_is_escaped():
-    svg = draw(Drawing((Box("<b>&", "step", '"x"'),), ()), "<label>")
-    assert "<b>" not in svg
-    assert "&lt;b&gt;&amp;" in svg
-    assert "<label>" not in svg
-
-
-# --- The page -----------------------------------------------------------------------------------------------
-
-
-class Reader(html.parser.HTMLParser):
-    """Checks that tags are balanced, and collects what the page would load and its table rows."""
-
-    EMPTY = frozenset({"meta", "link", "input", "br", "wbr", "path", "rect"})
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.loads, self.rows = [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        for name, value in attributes:
-            if name in ("src", "href", "action", "data", "srcset") and not value.startswith(("#", "data:,")):
-                self.loads.append(value)
-        if tag == "tr":
-            self.rows.append(dict(attributes).get("data-status"))
-        if tag not in self.EMPTY:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-@pytest.fixture
-def sample(recorded):
-    """A report of two graphs with all-reduces, fused and not, and one without."""
-    fusewire.clear_report()
-    recorded(mixed)
-    recorded(merged)
-    recorded(lambda x, r, w: x + r)
-    found = fusewire.report()
-    assert (found.found, found.fused) == (5, 3)
-    return found
-
-
-def test_page_is_self_contained_and_complete(sample):
-    text = page(sample, "serve.py --x", [("rank", "0 of 2")], ["a word first"], {"broken by print": 2})
-    reader = Reader(text)
-    assert reader.loads == []
-    assert not re.search(r"@import|url\(|https?:|fetch\(|XMLHttp", text)
-    assert sorted(filter(None, reader.rows)) == ["fused"] * 3 + ["refused"] * 2
-    assert "<b>3</b> of <b>5</b> all-reduces fused" in text
-    for said in ("in 3 graphs; the passes took", "serve.py --x", "0 of 2", "a word first", "2 &times; broken by print"):
-        assert said in text
-    for entry in sample.entries:
-        assert entry.location.replace("/", "/<wbr>") in text
-    assert "Graphs without an all-reduce" in text
-
-
-def test_page_escapes_what_it_is_given():
-    bad = "</script><u>&'\""
-    entry = reports.Entry(0, bad, "refused", "match", bad, bad, bad, bad, bad, bad, bad, bad, bad)
-    found = Report((reports.GraphReport(0, "inference", (entry,), notes=(bad,)),))
-    text = page(found, bad, [(bad, bad)], [bad], {bad: 1})
-    Reader(text)
-    assert "<u>" not in text
-    data = re.search(r'<script type="application/json" id="report">(.*?)</script>', text, re.DOTALL).group(1)
-    assert json.loads(data) == json.loads(found.to_json())
-
-
-def test_page_of_an_empty_report():
-    text = page(Report(), "nothing.py", notices=["why"])
-    Reader(text)
-    assert "<b>0</b> of <b>0</b> all-reduces fused" in text
-
-
-# --- The page in a browser ----------------------------------------------------------------------------------
-
-# Runs after the page's own script: uses it as a person would, and leaves what it saw in an attribute.
-HOOK = """<script>{
-const seen = (selector) => [...document.querySelectorAll(selector)].filter((e) => e.checkVisibility()).length;
-const state = () => ({rows: seen('tbody tr'), cards: seen('.card'), graphs: seen('.graph'), empty: seen('.empty'),
-  pressed: document.querySelector('[aria-pressed=true]').dataset.filter, hash: location.hash});
-const states = {start: state()};
-for (const name of ['fused', 'refused', 'all']) {
-  document.querySelector(`[data-filter=${name}]`).click();
-  states[name] = state();
-}
-const search = document.getElementById('search');
-const type = (text) => { search.value = text; search.dispatchEvent(new Event('input')); return state(); };
-states.found = type('RELU');
-states.nothing = type('no such text');
-states.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
-states.colour = getComputedStyle(document.body).backgroundColor;
-states.pictures = [...document.querySelectorAll('svg')].map((svg) => svg.getBoundingClientRect().height > 40);
-states.resources = performance.getEntriesByType('resource').map((entry) => entry.name);
-document.documentElement.dataset.states = JSON.stringify(states);
-}</script>"""
-ERRORS = """<script>
-window.errors = [];
-addEventListener('error', (event) => { errors.push(String(event.message)); report(); }, true);
-addEventListener('securitypolicyviolation', (event) => { errors.push(event.blockedURI); report(); });
-function report() { document.documentElement.dataset.errors = JSON.stringify(errors); }
-report();
-</script>"""
-# Whatever the page might load is blocked and told.
-POLICY = (
-    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; img-src data:\">"
-)
-
-
-def in_browser(tmp_path, text, fragment="", *options):
-    """What the hook saw; fails if the page raised an error or asked for anything."""
-    head, body = text.split("<head>", 1)
-    file = tmp_path / "page.html"
-    file.write_text(f"{head}<head>{POLICY}{ERRORS}{body.replace('</body>', HOOK + '</body>')}", encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--window-size=1280,900"]
-    done = subprocess.run(
-        [CHROMIUM, *flags, *options, "--dump-dom", f"file://{file}{fragment}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-
-    def attribute(name):
-        found = re.search(f'<html[^>]* data-{name}="([^"]*)"', done.stdout)
-        assert found, done.stdout[:500] + done.stderr[-2000:]
-        return json.loads(found.group(1).replace("&quot;", '"').replace("&amp;", "&"))
-
-    assert attribute("errors") == []
-    states = attribute("states")
-    assert states["resources"] == []
-    return states
-
-
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None or not os.environ.get("FUSEWIRE_BROWSER_TESTS"),
-    reason="needs Chromium, and FUSEWIRE_BROWSER_TESTS=1: a browser does not start in every sandbox",
-)
-
-
-@needs_browser
-def test_filters_and_search_work(sample, tmp_path):
-    states = in_browser(tmp_path, page(sample, "serve.py"))
-    assert states["start"] == states["all"] | {"hash": ""}
-    assert (states["all"]["rows"], states["all"]["graphs"], states["all"]["pressed"]) == (5, 2, "all")
-    assert (states["fused"]["rows"], states["fused"]["graphs"], states["fused"]["hash"]) == (3, 2, "#fused")
-    assert (states["refused"]["rows"], states["refused"]["graphs"], states["refused"]["pressed"]) == (2, 1, "refused")
-    assert states["fused"]["cards"] + states["refused"]["cards"] == states["all"]["cards"] >= 4
-    assert (states["found"]["rows"], states["found"]["empty"]) == (1, 0)
-    assert (states["nothing"]["rows"], states["nothing"]["graphs"], states["nothing"]["empty"]) == (0, 0, 1)
-    assert states["pictures"]
-    assert all(states["pictures"])
-
-
-@needs_browser
-def test_a_link_can_ask_for_the_refused(sample, tmp_path):
-    states = in_browser(tmp_path, page(sample, "serve.py"), "#refused")
-    assert (states["start"]["rows"], states["start"]["pressed"]) == (2, "refused")
-
-
-@needs_browser
-@pytest.mark.parametrize("width", [420, 1280])
-def test_page_fits_its_window(sample, tmp_path, width):
-    assert not in_browser(tmp_path, page(sample, "serve.py"), "", f"--window-size={width},900")["wide"]
-
-
-@needs_browser
-def test_page_has_a_light_and_a_dark_scheme(sample, tmp_path):
-    def colour(scheme):
-        setting = f"--blink-settings=preferredColorScheme={scheme}"
-        return in_browser(tmp_path, page(sample, "serve.py"), "", setting)["colour"]
-
-    light, dark = (sum(map(int, re.findall(r"\d+", colour(scheme)))) for scheme in (1, 0))
-    assert dark < 200 < 600 < light
-
-
-# --- The command in this process ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -439,7 +28,7 @@ def command(tmp_path, monkeypatch, capfd):
     """Runs `fusewire explain` with a script in this process; its status, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
 
     def run(source, *options, arguments=()):
@@ -461,6 +50,14 @@ from support.distributed import fake_group
 from support.graphs import capture
 with fake_group(2):
     capture(lambda x, r, w: (NORMS["L"](r + reduce_functional(x), w, 1e-5), reduce_functional(r).relu()), *tensors())
+"""
+
+
+# Leaves the same counts without compiling anything.
+REPORTS = """
+from fusewire.fusion_passes.report.model import Entry, GraphReport
+from fusewire.fusion_passes.report.store import add_graph_report
+add_graph_report(GraphReport(-1, "inference", (Entry(0, "a", "fused"), Entry(0, "b", "refused", "match", "why"))))
 """
 
 
@@ -490,7 +87,7 @@ def test_report_comes_after_what_the_script_prints(command):
     ],
 )
 def test_status_is_the_scripts_and_the_report_comes_first(command, end, status, said):
-    got, out, err = command(CAPTURES + "import sys\n" + end)
+    got, out, err = command(REPORTS + "import sys\n" + end)
     assert got == status
     assert "fusewire: 1 of 2 all-reduces fused" in out
     assert said in err
@@ -514,6 +111,76 @@ def test_sigterm_works_as_before_afterwards(command):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_sigterm_while_the_report_is_printed_is_ignored(command, monkeypatch):
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "the report"
+
+    monkeypatch.setattr(explain, "_as_text", stopped)
+    assert command(REPORTS)[:2] == (0, "the report\n")
+
+
+class LaunchersStore:
+    """Stands for torchrun's store; runs `action` when a rank sets or awaits a key."""
+
+    def __init__(self, monkeypatch, action):
+        self.action, self.calls = action, []
+        monkeypatch.setattr(explain, "_launchers_store", lambda: self)
+
+    def set(self, key, value):
+        self.calls.append(("set", key))
+        self.action()
+
+    def wait(self, keys):
+        self.calls.append(("wait", *keys))
+        self.action()
+
+
+def test_rank_0_can_be_stopped_once_others_may_fail(command, monkeypatch):
+    """SIGTERM at the earliest moment at which another rank can fail: there is a report all the same."""
+    store = LaunchersStore(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    status, out, err = command("raise ValueError('not reached')")
+    assert store.calls == [("set", "fusewire/explain/0")]
+    assert status == 143
+    assert "fusewire: 0 of 0 all-reduces fused" in out
+    assert "stopped (SIGTERM)" in err
+
+
+def test_other_ranks_wait_for_rank_0_before_their_script_runs(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    ran = tmp_path / "ran"
+    store = LaunchersStore(monkeypatch, lambda: seen.append((ran.exists(), signal.getsignal(signal.SIGTERM))))
+    seen, before = [], signal.getsignal(signal.SIGTERM)
+    assert command(f"open({str(ran)!r}, 'w').close()")[0] == 0
+    assert store.calls == [("wait", "fusewire/explain/0")]
+    assert seen == [(False, before)]
+    assert ran.exists()
+
+
+def test_the_launchers_store_is_torchruns(command, monkeypatch):
+    assert explain._launchers_store() is None
+    with_server = torch.distributed.TCPStore("localhost", 0, is_master=True)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(with_server.port))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    assert command("pass")[0] == 0
+    assert with_server.get("fusewire/explain/3") == b"ready"
+    monkeypatch.setenv("RANK", "1")
+    assert command("pass")[0] == 0
+
+
+def test_a_store_that_fails_stops_nobody(command, monkeypatch):
+    def failing():
+        raise torch.distributed.DistStoreError("planted")
+
+    LaunchersStore(monkeypatch, failing)
+    monkeypatch.setenv("RANK", "1")
+    status, out, err = command("print('ran')")
+    assert (status, out) == (0, "ran\n")
+    assert "rank 1 cannot coordinate its start with rank 0: planted" in err
+
+
 def test_advice_where_nothing_was_compiled(command):
     _, out, _ = command("print(1)")
     assert "Nothing was compiled in this process" in out
@@ -529,8 +196,9 @@ NO_ALL_REDUCE = CAPTURES.replace("reduce_functional(", "torch.relu(").replace("i
 
 
 def test_advice_where_no_all_reduce_was_found(command, monkeypatch):
-    assert "fusewire: 0 of 0" in command(NO_ALL_REDUCE)[1]
-    assert "There was one rank" in command(NO_ALL_REDUCE)[1]
+    out = command(NO_ALL_REDUCE)[1]
+    assert "fusewire: 0 of 0" in out
+    assert "There was one rank" in out
     monkeypatch.setenv("WORLD_SIZE", "2")
     out = command(NO_ALL_REDUCE)[1]
     assert "the model is not split over the ranks" in out
@@ -539,20 +207,20 @@ def test_advice_where_no_all_reduce_was_found(command, monkeypatch):
 
 def test_other_ranks_say_nothing_but_errors(command, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    status, out, err = command(CAPTURES + "raise ValueError('planted')")
+    status, out, err = command(REPORTS + "raise ValueError('planted')")
     assert status == 1
     assert "all-reduces" not in out
     assert "ValueError: planted" in err
 
 
 def test_expect_fused(command):
-    status, _, err = command(CAPTURES, "--expect-fused")
+    status, _, err = command(REPORTS, "--expect-fused")
     assert status == 1
     assert "--expect-fused: 1 of 2 all-reduces were not fused" in err
     status, _, err = command("pass", "--expect-fused")
     assert status == 1
     assert "no all-reduce was found" in err
-    assert command(CAPTURES + "import sys; sys.exit(7)", "--expect-fused")[0] == 7
+    assert command(REPORTS + "import sys; sys.exit(7)", "--expect-fused")[0] == 7
 
 
 def test_json_is_all_that_stdout_gets(command):
@@ -706,7 +374,7 @@ def test_two_ranks_under_torchrun(tmp_path):
     assert data["rank"] == "0 of 2"
     assert [len(graph["pictures"]) for graph in data["graphs"]] == [1, 1]
     places = [entry["location"].split(":")[0] for graph in data["graphs"] for entry in graph["entries"]]
-    assert places == ["tests/blocks.py"] * 2
+    assert places == ["support/blocks.py"] * 2
     reader = Reader(page_file.read_text())
     assert list(filter(None, reader.rows)) == ["fused", "refused"]
 
@@ -745,86 +413,3 @@ def test_ranks_of_its_own_and_a_rank_that_fails(tmp_path):
     assert done.returncode == 1
     assert "ValueError: planted" in done.stderr
     assert "fusewire: 0 of 0 all-reduces fused" in done.stdout
-
-
-# --- Coverage of the zoo ------------------------------------------------------------------------------------
-
-QUICK = ("llama", "gemma2", "deepseek_v3", "qwen3_next", "native")
-
-
-def _model(name):
-    return pytest.param(name, marks=[] if name in QUICK else [pytest.mark.nightly])
-
-
-@pytest.mark.parametrize("name", [_model(name) for name in MODELS])
-def test_every_fusible_all_reduce_is_fused(name):
-    spec = MODELS[name]
-    if spec.skip_reason or not spec.counted:
-        pytest.skip(spec.skip_reason or "the zoo's numbers are of another version of transformers")
-    found = measure(name)
-    assert not found.notes
-    assert not found.graph_breaks
-    assert (found.all_reduces, found.reduce_scatters) == (spec.all_reduces, spec.reduce_scatters)
-    assert (found.reported, found.fused, found.merged) == (found.sums, spec.fusible, spec.merges)
-    assert sum(found.reasons.values()) == found.sums - spec.fusible
-
-
-def test_documentation_has_a_line_for_every_model():
-    text = (TESTS.parent / "docs" / "coverage.md").read_text()
-    assert set(re.findall(r"^(?:\| |- )(\w+)(?: \||: )", text, re.MULTILINE)) - {"model"} >= set(MODELS)
-
-
-def test_table_tells_what_is_missing():
-    spec = dataclasses.replace(MODELS["native"], name="some", fusible=3, note="odd", has_cache=False)
-    from support.coverage import Coverage
-
-    row = Coverage(spec, all_reduces=4, reported=3, fused=2, merged=1, graphs=2)
-    row.reasons["because"] = 1
-    row.graph_breaks["print() breaks\nmore"] = 2
-    text = as_markdown([row, Coverage(spec, failed="not installed")])
-    for said in (
-        "| some | 4 | 3 | 2 (1) | 2 | odd; fusewire's report knows 3 of the 4 only; **1 fusible",
-        "- 1 x because: some 1",
-        "- some: 2 x print() breaks\n",
-        "- some: not installed",
-        "there are 4 all-reduces, and 2 were fused. In the 1 models",
-        "3 are fusible, and 2 were fused; 0 of these models fuse all",
-    ):
-        assert said in text, said
-
-
-def test_table_of_versions_that_the_zoo_does_not_know():
-    from support.coverage import Coverage
-
-    spec = dataclasses.replace(MODELS["llama"], check=str)
-    layer_norms = dataclasses.replace(MODELS["olmo"], check=str)
-    with mock.patch.object(type(spec), "counted", False):
-        assert Coverage(spec, all_reduces=4, reported=4, fused=4).fusible == 4
-        assert Coverage(spec, all_reduces=4, reported=4, fused=3).fusible is None
-        assert Coverage(layer_norms, all_reduces=4, reported=4).fusible == 0
-        text = as_markdown([Coverage(spec, all_reduces=4, reported=4, fused=3)], ["## other versions\n"])
-    assert "| llama | 4 | ? | 3 | 0 |  |" in text
-    assert "The zoo's numbers are of transformers" in text
-    assert text.endswith("## other versions\n")
-    assert "--also DIRECTORY" in text
-
-
-def test_a_model_that_fails_without_fusewire_is_told_as_such(monkeypatch):
-    def broken(dtype, device, sharded):
-        raise TypeError("planted\nmore")
-
-    monkeypatch.setitem(MODELS, "broken", dataclasses.replace(MODELS["native"], make=broken))
-    assert measure("broken").failed == "fails as it is, without fusewire: TypeError: planted"
-
-
-@pytest.mark.nightly
-def test_passes_cost_little(tmp_path):
-    """The benchmark at small sizes: it runs, everything fuses, and the time grows as the layers do."""
-    file = TESTS.parent / "examples" / "benchmarks" / "compile_cost.py"
-    done = run_for_real(str(file), "--layers", "4", "16", "--full", "4", "--out", str(tmp_path / "cost.json"))
-    assert done.returncode == 0, done.stderr
-    small, large = json.loads((tmp_path / "cost.json").read_text())
-    assert (small["fused"], large["fused"]) == (8, 32)
-    assert large["pass_seconds"] < 8 * small["pass_seconds"]
-    assert large["peak_megabytes"] < 20
-    assert small["clock_share"] > 0

@@ -179,7 +179,7 @@ def test_location_is_the_users_line():
         return NORMS["L"](reduced + r, w, 1e-5)
 
     (entry,) = capture(block, *tensors()).account.entries
-    assert entry.location == f"tests/test_report.py:{line_of('the call')}"
+    assert entry.location == f"unit/test_report.py:{line_of('the call')}"
 
 
 def test_location_of_an_in_place_call():
@@ -189,7 +189,7 @@ def test_location_of_an_in_place_call():
         return NORMS["L"](x + r, w, 1e-5)
 
     (entry,) = capture(block, *tensors()).account.entries
-    assert entry.location == f"tests/test_report.py:{line_of('the in-place call')}"
+    assert entry.location == f"unit/test_report.py:{line_of('the in-place call')}"
 
 
 def test_location_in_parallelize_module_is_the_layers_call():
@@ -219,7 +219,7 @@ def test_location_in_parallelize_module_is_the_layers_call():
     (entry,) = capture(model, torch.randn(4, HIDDEN // 2), torch.randn(4, HIDDEN)).account.entries
     assert entry.status == "fused"
     assert entry.module == "layers.1.down"
-    assert entry.location == f"tests/test_report.py:{line_of(chr(116) + 'he layer' + chr(39) + 's call')}"
+    assert entry.location == f"unit/test_report.py:{line_of(chr(116) + 'he layer' + chr(39) + 's call')}"
 
 
 def _frames(*places):
