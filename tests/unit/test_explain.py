@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import fusewire
 from fusewire import __main__ as cli
@@ -158,14 +159,15 @@ def test_other_ranks_wait_for_rank_0_before_their_script_runs(command, monkeypat
 
 
 def test_the_launchers_store_is_torchruns(command, monkeypatch):
+    """The one that torchrun keeps, by a key of this attempt."""
     assert explain._launchers_store() is None
-    with_server = torch.distributed.TCPStore("localhost", 0, is_master=True)
+    server = torch.distributed.TCPStore("localhost", 0, is_master=True)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", str(with_server.port))
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
     assert command("pass")[0] == 0
-    assert with_server.get("fusewire/explain/3") == b"ready"
+    assert server.get("fusewire/explain/3") == b"ready"
     monkeypatch.setenv("RANK", "1")
     assert command("pass")[0] == 0
 
