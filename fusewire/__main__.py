@@ -27,31 +27,34 @@ COMMANDS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser for all commands. Each command's module is imported: none of them costs much."""
+def parser(chosen: str = "") -> argparse.ArgumentParser:
+    """Return the parser of all commands, complete for the chosen one: only its module is imported."""
     top = argparse.ArgumentParser(prog="fusewire", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        module = importlib.import_module(command.module)
-        sub = commands.add_parser(name, help=command.help, description=module.__doc__)
-        module.add_arguments(sub)
-        sub.set_defaults(run=module.run)
+        sub = commands.add_parser(name, help=command.help)
+        if name == chosen:
+            module = importlib.import_module(command.module)
+            sub.description = module.__doc__
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit status: 0, or 1 after an error of fusewire's own (2: a wrong call)."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     for name in ("stdout", "stderr"):  # None where the shell closed them
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the life of the process)
-    parsed = parser().parse_args(arguments)
+    parsed = parser(given[0] if given else "").parse_args(given)
     try:
         status: int = parsed.run(parsed)
         sys.stdout.flush()
     except FusewireError as error:
         print(f"fusewire: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `... | head`: who read our output has enough
+    except BrokenPipeError:  # `... | head`: the reader has ended
         _drop_output()
         return 0
     except OSError as error:
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """What is left in stdout's buffer goes nowhere, or the interpreter would fail at it once more as it ends."""
+    """Discard what is left in stdout's buffer: the interpreter would fail at it again as it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

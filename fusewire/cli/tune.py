@@ -99,7 +99,11 @@ def _world_size(arguments: argparse.Namespace, under_torchrun: bool) -> int:
 
 
 def _as_rank(arguments: argparse.Namespace, place: tuple[str, int, int] | None) -> list[tuner.Tuned]:
-    """Join the group (place: a file for its store, rank, world size; None under torchrun) and measure."""
+    """Join the group and measure.
+
+    Args:
+        place: a file for the group's store, rank and world size; None under torchrun.
+    """
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s())}
     if place is not None:
         store, rank, world_size = place
@@ -133,7 +137,7 @@ def _as_rank(arguments: argparse.Namespace, place: tuple[str, int, int] | None) 
 
 
 def _child(rank: int, arguments: argparse.Namespace, world_size: int, folder: str) -> None:
-    """One process of those that `_start_ranks` started; leaves its result, or its error, in the folder."""
+    """Run one of the processes that `_start_ranks` starts; writes its result, or its error, into the folder."""
     try:
         found: Any = _as_rank(arguments, (f"{folder}/store", rank, world_size))
     except FusewireError as error:
@@ -147,7 +151,7 @@ def _child(rank: int, arguments: argparse.Namespace, world_size: int, folder: st
 
 
 def _start_ranks(arguments: argparse.Namespace, world_size: int) -> list[tuner.Tuned]:
-    """Start the ranks, wait for them, and return what rank 0 found. Raises what a rank raised."""
+    """Start the ranks, wait for them, and return rank 0's result. Raises what a rank raised."""
     with tempfile.TemporaryDirectory(prefix="fusewire-tune-") as folder:
         context = mp.start_processes(  # type: ignore[attr-defined]
             _child, (arguments, world_size, folder), nprocs=world_size, join=False, start_method="spawn"
@@ -177,7 +181,7 @@ def _answers(folder: str, world_size: int) -> list[Any]:
 
 
 def dry_run(arguments: argparse.Namespace, world_size: int) -> str:
-    """What would be measured."""
+    """Return what would be measured, as text."""
     grid = tuner.token_grid(arguments.max_tokens, arguments.tokens)
     dtype = DTYPES[arguments.dtype]
     lines = []
@@ -194,21 +198,20 @@ def dry_run(arguments: argparse.Namespace, world_size: int) -> str:
 
 
 def _would_time(name: str, hidden: int, dtype: torch.dtype, world_size: int, grid: Sequence[int]) -> list[str]:
-    keeper, machine = PROVIDERS.get(name), _machine_support(all_reduce_rms_norm.providers[name])
-    static = machine and keeper.limits(hidden, dtype, world_size) if keeper else machine
+    provider, machine = PROVIDERS.get(name), _machine_support(all_reduce_rms_norm.providers[name])
+    static = machine and provider.limits(hidden, dtype, world_size) if provider else machine
     if not static:
         return [f"not {name}: {static.reason}"]
-    if keeper is None:
+    if provider is None:
         return [f"{name}: all of them"]
-    cap = min(grid[-1], keeper.max_tokens(hidden, dtype, world_size))
-    said = []
-    for label in keeper.variants:
-        limit = keeper.token_limit(label, hidden, dtype, world_size, cap)
-        reason = keeper.left_out(label)
-        said.append(
-            f"not {label}: {reason}" if reason else f"{label}: {_listed([t for t in grid if t in limit]) or 'none'}"
-        )
-    return said
+    cap = min(grid[-1], provider.max_tokens(hidden, dtype, world_size))
+    lines = []
+    for label in provider.variants:
+        limit = provider.token_limit(label, hidden, dtype, world_size, cap)
+        times = _listed([t for t in grid if t in limit]) or "none"
+        reason = provider.left_out(label)
+        lines.append(f"not {label}: {reason}" if reason else f"{label}: {times}")
+    return lines
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -227,7 +230,7 @@ def _show(arguments: argparse.Namespace, found: Sequence[tuner.Tuned]) -> None:
 
 
 def as_text(tuned: tuner.Tuned) -> str:
-    """A table for people: microseconds by tokens, the fastest marked."""
+    """Return a table of microseconds by tokens, the fastest marked."""
     table = tuned.table
     key, labels = table.key, list(table.times)
     by_label = {label: dict(points) for label, points in table.times.items()}
@@ -282,7 +285,7 @@ def check_plot(path: str) -> None:
 
 
 def draw(tables: Sequence[Table], path: str) -> None:
-    """Time against tokens, a panel for each table, a line for each variant, and the links' floor.
+    """Plot time against tokens: a panel for each table, a line for each variant, and the links' floor.
 
     The floor is 2(R-1)/R of x's bytes, which a two-shot all-reduce must send from each GPU, over the rate of its links.
     """
