@@ -61,7 +61,7 @@ def page(
         _filters(report),
         _cards(kinds, letters),
         '<h2>Every all-reduce</h2><p class="empty" hidden>No all-reduce is left to show.</p>',
-        *(_graph(graph, report, letters) for graph in report.graphs if graph.entries),
+        *(_graph(graph, letters) for graph in report.graphs if graph.entries),
         _without(report),
         _breaks(graph_breaks or {}),
     ]
@@ -185,7 +185,7 @@ def _figure(caption: str, drawing: Drawing) -> str:
     return f"<figure><figcaption>{caption}</figcaption>{draw(drawing, caption)}</figure>"
 
 
-def _graph(graph: GraphReport, report: Report, letters: Mapping[Kind, str]) -> str:
+def _graph(graph: GraphReport, letters: Mapping[Kind, str]) -> str:
     fused = sum(entry.status == FUSED for entry in graph.entries)
     origin = ", from the compile cache" if graph.cached else f", passes {1000 * graph.pass_seconds:.0f} ms"
     nodes = "" if graph.cached else f", {graph.nodes_before} nodes before and {graph.nodes_after} after"
