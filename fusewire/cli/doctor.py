@@ -26,14 +26,10 @@ _VARIABLES = ("FUSEWIRE_", "FLASHINFER_", "NCCL_", "TORCH_SYMM_MEM", "CUDA_", "T
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument(
-        "--ir-op-priority",
-        action="append",
-        default=[],
-        metavar="OP=PROVIDER[,PROVIDER...]",
-        help="show the plan with these providers, in this order; may be given several times",
-    )
+    add = parser.add_argument
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    text = "show the plan with these providers, in this order; may be given several times"
+    add("--ir-op-priority", action="append", default=[], metavar="OP=PROVIDER[,PROVIDER...]", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,7 +46,7 @@ def examine() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_VARIABLES)},
         "gpus": _gpus(),
         "peer_access": _peer_access(),
-        "links": _links(),
+        "links": _ask("nvidia-smi", "topo", "-m"),
         "flashinfer": _flashinfer(),
         "operators": _operators(),
         "tuned_tables": _tuned_tables(),
@@ -98,28 +94,26 @@ def _ask(*command: str) -> str:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    gpus = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
-        gpus.append(
-            {
-                "index": index,
-                "name": properties.name,
-                "compute_capability": f"{properties.major}.{properties.minor}",
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-                "multiprocessors": properties.multi_processor_count,
-            }
-        )
-    return gpus
+    gpus = map(torch.cuda.get_device_properties, range(_gpu_count()))
+    return [
+        {
+            "index": index,
+            "name": gpu.name,
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+            "memory_gib": round(gpu.total_memory / 2**30, 1),
+            "multiprocessors": gpu.multi_processor_count,
+        }
+        for index, gpu in enumerate(gpus)
+    ]
+
+
+def _gpu_count() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _peer_access() -> list[list[bool]]:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = _gpu_count()
     return [[a == b or torch.cuda.can_device_access_peer(a, b) for b in range(count)] for a in range(count)]
-
-
-def _links() -> str:
-    return _ask("nvidia-smi", "topo", "-m")
 
 
 def _flashinfer() -> dict[str, str]:
@@ -184,7 +178,7 @@ def _why_not(key: plan_store.PlanKey) -> str:
 
 
 def _plans() -> list[dict[str, Any]]:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = _gpu_count()
     # Without GPUs there is one answer, whatever the world size; with them, that of each group that fits here.
     sizes = [size for size in (2, 4, 8, 16) if size <= count] or [2]
     tuned = [found.table.key.hidden for found in plan_store.all_files() if found.table is not None]

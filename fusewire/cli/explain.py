@@ -47,34 +47,20 @@ class _Stopped(BaseException):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--html", metavar="FILE", help="write the report as one self-contained page too")
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object to stdout instead of text; what the script prints goes to stderr",
+    add = parser.add_argument
+    add("--html", metavar="FILE", help="write the report as one self-contained page too")
+    add("--json", action="store_true", help="print one JSON object to stdout, and all else to stderr")
+    add("--json-file", metavar="FILE", help="write the JSON object to a file")
+    add("--expect-fused", action="store_true", help="fail unless there are all-reduces and every one of them was fused")
+    text = (
+        "an option of fusewire.PassConfig, for example -o merge_allreduces=False or -o ir_op_priority=rms_norm=native; "
+        "may be given several times. A torch.compile(backend='fusewire') of the script's own keeps its options"
     )
-    parser.add_argument("--json-file", metavar="FILE", help="write the JSON object to a file")
-    parser.add_argument(
-        "--expect-fused",
-        action="store_true",
-        help="exit with status 1 unless there are all-reduces and every one of them was fused",
-    )
-    parser.add_argument(
-        "-o",
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of fusewire.PassConfig, for example -o merge_allreduces=False or -o "
-        "ir_op_priority=rms_norm=native; may be given several times. A torch.compile(backend='fusewire') of the "
-        "script's own keeps the options that it was given",
-    )
-    parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is a module's name, as in python -m")
-    parser.add_argument(
-        "--nproc-per-node", metavar="N", type=int, help="start N ranks on this machine, as torchrun does"
-    )
-    parser.add_argument("script", metavar="SCRIPT", help="the script to run")
-    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments: all that follows it")
+    add("-o", "--option", action="append", default=[], metavar="NAME=VALUE", help=text)
+    add("-m", dest="module", action="store_true", help="SCRIPT is a module's name, as in python -m")
+    add("--nproc-per-node", metavar="N", type=int, help="start N ranks on this machine, as torchrun does")
+    add("script", metavar="SCRIPT", help="the script to run")
+    add("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments: all that follows it")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -88,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     with _stdout_for_json(arguments.json) as output, _sigterm_restored():
         status, error = _run_script(arguments, config)
         if _rank() == 0:
-            return status or _show(arguments, error, status, output)
+            unmet = _show(arguments, error, status, output)
+            return status or unmet
         print(error, file=sys.stderr, end="")
         return status
 
@@ -276,22 +263,10 @@ def _show(arguments: argparse.Namespace, error: str, status: int, output: TextIO
     notices = [advice] if (advice := advise()) else []
     unmet = _unmet(arguments.expect_fused, report)
     facts = _facts(arguments, status)
-    data = json.dumps(
-        {
-            **report.to_dict(),
-            **dict(facts),
-            "exit_status": status,
-            "error": error,
-            "advice": advice,
-            "graph_breaks": breaks,
-        },
-        indent=2,
-    )
+    outcome = {"exit_status": status, "error": error, "advice": advice, "graph_breaks": breaks}
+    data = json.dumps({**report.to_dict(), **dict(facts), **outcome}, indent=2)
     sys.stdout.flush()
-    if arguments.json:
-        print(data, file=output)
-    else:
-        print(_as_text(report, breaks, notices), file=output)
+    print(data if arguments.json else _as_text(report, breaks, notices), file=output)
     output.flush()
     if arguments.json_file:
         Path(arguments.json_file).write_text(data + "\n", encoding="utf-8")
@@ -323,14 +298,12 @@ def _unmet(expected: bool, report: fusewire.Report) -> str:
 
 
 def _facts(arguments: argparse.Namespace, status: int) -> list[tuple[str, str]]:
+    versions = f"fusewire {fusewire.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     return [
         ("command", " ".join([*(["-m"] if arguments.module else []), arguments.script, *arguments.arguments])),
         ("options", " ".join(arguments.option) or "defaults"),
         ("rank", f"{_rank()} of {_world_size()}"),
-        (
-            "versions",
-            f"fusewire {fusewire.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        ),
+        ("versions", versions),
         ("time", datetime.datetime.now().astimezone().isoformat(" ", "seconds")),
         ("exit status", str(status)),
     ]

@@ -30,13 +30,8 @@ ARCHITECTURES = "FLASHINFER_CUDA_ARCH_LIST"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--arch",
-        action="append",
-        default=[],
-        metavar="MAJOR.MINOR[a|f]",
-        help="an architecture to compile for, instead of this machine's; may be given several times",
-    )
+    text = "an architecture to compile for, instead of this machine's; may be given several times"
+    parser.add_argument("--arch", action="append", default=[], metavar="MAJOR.MINOR[a|f]", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def choose_architectures(named: Sequence[str]) -> None:
-    """Tell FlashInfer what to compile for. Must come before FlashInfer is imported.
+    """Set what FlashInfer compiles for. Must come before FlashInfer is imported.
 
     Raises:
         ConfigError: nothing was named and there is no GPU, or the kernels are not for what was named.
@@ -84,7 +79,7 @@ def choose_architectures(named: Sequence[str]) -> None:
 
 
 def build() -> None:
-    """Compile and link, in FlashInfer's own way.
+    """Compile and link as FlashInfer does.
 
     Raises:
         WorkspaceError: the compiler failed; the message ends with its last words.
@@ -107,7 +102,7 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def cuda_library() -> Iterator[None]:
-    """Where the driver's libcuda is missing, let the linker find an empty one of its name.
+    """Within the block, if the driver's libcuda is missing, have the linker find an empty one.
 
     The kernels are linked against it and use it only when they run, on a machine that has the driver.
     """
@@ -137,7 +132,7 @@ def cuda_library() -> Iterator[None]:
 
 
 def _links_cuda(compiler: str) -> bool:
-    """Whether -lcuda links as FlashInfer calls the linker."""
+    """Return whether -lcuda links as FlashInfer calls the linker."""
     home = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda")
     folders = [f"-L{home}/lib64", f"-L{home}/lib64/stubs"]
     with tempfile.TemporaryDirectory(prefix="fusewire-link-") as folder:
