@@ -143,7 +143,7 @@ def test_doctor_lives_with_what_does_not_answer(monkeypatch):
 
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(doctor.subprocess, "run", hangs)
-    assert doctor._links() == ""
+    assert doctor._ask("nvidia-smi", "topo", "-m") == ""
     assert "did not answer" in doctor._driver()
 
 
