@@ -142,12 +142,19 @@ class _Canvas:
 
 
 class _Before(_Canvas):
-    """The way from an all-reduce to its norm, or to what stands where a norm should be.
+    """The chain from an all-reduce to its norm, or to what stands where a norm should be.
+
+    Args:
+        norms: by the node that each one normalises.
+        order: the positions of all nodes.
+        marked: names of nodes that the reason of a refusal names.
+        apart: names of all-reduces that are drawn as residuals, since they are fused by themselves.
+        second: a second norm, after the residual add, is fused too.
 
     Attributes:
-        labels: what boxes of nodes outside the way are called, by node name.
-        joined: names of the nodes by which other all-reduces join the way.
-        norm_readers, sum_readers: who reads the norm, and the value that is normalised.
+        labels: the labels of nodes outside the chain, by node name.
+        joined: names of the nodes by which other all-reduces join the chain.
+        norm_readers, sum_readers: the labels of what reads the norm, and the value that is normalised.
     """
 
     def __init__(
@@ -162,9 +169,9 @@ class _Before(_Canvas):
         self.site, self.norms, self.order, self.marked, self.apart = site, norms, order, marked, apart
         super().__init__()
         self.labels: dict[str, str] = {}
-        way, end = self._way()
+        chain, end = self._chain()
         self.norm = norms.get(end) if end is not None else None
-        inner = {site.node, site.value, *way}
+        inner = {site.node, site.value, *chain}
         self.inside = self._inside(self.norm) if self.norm is not None else set()
         self.weights = [self.norm.weight] if self.norm is not None else []
         if second and self.norm is not None:
@@ -187,18 +194,18 @@ class _Before(_Canvas):
         self.norm_readers = self._readers(self.norm.out, inner) if self.norm is not None else ""
         self.sum_readers = self._readers(end, inner) if end is not None else ""
 
-    def _way(self) -> tuple[list[Node], Node | None]:
-        """The nodes from the all-reduce to the nearest norm's input; without a norm, those up to what stops it."""
+    def _chain(self) -> tuple[list[Node], Node | None]:
+        """Return the chain to the nearest norm's input, and that; without a norm, the chain to what stops it."""
         start = self.site.value
         came: dict[Node, Node] = {}
         pending, seen, stopped, few = [start], [start], False, 0
         while pending and len(seen) < _FAR:
             node = pending.pop(0)
             if node in self.norms:
-                way = [node]
-                while way[-1] in came:
-                    way.append(came[way[-1]])
-                return way, node
+                chain = [node]
+                while chain[-1] in came:
+                    chain.append(came[chain[-1]])
+                return chain, node
             few += not stopped
             for user in node.users:
                 if not passes(user):
@@ -210,7 +217,7 @@ class _Before(_Canvas):
         return seen[: min(few, _FEW)], None
 
     def _inside(self, norm: Norm) -> set[Node]:
-        """The nodes that compute a norm from its input."""
+        """Return the nodes that compute a norm from its input."""
         inside: set[Node] = set()
         pending = [norm.out]
         while pending and len(inside) < _FAR:
@@ -222,7 +229,7 @@ class _Before(_Canvas):
         return inside
 
     def _joining(self, inner: set[Node]) -> set[Node]:
-        """Other all-reduces that are added on the way, with the steps between."""
+        """Return other all-reduces that are added to the chain, with the steps between."""
         found: set[Node] = set()
         for node in inner:
             for source in node.all_input_nodes:
@@ -260,7 +267,7 @@ class _Before(_Canvas):
             self.edge(source, self.ids[node])
 
     def _source(self, node: Node, source: Node) -> int:
-        """The box of a node's input; a new one if it lies outside."""
+        """Return the box of a node's input; a new one if it lies outside."""
         if source not in self.ids:
             self.labels[source.name] = self._label_of_input(node, source)
             self.ids[source] = self.box(self.labels[source.name], INPUT)
@@ -275,7 +282,7 @@ class _Before(_Canvas):
         return label_of_input(source, "residual" if last else "")
 
     def _add_readers(self, node: Node, inner: set[Node]) -> None:
-        """Boxes for what else reads a value; what stands where a norm should be is marked."""
+        """Add boxes for what else reads a value, marked where a norm should stand."""
         outside = [user for user in node.users if user not in inner]
         stops = [user for user in outside if self.norm is None and not passes(user)]
         if node.name in self.marked:
@@ -303,7 +310,7 @@ class _After(_Canvas):
         for source in inputs:
             self.edge(source, fused)
         readers_of = [before.norm_readers, before.sum_readers]
-        if node.target is not _PLAIN:  # more was fused than the way to the first norm, so others read the results
+        if node.target is not _PLAIN:  # more was fused than the chain to the first norm, so others read the results
             items = list(getitem_users(node))
             readers_of = [
                 names_of_readers([user for i, item in items if i == index for user in item.users]) for index in (0, 1)
