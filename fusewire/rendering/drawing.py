@@ -57,16 +57,7 @@ class _Slot:
 
 def draw(drawing: Drawing, label: str) -> str:
     """Return a drawing as inline SVG, its boxes in layers from top to bottom, so that every edge points down."""
-    slots = [_Slot(layer, box) for layer, box in zip(_layers_of_boxes(drawing), drawing.boxes, strict=True)]
-    chains = []
-    for start, end, text in drawing.edges:
-        between = [_Slot(layer) for layer in range(slots[start].layer + 1, slots[end].layer)]
-        chains.append(([slots[start], *between, slots[end]], text))
-    boxes, slots = slots, slots + [slot for chain, _ in chains for slot in chain[1:-1]]
-    for chain, _ in chains:
-        for a, b in pairwise(chain):
-            a.linked.append(b)
-            b.linked.append(a)
+    slots, chains = _slots(drawing)
     layers = [[slot for slot in slots if slot.layer == n] for n in range(max(slot.layer for slot in slots) + 1)]
     _order(layers)
     _set_columns(layers)
@@ -78,8 +69,22 @@ def draw(drawing: Drawing, label: str) -> str:
     return (
         f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:.0f} {height:.0f}" '
         f'width="{width:.0f}" height="{height:.0f}">'
-        f"{''.join(_edge(chain, text) for chain, text in chains)}{''.join(map(_box, boxes))}</svg>"
+        f"{''.join(_edge(chain, text) for chain, text in chains)}{''.join(_box(slot) for slot in slots if slot.box is not None)}</svg>"
     )
+
+
+def _slots(drawing: Drawing) -> tuple[list[_Slot], list[tuple[list[_Slot], str]]]:
+    """Return all slots, those of the boxes first, and each edge as the slots that it runs through."""
+    slots = [_Slot(layer, box) for layer, box in zip(_layers_of_boxes(drawing), drawing.boxes, strict=True)]
+    chains = []
+    for start, end, text in drawing.edges:
+        between = [_Slot(layer) for layer in range(slots[start].layer + 1, slots[end].layer)]
+        chains.append(([slots[start], *between, slots[end]], text))
+    for chain, _ in chains:
+        for a, b in pairwise(chain):
+            a.linked.append(b)
+            b.linked.append(a)
+    return slots + [slot for chain, _ in chains for slot in chain[1:-1]], chains
 
 
 def _layers_of_boxes(drawing: Drawing) -> list[int]:
