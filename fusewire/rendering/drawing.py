@@ -66,10 +66,11 @@ def draw(drawing: Drawing, label: str) -> str:
     for slot in slots:
         slot.x = slot.x - left + MARGIN
     width, height = max(slot.x + slot.width / 2 for slot in slots) + MARGIN, bottom + MARGIN
+    edges = "".join(_edge(chain, text) for chain, text in chains)
+    boxes = "".join(_box(slot) for slot in slots if slot.box is not None)
     return (
         f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'width="{width:.0f}" height="{height:.0f}">'
-        f"{''.join(_edge(chain, text) for chain, text in chains)}{''.join(_box(slot) for slot in slots if slot.box is not None)}</svg>"
+        f'width="{width:.0f}" height="{height:.0f}">{edges}{boxes}</svg>'
     )
 
 

@@ -169,19 +169,14 @@ class _Before(_Canvas):
         self.site, self.norms, self.order, self.marked, self.apart = site, norms, order, marked, apart
         super().__init__()
         self.labels: dict[str, str] = {}
+        self.norm: Norm | None = None
+        self.weights: list[Node | None] = []
+        self.inside: set[Node] = set()
         chain, end = self._chain()
-        self.norm = norms.get(end) if end is not None else None
         inner = {site.node, site.value, *chain}
-        self.inside = self._inside(self.norm) if self.norm is not None else set()
-        self.weights = [self.norm.weight] if self.norm is not None else []
-        if second and self.norm is not None:
-            end = next((user for user in self.norm.out.users if plain_add(user) and user in norms), end)
-            if end in norms and norms[end] is not self.norm:
-                self.norm = norms[end]
-                self.weights.append(self.norm.weight)
-                self.inside |= self._inside(self.norm)
-                inner.add(end)
-        inner |= self.inside
+        if end is not None:
+            end = self._find_norms(end, second)
+            inner |= {end, *self.inside}
         joining = self._joining(inner)
         self.joined = {node.name for node in joining}
         inner |= joining
@@ -215,6 +210,21 @@ class _Before(_Canvas):
                     came[user] = node
                     pending.append(user)
         return seen[: min(few, _FEW)], None
+
+    def _find_norms(self, end: Node, second: bool) -> Node:
+        """Find the norm of a value, and the norm behind its residual add; returns what the last one normalises."""
+        self._take(self.norms[end])
+        assert self.norm is not None
+        if second:
+            end = next((user for user in self.norm.out.users if plain_add(user) and user in self.norms), end)
+            if self.norms[end] is not self.norm:
+                self._take(self.norms[end])
+        return end
+
+    def _take(self, norm: Norm) -> None:
+        self.norm = norm
+        self.weights.append(norm.weight)
+        self.inside |= self._inside(norm)
 
     def _inside(self, norm: Norm) -> set[Node]:
         """Return the nodes that compute a norm from its input."""
