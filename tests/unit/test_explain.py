@@ -205,6 +205,7 @@ def test_advice_where_no_all_reduce_was_found(command, monkeypatch):
     out = command(NO_ALL_REDUCE)[1]
     assert "the model is not split over the ranks" in out
     assert "parallelize_module" in out
+    assert "does not fuse" not in out  # reduce-scatters fuse, and are in the report
 
 
 def test_other_ranks_say_nothing_but_errors(command, monkeypatch):
