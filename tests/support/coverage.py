@@ -188,8 +188,8 @@ versions.
 """
 _ALSO = " --also DIRECTORY"
 _ELSEWHERE = (
-    "The zoo's numbers are of transformers 5.23; here a model's all-reduces count as fusible where all of them were "
-    "fused, and as not fusible where every norm is a LayerNorm."
+    "The zoo's numbers are of transformers 5.23.\nHere a model's all-reduces count as fusible if all of them were "
+    "fused,\nand as not fusible if every norm is a LayerNorm."
 )
 _COLUMNS = "| model | all-reduces | fusible | fused | breaks | remarks |\n|---|--:|--:|--:|--:|---|"
 
@@ -213,9 +213,9 @@ def as_section(rows: Iterable[Coverage]) -> str:
     lines = [
         f"## transformers {_version('transformers')}, torch {torch.__version__}, fusewire {fusewire.__version__}",
         "",
-        f"In {len(ran)} models there are {total['sums']} all-reduces, and {total['fused']} were fused. In the {len(known)} "
-        f"models whose fusible ones are known for these versions {sum(row.fusible or 0 for row in known)} are fusible, "
-        f"and {sum(row.fused for row in known)} were fused; {complete} of these models fuse all.",
+        f"{len(ran)} models have {total['sums']} all-reduces, of which {total['fused']} fused.\nFor {len(known)} models it "
+        f"is known for these versions which are fusible: {sum(row.fusible or 0 for row in known)}, of which "
+        f"{sum(row.fused for row in known)} fused.\n{complete} of these models fuse all.",
         *([] if all(row.spec.counted for row in ran) else [_ELSEWHERE]),
         "",
         _COLUMNS,

@@ -53,8 +53,8 @@ def test_table_tells_what_is_missing():
         "- 1 x because: some 1",
         "- some: 2 x print() breaks\n",
         "- some: not installed",
-        "there are 4 all-reduces, and 2 were fused. In the 1 models",
-        "3 are fusible, and 2 were fused; 0 of these models fuse all",
+        "1 models have 4 all-reduces, of which 2 fused.\nFor 1 models",
+        "which are fusible: 3, of which 2 fused.\n0 of these models fuse all",
     ):
         assert said in text, said
 
