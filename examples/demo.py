@@ -186,7 +186,8 @@ def _report() -> dict[str, Any]:
     report = fusewire.report()
     fields = ("graph", "status", "spelling", "provider", "gate", "reason", "module", "location")
     entries = [{name: getattr(entry, name) for name in fields} for entry in report.entries]
-    return {"entries": entries, "pass_seconds": report.pass_seconds}
+    times = ("pass_seconds", "pass_processor_seconds", "waited_seconds")
+    return {"entries": entries, **{name: sum(getattr(graph, name) for graph in report.graphs) for name in times}}
 
 
 JOBS: dict[str, Callable[[dict[str, Any]], Any]] = {"prepare": prepare_job, "model": model_job}
@@ -492,8 +493,17 @@ def show_times(plain: list[dict[str, Any]], fused: list[dict[str, Any]], name: s
         times = f"{clock:8.2f} s on the clock {cpu:8.2f} s of CPU time"
         print(f"   {title:20s} {times}{', all ranks together' if len(results) > 1 else ''}")
     if fused[0]["report"]:
-        passes = max(result["report"]["pass_seconds"] for result in fused)
-        print(f"   of that, the passes  {passes:8.2f} s on the clock ({100 * passes / clock:.1f}%)")
+        # The share by the clock is of the rank on which it is largest; of more ranks than cores each also waits for a core.
+        slowest = max(fused, key=lambda result: result["report"]["pass_seconds"] / result["compile_seconds"])
+        passes, share = (
+            slowest["report"]["pass_seconds"],
+            slowest["report"]["pass_seconds"] / slowest["compile_seconds"],
+        )
+        busy = sum(result["report"]["pass_processor_seconds"] for result in fused)
+        waited = max(result["report"]["waited_seconds"] for result in fused)
+        print(f"   of that, the passes  {passes:8.2f} s on the clock {busy:8.2f} s of CPU time", end="")
+        print(f" ({100 * share:.1f}% and {100 * busy / cpu:.1f}%)")
+        print(f"   waiting for ranks    {waited:8.2f} s on the clock")
 
 
 def find_faults(plain: list[dict[str, Any]], fused: list[dict[str, Any]], dtype: str) -> list[str]:

@@ -1,10 +1,12 @@
-"""Runs the passes over a graph and keeps the account of each run."""
+"""Run the passes over a graph: copy, try on the copy, refuse, rewrite, agree with the other ranks, report.
+
+What the passes refuse is never touched: they run on copies first, until a copy shows nothing more to
+refuse, and then on the graph itself.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import logging
 import os
 import time
@@ -17,12 +19,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule
 
-import fusewire
-from fusewire.custom_ops.ops.registry import _machine_support, all_ops, op_of_target, parse_policy
+from fusewire.custom_ops.ops.registry import op_of_target
 from fusewire.errors import ConfigError, ExpectationError
 from fusewire.fusion_passes.analysis.norm_reader import find_norms
 from fusewire.fusion_passes.analysis.why_unfused import explain_unfused
-from fusewire.fusion_passes.compiler.inductor import copied, exchange_nodes, graph_kind
+from fusewire.fusion_passes.compiler.dynamo import graph_kind
+from fusewire.fusion_passes.compiler.inductor import GraphRecord, exchange_nodes
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment, unknown_name
 from fusewire.fusion_passes.context import MATCH, Refused, RunContext
 from fusewire.fusion_passes.observer import Observer, observer_of
@@ -32,58 +34,22 @@ from fusewire.fusion_passes.report.entries import entry_of, source_location
 from fusewire.fusion_passes.report.model import ALL_REDUCE, FUSED, REDUCE_SCATTER, Entry, GraphReport
 from fusewire.fusion_passes.report.store import Report, add_graph_report
 from fusewire.fusion_passes.report.text import describe_counts
-from fusewire.fusion_passes.spmd.agreement import settle
+from fusewire.fusion_passes.spmd.agreement import agree
 from fusewire.fusion_passes.spmd.fingerprint import (
     GroupFingerprint,
-    arrived,
     collectives_of,
-    fingerprints,
+    fingerprint_groups,
     insert_rendezvous,
+    programs_of,
 )
 from fusewire.patterns.collectives import AllReduce, read_all_reduce
 from fusewire.patterns.norms import NORM_OPS
 
 log = logging.getLogger("fusewire")
-# What these do refuses no all-reduce, so a trial can do without them.
+# These refuse no all-reduce, so a trial leaves them out.
 _REFUSE_NOTHING = ("shard_residual", "lower_ops", "place_outputs")
-# After these the graph shows what fused with what.
+# After each of these the graph shows what fused with what.
 _FUSING = ("fuse_all_reduce", "fuse_sequence_parallel", "fuse_epilogues")
-
-
-@functools.lru_cache(maxsize=1)
-def source_hash() -> str:
-    """A hash of fusewire's own source files."""
-    from fusewire import custom_ops, fusion_passes, patterns
-
-    digest = hashlib.sha256()
-    for package in (fusewire, custom_ops, patterns, fusion_passes):
-        folder = Path(package.__path__[0])
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(file.relative_to(folder).as_posix().encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def cache_key(config: PassConfig) -> str:
-    """Everything beside the graph that the passes' result depends on, hashed."""
-    parts = [source_hash(), config.key(), str(disabled_by_environment())]
-    parts += [f"{item.name}:{item.source}" for item in registered_passes()]
-    for op in all_ops().values():
-        parts.append(f"{op.name}={','.join(op.priority)}")
-        parts += [f"{p.name}:{p.version}:{p.batch_invariant}" for p in op.providers.values()]
-        if op.selector is None:
-            # A graph made where a provider was missing must not be found where it is not.
-            names = parse_policy(op, config.policy(op.name))
-            parts += [f"{name} here: {_machine_support(op.providers[name])}" for name in names]
-    return hashlib.sha256("\n".join([*parts, *_groups()]).encode()).hexdigest()
-
-
-def _groups() -> list[str]:
-    """The process groups of this process with their sizes: the checks ask for a group's size, graphs hold its name."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return []
-    known = torch.distributed.distributed_c10d._world.pg_map
-    return sorted(f"group {group.group_name}: {group.size()} ranks" for group in known)
 
 
 def run_passes(
@@ -91,16 +57,17 @@ def run_passes(
 ) -> GraphReport:
     """Run all enabled passes over a post-grad graph, in place.
 
-    fusewire's own passes are tried on a copy first: what they refuse, or fail at, leaves this graph as it is. Where they
-    rewrote what ranks of other processes take part in, this waits until those have compiled the graph too.
+    fusewire's own passes are tried on a copy first: what they refuse, or fail at, leaves this graph as it
+    is. A collective: where collectives with ranks of other processes were rewritten, this waits until
+    those ranks have compiled the graph too.
 
     Args:
         graph: a functional post-grad torch.fx.Graph whose nodes carry `meta["val"]`.
         config: the options; defaults if None.
-        unfused: names of process groups whose collectives are to be left as written, with the reason for the report.
+        unfused: names of process groups whose collectives stay as written, with the reason for the report.
 
     Returns:
-        The account of this graph, which `fusewire.report()` has from now on too.
+        The report of this graph, which `fusewire.report()` includes from now on.
 
     Raises:
         ConfigError: `disabled_passes` names a pass that does not exist, or an argument is of another kind.
@@ -115,15 +82,20 @@ def run_passes(
     for name in config.disabled_passes:
         if name not in pass_names():
             raise ConfigError(f"disabled_passes: {unknown_name('pass', name, pass_names())}")
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.thread_time()
     run = _Run(graph, config, unfused)
-    account = run.run()
-    seconds = time.perf_counter() - start - run.waited_s
-    account = dataclasses.replace(account, pass_seconds=seconds, nodes_after=len(graph.nodes))
-    account = add_graph_report(account)
-    log.info("%s", Report((account,)).summary)
-    _check_expectation(account, config)
-    return account
+    report = run.run()
+    report = dataclasses.replace(
+        report,
+        pass_seconds=time.perf_counter() - start - run.waited_s,
+        pass_processor_seconds=time.thread_time() - processor - run.waited_processor_s,
+        waited_seconds=run.waited_s,
+        nodes_after=len(graph.nodes),
+    )
+    report = add_graph_report(report)
+    log.info("%s", Report((report,)).summary)
+    _check_expectation(report, config)
+    return report
 
 
 def _check_arguments(graph: Any, config: Any) -> None:
@@ -140,25 +112,27 @@ def _check_arguments(graph: Any, config: Any) -> None:
             )
 
 
-def _check_expectation(account: GraphReport, config: PassConfig) -> None:
+def _check_expectation(report: GraphReport, config: PassConfig) -> None:
     expected = config.expect_fused
-    if expected is None or (expected != "all" and not account.entries):
+    if expected is None or (expected != "all" and not report.entries):
         return
-    fused = sum(entry.status == FUSED for entry in account.entries)
-    wanted = len(account.entries) if expected == "all" else expected
+    fused = sum(entry.status == FUSED for entry in report.entries)
+    wanted = len(report.entries) if expected == "all" else expected
     if fused != wanted:
         raise ExpectationError(
-            f"expect_fused={expected!r}, but {describe_counts(account.entries)} were fused.\n{Report((account,))}"
+            f"expect_fused={expected!r}, but {describe_counts(report.entries)} were fused.\n{Report((report,))}"
         )
 
 
 class _Run:
+    """One run of the passes over one graph: try on copies, refuse, rewrite, agree with the other ranks."""
+
     def __init__(self, graph: Graph, config: PassConfig, unfused: Mapping[str, str]) -> None:
         self.graph = graph
         self.config = config
         self.unfused = dict(unfused)
         self.prints: list[GroupFingerprint] = []
-        self.waited_s = 0.0  # for other ranks
+        self.waited_s = self.waited_processor_s = 0.0  # for other ranks, by the clock and in processor time
         self.passes = [item for item in registered_passes() if item.is_enabled(config)]
         self.notes: list[str] = []
         self.observer: Observer | None = None
@@ -167,29 +141,28 @@ class _Run:
         self.dumps = config.dump_graphs is not None
 
     def run(self) -> GraphReport:
-        kind = graph_kind()
-        before = len(self.graph.nodes)
-        context = RunContext(self.config)
+        """Rewrite the graph and return its report."""
+        kind, before = graph_kind(), len(self.graph.nodes)
         if kind != "training":
             self._run_leading()
         found = [read_all_reduce(node) for node in self.graph.nodes if node.op == "call_function"]
         self.sites = [site for site in found if site is not None]
         self.entries = {site.name: entry_of(site) for site in self.sites}
-        program = arrived(self.graph)
+        self.program = programs_of(self.graph)
+        context = RunContext(self.config)
         if kind == "training":
-            reason = "the graph is compiled for training; run the model under torch.no_grad() to fuse"
-            context.refused = {site.name: Refused(MATCH, reason) for site in self.sites}
-            self._settle(program, context)
+            context = self._refuse_all(
+                "the graph is compiled for training; run the model under torch.no_grad() to fuse"
+            )
+            self._agree(context)
         elif self._has_work():
-            original = copied(self.graph)
-            context = self._agreed(original, program)
-            self._explain_rest(context, original)
+            context = self._rewrite_as_agreed()
         else:
-            self._settle(program, context)
+            self._agree(context)
         if kind != "training":
             insert_rendezvous(self.graph, self.prints)
         entries = tuple(self._entry(site.name, context) for site in self.sites)
-        account = GraphReport(
+        report = GraphReport(
             -1,
             kind,
             entries,
@@ -200,36 +173,36 @@ class _Run:
             fingerprints=tuple(self.prints),
             unfused=tuple(sorted(self.unfused)),
         )
-        return account if self.observer is None else self.observer.complete(account)
+        return report if self.observer is None else self.observer.complete(report)
 
-    def _agreed(self, original: Graph, program: Mapping[str, tuple[str, list[str]]]) -> RunContext:
-        """Rewrite the graph as far as the ranks of each group agree."""
-        notes = list(self.notes)
-        self.observer = observer_of(lambda: original)
-        context = self._attempt(original)
-        unfused = self._settle(program, context)
+    def _rewrite_as_agreed(self) -> RunContext:
+        """Rewrite the graph; where the ranks of a group differ, once more without that group's collectives."""
+        record, notes = GraphRecord(self.graph), list(self.notes)
+        self.observer = observer_of(record.copy)
+        context = self._rewrite(record)
+        unfused = self._agree(context)
         if unfused:
             self.unfused.update(unfused)
-            self.notes, self.observer = notes, observer_of(lambda: original)
-            exchange_nodes(self.graph, copied(original))
-            context = self._attempt(original)
-            self.prints = self._fingerprints(program, context)
+            self.notes, self.observer = notes, observer_of(record.copy)
+            exchange_nodes(self.graph, record.copy())
+            context = self._rewrite(record)
+            self.prints = self._fingerprints(context)
+        self._explain_rest(context, record)
         return context
 
-    def _settle(self, program: Mapping[str, tuple[str, list[str]]], context: RunContext) -> dict[str, str]:
-        """Compare with the peers what became of the graph; the groups whose ranks differ, with the reason."""
-        self.prints = self._fingerprints(program, context)
-        start = time.perf_counter()
+    def _agree(self, context: RunContext) -> dict[str, str]:
+        """Publish what became of the graph; return the groups whose ranks differ, with the reason."""
+        self.prints = self._fingerprints(context)
+        start, processor = time.perf_counter(), time.thread_time()
         try:
-            return settle(self.prints, wait=not self.config.compile_alone)
+            return agree(self.prints, wait=not self.config.compile_alone)
         finally:
             self.waited_s += time.perf_counter() - start
+            self.waited_processor_s += time.thread_time() - processor
 
-    def _fingerprints(
-        self, program: Mapping[str, tuple[str, list[str]]], context: RunContext
-    ) -> list[GroupFingerprint]:
+    def _fingerprints(self, context: RunContext) -> list[GroupFingerprint]:
         moved: dict[str, list[str]] = {}
-        seen = Counter[str]()  # numbered by group: of this rank's other groups the peers know nothing
+        seen = Counter[str]()  # numbered by group: the peers know nothing of this rank's other groups
         for site in self.sites:
             group = self.entries[site.name].group
             for text in context.moved.get(site.name, ()):
@@ -237,16 +210,17 @@ class _Run:
             seen[group] += 1
         first = next((nodes[0] for nodes in collectives_of(self.graph).values()), None)
         place = "" if first is None else source_location(first)
-        return fingerprints(program, self.graph, moved, place or "a graph")
+        return fingerprint_groups(self.program, self.graph, moved, place or "a graph")
 
     def _run_leading(self) -> None:
-        """The users' passes that stand before all of fusewire's: they make the graph that is judged."""
+        """Run the users' passes that stand before all of fusewire's: these make the graph that is judged."""
         while self.passes and self.passes[0].user:
             item = self.passes.pop(0)
             self._dump(self.graph, f"00_before_{item.name}")
             item.run(self.graph, RunContext(self.config))
 
     def _has_work(self) -> bool:
+        """Return whether a pass could change the graph, so that it is worth a copy."""
         if self.sites or any(item.user for item in self.passes) or computes_norms_itself(self.config):
             return True
         names = {entry.op for entry in NORM_OPS}
@@ -256,30 +230,14 @@ class _Run:
             if node.op == "call_function"
         )
 
-    def _attempt(self, original: Graph) -> RunContext:
-        """Try on copies until nothing more is refused, then rewrite the graph itself."""
-        left = (site for site in self.sites if self.entries[site.name].group in self.unfused)
-        excluded = {site.name: Refused(MATCH, self.unfused[self.entries[site.name].group]) for site in left}
-        unmergeable: set[str] = set()
-        unfused_second_norms: set[str] = set()
+    def _rewrite(self, record: GraphRecord) -> RunContext:
+        """Find on copies what has to be refused, then rewrite the graph itself without that."""
         try:
-            for _ in range(3 * len(self.sites) + 2):  # each round but the last learns of one site at least
-                trial = RunContext(self.config, dict(excluded), set(unmergeable), set(unfused_second_norms))
-                self._apply(copied(original), trial, trial_run=True)
-                vain = trial.merged_in_vain()
-                # A reason found at a merged all-reduce is not yet its own.
-                new = {n: why for n, why in trial.refused.items() if n not in excluded and n not in vain}
-                if not new and vain <= unmergeable and trial.unfused_second_norms <= unfused_second_norms:
-                    break
-                excluded.update(new)
-                unmergeable |= vain
-                unfused_second_norms |= trial.unfused_second_norms
-            else:
-                raise RuntimeError("the passes refuse something new in every round")
-        except Exception as error:  # a defect of ours must not cost the user the compilation
+            tried = self._try_on_copies(record)
+        except Exception as error:  # a defect of fusewire must not cost the user the compilation
             log.warning("fusewire left a graph as it was, since a pass failed on it", exc_info=True)
-            return self._failed(f"a pass of fusewire failed and the graph was left alone: {_say(error)}")
-        context = RunContext(self.config, dict(excluded), unmergeable, unfused_second_norms)
+            return self._failed(f"a pass of fusewire failed and the graph was left alone: {_describe(error)}")
+        context = RunContext(self.config, tried.excluded, tried.unmergeable, tried.unfused_second_norms)
         try:
             self._apply(self.graph, context, trial_run=False)
             self.graph.lint()
@@ -287,17 +245,42 @@ class _Run:
             raise failure.error from None
         except Exception as error:
             log.warning("fusewire took its changes of a graph back, since a pass failed on it", exc_info=True)
-            exchange_nodes(self.graph, copied(original))
-            return self._failed(f"a pass of fusewire failed and its changes were taken back: {_say(error)}")
-        context.refused = {**context.refused, **excluded}
+            exchange_nodes(self.graph, record.copy())
+            return self._failed(f"a pass of fusewire failed and its changes were taken back: {_describe(error)}")
+        context.refused = {**context.refused, **context.excluded}
         self.notes += context.notes + context.assumptions()
         return context
 
+    def _try_on_copies(self, record: GraphRecord) -> RunContext:
+        """Run the passes on copies until one finds nothing more to refuse; return what to start from then."""
+        left = (site for site in self.sites if self.entries[site.name].group in self.unfused)
+        excluded = {site.name: Refused(MATCH, self.unfused[self.entries[site.name].group]) for site in left}
+        unmergeable: set[str] = set()
+        unfused_second_norms: set[str] = set()
+        for _ in range(3 * len(self.sites) + 2):  # each round but the last learns of one site at least
+            trial = RunContext(self.config, dict(excluded), set(unmergeable), set(unfused_second_norms))
+            self._apply(record.copy(), trial, trial_run=True)
+            vain = trial.merged_in_vain()
+            # A reason found at a merged all-reduce is not yet its own.
+            new = {name: why for name, why in trial.refused.items() if name not in excluded and name not in vain}
+            excluded.update(new)
+            learned = vain - unmergeable or trial.unfused_second_norms - unfused_second_norms
+            # What was refused before it was raised left the copy as it was: another round would do the same.
+            if not learned and not new.keys() & trial.spelling.keys():
+                return RunContext(self.config, excluded, unmergeable, unfused_second_norms)
+            unmergeable |= vain
+            unfused_second_norms |= trial.unfused_second_norms
+        raise RuntimeError("the passes refuse something new in every round")
+
     def _failed(self, reason: str) -> RunContext:
         self.notes.append(reason)
+        return self._refuse_all(reason)
+
+    def _refuse_all(self, reason: str) -> RunContext:
         return RunContext(self.config, refused={site.name: Refused(MATCH, reason) for site in self.sites})
 
     def _apply(self, graph: Graph, context: RunContext, *, trial_run: bool) -> None:
+        """Run the passes over a graph; in a trial only those of fusewire's that can refuse something."""
         for index, item in enumerate(self.passes):
             if trial_run and (item.user or item.name in _REFUSE_NOTHING):
                 continue
@@ -316,29 +299,35 @@ class _Run:
         if not trial_run:
             self._dump(graph, "99_after")
 
-    def _explain_rest(self, context: RunContext, original: Graph) -> None:
+    def _explain_rest(self, context: RunContext, record: GraphRecord) -> None:
+        """Refuse, with a reason, the all-reduces that no pass fused or refused."""
+        judged = {**context.fused, **context.refused, **context.merged}
+        left = [site.name for site in self.sites if site.name not in judged]
+        if not left:
+            return
+        original = record.copy()
         nodes = {node.name: node for node in original.nodes}
         fused = [nodes[name] for name in context.fused if name in nodes]  # a user's pass may have added others
         fused_sums = {user.name for node in fused for value in node.users for user in value.users}
-        judged = {**context.fused, **context.refused, **context.merged}
-        left = [site.name for site in self.sites if site.name not in judged]
-        norms = {norm.source for norm in find_norms(original)} if left else set()
-        needed = {"raise_ops": "", "fuse_all_reduce": ALL_REDUCE, "fuse_sequence_parallel": REDUCE_SCATTER}
+        norms = {norm.source for norm in find_norms(original)}
         for name in left:
-            disabled = [key for key, kind in needed.items() if kind in ("", self.entries[name].collective)]
-            disabled = [key for key in disabled if key in self.config.disabled_passes]
-            if disabled:
-                context.refuse(name, MATCH, f"disabled_passes switches {' and '.join(disabled)} off")
-                continue
-            if not self.config.fuse_allreduce_rms:
-                context.refuse(name, MATCH, "fuse_allreduce_rms=False switches the fusion off")
-                continue
-            if not self.config.fuse_sequence_parallel and self.entries[name].collective == REDUCE_SCATTER:
-                context.refuse(name, MATCH, "fuse_sequence_parallel=False switches the fusion off")
-                continue
-            copied = read_all_reduce(nodes[name])
-            assert copied is not None
-            context.refused[name] = explain_unfused(copied, norms, fused_sums)
+            switched_off = self._switched_off(self.entries[name].collective)
+            site = read_all_reduce(nodes[name])
+            assert site is not None
+            refused = Refused(MATCH, switched_off) if switched_off else explain_unfused(site, norms, fused_sums)
+            context.refused[name] = refused
+
+    def _switched_off(self, collective: str) -> str:
+        """Return which option keeps this kind of collective from being fused, or ""."""
+        needed = ("raise_ops", "fuse_all_reduce" if collective == ALL_REDUCE else "fuse_sequence_parallel")
+        disabled = [name for name in needed if name in self.config.disabled_passes]
+        if disabled:
+            return f"disabled_passes switches {' and '.join(disabled)} off"
+        if not self.config.fuse_allreduce_rms:
+            return "fuse_allreduce_rms=False switches the fusion off"
+        if not self.config.fuse_sequence_parallel and collective == REDUCE_SCATTER:
+            return "fuse_sequence_parallel=False switches the fusion off"
+        return ""
 
     def _entry(self, name: str, context: RunContext) -> Entry:
         entry = self.entries[name]
@@ -377,5 +366,5 @@ class _UserPassFailed(Exception):
         self.error = error
 
 
-def _say(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

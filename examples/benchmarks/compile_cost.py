@@ -1,13 +1,14 @@
-"""What fusewire's passes cost a compilation: seconds, share of the compile time, and memory, by number of layers.
+"""Measure what fusewire's passes cost a compilation: time, share of compiling, and memory, by number of layers.
 
     python examples/benchmarks/compile_cost.py                        # 8, 16, 32, 64 layers; 32 compiled in full
     python examples/benchmarks/compile_cost.py --full 8 32 --check    # fail if the cost is above its limits
 
-A Llama-like decoder, tensor-parallel over a process group that communicates with nobody, is compiled in this one
-process; no GPU is needed. For each number of layers the post-grad graph is taken from a compilation that is cut short,
-and the passes run over copies of it: several times for the time (the median counts), then once under tracemalloc for
-the memory (peak while they run, and what stays allocated after). Numbers of layers under --full are compiled to the
-end by Inductor, with caches off, for the share of the whole compile time.
+A Llama-like decoder, tensor-parallel over a process group of simulated ranks, is compiled in this one
+process, with static shapes and with a dynamic number of tokens; no GPU is needed. The post-grad graph
+is taken from a compilation that is cut short, and the passes run over copies of it: several times for
+the time (the median counts), then once under tracemalloc for the memory (the peak, and what stays
+allocated). Numbers of layers under --full are also compiled to the end, with caches off, for the
+passes' share of the whole.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import fusewire
 from fusewire.fusion_passes.backend import FusewirePass
 
 VOCABULARY, HEAD_DIM = 1024, 32
+SHAPES = ("static", "dynamic")
 MAX_SHARE, MAX_MEGABYTES, LIMITS_AT = 0.02, 50.0, 32
 # Twice the layers may take twice the time and a little more, since clocks and garbage collection vary.
 MAX_GROWTH = 1.4
@@ -48,12 +50,13 @@ MAX_GROWTH = 1.4
 class Row:
     """One measurement. Times in seconds, memory in MB (10**6 bytes).
 
-    Processor times are this process's own, in user mode, which other work on the machine changes least; the C++ or
-    Triton compiler runs elsewhere and has no part in them. The shares are of the passes in one whole compilation, by
-    the processor and by the clock.
+    Processor times are this process's own, in user mode, which other work on the machine changes
+    least; the C++ or Triton compiler runs in other processes and is not counted. The shares are of the
+    passes in one whole compilation, by the processor and by the clock.
     """
 
     layers: int
+    shapes: str
     nodes: int
     all_reduces: int
     fused: int
@@ -156,7 +159,7 @@ class _Probe(CustomGraphPass):
         return None
 
 
-def measure_passes(model: Model, ids: Tensor, repeat: int) -> Row:
+def measure_passes(model: Model, ids: Tensor, repeat: int, shapes: str) -> Row:
     """Time and memory of the passes over this model's post-grad graph."""
 
     def look(graph: torch.fx.Graph) -> Row:
@@ -182,6 +185,7 @@ def measure_passes(model: Model, ids: Tensor, repeat: int) -> Row:
         found = len(account.entries)
         return Row(
             len(model.layers),
+            shapes,
             len(graph.nodes),
             found,
             fused,
@@ -192,7 +196,7 @@ def measure_passes(model: Model, ids: Tensor, repeat: int) -> Row:
 
     found: list[Row] = []
     try:
-        compile_with(_Probe(look, found), model, ids)
+        compile_with(_Probe(look, found), model, ids, shapes)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if not isinstance(error.inner_exception, _Enough):
             raise
@@ -206,7 +210,7 @@ def copy_of(graph: torch.fx.Graph) -> torch.fx.Graph:
     return copied
 
 
-def compile_with(passes: CustomGraphPass, model: Model, ids: Tensor) -> tuple[float, float]:
+def compile_with(passes: CustomGraphPass, model: Model, ids: Tensor, shapes: str) -> tuple[float, float]:
     """Compile and call the model with nothing in any cache; seconds of that first call, by clock and by processor."""
     torch._dynamo.reset()
     clear_caches()
@@ -220,46 +224,55 @@ def compile_with(passes: CustomGraphPass, model: Model, ids: Tensor) -> tuple[fl
         torch.no_grad(),
     ):
         clock, processor = time.perf_counter(), processor_time(resource.RUSAGE_SELF)
-        torch.compile(model, fullgraph=True, dynamic=False)(ids)
+        if shapes == "dynamic":
+            ids = ids.clone()
+            torch._dynamo.mark_dynamic(ids, 1)
+        torch.compile(model, fullgraph=True, dynamic=None if shapes == "dynamic" else False)(ids)
         return time.perf_counter() - clock, processor_time(resource.RUSAGE_SELF) - processor
 
 
-def measure(layers: int, arguments: argparse.Namespace) -> Row:
+def measure(layers: int, shapes: str, arguments: argparse.Namespace) -> Row:
     """One row; compiled to the end too if `layers` is under --full."""
     torch.manual_seed(0)
     model = Model(layers, arguments.hidden, arguments.world_size).to(torch.bfloat16).eval()
     ids = torch.randint(0, VOCABULARY, (1, arguments.tokens))
-    row = measure_passes(model, ids, arguments.repeat)
+    row = measure_passes(model, ids, arguments.repeat, shapes)
     if layers in arguments.full:
         timed = _Timed()
-        row.clock_seconds, row.processor_seconds = compile_with(timed, model, ids)
+        row.clock_seconds, row.processor_seconds = compile_with(timed, model, ids, shapes)
         row.clock_share = timed.clock / row.clock_seconds
         row.processor_share = timed.processor / row.processor_seconds
     return row
 
 
 def problems(rows: list[Row]) -> list[str]:
-    """Which limits are exceeded."""
-    said = []
+    """Return a message for each limit that is exceeded."""
+    found = []
     for row in rows:
-        if row.layers <= LIMITS_AT and row.processor_share >= MAX_SHARE:
-            said.append(f"{row.layers} layers: {row.processor_share:.1%} of compiling, the limit is {MAX_SHARE:.0%}")
+        what = f"{row.layers} layers, {row.shapes} shapes"
+        share = max(row.processor_share, row.clock_share)
+        if row.layers <= LIMITS_AT and share >= MAX_SHARE:
+            found.append(f"{what}: {share:.1%} of compiling, the limit is {MAX_SHARE:.0%}")
         if row.layers <= LIMITS_AT and row.peak_megabytes >= MAX_MEGABYTES:
-            said.append(f"{row.layers} layers: {row.peak_megabytes:.0f} MB, the limit is {MAX_MEGABYTES:.0f} MB")
+            found.append(f"{what}: {row.peak_megabytes:.0f} MB, the limit is {MAX_MEGABYTES:.0f} MB")
         if row.fused != row.all_reduces:
-            said.append(f"{row.layers} layers: {row.fused} of {row.all_reduces} all-reduces fused")
-    first, last = rows[0], rows[-1]
-    growth = (last.pass_seconds / first.pass_seconds) / (last.layers / first.layers)
-    if growth > MAX_GROWTH:
-        said.append(f"from {first.layers} to {last.layers} layers the time per layer grew {growth:.2f} times")
-    return said
+            found.append(f"{what}: {row.fused} of {row.all_reduces} all-reduces fused")
+    for shapes in dict.fromkeys(row.shapes for row in rows):
+        of_these = [row for row in rows if row.shapes == shapes]
+        first, last = of_these[0], of_these[-1]
+        growth = (last.pass_seconds / first.pass_seconds) / (last.layers / first.layers)
+        if growth > MAX_GROWTH:
+            found.append(
+                f"{shapes} shapes: from {first.layers} to {last.layers} layers the time per layer grew {growth:.2f} times"
+            )
+    return found
 
 
 def as_table(rows: list[Row]) -> str:
     lines = [
-        "| layers | nodes | all-reduces fused | passes, s | per layer, ms | peak memory, MB | kept, MB "
+        "| layers | shapes | nodes | all-reduces fused | passes, s | per layer, ms | peak memory, MB | kept, MB "
         "| compile, s | share of it | compile, processor s | share of it |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "|--:|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         full = [""] * 4
@@ -268,6 +281,7 @@ def as_table(rows: list[Row]) -> str:
             full += [f"{row.processor_seconds:.1f}", f"{row.processor_share:.2%}"]
         cells = [
             row.layers,
+            row.shapes,
             row.nodes,
             f"{row.fused} of {row.all_reduces}",
             f"{row.pass_seconds:.3f}",
@@ -284,6 +298,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--full", type=int, nargs="*", default=[32], help="numbers of layers to compile to the end")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--world-size", type=int, default=4)
@@ -296,10 +311,12 @@ def main() -> int:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.world_size)
     print(f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, {arguments.world_size} ranks", flush=True)
     rows = []
-    measure_passes(Model(1, arguments.hidden, arguments.world_size).to(torch.bfloat16), torch.zeros(1, 8).long(), 1)
+    small = Model(1, arguments.hidden, arguments.world_size).to(torch.bfloat16)
+    measure_passes(small, torch.zeros(1, 8).long(), 1, "static")
     for layers in sorted({*arguments.layers, *arguments.full}):
-        rows.append(measure(layers, arguments))
-        print(f"{layers} layers: passes {rows[-1].pass_seconds:.3f} s", file=sys.stderr, flush=True)
+        for shapes in arguments.shapes:
+            rows.append(measure(layers, shapes, arguments))
+            print(f"{layers} layers, {shapes}: passes {rows[-1].pass_seconds:.3f} s", file=sys.stderr, flush=True)
     dist.destroy_process_group()
     print(as_table(rows))
     if arguments.out:

@@ -26,14 +26,13 @@ from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 import torch
-import torch._dynamo.utils
-import torch._functorch.config
-import torch._inductor.config
 
 import fusewire
 from fusewire.custom_ops.coordination.timeouts import timeout_s
 from fusewire.custom_ops.ops.registry import parse_priorities
 from fusewire.errors import ConfigError
+from fusewire.fusion_passes.compiler import compile_cache
+from fusewire.fusion_passes.compiler.dynamo import forget_graph_breaks, graph_breaks
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment
 from fusewire.rendering.page import page
 from fusewire.rendering.pictures import pictures_recorded
@@ -158,11 +157,12 @@ def _run_script(arguments: argparse.Namespace, config: PassConfig) -> tuple[int,
     sys.argv = [arguments.script, *arguments.arguments]
     if not getattr(sys.flags, "safe_path", False):  # python -P has no such first entry
         sys.path[0] = os.getcwd() if arguments.module else str(Path(arguments.script).absolute().parent)
-    torch._dynamo.utils.counters["graph_break"].clear()
+    forget_graph_breaks()
     if _rank() != 0:  # before SIGTERM is handled in Python, which this wait in C++ would delay
         _rank_0_ready(wait=True)
     try:
-        with _no_compile_cache(), pictures_recorded(), fusewire.enable(config), _stoppable():
+        # A graph that a cache holds is not compiled again, and there would be nothing to report.
+        with compile_cache.switched_off(), pictures_recorded(), fusewire.enable(config), _stoppable():
             if _rank() == 0:
                 _rank_0_ready(wait=False)
             if arguments.module:
@@ -180,15 +180,6 @@ def _run_script(arguments: argparse.Namespace, config: PassConfig) -> tuple[int,
     except BaseException as error:
         return 1, "".join(traceback.format_exception(type(error), error, _users_part(error.__traceback__)))
     return 0, ""
-
-
-@contextlib.contextmanager
-def _no_compile_cache() -> Iterator[None]:
-    """A graph that a cache holds is not compiled again, and there would be nothing to tell of it."""
-    inductor = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
-    autograd = {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
-    with torch._inductor.config.patch(inductor), torch._functorch.config.patch(autograd):
-        yield
 
 
 @contextlib.contextmanager
@@ -259,7 +250,7 @@ def _users_part(trace: TracebackType | None) -> TracebackType | None:
 def _show(arguments: argparse.Namespace, error: str, status: int, output: TextIO) -> int:
     """Print and write the report. Returns 1 if an expectation is not met, else 0."""
     report = fusewire.report()
-    breaks = dict(torch._dynamo.utils.counters["graph_break"])
+    breaks = graph_breaks()
     notices = [advice] if (advice := advise()) else []
     unmet = _unmet(arguments.expect_fused, report)
     facts = _facts(arguments, status)

@@ -1,1 +1,8 @@
-"""PyTorch's compiler behind one door: the only private names of it that fusewire uses."""
+"""What fusewire uses of PyTorch's private compiler parts; tests/unit/test_canaries.py has a test for each.
+
+inductor       pattern matcher, tracing, fake values, lowerings, copies of graphs
+compile_fx     Inductor's entry point, options and hook for custom passes
+compile_cache  the cache's hits and switches
+cache_artifact files beside the cache; imported with fusewire itself
+dynamo         restarts with floats as numbers, graph breaks, the kind of a graph
+"""

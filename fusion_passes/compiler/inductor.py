@@ -1,8 +1,4 @@
-"""Inductor's pattern matcher, behind the few functions that fusewire needs of it.
-
-This file and backend.py are the only ones that touch private parts of PyTorch's compiler; tests/test_canaries.py has
-one test for each part used.
-"""
+"""Inductor's pattern matcher, tracing, fake values and lowerings, and copies of graphs."""
 
 from __future__ import annotations
 
@@ -27,7 +23,7 @@ Handler = Callable[[dict[str, Any], Node, Sequence[Node]], None]
 
 
 def _tree(pattern: Any) -> Any:
-    """A tree of patterns.fusions in the matcher's own terms."""
+    """Return a tree of patterns.fusions as a pattern of the matcher."""
     if isinstance(pattern, Capture):
         return inductor.KeywordArg(pattern.name)
     if isinstance(pattern, Call):
@@ -37,7 +33,7 @@ def _tree(pattern: Any) -> Any:
 
 
 class FusionMatcher:
-    """Applies fusions to graphs by Inductor's matcher.
+    """Applies fusions to graphs with Inductor's pattern matcher.
 
     Args:
         name: shown in Inductor's own logs.
@@ -47,9 +43,9 @@ class FusionMatcher:
         self._pass = inductor.PatternMatcherPass(pass_name=name)
 
     def add(self, fusion: Fusion, check: Check, handle: Handler) -> None:
-        """Register a fusion; `check` refuses matches (extra_check), `handle` rewrites those it lets through.
+        """Register a fusion; `check` may refuse a match (extra_check), `handle` rewrites it.
 
-        Both get the captures by name, the root of the match, and all its nodes.
+        Both take the captures by name, the root of the match, and all its nodes.
         """
 
         def extra_check(match: inductor.Match) -> bool:
@@ -65,43 +61,73 @@ class FusionMatcher:
         )(handler)
 
     def apply(self, graph: Graph) -> int:
-        """Rewrite every match in the graph; returns how many there were."""
+        """Rewrite every match in the graph; return how many there were."""
         if graph.owning_module is None:
             GraphModule(torch.nn.Module(), graph)
         return self._pass.apply(graph)
 
 
 def trace(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
-    """The post-grad graph of a function of these fake values, with Inductor's decompositions."""
+    """Return the post-grad graph of a function of these fake values, with Inductor's decompositions."""
     with torch.no_grad():
         return make_fx(function, decomposition_table=select_decomp_table())(*values)
 
 
 def fresh_fake(value: Any, *, contiguous: bool = False) -> Any:
-    """A fake tensor with the metadata of `value` and a storage of its own, row-major if `contiguous`.
+    """Return a fake tensor with the metadata of `value` and a storage of its own, row-major if `contiguous`.
 
-    Inductor takes a shared storage for an alias. Asking a factory function under the fake mode comes to the same, and
-    takes thirty times as long, which made up most of the passes' time.
+    Inductor takes a shared storage for an alias. A factory function under the fake mode gives the same in
+    thirty times the time, which made up most of the passes' time.
     """
-    layout = (value.shape, torch.empty(value.shape, device="meta").stride() if contiguous else value.stride())
     mode = getattr(value, "fake_mode", None)
     if mode is not None:
-        meta = torch.empty_strided(*layout, dtype=value.dtype, device="meta")
-        if type(meta) is torch.Tensor:  # else some mode is active, and this was no short way
+        meta = _fresh_meta(mode, value, contiguous)
+        if type(meta) is torch.Tensor:  # no other mode is active that would change what this creates
             return mode.fake_tensor_converter.from_meta_and_device(mode, meta, value.device)
     with mode if mode is not None else contextlib.nullcontext():
-        return torch.empty_strided(*layout, dtype=value.dtype, device=value.device)
+        if contiguous:
+            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _fresh_meta(mode: Any, value: Any, contiguous: bool) -> torch.Tensor:
+    """Return a meta tensor with the layout of `value`, or row-major.
+
+    `empty` takes 170 us to multiply symbolic sizes, `empty_strided` 280. So the strides and the storage's
+    size in bytes are computed once for each shape, and kept with the fake mode; then it takes 30 us.
+    """
+    shape, dtype = value.shape, value.dtype
+    key = (dtype, *(size if isinstance(size, int) else size.node.expr for size in shape))
+    layouts: dict[Any, torch.Tensor] = mode.__dict__.setdefault("_fusewire_layouts", {})
+    row_major = layouts.get(key)
+    if row_major is None:
+        row_major = torch.empty(shape, dtype=dtype, device="meta")
+        if type(row_major) is not torch.Tensor:
+            return row_major
+        layouts[key] = row_major
+    if not contiguous and not all(map(_same_number, row_major.stride(), value.stride())):
+        return torch.empty_strided(shape, value.stride(), dtype=dtype, device="meta")
+    meta = torch.empty(0, dtype=dtype, device="meta")
+    torch.ops.inductor.resize_storage_bytes_.default(meta, row_major.untyped_storage().nbytes())
+    return meta.as_strided(row_major.shape, row_major.stride())
+
+
+def _same_number(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Return whether two sizes or strides are the same number or the same expression; adds no guard."""
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return bool(a.node.expr == b.node.expr)
+    return isinstance(a, int) and isinstance(b, int) and a == b
 
 
 def known_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    """Whether two sizes are equal wherever the graph's guards hold; asks for no further guard."""
+    """Return whether two sizes are equal wherever the graph's guards hold; adds no guard."""
     return bool(statically_known_true(a == b))
 
 
 def never_reuse_outputs(op: torch._ops.OpOverload, marked: Callable[[Sequence[Any]], bool]) -> None:
-    """Have Inductor reuse no output of a call of `op` for another buffer, where `marked(args)` says so.
+    """Have Inductor reuse no output of a call of `op` for another buffer if `marked(args)`.
 
-    It lowers the operator as Inductor would by itself, and must be called before that.
+    Otherwise the operator is lowered as Inductor does by itself. Call this before Inductor lowers it.
     """
     if getattr(lowering.lowerings.get(op), "_fusewire", False):
         return
@@ -121,21 +147,31 @@ def never_reuse_outputs(op: torch._ops.OpOverload, marked: Callable[[Sequence[An
     lowering.lowerings[op] = lower
 
 
-def copied(graph: Graph) -> Graph:
-    """A copy with the same node names, and metadata of its own."""
-    result = Graph()
-    mapping: dict[Node, Node] = {}
-    for node in graph.nodes:
-        # Arguments are set afterwards: create_node would search each of them for symbols, half of its time.
-        new = result.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-        new.args = map_arg(node.args, mapping.__getitem__)
-        if node.kwargs:
-            new.kwargs = map_arg(node.kwargs, mapping.__getitem__)
-        new.meta = dict(node.meta)
-        mapping[node] = new
-    owner = graph.owning_module
-    result.owning_module = owner if owner is not None else GraphModule(torch.nn.Module(), Graph())
-    return result
+class GraphRecord:
+    """A graph as it is when this is made, of which copies can be made after the graph has been rewritten.
+
+    Making it takes a twentieth of the time of a copy.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        owner = graph.owning_module
+        self._owner = owner if owner is not None else GraphModule(torch.nn.Module(), Graph())
+        self._nodes = [(node, node.target, node.args, node.kwargs, dict(node.meta)) for node in graph.nodes]
+
+    def copy(self) -> Graph:
+        """Return a copy with the same node names, and metadata of its own."""
+        result = Graph()
+        mapping: dict[Node, Node] = {}
+        for node, target, args, kwargs, meta in self._nodes:
+            # Arguments are set afterwards: create_node would search each of them for symbols, half of its time.
+            new = result.create_node(node.op, target, name=node.name, type_expr=node.type)
+            new.args = map_arg(args, mapping.__getitem__)
+            if kwargs:
+                new.kwargs = map_arg(kwargs, mapping.__getitem__)
+            new.meta = dict(meta)
+            mapping[node] = new
+        result.owning_module = self._owner
+        return result
 
 
 def exchange_nodes(graph: Graph, other: Graph) -> None:
@@ -146,10 +182,3 @@ def exchange_nodes(graph: Graph, other: Graph) -> None:
     for held in (graph, other):
         for node in (held._root, *held.nodes):
             node.graph = held
-
-
-def graph_kind() -> str:
-    """Which graph is being compiled: "inference" or "training" (a forward or backward with gradients)."""
-    context = torch._guards.TracingContext.try_get()
-    names = (context.aot_graph_name or []) if context is not None else []
-    return "training" if any(str(name).endswith(("forward", "backward", "joint")) for name in names) else "inference"

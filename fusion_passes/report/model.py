@@ -59,7 +59,10 @@ class GraphReport:
 
     Attributes:
         kind: "inference", or "training" for graphs that stay as they are.
-        pass_seconds: wall time of fusewire's passes on this graph, in seconds.
+        pass_seconds: wall time of fusewire's passes on this graph, in seconds, without waiting for
+            other ranks.
+        pass_processor_seconds: processor time of the same.
+        waited_seconds: wall time of waiting for other ranks to compile the graph.
         notes: anything else the user should know (a pass that failed, a graph from the compile cache).
         cached: the passes did not run, since the compile cache held the finished graph; this is the
             report of the compilation that made it.
@@ -80,6 +83,8 @@ class GraphReport:
     pictures: tuple[Any, ...] = ()
     fingerprints: tuple[GroupFingerprint, ...] = ()
     unfused: tuple[str, ...] = ()
+    pass_processor_seconds: float = 0.0
+    waited_seconds: float = 0.0
 
 
 def graph_reports_to_json(reports: Iterable[GraphReport]) -> str:

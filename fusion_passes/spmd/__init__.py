@@ -1,8 +1,7 @@
-"""What keeps ranks together that compile each for itself.
+"""Keeps ranks together that compile each for itself.
 
-    replication  which values are the same on every rank
-    fingerprint  what of a rewritten graph every rank must have alike
-    agreement    compares fingerprints while the ranks compile, and leaves a group's collectives as written if they differ
+    fingerprint  describes what every rank must have equal in a rewritten graph
+    agreement    compares fingerprints while the ranks compile; where they differ, a group's collectives stay as written
 
-What they run is compared once more, before it runs: fusewire.custom_ops.coordination.rendezvous.
+What the ranks run is compared once more before it runs: fusewire.custom_ops.coordination.rendezvous.
 """

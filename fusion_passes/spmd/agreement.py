@@ -1,13 +1,15 @@
-"""The ranks of a group compare the graphs that they compile, and leave the group's collectives as written if these differ.
+"""Compare the graphs that the ranks of a group compile, and leave the group's collectives as written if they differ.
 
-Each rank compiles for itself and sees its own graph only. Where the ranks' graphs differ (one reads a value that the
-others do not), one may fuse or merge collectives that another keeps. Every rank therefore posts in the group's store what
-it compiled. A rank that rewrote a group's collectives waits until every peer has posted the same rewriting of the same
-program, or something else; then one of them writes the decision, once, and all obey it: also those who come later.
+Each rank compiles for itself and sees only its own graph. If the ranks' graphs differ (one reads a
+value that the others do not), one rank may fuse or merge collectives that another keeps. So every
+rank publishes in the group's store what it compiled. A rank that rewrote a group's collectives waits
+until every peer has published the same rewriting of the same program, or something else. Then one
+rank writes the decision, once, and every rank obeys it, also one that comes later.
 
-Nothing here makes fusing safe: `fusewire::rendezvous` does, before the graph runs. The agreement only finds the ranks
-that differ early enough to go on unfused instead of raising. So it pairs compilations by what they are, and once the
-ranks' histories differ it stops rewriting. No time limit decides anything: past it, the rank raises.
+This does not make fusing safe: `fusewire::rendezvous` does, before the graph runs. The agreement
+finds ranks that differ early enough to go on unfused instead of raising. Compilations are paired by
+their content, not by counting; once the ranks' histories differ, nothing more is rewritten. No
+decision depends on the clock: past the time limit the rank raises.
 """
 
 from __future__ import annotations
@@ -33,15 +35,17 @@ from fusewire.errors import PeerTimeoutError, ProcessGroupError, RankMismatchErr
 from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint, has_peers
 
 FUSED = "fused"
-# What the `program` of a posting begins with that is no graph: a rank that does not compile what the others do.
+# Begins the `program` of a posting that stands for no graph: the rank compiles nothing that its peers compile.
 _NONE = "none: "
 
-# What this compilation has posted already, from the report kept beside the compile cache.
-POSTED: contextvars.ContextVar[frozenset[Posting]] = contextvars.ContextVar("fusewire_posted", default=frozenset())
+# What this compilation has published already, from the report kept beside the compile cache.
+PUBLISHED: contextvars.ContextVar[frozenset[Posting]] = contextvars.ContextVar(
+    "fusewire_published", default=frozenset()
+)
 
 
 class Posting(NamedTuple):
-    """One graph that a rank compiled, over one group (see `GroupFingerprint`)."""
+    """One compiled graph, as one group's fingerprint (see `GroupFingerprint`)."""
 
     program: str
     rewritten: str
@@ -49,12 +53,12 @@ class Posting(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str]:
-        """What two ranks' postings are compared by."""
+        """Return what two ranks' postings are compared by."""
         return self.program, self.rewritten
 
 
-class _Group:
-    """What this rank has posted about one process group."""
+class GraphAgreement:
+    """The graphs that this rank has published to one process group, and the decisions on them."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = weakref.ref(group)
@@ -67,31 +71,34 @@ class _Group:
         self._nonce = uuid.uuid4().hex
         self.store.set(f"graphs/{self.rank}", self._nonce)
 
-    def post(self, posting: Posting) -> None:
-        """Tell the others of a graph that this rank compiled."""
+    def publish(self, posting: Posting) -> None:
+        """Publish a graph that this rank compiled. Does not wait."""
         self.postings.append(posting)
         self.store.set(f"graphs/{self.rank}/{self._nonce}", json.dumps(self.postings))
 
     def read(self, rank: int) -> list[Posting]:
-        """What a rank has posted so far."""
+        """Return what a rank (a global number) has published so far."""
         if rank == self.rank:
             return self.postings
         nonce = self.store.get(f"graphs/{rank}")
         text = None if nonce is None else self.store.get(f"graphs/{rank}/{nonce}")
         return [] if text is None else [Posting(*item) for item in json.loads(text)]
 
-    def decide(self, posting: Posting) -> str:
-        """FUSED, or why this group's collectives stay as written: the same on every rank.
+    def await_decision(self, posting: Posting) -> str:
+        """Wait for the decision on a published graph, which is the same on every rank.
+
+        Returns:
+            FUSED, or the reason why this group's collectives stay as written.
 
         Raises:
-            PeerTimeoutError: a rank posted nothing that tells, in time.
-            RankMismatchError: a peer already waits for this rank before a graph of its own.
+            PeerTimeoutError: a rank published nothing that decides, in time.
+            RankMismatchError: a peer already waits for this rank before another graph.
         """
         if posting.key not in self.decided:
-            self.decided[posting.key] = self._decide(posting)
+            self.decided[posting.key] = self._wait(posting)
         return self.decided[posting.key]
 
-    def _decide(self, posting: Posting) -> str:
+    def _wait(self, posting: Posting) -> str:
         group = self.group()
         assert group is not None
         limit_s, first = group_timeout_s(group), self.ranks[0]
@@ -99,41 +106,41 @@ class _Group:
         missing: list[int] = []
         elsewhere: list[int] = []
 
-        def look() -> str | None:
+        def read_or_write_decision() -> str | None:
             nonlocal missing, elsewhere
-            # Under the first rank's nonce, which this rank has to hear of in any case.
+            # Kept under the first rank's nonce, which every rank reads anyway.
             nonce = self._nonce if self.rank == first else self.store.get(f"graphs/{first}")
             decision = None if nonce is None else self.store.get(f"decisions/{name}/{nonce}")
             if decision is None:
                 postings = {rank: self.read(rank) for rank in self.ranks}
                 found, missing = compare(postings, self.rank, posting.key)
                 running, elsewhere = rendezvous.waiting_peers(group, posting.rewritten) if missing else ([], [])
-                # A rank may have loaded the graph, compiled elsewhere, and wait to run it.
+                # A rank that loaded the graph, compiled elsewhere, publishes nothing and waits to run it.
                 missing = [rank for rank in missing if rank not in running]
                 found = found or (None if missing else FUSED)
                 if found is not None and nonce is not None:
                     decision = self.store.set_once(f"decisions/{name}/{nonce}", found)
                 elif found == FUSED:
-                    decision = found  # the first rank has loaded the graph and posts nothing
+                    decision = found  # the first rank has loaded the graph and publishes nothing
             if decision is None and set(elsewhere) & set(missing):
                 self._refuse(group, posting, elsewhere)
             return decision
 
-        def who() -> str:
+        def describe_missing() -> str:
             return f"rank(s) {', '.join(map(str, missing))} of group {group.group_name!r} to compile {posting.label}"
 
-        decision = poll(look, limit_s, waiting_for=who)
+        decision = poll(read_or_write_decision, limit_s, waiting_for=describe_missing)
         if decision is None:
             raise PeerTimeoutError(
-                f"waited {limit_s:.0f} s for {who()}. They run the program without compiling it, or compile something else "
-                f"there, or have stopped, or take longer: {TIMEOUT_VARIABLE} sets how long to wait, and the group's own "
-                "timeout bounds it. Set FUSEWIRE_DISABLE=1 on every rank, or, where one rank compiles for the others, "
-                "compile with PassConfig(compile_alone=True)"
+                f"waited {limit_s:.0f} s for {describe_missing()}. They run the program without compiling it, or "
+                "compile something else there, or have stopped, or take longer: "
+                f"{TIMEOUT_VARIABLE} sets how long to wait, and the group's own timeout bounds it. Set FUSEWIRE_DISABLE=1 "
+                "on every rank, or, where one rank compiles for the others, compile with PassConfig(compile_alone=True)"
             )
         return decision
 
     def _refuse(self, group: dist.ProcessGroup, posting: Posting, waiting: Sequence[int]) -> None:
-        """Raise on this rank, and on those that already wait for it before another graph."""
+        """Raise on this rank and on the peers that already wait for it before another graph."""
         reason = (
             f"rank {self.rank} compiles a graph ({posting.label}) that rank {waiting[0]} of group {group.group_name!r} "
             "does not: that rank already waits before another graph. Make every rank run the same program on equal shapes, "
@@ -144,16 +151,16 @@ class _Group:
 
 
 def compare(postings: Mapping[int, Sequence[Posting]], own: int, key: tuple[str, str]) -> tuple[str | None, list[int]]:
-    """Compare what the ranks have posted up to the graph of that key.
+    """Compare what the ranks have published, up to the graph with that key.
 
     Returns:
-        The decision, or None while it is open; and the ranks that have not posted that graph.
+        The decision, or None while it is open; and the ranks that have not published that graph.
     """
     mine = _up_to(postings[own], key)
     missing = [rank for rank, theirs in postings.items() if key not in {item.key for item in theirs}]
     for rank, all_of_theirs in postings.items():
         theirs = _up_to(all_of_theirs, key)
-        other = _more(theirs, mine, key) or (rank not in missing and _more(mine, theirs, key)) or None
+        other = _unmatched(theirs, mine, key) or (rank not in missing and _unmatched(mine, theirs, key)) or None
         if other is not None:
             ours, others = f"compiled {mine[-1].label}", f"compiled {other.label}"
             if other in mine:
@@ -168,15 +175,16 @@ def compare(postings: Mapping[int, Sequence[Posting]], own: int, key: tuple[str,
 
 
 def _up_to(postings: Sequence[Posting], key: tuple[str, str]) -> list[Posting]:
+    """Return the postings up to and with the one of that key; all of them if there is none."""
     keys = [item.key for item in postings]
     return list(postings[: keys.index(key) + 1] if key in keys else postings)
 
 
-def _more(some: Sequence[Posting], others: Sequence[Posting], key: tuple[str, str]) -> Posting | None:
-    """A graph among `some` that has no counterpart among the others.
+def _unmatched(some: Sequence[Posting], others: Sequence[Posting], key: tuple[str, str]) -> Posting | None:
+    """Return a graph among `some` without a counterpart among the others.
 
-    Of the program in question each compilation counts: a rank that compiles it once more, otherwise than this one, goes
-    another way. Of other programs it only matters that both have compiled them: how, they decided then.
+    Every compilation of the program `key[0]` counts: a rank that compiles it once more in another way
+    differs. Of other programs it only matters that both ranks compiled them; how was decided then.
     """
     program = key[0]
     count = Counter(item.key for item in others)
@@ -191,38 +199,39 @@ def _more(some: Sequence[Posting], others: Sequence[Posting], key: tuple[str, st
     return None
 
 
-_groups: dict[str, _Group] = {}
+_groups: dict[str, GraphAgreement] = {}
 _lock = threading.Lock()
 
 
-def _group_of(name: str) -> _Group:
+def _group_of(name: str) -> GraphAgreement:
     group = resolve_group(name)
     with _lock:
         found = _groups.get(group.group_name)
         if found is None or found.group() is not group:
             for gone in [other for other, known in _groups.items() if known.group() is None]:
                 del _groups[gone]
-            found = _groups[group.group_name] = _Group(group)
+            found = _groups[group.group_name] = GraphAgreement(group)
         return found
 
 
-def settle(prints: Sequence[GroupFingerprint], *, wait: bool = True) -> dict[str, str]:
-    """Tell the peers what this rank compiled, and hear whether all may run it.
+def agree(fingerprints: Sequence[GroupFingerprint], *, wait: bool = True) -> dict[str, str]:
+    """Publish one compiled graph to each of its groups, and await the decisions.
 
     Waits only for groups whose collectives were rewritten.
 
     Args:
-        prints: of one graph, for each group.
-        wait: False only tells.
+        fingerprints: of one graph, one for each group.
+        wait: False only publishes.
 
     Returns:
-        The groups whose collectives are to be left as written, with the reason. The same for every rank of a group.
+        The groups whose collectives are to stay as written, with the reason. The same on every rank of
+        a group.
 
     Raises:
-        PeerTimeoutError, RankMismatchError: see `_Group.decide`.
+        PeerTimeoutError, RankMismatchError: see `GraphAgreement.await_decision`.
     """
-    posted, rewritten, unfused = POSTED.get(), [], dict[str, str]()
-    for item in prints:
+    published, rewritten, unfused = PUBLISHED.get(), [], dict[str, str]()
+    for item in fingerprints:
         posting = Posting(item.program, item.rewritten, item.label)
         try:
             group = _group_of(item.group)
@@ -230,23 +239,23 @@ def settle(prints: Sequence[GroupFingerprint], *, wait: bool = True) -> dict[str
             if item.rewritten != AS_WRITTEN:
                 unfused[item.group] = str(error)
             continue
-        if posting not in posted and posting.key not in group.decided:
-            group.post(posting)
+        if posting not in published and posting.key not in group.decided:
+            group.publish(posting)
         if item.rewritten != AS_WRITTEN:
             rewritten.append((item.group, group, posting))
     for name, group, posting in rewritten if wait else ():
-        decision = group.decide(posting)
+        decision = group.await_decision(posting)
         if decision != FUSED:
             unfused[name] = decision
     return unfused
 
 
 def announce_unfused(reason: str) -> None:
-    """Tell the peers in all groups of this process that this rank will not compile what they do, so that none waits."""
+    """Publish in every group of this process that this rank will not compile what its peers do, so that none waits."""
     if not dist.is_available() or not dist.is_initialized():
         return
     for group in list(dist.distributed_c10d._world.pg_map):
         if has_peers(group.group_name):
             known, posting = _group_of(group.group_name), Posting(_NONE + reason, AS_WRITTEN, reason)
             if posting not in known.postings:
-                known.post(posting)
+                known.publish(posting)

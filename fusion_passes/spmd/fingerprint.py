@@ -1,7 +1,8 @@
-"""Say in a few words what of a graph's collectives every rank must have alike."""
+"""Describe in short texts and digests what every rank must have equal in a graph's collectives."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from fusewire.patterns.collectives import ALL_REDUCE, SUM, op_name, positional, 
 
 _GROUP_ARGUMENTS = ("group_name", "group")
 _TEXTS_IN_LABEL = 4
-# These name a group and send nothing.
+# These take a group's name and send nothing.
 _LOCAL = (shard_rows.torch_op, RENDEZVOUS)
-# Of these, what the group sums is what the all-reduce that they stand for sums.
+# These sum over the group exactly what the all-reduce that they replace sums.
 _PLAIN_SUMS = (all_reduce_rms_norm.torch_op, all_reduce_sandwich_norm.torch_op)
 
 
@@ -33,10 +34,10 @@ class GroupFingerprint:
 
     Attributes:
         group: the group's name.
-        program: digest of the collectives as they arrived; ranks that compile the same program have it alike.
-        rewritten: digest of all that the passes made of them; "" if they are the program's own, as written.
+        program: digest of the collectives before the passes; equal on ranks that compile the same program.
+        rewritten: digest of the collectives after the passes; "" if the passes changed none.
         label: the same for people: where the graph begins, and what it does.
-        strict: what the collectives carry is not what the program's would.
+        strict: the collectives carry other values than the program's own would.
     """
 
     group: str
@@ -50,9 +51,10 @@ Collectives = Mapping[str, Sequence[Node]]
 
 
 def collectives_of(graph: Graph) -> dict[str, list[Node]]:
-    """The collectives of a graph by their group's name, in the graph's order.
+    """Return the collectives of a graph by their group's name, in the graph's order.
 
-    Only groups with peers in other processes: a group of one rank, or of simulated ranks ("fake"), has nobody to differ.
+    Only of groups with peers in other processes: not of a group of one rank or of simulated ranks
+    ("fake").
     """
     found: dict[str, list[Node]] = {}
     for node in graph.nodes:
@@ -64,7 +66,7 @@ def collectives_of(graph: Graph) -> dict[str, list[Node]]:
 
 
 def has_peers(group_name: str) -> bool:
-    """Whether a group of this process has ranks in other processes."""
+    """Return whether a group of this process has ranks in other processes."""
     try:
         group = resolve_group(group_name)
     except ProcessGroupError:
@@ -76,30 +78,36 @@ def has_peers(group_name: str) -> bool:
 
 
 def _group_of(node: Node) -> str:
-    """The name of the group over which a node communicates, or "" if it does not, or the name is no constant."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return ""
-    names = [parameter.name for parameter in node.target._schema.arguments]
-    at = next((names.index(name) for name in _GROUP_ARGUMENTS if name in names), None)
+    """Return the name of the group that a node takes as a constant, or ""."""
+    at = _group_position(node.target)
     value = None if at is None else positional(node)[at]
     return value if isinstance(value, str) else ""
 
 
-def arrived(graph: Graph) -> dict[str, tuple[str, list[str]]]:
-    """Of each group, the digest of its collectives with their shapes, and their texts without."""
+@functools.cache
+def _group_position(target: Any) -> int | None:
+    """Return which argument of an operator is the name of a process group."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    names = [parameter.name for parameter in target._schema.arguments]
+    return next((names.index(name) for name in _GROUP_ARGUMENTS if name in names), None)
+
+
+def programs_of(graph: Graph) -> dict[str, tuple[str, list[str]]]:
+    """Return for each group the digest of its collectives with shapes, and their texts without."""
     return {
         group: (_digest([_text(node, rows=True) for node in nodes]), [_text(node) for node in nodes])
         for group, nodes in collectives_of(graph).items()
     }
 
 
-def fingerprints(
+def fingerprint_groups(
     before: Mapping[str, tuple[str, list[str]]], graph: Graph, moved: Mapping[str, Sequence[str]], place: str
 ) -> list[GroupFingerprint]:
-    """The fingerprints of a rewritten graph.
+    """Return the fingerprints of a rewritten graph, one for each group.
 
     Args:
-        before: what `arrived` said of the graph before the passes.
+        before: `programs_of` the graph before the passes.
         graph: the graph after them.
         moved: per group, what the passes moved across its collectives, in the order of the program.
         place: where in the program the graph begins.
@@ -121,9 +129,10 @@ def fingerprints(
 
 
 def insert_rendezvous(graph: Graph, prints: Sequence[GroupFingerprint]) -> None:
-    """Put the comparison of what the ranks run before each group's first collective.
+    """Insert `fusewire::rendezvous`, which compares what the ranks run, before each group's first collective.
 
-    Where every call compares, also before others that need no collective's result: the compiler may put these first.
+    Of a strict fingerprint also before every collective that needs no other's result: the compiler may
+    schedule one of these first.
     """
     after = collectives_of(graph)
     for item in prints:
@@ -146,7 +155,7 @@ def insert_rendezvous(graph: Graph, prints: Sequence[GroupFingerprint]) -> None:
 
 
 def _roots(graph: Graph, nodes: Sequence[Node]) -> list[Node]:
-    """The first of these collectives, and those that need no collective's result."""
+    """Return the first of these collectives, and those that need no collective's result."""
     collectives = {node for found in collectives_of(graph).values() for node in found}
     needing: set[Node] = set()
     for node in graph.nodes:
@@ -156,14 +165,14 @@ def _roots(graph: Graph, nodes: Sequence[Node]) -> list[Node]:
 
 
 def _first_tensor(node: Node) -> Node | None:
-    """What a collective sends."""
+    """Return the tensor that a collective sends (the first of a list), or None."""
     sent = node.args[0] if node.args else None
     sent = sent[0] if isinstance(sent, (list, tuple)) and sent else sent
     return sent if isinstance(sent, Node) and value_of(sent) is not None else None
 
 
 def _written_freely(graph: Graph, tensor: Node) -> Node:
-    """The tensor, or a copy of it where an input that is declared as written would cost the graph its CUDA graph."""
+    """Return the tensor, or a copy of it: a CUDA input that an operator declares as written prevents a CUDA graph."""
     value = value_of(tensor)
     if tensor.op == "call_function" or value is None or value.device.type != "cuda":
         return tensor
@@ -171,7 +180,7 @@ def _written_freely(graph: Graph, tensor: Node) -> Node:
 
 
 def scale_text(factor: Any) -> str:
-    """How a factor that moves across a collective stands in a fingerprint: a constant with its value."""
+    """Return a factor that moves across a collective as text for a fingerprint; a constant with its value."""
     if not isinstance(factor, Node):
         return f"times {factor!r}"
     value, owner = value_of(factor), factor.graph.owning_module
@@ -183,17 +192,17 @@ def scale_text(factor: Any) -> str:
 
 
 def _as_written(node: Node, text: str) -> str:
-    """The text of the collective that a fused operator stands for."""
+    """Return the text of the collective that a fused operator replaces."""
     if node.target not in _PLAIN_SUMS:
         return text
     return f"{ALL_REDUCE._schema.name}({_tensor_text(value_of(node.args[0]), rows=False)}, {SUM!r})"
 
 
 def _text(node: Node, rows: bool = False) -> str:
-    """A collective in one line: operator, dtypes, hidden size, numbers and texts.
+    """Return a collective in one line: operator, dtypes, hidden size, numbers and strings.
 
     Args:
-        rows: also all other sizes, of collectives that have them alike on every rank. Of a sequence that is divided
+        rows: include all other sizes too, if every rank has them equal. Of a sequence that is divided
             unevenly each rank has its own number of rows.
     """
     assert isinstance(node.target, torch._ops.OpOverload)
@@ -216,7 +225,7 @@ def _argument_text(value: Any, rows: bool) -> str:
 
 
 def _tensor_text(value: torch.Tensor | None, rows: bool) -> str:
-    """Dtype and hidden size; the number of rows is the call's, and may be symbolic on one rank only."""
+    """Return dtype and hidden size; the number of rows is the call's, and may be symbolic on one rank only."""
     if value is None:
         return "number"
     shape = value.shape if rows else value.shape[-1:]

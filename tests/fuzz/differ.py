@@ -377,7 +377,7 @@ FAULTS = {
     "nobody meets": Fault(True, ((manager, "insert_rendezvous", lambda *_: None),)),
     "graphs are always equal": Fault(True, ((rendezvous._Board, "look", _always_equal),)),
     "nobody waits for agreement": Fault(
-        False, ((manager, "settle", lambda *_, **__: {}), (backend, "settle", lambda *_, **__: {}))
+        False, ((manager, "agree", lambda *_, **__: {}), (backend, "agree", lambda *_, **__: {}))
     ),
 }
 

@@ -78,17 +78,17 @@ def _late_obeys():
     Ranks()
     rank = dist.get_rank()
     if rank == 1:
-        agreement.settle(_print("a", ""))
+        agreement.agree(_print("a", ""))
     dist.barrier()
     found = []
     if rank == 0:
-        found.append(agreement.settle(_print("a", "1")))
+        found.append(agreement.agree(_print("a", "1")))
     dist.barrier()
     if rank == 1:
-        found.append(agreement.settle(_print("a", "1")))
+        found.append(agreement.agree(_print("a", "1")))
     dist.barrier()
     start = time.monotonic()
-    found.append(agreement.settle(_print("a", "1")))  # known by now: nobody is asked
+    found.append(agreement.agree(_print("a", "1")))  # known by now: nobody is asked
     return found, time.monotonic() - start
 
 
@@ -106,11 +106,11 @@ def _alone(how):
     if ranks.rank == 0:
         prints = [GroupFingerprint(ranks.group.group_name, "a", "1", "a 1", True)]
         try:
-            text = str(agreement.settle(prints, wait=how != "compile_alone"))
+            text = str(agreement.agree(prints, wait=how != "compile_alone"))
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
     elif how == "as written":
-        agreement.settle([GroupFingerprint(ranks.group.group_name, "b", "", "b", False)])
+        agreement.agree([GroupFingerprint(ranks.group.group_name, "b", "", "b", False)])
     elif how == "disabled":
         agreement.announce_unfused("has set FUSEWIRE_DISABLE=1")
         agreement.announce_unfused("has set FUSEWIRE_DISABLE=1")
@@ -204,7 +204,7 @@ def _loaded(first_meeting, same):
     tanh = sum(torch.tanh(x / (1 + ranks.rank) * (1 + rank)) for rank in range(2))
     with contextlib.ExitStack() as silent:
         for module in (manager, backend) if ranks.rank == 0 else ():
-            silent.enter_context(mock.patch.object(module, "settle", return_value={}))
+            silent.enter_context(mock.patch.object(module, "agree", return_value={}))
         ranks.call(compiled, (x, r, w), norm(r + tanh * 0.5 * scale, w), "loaded")
     return ranks.seen, [entry.status for entry in fusewire.report().entries]
 
@@ -235,7 +235,7 @@ def _without_a_store():
     entry = known.pop(ranks.group)
     try:
         rewritten = GroupFingerprint(ranks.group.group_name, "a", "1", "a 1", True)
-        return agreement.settle([rewritten]), agreement.settle([GroupFingerprint(rewritten.group, "a", "", "a", False)])
+        return agreement.agree([rewritten]), agreement.agree([GroupFingerprint(rewritten.group, "a", "", "a", False)])
     finally:
         known[ranks.group] = entry
 

@@ -24,7 +24,7 @@ def peers(fake_world):
     """A group whose other rank is said to be a process of its own; it is asked nothing."""
     with (
         mock.patch.object(fingerprint, "has_peers", return_value=True),
-        mock.patch.object(manager, "settle", return_value={}),
+        mock.patch.object(manager, "agree", return_value={}),
         mock.patch.object(rendezvous._Meetings, "meet"),
     ):
         yield

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fusewire
-from fusewire import PassConfig
+from fusewire import PassConfig, custom_ops, fusion_passes, patterns
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.registry import NATIVE, YES, Support
-from fusewire.fusion_passes import backend, registry
-from fusewire.fusion_passes import pipeline as manager
-from fusewire.fusion_passes.compiler import compile_cache as warm_cache
+from fusewire.fusion_passes import backend, cache_key, registry
+from fusewire.fusion_passes.compiler.cache_artifact import cache_folder, write_file
 from fusewire.fusion_passes.config import BATCH_INVARIANT_VARIABLE
+from fusewire.fusion_passes.report import cache as report_cache
 from fusewire.fusion_passes.report import model as reports
 
 from support.blocks import NORMS, reduce_functional, tensors
@@ -41,6 +42,7 @@ from support.distributed import fake_group, run_ranks
 CALLS = {"inline_native": False}
 FUSED_OP = "fusewire.all_reduce_rms_norm.default"
 CACHES = ["autograd", "fx"]
+TIMES = ("pass_seconds", "pass_processor_seconds", "waited_seconds")
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +163,7 @@ def another_source_of_a_users_pass(monkeypatch):
 
 @contextlib.contextmanager
 def another_source_of_fusewire(monkeypatch):
-    monkeypatch.setattr(manager, "source_hash", lambda: "another")
+    monkeypatch.setattr(cache_key, "source_hash", lambda: "another")
     yield {}
 
 
@@ -237,19 +239,23 @@ def test_every_field_changes_the_key(name):
     assert backend.FusewirePass(changed).uuid() == backend.FusewirePass(PassConfig(**{name: FIELDS[name]})).uuid()
 
 
-def test_the_source_hash_covers_every_file(monkeypatch):
+def test_the_source_hash_covers_every_file_of_fusewire_and_no_other(monkeypatch):
     read = []
     real = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.resolve()) or real(self))
-    manager.source_hash.cache_clear()
-    first = manager.source_hash()
-    folders = [Path(module.__file__).parent for module in (fusewire, manager, registry)]
-    assert {file.resolve() for folder in folders for file in folder.rglob("*.py")} <= set(read)
+    cache_key.source_hash.cache_clear()
+    first = cache_key.source_hash()
+    packages = (fusewire, custom_ops, patterns, fusion_passes)
+    folders = [Path(package.__path__[0]).resolve() for package in packages]
+    assert set(read) == {file for folder in folders for file in folder.rglob("*.py")}
     assert {"collectives.py", "registry.py", "norms.py", "errors.py"} <= {file.name for file in read}
+    # Nothing else of a clone: no tests, no virtual environment.
+    root = Path(fusewire.__file__).resolve().parents[1]
+    assert {file.relative_to(root).parts[0] for file in read} <= {"fusewire", "custom_ops", "patterns", "fusion_passes"}
     monkeypatch.setattr(Path, "read_bytes", lambda self: real(self) + b"#" * (self.name == "norms.py"))
-    manager.source_hash.cache_clear()
-    assert manager.source_hash() != first
-    manager.source_hash.cache_clear()
+    cache_key.source_hash.cache_clear()
+    assert cache_key.source_hash() != first
+    cache_key.source_hash.cache_clear()
 
 
 @pytest.fixture
@@ -360,12 +366,12 @@ def test_a_plain_callable_bypasses_the_cache(way):
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("way", ["backend", "enable"])
-def test_the_account_comes_back_with_the_graph(way, cache):
+def test_the_report_comes_back_with_the_graph(way, cache):
     compiled(way, cache)
     (cold,) = fusewire.report().graphs
     assert hit(way, cache)
     (warm,) = fusewire.report().graphs
-    assert warm == dataclasses.replace(cold, cached=True, pass_seconds=0.0)
+    assert warm == dataclasses.replace(cold, cached=True, **dict.fromkeys(TIMES, 0.0))
     assert "from the compile cache" in str(fusewire.report())
 
 
@@ -380,12 +386,6 @@ def test_a_refusal_comes_back_too():
     assert cold.status == "refused"
 
 
-def _account_folder():
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "fusewire"
-
-
 @pytest.mark.parametrize(
     ("spoil", "logged"),
     [
@@ -394,12 +394,12 @@ def _account_folder():
         (lambda file: file.write_text('[{"number": 0}]'), True),
         (lambda file: file.write_text('{"salt": "0", "graphs": "[{}]"}'), True),
     ],
-    ids=["gone", "no JSON", "another form", "another account"],
+    ids=["gone", "no JSON", "another form", "another report"],
 )
-def test_a_graph_without_an_account_is_compiled_anew(spoil, logged, caplog):
-    """What a graph in the cache would do, and whether the other ranks may run it, only its account says."""
+def test_a_graph_without_a_report_is_compiled_anew(spoil, logged, caplog):
+    """What a graph in the cache would do, and whether the other ranks may run it, only its report says."""
     first = compiled()
-    (file,) = _account_folder().glob("*.json")
+    (file,) = cache_folder().glob("*.json")
     spoil(file)
     second = compiled()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -411,27 +411,62 @@ def test_a_graph_without_an_account_is_compiled_anew(spoil, logged, caplog):
     assert fusewire.report().graphs[0].cached
 
 
-def test_the_account_is_kept_by_the_passes_themselves():
-    """Ranks that share a cache directory compile at once: who finds a graph there must find its account."""
+def test_the_report_is_kept_by_the_passes_themselves():
+    """Ranks that share a cache directory compile at once: who finds a graph there must find its report."""
     with FakeTensorMode() as mode:
         graph = make_fx(block)(*map(mode.from_tensor, tensors())).graph
-    with warm_cache.accounts_kept("name") as keeper:
+    with report_cache.reports_kept("name") as cache:
         backend.FusewirePass(PassConfig())(graph)
-        kept = json.loads((_account_folder() / "name.json").read_text())
+        kept = json.loads((cache_folder() / "name.json").read_text())
     (account,) = reports.graph_reports_from_json(kept["graphs"])
     assert account.entries == fusewire.report().entries
     assert len(account.entries) == 1
-    assert keeper.key == f"name-{kept['salt']}"
+    assert cache.key == f"name-{kept['salt']}"
 
 
-def test_an_account_that_cannot_be_written_is_a_warning(caplog):
-    folder = _account_folder()
+def test_a_report_that_cannot_be_written_is_a_warning(caplog):
+    folder = cache_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.write_text("a file where the folder should be")
     result = compiled()
     assert torch.equal(result[0], block(*tensors())[0])
-    assert "the account of a graph could not be kept beside the compile cache: " in caplog.text
+    assert "the report of a graph could not be kept beside the compile cache: " in caplog.text
     assert fusewire.report().fused == 1
+
+
+def test_reports_that_were_used_longest_ago_are_evicted(monkeypatch):
+    """Their graphs are compiled anew; the one that has just been made stays, however large it is."""
+    for number in range(3):
+        write_file(cache_folder() / f"{number}.json", "x" * 100)
+        os.utime(cache_folder() / f"{number}.json", (number, number))
+    os.utime(cache_folder() / "0.json")  # used since
+    write_file(cache_folder() / "other.txt", "x" * 1000)
+
+    def left_of(most_bytes):
+        monkeypatch.setattr(report_cache, "MOST_BYTES", most_bytes)
+        report_cache._evict(cache_folder() / "2.json")
+        return sorted(file.name for file in cache_folder().iterdir())
+
+    assert left_of(300) == ["0.json", "1.json", "2.json", "other.txt"]
+    assert left_of(299) == ["0.json", "2.json", "other.txt"]
+    assert left_of(50) == ["2.json", "other.txt"]
+
+
+def test_saving_a_report_evicts_others_and_their_graphs_are_compiled_anew(monkeypatch):
+    compiled()
+    monkeypatch.setattr(report_cache, "MOST_BYTES", 1)
+    compiled(merge_allreduces=False)
+    assert len(list(cache_folder().glob("*.json"))) == 1
+    compiled()
+    (graph,) = fusewire.report().graphs
+    assert not graph.cached
+
+
+def test_inputs_of_another_layout_have_a_report_of_their_own():
+    model = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    names = {report_cache.compilation_name(model, [x], "key") for x in (torch.ones(4, 4), torch.ones(4, 4).t())}
+    assert len(names) == 2
+    assert report_cache.compilation_name(model, [torch.ones(4, 4)], "other") not in names
 
 
 def _early_bound(model, inputs):
@@ -448,7 +483,7 @@ def test_graphs_from_the_cache_that_were_compiled_past_enable_are_counted():
     (graph,) = fusewire.report().graphs
     assert graph.cached
     assert graph.notes == (
-        "the compile cache held 1 graph, rewritten as they were when they were made; no account was kept",
+        "the compile cache held 1 graph, rewritten as they were when they were made; no report was kept",
     )
 
 
@@ -527,7 +562,7 @@ def test_machine_support_is_asked_once_per_provider(monkeypatch, zeros):
     provider = dataclasses.replace(fusewire.rms_norm.providers[zeros], supported=lambda: asked.append(1) or YES)
     monkeypatch.setitem(fusewire.rms_norm.providers, zeros, provider)
     for _ in range(3):
-        manager.cache_key(PassConfig(ir_op_priority={"rms_norm": [zeros]}))
+        cache_key.cache_key(PassConfig(ir_op_priority={"rms_norm": [zeros]}))
     assert asked == [1]
 
 
@@ -536,5 +571,5 @@ def test_the_key_leaves_to_the_vote_what_the_ranks_vote_on(monkeypatch):
     asked = []
     provider = dataclasses.replace(all_reduce_rms_norm.providers[NATIVE], supported=lambda: asked.append(1) or YES)
     monkeypatch.setitem(all_reduce_rms_norm.providers, NATIVE, provider)
-    manager.cache_key(PassConfig(ir_op_priority={"all_reduce_rms_norm": [NATIVE]}))
+    cache_key.cache_key(PassConfig(ir_op_priority={"all_reduce_rms_norm": [NATIVE]}))
     assert asked == []

@@ -38,6 +38,7 @@ import fusewire
 from fusewire.custom_ops.coordination import timeouts
 from fusewire.fusion_passes import backend
 from fusewire.fusion_passes.analysis import graph as graph_tools
+from fusewire.fusion_passes.compiler import dynamo
 from fusewire.fusion_passes.compiler import inductor as matcher
 from fusewire.fusion_passes.compiler.cache_artifact import GraphReportArtifact
 from fusewire.patterns import collectives as spellings
@@ -70,7 +71,7 @@ def graph_of(*calls, placeholders=1):
     return graph
 
 
-# fusion_passes/matcher.py: the pattern matcher
+# fusion_passes/compiler/inductor.py: the pattern matcher, fake values, copies of graphs
 
 
 def _matched(pattern, graph, check=lambda match: True):
@@ -104,7 +105,7 @@ def _sin_clamp(users=1):
 
 @canary("torch._inductor.pattern_matcher")
 def test_pattern_matcher_captures_nodes_numbers_and_none():
-    """FusionMatcher and _tree in matcher.py: captures by keyword, root and nodes of a match, the count that
+    """FusionMatcher and _tree in compiler/inductor.py: captures by keyword, root and nodes of a match, the count that
     apply returns."""
     graph = graph_of((aten.sin.default, ([0],)), (aten.clamp.default, ([1], None, 2.5)))
     x, sin, clamp, _ = graph.nodes
@@ -115,8 +116,8 @@ def test_pattern_matcher_captures_nodes_numbers_and_none():
 
 
 def test_pattern_matcher_extra_check_leaves_the_graph():
-    """FusionMatcher.add: a check that says no must keep the handler from being called, and the graph as it
-    was."""
+    """FusionMatcher.add in compiler/inductor.py: a check that says no must keep the handler from being called,
+    and the graph as it was."""
     graph = graph_of((aten.sin.default, ([0],)), (aten.clamp.default, ([1], None, 2.5)))
     before = str(graph)
     seen = []
@@ -127,7 +128,7 @@ def test_pattern_matcher_extra_check_leaves_the_graph():
 
 @pytest.mark.parametrize(("users", "count"), [(1, 0), (pattern_matcher.MULTIPLE, 1)])
 def test_pattern_matcher_users_of_inner_nodes(users, count):
-    """_tree in matcher.py: `_users=1` refuses inner nodes read elsewhere, MULTIPLE (patterns.fusions'
+    """_tree in compiler/inductor.py: `_users=1` refuses inner nodes read elsewhere, MULTIPLE (patterns.fusions'
     `shared`) takes them."""
     graph = graph_of((aten.sin.default, ([0],)), (aten.clamp.default, ([1], None, 2.5)))
     sin, clamp = list(graph.nodes)[1:3]
@@ -138,7 +139,7 @@ def test_pattern_matcher_users_of_inner_nodes(users, count):
 
 @canary("torch.fx.experimental.symbolic_shapes.statically_known_true")
 def test_sizes_that_guards_make_equal_are_known_to_be():
-    """known_equal in matcher.py: what was guarded is known, what was not stays open, and asking adds no guard."""
+    """known_equal in compiler/inductor.py: what was guarded is known, what was not stays open, and asking adds no guard."""
     found = []
 
     def backend(model, given):
@@ -178,7 +179,7 @@ def test_a_users_triton_kernel_is_known_to_write():
 
 @canary("_codegen", "_owning_module", "_root", "_tracer_cls", "_tracer_extras")
 def test_graphs_that_exchange_their_nodes():
-    """exchange_nodes in matcher.py: a graph is its attributes, and each node knows its graph."""
+    """exchange_nodes in compiler/inductor.py: a graph is its attributes, and each node knows its graph."""
     one, other = graph_of((torch.relu, ([0],))), graph_of((torch.sin, ([0],)), (torch.cos, ([1],)))
     one.output(list(one.nodes)[-1])
     other.output(list(other.nodes)[-1])
@@ -229,7 +230,7 @@ def test_what_makes_dynamo_capture_again_is_no_failure():
 
 @canary("torch._inductor.decomposition.select_decomp_table", "torch.fx.experimental.proxy_tensor.make_fx")
 def test_tracing_native_gives_post_grad_operators():
-    """trace in matcher.py, _copy_in in lower_ops.py: make_fx with Inductor's decompositions gives primitive
+    """trace in compiler/inductor.py, _copy_in in lower_ops.py: make_fx with Inductor's decompositions gives primitive
     operators with values; the casts among them must be in graph_tools.CASTS."""
     with FakeTensorMode() as mode:
         values = [mode.from_tensor(value) for value in tensors()]
@@ -244,7 +245,7 @@ def test_tracing_native_gives_post_grad_operators():
 @canary("torch._inductor.lowering", "torch._library.utils.get_layout_constraint_tag", "torch._inductor.virtualized.V")
 @pytest.mark.parametrize("kept", [False, True])
 def test_outputs_of_an_operator_can_be_kept_from_reuse(kept):
-    """never_reuse_outputs in matcher.py: an operator's lowering made as Inductor makes it, and a buffer's name in
+    """never_reuse_outputs in compiler/inductor.py: an operator's lowering made as Inductor makes it, and a buffer's name in
     `never_reuse_buffers`, which takes it out of memory planning."""
     library = torch.library.Library("fusewire_canary", "FRAGMENT")
     name = f"pair_{kept}"
@@ -305,12 +306,12 @@ def test_kernels_of_autograd_see_what_is_left_to_dispatch_to():
 
 @canary("torch._guards.TracingContext.try_get")
 def test_names_of_graphs_tell_training_from_inference():
-    """graph_kind in matcher.py reads the tracing context's aot_graph_name, whose last part ends in what the
+    """graph_kind in compiler/dynamo.py reads the tracing context's aot_graph_name, whose last part ends in what the
     graph is."""
     kinds = []
 
     def compiler(graph_module, inputs):
-        kinds.append((torch._guards.TracingContext.try_get().aot_graph_name[-1], matcher.graph_kind()))
+        kinds.append((torch._guards.TracingContext.try_get().aot_graph_name[-1], dynamo.graph_kind()))
         return make_boxed_func(graph_module.forward)
 
     backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, inference_compiler=compiler)
@@ -326,15 +327,15 @@ def test_names_of_graphs_tell_training_from_inference():
         "forward",
         "backward",
     ]
-    assert matcher.graph_kind() == "inference"  # no context, as in run_passes on a graph by hand
+    assert dynamo.graph_kind() == "inference"  # no context, as in run_passes on a graph by hand
 
 
-# fusion_passes/backend.py: Inductor's entry points
+# fusion_passes/compiler/{compile_fx,compile_cache,dynamo}.py: Inductor's entry points
 
 
 @canary("torch._inductor.config")
 def test_inductors_configuration():
-    """split_options, _inductor_type and enable in backend.py: types of options by name, nested ones and
+    """option_type, option_names and with_custom_passes in compiler/compile_fx.py: types of options by name, nested ones and
     aliases among them, KeyError for others; a copy of all options; patching."""
     assert inductor_config.get_type("max_autotune") is bool
     assert inductor_config.get_type("triton.cudagraphs") is bool
@@ -350,8 +351,8 @@ def test_inductors_configuration():
 
 @canary("torch._functorch.config.patch")
 def test_switches_of_the_compile_caches():
-    """The explain command in fusewire/explain.py switches all four caches off, so that there is something to
-    explain."""
+    """switched_off in compiler/compile_cache.py: the explain command switches all four caches off, so that
+    there is something to explain."""
     with inductor_config.patch({"fx_graph_cache": False, "fx_graph_remote_cache": False}):
         assert inductor_config.fx_graph_cache is False
     with torch._functorch.config.patch({"enable_autograd_cache": False, "enable_remote_autograd_cache": False}):
@@ -378,8 +379,8 @@ class _Pass(CustomGraphPass):
 @canary("torch._inductor.custom_graph_pass", "torch._inductor.compile_fx.compile_fx")
 @pytest.mark.parametrize("key", ["key", None])
 def test_compile_fx_takes_a_custom_pass_as_a_patch(key):
-    """fusewire_backend and the two pass classes in backend.py: compile_fx(model, inputs, config_patches=...)
-    calls the hook with the graph alone, asks for its uuid, and does not cache without one."""
+    """compile_graph in compiler/compile_fx.py and the two pass classes in backend.py: compile_fx(model, inputs,
+    config_patches=...) calls the hook with the graph alone, asks for its uuid, and does not cache without one."""
     from torch._dynamo.utils import counters
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.utils import fresh_cache
@@ -422,7 +423,8 @@ def test_inference_aware_passes_and_lists_of_passes_come_together():
 
 @canary("torch._inductor.cudagraph_trees")
 def test_resetting_dynamo_resets_backends(monkeypatch):
-    """_reset in backend.py: torch._dynamo.reset() calls a backend's `reset`, and the function that frees CUDA graphs."""
+    """free_cuda_graphs in compiler/compile_fx.py: torch._dynamo.reset() calls a backend's `reset`, and the
+    function that frees CUDA graphs."""
     called = []
     monkeypatch.setattr(backend.fusewire_backend, "reset", lambda: called.append(1))
     torch.compile(lambda x: x + 1, backend="fusewire")(torch.ones(1))
@@ -434,7 +436,7 @@ def test_resetting_dynamo_resets_backends(monkeypatch):
 
 @canary("torch._inductor.list_mode_options")
 def test_options_of_modes():
-    """fusewire_backend in backend.py turns `mode` into patches."""
+    """options_of_mode in compiler/compile_fx.py."""
     assert torch._inductor.list_mode_options("reduce-overhead") == {"triton.cudagraphs": True}
     assert torch._inductor.list_mode_options("max-autotune")["max_autotune"] is True
     with pytest.raises(RuntimeError):
@@ -443,8 +445,8 @@ def test_options_of_modes():
 
 @canary("torch._inductor.runtime.cache_dir_utils.cache_dir")
 def test_cache_directory(monkeypatch, tmp_path):
-    """_Keeper in backend.py keeps accounts in Inductor's cache directory, which follows the environment at
-    any time."""
+    """cache_folder in compiler/cache_artifact.py lies in Inductor's cache directory, which follows the environment
+    at any time."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -453,8 +455,8 @@ def test_cache_directory(monkeypatch, tmp_path):
 
 @canary("torch._dynamo.utils.counters", "torch._dynamo.config.patch")
 def test_dynamos_counters_and_switch():
-    """_hits_noted and enable in backend.py (the counts themselves: tests/test_cache.py); the explain command
-    counts graph breaks."""
+    """hits in compiler/compile_cache.py (the counts themselves: test_cache.py); graph_breaks and
+    floats_as_numbers in compiler/dynamo.py."""
     from torch._dynamo.utils import counters
 
     assert counters["inductor"]["no such count"] == 0
@@ -473,9 +475,9 @@ def test_dynamos_counters_and_switch():
     "_expr",
 )
 def test_restart_that_makes_a_float_input_a_number():
-    """specialize_epsilons in backend.py: under dynamic=True a float is a 0-d input whose item has a symbol's
-    name; a backend that raises TensorifyScalarRestartAnalysis after TensorifyState.specialize(name) is called
-    again with a number."""
+    """float_inputs and capture_again_with_numbers in compiler/dynamo.py: under dynamic=True a float is a 0-d input
+    whose item has a symbol's name; a backend that raises TensorifyScalarRestartAnalysis after
+    TensorifyState.specialize(name) is called again with a number."""
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
     from torch._dynamo.symbolic_convert import TensorifyState
 
@@ -516,24 +518,59 @@ def test_restart_that_makes_a_float_input_a_number():
 
 @canary("torch.distributed.distributed_c10d._world")
 def test_known_groups(fake_world):
-    """_groups in manager.py: every group of the process, with name and size, enters the cache's key."""
+    """_groups in fusion_passes/cache_key.py: every group of the process, with name and size, enters the cache's key."""
     pair = dist.new_group([0])
     sizes = {group.group_name: group.size() for group in dist.distributed_c10d._world.pg_map}
     assert sizes == {fake_world.group_name: 2, pair.group_name: 1}
 
 
 def test_copied_graphs_keep_names_and_have_metadata_of_their_own():
-    """_copy in manager.py: reasons found on a copy are recorded by the names of its nodes."""
+    """GraphRecord in compiler/inductor.py: reasons found on a copy are recorded by the names of its nodes, and
+    copies show the graph as it was, also after a node's arguments, metadata or place have changed."""
     graph = graph_of((aten.sin.default, ([0],)), (aten.sin.default, ([1],)))
     first = next(iter(graph.nodes))
     graph.erase_node(graph.call_function(aten.sin.default, (first,)))  # names have gaps in real graphs
-    copied = torch.fx.Graph()
-    copied.output(copied.graph_copy(graph, {}))
-    assert [node.name for node in copied.nodes] == [node.name for node in graph.nodes]
+    names, text = [node.name for node in graph.nodes], str(graph)
+    record = matcher.GraphRecord(graph)
+    copied = record.copy()
+    assert ([node.name for node in copied.nodes], str(copied)) == (names, text)
     next(iter(copied.nodes)).meta["val"] = None
     assert first.meta["val"] is not None
-    copied.owning_module = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    _, sin, again, output = graph.nodes
+    output.replace_input_with(again, sin)
+    graph.erase_node(again)
+    first.meta.clear()
+    with graph.inserting_before(sin):
+        graph.call_function(aten.cos.default, (first,))
+    copied = record.copy()
+    assert ([node.name for node in copied.nodes], str(copied)) == (names, text)
+    assert all("val" in node.meta for node in copied.nodes if node.op != "output")
     assert copied.owning_module is not None
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_fresh_fakes_of_symbolic_sizes(contiguous):
+    """fresh_fake in compiler/inductor.py: metadata as a factory function gives it, a storage of its own, no guards."""
+
+    def fn(x):
+        return x + 1, (x * 2).transpose(1, 2) + 1
+
+    graph = capture(fn, torch.ones(2, 6, 4), dynamic=True).graph
+    values = [node.meta["val"] for node in graph.nodes if node.op == "call_function"]
+    guards = values[0].fake_mode.shape_env.guards
+    before = len(guards)
+    for value in values:
+        fresh = matcher.fresh_fake(value, contiguous=contiguous)
+        with value.fake_mode:
+            strides = torch.empty(value.shape).stride() if contiguous else value.stride()
+        assert str((fresh.shape, fresh.stride(), fresh.dtype, fresh.device)) == str(
+            (value.shape, strides, value.dtype, value.device)
+        )
+        assert fresh.untyped_storage()._cdata != value.untyped_storage()._cdata
+        sizes = [tensor.untyped_storage().nbytes().node.expr for tensor in (fresh, value)]
+        assert (sizes[0] - sizes[1]).expand() == 0
+    assert len(guards) == before
+    assert {value.is_contiguous() for value in values} == {True, False}
 
 
 # fusion_passes/graph_tools.py, norm_reader.py, raise_ops.py, merge_all_reduces.py

@@ -1,4 +1,4 @@
-"""Threads that compile at the same time: each compilation keeps its own account."""
+"""Threads that compile at the same time: each compilation keeps its own reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusewire
 from fusewire.fusion_passes.backend import FusewirePass
-from fusewire.fusion_passes.compiler import compile_cache as warm_cache
+from fusewire.fusion_passes.report.cache import ReportCache, reports_kept
 
 from support.blocks import NORMS, reduce_functional, tensors
 
@@ -24,18 +24,18 @@ def graph_of(count):
         return make_fx(block)(*map(mode.from_tensor, tensors())).graph
 
 
-def test_compilations_at_the_same_time_keep_their_own_accounts(fake_world, tmp_path, monkeypatch):
+def test_compilations_at_the_same_time_keep_their_own_reports(fake_world, tmp_path, monkeypatch):
     """What another thread's compilation found would come back with a graph that it is not about."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     both, one_by_one, kept = threading.Barrier(2, timeout=60), threading.Lock(), {}
 
     def compile_one(name, graph):
-        with warm_cache.accounts_kept(name) as keeper:
+        with reports_kept(name) as cache:
             both.wait()
             with one_by_one:  # tracing is not thread-safe in torch
                 FusewirePass()(graph)
             both.wait()
-        kept[name] = [len(account.entries) for account in keeper.made]
+        kept[name] = [len(report.entries) for report in cache.made]
 
     graphs = (("one", graph_of(1)), ("two", graph_of(2)))
     threads = [threading.Thread(target=compile_one, args=arguments) for arguments in graphs]
@@ -45,5 +45,5 @@ def test_compilations_at_the_same_time_keep_their_own_accounts(fake_world, tmp_p
         thread.join()
     assert kept == {"one": [1], "two": [2]}
     assert sorted(graph.number for graph in fusewire.report().graphs) == [0, 1]
-    again = {name: [len(account.entries) for account in warm_cache.Keeper(name).kept] for name in kept}
+    again = {name: [len(report.entries) for report in ReportCache(name).kept] for name in kept}
     assert again == kept

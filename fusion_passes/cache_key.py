@@ -1,0 +1,49 @@
+"""The passes' part of the compile cache's key."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+import torch
+
+import fusewire
+from fusewire import custom_ops, fusion_passes, patterns
+from fusewire.custom_ops.ops.registry import _machine_support, all_ops, parse_policy
+from fusewire.fusion_passes.config import PassConfig, disabled_by_environment
+from fusewire.fusion_passes.registry import registered_passes
+
+
+@functools.lru_cache(maxsize=1)
+def source_hash() -> str:
+    """Return a hash of fusewire's own source files, and of no other files."""
+    digest = hashlib.sha256()
+    for package in (fusewire, custom_ops, patterns, fusion_passes):
+        folder = Path(package.__path__[0])
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.relative_to(folder).as_posix().encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def cache_key(config: PassConfig) -> str:
+    """Return a hash of everything besides the graph that the passes' result depends on."""
+    parts = [source_hash(), config.key(), str(disabled_by_environment())]
+    parts += [f"{item.name}:{item.source}" for item in registered_passes()]
+    for op in all_ops().values():
+        parts.append(f"{op.name}={','.join(op.priority)}")
+        parts += [f"{p.name}:{p.version}:{p.batch_invariant}" for p in op.providers.values()]
+        if op.selector is None:
+            # A graph made where a provider is missing must not be found where the provider is there.
+            names = parse_policy(op, config.policy(op.name))
+            parts += [f"{name} here: {_machine_support(op.providers[name])}" for name in names]
+    return hashlib.sha256("\n".join([*parts, *_groups()]).encode()).hexdigest()
+
+
+def _groups() -> list[str]:
+    """Return the groups of this process with their sizes: the checks read a group's size, graphs hold only its name."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return []
+    known = torch.distributed.distributed_c10d._world.pg_map
+    return sorted(f"group {group.group_name}: {group.size()} ranks" for group in known)
