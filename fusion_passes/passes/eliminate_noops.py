@@ -27,13 +27,13 @@ def eliminate_noops(graph: Graph, context: RunContext) -> bool:
             changed = True
         elif node.target is WAIT:
             waits[node.args[0]] = node
-        elif node.target is aten.sym_size.int and (same := _same_size(node.args[0], waits)) is not None:
+        elif node.target is aten.sym_size.int and (same := _other_of_size(node.args[0], waits)) is not None:
             node.update_arg(0, same)
             changed = True
     return changed
 
 
-def _same_size(node: Any, waits: dict[Any, Node]) -> Any:
+def _other_of_size(node: Any, waits: dict[Any, Node]) -> Any:
     """Return a node of a collective's size to ask instead (which would read it), or None."""
     call = node.args[0] if isinstance(node, Node) and node.target is WAIT else node
     if isinstance(call, Node) and call.target is ALL_REDUCE:

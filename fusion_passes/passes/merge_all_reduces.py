@@ -53,12 +53,7 @@ def merge_all_reduces(graph: Graph, context: RunContext) -> bool:
 
 
 class _Merger:
-    """One run of the pass.
-
-    Attributes:
-        regions: how many in-place writes stand before each node (see mutation_regions).
-        values: the finished values of all-reduces that can be merged, with the all-reduces' nodes.
-    """
+    """One run of the pass. `values`: all-reduces that can be merged, by their finished values."""
 
     def __init__(self, graph: Graph, context: RunContext) -> None:
         self.graph = graph
@@ -123,14 +118,9 @@ class _Merger:
         if not self._may_lead(operand):
             return None
         path = self.paths.find(operand)
-        if (
-            path is None
-            or len(path.of_kind(VIEW, SCALE)) != len(path.steps)
-            or path.other_readers
-            or path.refusal(True)
-        ):
+        if path is None or path.other_readers or len(path.of_kind(VIEW, SCALE)) != len(path.steps):
             return None
-        return path
+        return None if path.refusal(True) else path
 
     def _may_lead(self, node: Any, limit: int = 6) -> bool:
         """Whether an all-reduce stands behind at most 6 views and products."""
