@@ -42,15 +42,7 @@ from fusewire.fusion_passes.analysis.graph import (
 from fusewire.patterns.norms import RECIPROCAL, SCALED, SQUARED_ROOT, SUMMED, Variant
 
 _POWERS: dict[Any, float] = {aten.rsqrt.default: -0.5, aten.sqrt.default: 0.5, aten.reciprocal.default: -1}
-_CLAMPS = frozenset(
-    {
-        aten.clamp.default,
-        aten.clamp.Tensor,
-        aten.clamp_min.default,
-        aten.clamp_min.Tensor,
-        aten.maximum.default,
-    }
-)
+_CLAMPS = (aten.clamp, aten.clamp_min, aten.maximum)
 _EXPAND = aten.expand.default
 _LIMIT = 12
 
@@ -319,7 +311,8 @@ def _shifted(node: Node, read: _Read) -> Row | None:
 
 
 def _clamped(node: Node, read: _Read) -> Row | None:
-    for value in node.args[:2] if node.target in _CLAMPS else ():
+    clamps = getattr(node.target, "overloadpacket", None) in _CLAMPS
+    for value in node.args[:2] if clamps else ():
         if (row := read(value)) is not None:
             says = "the norm clamps what it divides by, where RMSNorm adds an epsilon to the mean square"
             return dataclasses.replace(row, refusal=f"{says}; {node.name} does")

@@ -159,8 +159,8 @@ def _norms_of_use(node: Node, row: Row, user: Node, other: Any) -> Iterator[Norm
         return
     for products, weight, variant in _weighted_first(node, row, user, other):
         value, whole = _whole(products[-1], row.by(variant))
-        norms = _weighted(source, value, weight, whole.epsilon)
-        yield from _described(whole, source, value, norms, (*products, value))
+        norm = _weighted(source, value, weight, whole.epsilon)
+        yield from _described(whole, source, value, [norm], (*products, value))
 
 
 def _source_of(wide: Node) -> Node:
@@ -230,14 +230,6 @@ def _weighted_first(
             yield (first, other, user), weight, WEIGHTED_INPUT
 
 
-def _weighted(source: Node, value: Node, weight: _Weight, eps: Any) -> Iterator[Norm]:
-    """Yield the norm whose product with the weight is `value`."""
-    if dtype_of(value) != dtype_of(source):
-        yield _rounded_after(source, value, weight, eps)
-    else:
-        yield _norm(source, value, weight, eps, (weight.step,))
-
-
 def _computed_in(node: Any) -> torch.dtype | None:
     """Return the dtype that the IR operators compute the norm of this node in, or None."""
     dtype = dtype_of(node)
@@ -254,7 +246,7 @@ def _tails(source: Node, value: Node, eps: Any) -> Iterator[Norm]:
         if cast_source(user) is value and dtype_of(user) == dtype:
             yield from _weighted_or_not(source, user, eps, (ROUND,))
         elif (weight := _weight_of(user, value, last_size(source))) is not None:
-            yield _rounded_after(source, user, weight, eps)
+            yield _weighted(source, user, weight, eps)
 
 
 def _weighted_or_not(source: Node, value: Node, eps: Any, steps: tuple[str, ...]) -> Iterator[Norm]:
@@ -275,9 +267,11 @@ def _weighted_or_not(source: Node, value: Node, eps: Any, steps: tuple[str, ...]
         yield _norm(source, out, weight, eps, (*steps, weight.step), refusal)
 
 
-def _rounded_after(source: Node, product: Node, weight: _Weight, eps: Any) -> Norm:
-    """Return the norm whose product with the weight is rounded to x's dtype afterwards."""
+def _weighted(source: Node, product: Node, weight: _Weight, eps: Any) -> Norm:
+    """Return the norm of a product with the weight, which may be rounded to x's dtype afterwards."""
     dtype = dtype_of(source)
+    if dtype_of(product) == dtype:
+        return _norm(source, product, weight, eps, (weight.step,))
     for user in product.users:
         if cast_source(user) is product and dtype_of(user) == dtype:
             return _norm(source, user, weight, eps, (weight.step, ROUND))

@@ -38,7 +38,7 @@ from fusewire.fusion_passes.analysis.graph import (
 )
 from fusewire.fusion_passes.compiler.inductor import never_reuse_outputs
 from fusewire.fusion_passes.context import RunContext
-from fusewire.patterns.collectives import WAIT, positional
+from fusewire.patterns.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, WAIT, positional
 
 # The result of each operator that may stay in a slot: the sum; of the sharded operator the norm.
 _PLACED = {
@@ -78,9 +78,9 @@ _NEED_INPUTS = (
         aten.sum.dim_IntList,
         aten.amax.default,
         aten._softmax.default,
-        torch.ops._c10d_functional.all_reduce.default,
-        torch.ops._c10d_functional.all_gather_into_tensor.default,
-        torch.ops._c10d_functional.reduce_scatter_tensor.default,
+        ALL_REDUCE,
+        ALL_GATHER,
+        REDUCE_SCATTER,
     }
 )
 
