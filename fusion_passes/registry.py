@@ -112,13 +112,13 @@ def _source_of(name: str, run: UserPass) -> str:
     try:
         source = inspect.getsource(run)
     except (OSError, TypeError) as error:
-        problem = f"the source code of pass {name!r} cannot be found ({error})"
+        why = f"the source code of pass {name!r} cannot be found ({error})"
     else:
         if not inspect.ismethod(run) and not getattr(run, "__closure__", None):
             return source
-        problem = f"pass {name!r} depends on more than its source code, since it is a closure or a method"
+        why = f"pass {name!r} depends on more than its source code, since it is a closure or a method"
     raise ConfigError(
-        f"{problem}; pass source=..., a text that changes whenever the pass does, so that compiled graphs are not taken "
+        f"{why}; pass source=..., a text that changes whenever the pass does, so that compiled graphs are not taken "
         "from the cache wrongly"
     )
 

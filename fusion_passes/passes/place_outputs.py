@@ -2,7 +2,7 @@
 
 A workspace has a few output buffers ("slots"). A result may stay in one only if everything that
 reads it has run when the next call with that slot writes it again. The order of a graph's nodes
-does not tell: Inductor schedules anew, and computes cheap values again where they are used. Data
+does not say it: Inductor schedules anew, and computes cheap values again where they are used. Data
 dependence holds in every schedule. So a result gets a slot only where each reader
 
 - writes what it computes to memory of its own (a matrix product, an attention, a fused operator).
