@@ -188,10 +188,7 @@ class PassConfig:
     def _check_types(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(item.default, bool):
-                types, wanted = (bool,), "True or False"
-            else:
-                types, wanted = _ACCEPTED[item.name]
+            types, wanted = _ACCEPTED.get(item.name, ((bool,), "True or False"))
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise ConfigError(f"{item.name} is {value!r}; it must be {wanted}")
         if not all(isinstance(name, str) for name in self.disabled_passes):
@@ -262,7 +259,7 @@ class PassConfig:
         return "\n".join(lines)
 
 
-# The types and the wording of the options that are not booleans.
+# The types of the options that are not booleans, and what they are in messages.
 _ACCEPTED: dict[str, tuple[tuple[type, ...], str]] = {
     "fi_allreduce_fusion_max_size_mb": ((int, float, type(None)), "a number >= 0, or None"),
     "expect_fused": ((int, str, type(None)), "a count, 'all' or None"),

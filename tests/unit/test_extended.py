@@ -294,7 +294,8 @@ def test_a_sandwich_with_a_call_of_the_program_fuses(world):
     """The fused operator stands for no all-reduce of the graph."""
 
     def block(x, r, w):
-        norm, _ = fusewire.all_reduce_rms_norm(x, None, w, 1e-6, 0.0, "scale_then_round", dist.group.WORLD.group_name)
+        group = dist.group.WORLD.group_name
+        norm = torch.ops.fusewire.all_reduce_rms_norm(x, None, w, 1e-6, 0.0, "scale_then_round", group)[0]
         return torch.ops.fusewire.fused_add_rms_norm(norm, r, w)
 
     captured = _called(block)
