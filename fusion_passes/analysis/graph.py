@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -154,7 +155,11 @@ def other_factor(product: Any, value: Node) -> Any:
 
 def writes_in_place(node: Node) -> bool:
     """Whether a node changes one of its inputs."""
-    target = node.target
+    return node.op == "call_function" and _target_writes(node.target)
+
+
+@functools.cache
+def _target_writes(target: Any) -> bool:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return str(target.name()) == "triton_kernel_wrapper_mutation"  # a user's Triton kernel
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

@@ -42,6 +42,7 @@ class AllReduceFuser(Fuser):
             match.root.replace_all_uses_with(norm)
             wait.replace_all_uses_with(summed, delete_user_cb=lambda user: user is not match.root)
             dead.insert(1, summed)
+            self.unsorted = True  # the sum's readers may stand before the norm's inputs
         for node in dead:
             if not node.users:
                 self.graph.erase_node(node)

@@ -94,6 +94,7 @@ class SequenceFuser(Fuser):
             full, part = getitem(self.graph, fused, 0), getitem(self.graph, fused, 1)
             sizes = [-1, *(self._size(x, dim, wait) for dim in range(1, shard.dim()))]
             summed = new_call(self.graph, aten.view.default, (part, sizes), {}, wait)
+        self.unsorted = True  # the rows' readers may stand before the all-gather
         match.root.replace_all_uses_with(full)
         if match.fusion.returns_sum:
             for index, item in getitem_users(norm):

@@ -61,6 +61,7 @@ class Fuser:
         what: the collective's name in refusals.
         clauses: the checks of the captures, in order.
         order: the position of each node that was there when the pass began.
+        unsorted: whether a rewrite may have put a node before what it uses.
     """
 
     fusions: ClassVar[tuple[Fusion, ...]]
@@ -72,6 +73,7 @@ class Fuser:
         self.graph = graph
         self.context = context
         self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.unsorted = False
 
     def check_graph(self, match: Match) -> Support:
         """Check the graph around a match whose captures are right."""
@@ -91,7 +93,7 @@ class Fuser:
         for fusion in cls.fusions:
             matcher.add(fusion, functools.partial(fuser._check, fusion), functools.partial(fuser._rewrite, fusion))
         count = matcher.apply(graph)
-        if count:
+        if fuser.unsorted:
             sort_topologically(graph)
         fuser._refuse_undecided()
         return count > 0
@@ -168,7 +170,7 @@ class Fuser:
         given = (match.node_of(self.collective), match.captures["weight"], match.captures.get("residual"))
         return max(node for node in given if isinstance(node, Node))
 
-    def call(self, match: Match, arguments: tuple[Any, ...], values: tuple[Any, Any]) -> Node:
+    def call(self, match: Match, arguments: tuple[Any, ...], values: tuple[Any, ...]) -> Node:
         """Return a new call of the fused operator with these fake results, and record it."""
         fused, name = self.graph.call_function(match.fusion.replacement, arguments), self.name_of(match)
         copy_origin(match.node_of(self.collective), fused)
@@ -180,10 +182,12 @@ class Fuser:
 
     def call_after_inputs(self, match: Match) -> Node:
         """Return a new call after its last input, so that collectives keep their order."""
-        last, x = self.last_input(match), match.captures["x"].meta["val"]
+        last, values = self.last_input(match), match.root.meta["val"]
+        if not match.fusion.returns_sum:
+            values = values, fresh_fake(match.captures["x"].meta["val"], contiguous=True)
         arguments = tuple(None if key is None else match.captures[key] for key in match.fusion.arguments)
         with self.graph.inserting_before(last.next):
-            return self.call(match, arguments, (fresh_fake(x, contiguous=True), fresh_fake(x, contiguous=True)))
+            return self.call(match, arguments, tuple(values))
 
 
 # The clauses: checks of the captures. A `Support` that says no has the refusal.
