@@ -290,18 +290,6 @@ def test_a_sandwich_of_operators_fuses(world, block):
     assert (captured.count(SANDWICH), captured.verdicts()) == (1, [("fused", "")])
 
 
-def test_a_sandwich_with_a_call_of_the_program_fuses(world):
-    """The fused operator stands for no all-reduce of the graph."""
-
-    def block(x, r, w):
-        group = dist.group.WORLD.group_name
-        norm = torch.ops.fusewire.all_reduce_rms_norm(x, None, w, 1e-6, 0.0, "scale_then_round", group)[0]
-        return torch.ops.fusewire.fused_add_rms_norm(norm, r, w)
-
-    captured = _called(block)
-    assert (captured.count(SANDWICH), captured.verdicts(), captured.account.notes) == (1, [], ())
-
-
 def collective_between(x, r, w):
     """The residual comes from another all-reduce, which must not change places with the first."""
     norm = NORMS["G"](reduce_functional(x), w, 1e-6)
