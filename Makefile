@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+# Test processes side by side. Each starts up to five ranks of its own and compiles on one core.
+JOBS ?= 2
 export TORCH TORCH_INDEX_URL PROMPT
 
 .PHONY: help env demo test nightly lint clean
@@ -12,7 +14,7 @@ help:
 	@echo 'make demo    run a tensor-parallel model, with plain torch.compile and with fusewire'
 	@echo '               PROMPT="..."      the prompt'
 	@echo '               DEMO_ARGS="..."   further options (see examples/demo.py --help)'
-	@echo 'make test    run the tests (TEST_ARGS="..." goes to pytest)'
+	@echo 'make test    run the tests, JOBS=2 at a time (TEST_ARGS="..." goes to pytest)'
 	@echo 'make nightly run the long tests, 10,000 random programs among them (hours)'
 	@echo 'make lint    run ruff and mypy'
 	@echo 'make env     make the environment $(VENV) only'
@@ -31,7 +33,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py $(if $(value PROMPT),--prompt "$$PROMPT") $(DEMO_ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q $(TEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(TEST_ARGS)
 
 nightly: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m nightly $(TEST_ARGS)

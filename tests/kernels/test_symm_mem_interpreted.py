@@ -156,6 +156,7 @@ def results():
     return run_scenarios(list(SCENARIOS))
 
 
+@pytest.mark.xdist_group("interpreted")  # one process makes the results of all
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_ranks_agree_with_the_definition(name, results):
     assert not results[name], results[name]
