@@ -19,6 +19,7 @@ os.environ["FUSEWIRE_CACHE_DIR"] = _TABLES = tempfile.mkdtemp(prefix="fusewire-t
 atexit.register(shutil.rmtree, _TABLES, ignore_errors=True)
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
 
 
 @pytest.fixture

@@ -136,19 +136,21 @@ def test_many_meetings():
 
 def _left_behind():
     ranks = Ranks()
-    before = set(os.listdir("/dev/shm"))
+    made, make = [], rendezvous._Board.make
     files = len(os.listdir("/proc/self/fd"))
-    said = [meet(ranks.group, "a"), meet(ranks.group, "b")]
+    with mock.patch.object(rendezvous._Board, "make", lambda size: made.append(make(size)) or made[-1]):
+        said = [meet(ranks.group, "a"), meet(ranks.group, "b")]
     dist.barrier()
-    new = [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("fusewire")]
     mapped = "fusewire-" in Path("/proc/self/maps").read_text()
-    return said, new, mapped, len(os.listdir("/proc/self/fd")) - files
+    return said, made, [os.path.exists(path) for path in made], mapped, len(os.listdir("/proc/self/fd")) - files
 
 
 def test_no_file_is_left_behind():
-    for said, new, mapped, files in shared_pool(2).run(_left_behind):
+    results = shared_pool(2).run(_left_behind)
+    assert [len(made) for _, made, *_ in results] == [1, 0]
+    for said, _, left, mapped, files in results:
         assert [text for text, _ in said] == ["", ""]
-        assert new == []
+        assert not any(left)
         assert mapped  # the ranks do share a page
         assert files <= 1
 
