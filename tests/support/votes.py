@@ -1,0 +1,55 @@
+"""Votes of real ranks with short waits, and a check that they leave no key in the group's store."""
+
+from __future__ import annotations
+
+import time
+from unittest import mock
+
+import torch.distributed as dist
+
+from fusewire.custom_ops.coordination import timeouts
+from fusewire.custom_ops.coordination import vote as votes
+from fusewire.custom_ops.coordination.vote import Channel, vote
+from fusewire.errors import PeerTimeoutError
+
+from support.distributed import shared_pool
+
+WAIT_S = 1.0
+PUBLISH_S = 0.5  # instead of 10 seconds
+OUTCOME_S = 1.25 * WAIT_S + PUBLISH_S
+
+
+def on_ranks(size, job, *args):
+    """What a job returns on each rank; the store must hold no more keys after it than before."""
+    for kept, found in (results := shared_pool(size).run(_counted, job, args, timeout_s=120)):
+        assert kept == 0, found
+    return [found for _, found in results]
+
+
+def _counted(job, args):
+    before = _keys()
+    patches = [mock.patch.object(module, "PUBLISH_S", PUBLISH_S) for module in (timeouts, votes)]
+    with patches[0], patches[1]:
+        found = job(dist.get_rank(), *args)
+    return _keys() - before, found
+
+
+def _keys():
+    dist.barrier()
+    count = dist.distributed_c10d._get_process_group_store(dist.group.WORLD).num_keys()
+    dist.barrier()
+    return count
+
+
+def channel(label="label", wait_s=WAIT_S):
+    return Channel(dist.group.WORLD, label, wait_s)
+
+
+def ask(on=None, topic="topic", fact=None, **options):
+    """The facts of all ranks by a vote, or the error."""
+    start = time.monotonic()
+    try:
+        result = vote(on or channel(), topic, lambda: {"fact": fact}, **options)
+    except PeerTimeoutError as error:
+        return str(error), time.monotonic() - start
+    return [each["fact"] for each in result.facts]
