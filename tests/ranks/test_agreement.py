@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from unittest import mock
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import fusewire
+from fusewire.errors import PeerTimeoutError
 from fusewire.fusion_passes import backend
 from fusewire.fusion_passes import pipeline as manager
 from fusewire.fusion_passes.backend import fusewire_backend
@@ -87,52 +87,50 @@ def _late_obeys():
     if rank == 1:
         found.append(agreement.agree(_print("a", "1")))
     dist.barrier()
-    start = time.monotonic()
-    found.append(agreement.agree(_print("a", "1")))  # known by now: nobody is asked
-    return found, time.monotonic() - start
+    with mock.patch.object(agreement, "poll", side_effect=AssertionError):  # known by now: nobody is asked
+        found.append(agreement.agree(_print("a", "1")))
+    return found
 
 
 def test_who_comes_later_obeys():
-    for (first, again), seconds in shared_pool(2).run(_late_obeys):
+    for first, again in shared_pool(2).run(_late_obeys):
         assert list(first.values()) == list(again.values())
         assert "rank 0 compiled a 1; rank 1 compiled a" in next(iter(first.values()))
-        assert seconds < 0.1
 
 
 def _alone(how):
-    """Rank 0 rewrites what rank 1 never compiles."""
+    """Rank 0 rewrites what rank 1 never compiles. Who compiles alone waits for nobody, nor who rewrites nothing."""
     ranks = Ranks(limit_s=SHORT_S if how == "silent" else 60.0)
-    start, text = time.monotonic(), ""
-    if ranks.rank == 0:
-        prints = [GroupFingerprint(ranks.group.group_name, "a", "1", "a 1", True)]
-        try:
-            text = str(agreement.agree(prints, wait=how != "compile_alone"))
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-    elif how == "as written":
-        agreement.agree([GroupFingerprint(ranks.group.group_name, "b", "", "b", False)])
-    elif how == "disabled":
-        agreement.announce_unfused("has set FUSEWIRE_DISABLE=1")
-        agreement.announce_unfused("has set FUSEWIRE_DISABLE=1")
-    seconds = time.monotonic() - start
+    text = ""
+    waits = ranks.rank == 0 and how != "compile_alone"
+    with contextlib.nullcontext() if waits else mock.patch.object(agreement, "poll", side_effect=AssertionError):
+        if ranks.rank == 0:
+            prints = [GroupFingerprint(ranks.group.group_name, "a", "1", "a 1", True)]
+            try:
+                text = str(agreement.agree(prints, wait=how != "compile_alone"))
+            except PeerTimeoutError as error:
+                text = f"PeerTimeoutError: {error}"
+        elif how == "as written":
+            agreement.agree([GroupFingerprint(ranks.group.group_name, "b", "", "b", False)])
+        elif how == "disabled":
+            agreement.announce_unfused("has set FUSEWIRE_DISABLE=1")
+            agreement.announce_unfused("has set FUSEWIRE_DISABLE=1")
     dist.barrier()
-    return text, seconds
+    return text
 
 
 @pytest.mark.parametrize(
-    ("how", "says", "at_most"),
+    ("how", "says"),
     [
-        ("silent", "PeerTimeoutError: waited 2 s for rank(s) 1 of group", 20.0),
-        ("as written", "rank 1 compiled b", 20.0),
-        ("disabled", "rank 1 has set FUSEWIRE_DISABLE=1", 20.0),
-        ("compile_alone", "{}", 1.0),
+        ("silent", "PeerTimeoutError: waited 2 s for rank(s) 1 of group"),
+        ("as written", "rank 1 compiled b"),
+        ("disabled", "rank 1 has set FUSEWIRE_DISABLE=1"),
+        ("compile_alone", "{}"),
     ],
 )
-def test_a_rank_that_rewrites_alone(how, says, at_most):
-    (text, seconds), (_, other) = shared_pool(2).run(_alone, how)
+def test_a_rank_that_rewrites_alone(how, says):
+    text, _ = shared_pool(2).run(_alone, how)
     assert says in text
-    assert seconds < at_most
-    assert other < 1  # who rewrites nothing waits for nobody
 
 
 def _one_fails(options):

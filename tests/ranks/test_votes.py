@@ -107,14 +107,14 @@ def test_a_missing_rank_is_an_error_on_every_other():
     for said, took in results[:2]:
         assert said.startswith("label: no vote on 'topic' from rank(s) 2 within 1 s")
         assert "FUSEWIRE_TIMEOUT_S" in said
-        assert WAIT_S <= took < WAIT_S + 5
+        assert took >= WAIT_S
 
 
 def test_a_missing_first_rank_is_an_error_on_every_other():
     for said, took in on_ranks(3, job_missing, 0)[1:]:
         assert said.startswith("label: rank 0 did not publish the outcome of 'topic' within 2 s")
         assert "FUSEWIRE_TIMEOUT_S" in said
-        assert OUTCOME_S <= took < OUTCOME_S + 5
+        assert took >= OUTCOME_S
 
 
 def job_once_more(rank, extra):

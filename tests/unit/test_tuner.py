@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -344,37 +345,34 @@ def test_sizes_that_do_not_fit_one_rank_are_left_out_on_all(cache):
 
 
 def job_missing(cache):
-    with on_rank(cache, FUSEWIRE_TIMEOUT_S="2"):
-        start = time.monotonic()
-        if dist.get_rank() == 1:
-            time.sleep(6)
-            return 0.0, ""
-        try:
-            tuner.tune(dist.group.WORLD, HIDDEN, BF16, tokens=(1,))
-        except PeerTimeoutError as error:
-            return time.monotonic() - start, str(error)
+    text = ""
+    with on_rank(cache, FUSEWIRE_TIMEOUT_S="1"):
+        if dist.get_rank() == 0:
+            try:
+                tuner.tune(dist.group.WORLD, HIDDEN, BF16, tokens=(1,))
+            except PeerTimeoutError as error:
+                text = str(error)
+        dist.barrier()  # the other waits here
+    return text
 
 
 def test_a_rank_that_does_not_come_ends_the_wait(cache):
-    (took, said), _ = shared_pool(2).run(job_missing, cache)
-    assert 1 < took < 6
+    said, _ = shared_pool(2).run(job_missing, cache)
     assert "rank(s) 1" in said
 
 
 def job_stuck(cache):
     """A measurement that never returns, on one rank."""
     with on_rank(cache, FUSEWIRE_TIMEOUT_S="3"), mock.patch.object(tuner, "LIMIT_S", 2.0):
-        wait = (lambda self: time.sleep(30)) if dist.get_rank() == 1 else (lambda self: None)
+        wait = (lambda self: threading.Event().wait()) if dist.get_rank() == 1 else (lambda self: None)
         with mock.patch.object(measure.Measurement, "_compile_ahead", wait):
-            start = time.monotonic()
             try:
                 tuner.tune(dist.group.WORLD, HIDDEN, BF16, tokens=(1,), budget_s=0.1)
             except (WorkspaceError, PeerTimeoutError) as error:
-                return time.monotonic() - start, type(error).__name__
+                return type(error).__name__
 
 
 def test_a_rank_that_hangs_ends_the_wait():
     with RankPool(2) as pool:  # its own: a thread is left in it
-        for took, name in pool.run(job_stuck, os.environ[table_store.CACHE_VARIABLE]):
-            assert took < 20
+        for name in pool.run(job_stuck, os.environ[table_store.CACHE_VARIABLE]):
             assert name in ("WorkspaceError", "PeerTimeoutError")
