@@ -12,14 +12,14 @@ post-grad graph, runs the passes with several configurations over copies of that
 by operator: the results must be the same bit for bit. Where results stay in buffers, every call overwrites its buffer
 with NaN first, and the graph is executed once more with everything computed as late as possible.
 
-In one process the process groups are torch's fake ones, and two threads are their ranks (see fuzz_ranks.py).
+In one process the process groups are torch's fake ones, and two threads are their ranks (see ranks.py).
 
-    fuzz_program.py    what a program is, and every miss        fuzz_ranks.py      process groups and their collectives
-    fuzz_text.py       source text of norms                     fuzz_execute.py    compiles once, executes copies
-    fuzz_layers.py     layers around an all-reduce              fuzz_check.py      configurations, and what must hold
-    fuzz_sequence.py   layers of sequence parallelism           fuzz_compiled.py   code that Inductor has generated
-    fuzz_chains.py     decoder-like chains                      fuzz_generate.py   from a seed to a program
-    fuzz_differ.py     ranks that differ
+    program.py         what a program is, and every miss        ranks.py           process groups and their collectives
+    text.py            source text of norms                     execute.py         compiles once, executes copies
+    layers.py          layers around an all-reduce              check.py           configurations, and what must hold
+    sequence.py        layers of sequence parallelism           compiled.py        code that Inductor has generated
+    chains.py          decoder-like chains                      generate.py        from a seed to a program
+    differ.py          ranks that differ
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Random programs through the passes (see fuzz.py): a fixed set on every run, many every night.
+"""Random programs through the passes (see __main__.py): a fixed set on every run, many every night.
 
 The seeds start at FUSEWIRE_FUZZ_SEED (0 by default). A failure prints its seed, the command that repeats it, and the
 source of the program, reduced to the layers that it takes.
@@ -227,7 +227,7 @@ def test_ranks_at_different_collectives_are_an_error():
     assert all(torch.equal(result, torch.full((4, 2), 2.0)) for result in results)
 
 
-# The checker: passes that are broken on purpose (see fuzz_faults.py) must be caught
+# The checker: passes that are broken on purpose (see faults.py) must be caught
 
 
 @pytest.mark.nightly

@@ -6,7 +6,7 @@ Every case compares one row alone with the same row among 3, 299 and 2047 others
 position or on both sides of block boundaries; fused add + norm with add, then norm; the kernel with the
 same arithmetic in PyTorch; and the result with float64. Implementations that are wrong on purpose must be
 caught by the same check. The exit status is 1 if anything failed, 2 if there is no GPU.
-tests/test_batch_invariant.py uses the checker on the CPU.
+tests/unit/test_batch_invariant.py uses the checker on the CPU.
 """
 
 from __future__ import annotations

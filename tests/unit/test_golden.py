@@ -1,6 +1,6 @@
 """Golden graphs: what the passes make of representative blocks, as text that people read and reviews compare.
 
-`FUSEWIRE_UPDATE_GOLDEN=1 pytest tests/test_golden.py` writes the files under tests/golden anew. Names of
+`FUSEWIRE_UPDATE_GOLDEN=1 pytest tests/unit/test_golden.py` writes the files under tests/unit/golden anew. Names of
 nodes and of symbolic sizes are numbered, so that the texts are the same under every version of torch.
 """
 
@@ -172,7 +172,7 @@ def test_golden(name):
     difference = "\n".join(
         difflib.unified_diff(kept.splitlines(), made.splitlines(), f"golden/{name}.txt", "now", lineterm="")
     )
-    assert made == kept, f"{difference}\nIf this is meant: {UPDATE}=1 pytest tests/test_golden.py"
+    assert made == kept, f"{difference}\nIf this is meant: {UPDATE}=1 pytest tests/unit/test_golden.py"
 
 
 def test_every_golden_file_has_a_block():
