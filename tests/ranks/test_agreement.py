@@ -154,15 +154,18 @@ def _one_fails(options):
     return error, [entry.reason for entry in fusewire.report().entries]
 
 
-def test_a_rank_whose_compilation_fails_keeps_nobody_waiting():
-    (error, _), (second, reasons) = shared_pool(2).run(_one_fails, {})
+# With a cache of their own: where other tests have left the graph, the ranks agree before they compile.
+
+
+def test_a_rank_whose_compilation_fails_keeps_nobody_waiting(tmp_path):
+    (error, _), (second, reasons) = shared_pool(2).run(_one_fails, {}, cache_dir=tmp_path)
     assert "planted" in error
     assert second == ""  # no time limit was reached
     assert all("rank 0 could not compile a graph" in reason for reason in reasons), reasons
 
 
-def test_an_expectation_that_the_ranks_defeat_says_so():
-    _, (second, _) = shared_pool(2).run(_one_fails, {"expect_fused": "all"})
+def test_an_expectation_that_the_ranks_defeat_says_so(tmp_path):
+    _, (second, _) = shared_pool(2).run(_one_fails, {"expect_fused": "all"}, cache_dir=tmp_path)
     assert "expect_fused='all', but 0 of 2" in second
     assert "the ranks' graphs differ" in second
 
