@@ -19,8 +19,8 @@ LONG = {
     "unit/test_backend.py": "the ways in share the fixtures that see which passes ran, over one compile cache",
     "unit/test_cache.py": "what must hit and what must miss share one cached graph",
     "unit/test_canaries.py": "one canary for each private name of torch",
-    "unit/test_explain.py": "the command, its text and its pages",
     "unit/test_flashinfer_provider.py": "one provider, from its limits to its calls",
+    "unit/test_report.py": "the records, their texts and what is kept of them",
 }
 
 
