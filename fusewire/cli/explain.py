@@ -26,6 +26,7 @@ from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 
 import fusewire
 from fusewire.custom_ops.coordination.timeouts import timeout_s
@@ -222,16 +223,17 @@ def _rank_0_ready(*, wait: bool) -> None:
             store.wait([key])
         elif store is not None:
             store.set(key, "ready")
-    except torch.distributed.DistError as error:
+    except dist.DistError as error:
         print(f"fusewire: rank {_rank()} cannot coordinate its start with rank 0: {error}", file=sys.stderr)
 
 
-def _launchers_store() -> torch.distributed.Store | None:
+def _launchers_store() -> Any:
     """Return the store that torchrun keeps for its ranks, or None under other launchers."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return torch.distributed.TCPStore(*place, is_master=False, timeout=datetime.timedelta(seconds=timeout_s()))
+    limit = datetime.timedelta(seconds=timeout_s())
+    return dist.TCPStore(*place, is_master=False, timeout=limit)  # type: ignore[attr-defined]
 
 
 def _users_part(trace: TracebackType | None) -> TracebackType | None:
