@@ -85,7 +85,7 @@ class FusewirePass(CustomGraphPass):
 class ChainedPass(CustomGraphPass):
     """Several custom passes as one (torch 2.11 takes no list)."""
 
-    def __init__(self, passes: Sequence[Callable[[Graph], None]]) -> None:
+    def __init__(self, passes: Sequence[Callable[..., None]]) -> None:
         self.passes = tuple(passes)
 
     def __call__(self, graph: Graph) -> None:
