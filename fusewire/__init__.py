@@ -8,14 +8,16 @@ at its first use: the compiler takes longer to import than torch itself.
 """
 
 import importlib as _importlib
-from pathlib import Path as _Path
+import importlib.util as _importlib_util
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
-# In a clone that is not installed, `python -m fusewire` finds this folder first; the other
-# packages lie beside it, not in it.
-if not _Path(__file__).with_name("custom_ops").is_dir():
-    __path__.append(str(_Path(__file__).parent.parent))
+# Python started in a clone finds this folder before an installed fusewire, but not the other packages.
+if _importlib_util.find_spec("fusewire.custom_ops") is None:
+    raise ImportError(
+        f"{__file__} belongs to a clone of fusewire that is not installed; run `pip install -e .` in "
+        "the clone, or start Python in another folder"
+    )
 
 import fusewire.fusion_passes.compiler.cache_artifact  # noqa: F401 (registers a kind of artifact)
 from fusewire.custom_ops.api import close, prepare, workspaces

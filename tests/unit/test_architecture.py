@@ -288,12 +288,12 @@ def is_kernel(function):
 
 
 def test_functions_are_simple():
-    found = {
-        f"{place} {node.name}": complexity(node)
-        for place, tree in sources().items()
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not is_kernel(node)
-    }
+    found = {}
+    for place, tree in sources().items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not is_kernel(node):
+                name = f"{place} {node.name}"  # several classes have an __init__
+                found[name] = max(complexity(node), found.get(name, 0))
     assert {name: value for name, value in found.items() if value > COMPLEX.get(name, MOST_COMPLEX)} == {}
     assert {name for name in COMPLEX if found.get(name, 0) <= MOST_COMPLEX} == set()
 

@@ -1,0 +1,232 @@
+"""The `symm_mem` kernels on one GPU: all ranks in this process, each on a stream and a share of the multiprocessors.
+
+    python tests/gpu/one_gpu_check.py              # needs one GPU, no torchrun; about two minutes
+    python tests/gpu/one_gpu_check.py --calls 50   # more payloads a case
+
+Memory that the peers map is here a plain tensor for each rank, and the links are this GPU's own memory. So this checks
+protocols, launches and results on real hardware; times and the memory order between GPUs it does not
+(tests/gpu/symm_mem_check.py does). Sums are compared bit for bit with the sum in rank order, norms with float64.
+Kernels give up after 5 s. Exits with 1 if a case failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from types import SimpleNamespace
+from unittest import mock
+
+# A queue for each rank's stream: two streams in one queue would wait for each other.
+os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
+
+import torch
+
+from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, SCALE_THEN_ROUND, add_residual, normalize
+from fusewire.custom_ops.providers.symm_mem import launcher
+from fusewire.custom_ops.providers.symm_mem import workspace as spaces
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.layout import owned_rows
+from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DEVICE = torch.device("cuda", 0)
+EPS, INNER_EPS, TIMEOUT_S = 1e-5, 1e-3, 5.0
+ONE_SHOT_TOKENS, DATA_TOKENS, MAX_TOKENS = 64, 256, 640
+ULPS = {BF16: 3 * 2.0**-8, FP16: 3 * 2.0**-11, FP32: 2.0**-18}
+
+
+class LocalWorkspace(spaces.SymmMemWorkspace):
+    """A rank's workspace whose peers are tensors of this process."""
+
+    def __init__(self, buffers, rank, multiprocessors, **sizes):
+        self._buffers, group = buffers, SimpleNamespace(size=lambda: len(buffers), rank=lambda: rank)
+        with mock.patch.object(spaces, "resolve_group", return_value=group):
+            super().__init__("one GPU", **sizes, device=DEVICE, multiprocessors=multiprocessors, barrier=lambda: None)
+
+    def _allocate(self):
+        nbytes = self.layout.nbytes
+        for rank, buffer in enumerate(self._buffers):
+            if buffer is None:
+                made = torch.zeros(nbytes, dtype=torch.uint8, device=DEVICE)
+                for name in self.layout.ones:
+                    at = self.layout.offsets[name]
+                    made[at : at + self.layout.sizes[name]].fill_(255)
+                self._buffers[rank] = made
+        self._buffer = self._buffers[self.rank]
+        return [buffer.data_ptr() for buffer in self._buffers]
+
+
+def make_ranks(world, hidden, dtype):
+    """One workspace and one stream for each rank."""
+    buffers = [None] * world
+    share = torch.cuda.get_device_properties(DEVICE).multi_processor_count // world
+    sizes = {"max_tokens": MAX_TOKENS, "one_shot_tokens": ONE_SHOT_TOKENS, "data_tokens": DATA_TOKENS, "outputs": 2}
+    sizes |= {"hidden": hidden, "dtype": dtype, "timeout_s": TIMEOUT_S}
+    spaces_of_ranks = [LocalWorkspace(buffers, rank, share, **sizes) for rank in range(world)]
+    ranks = [(ws, torch.cuda.Stream(DEVICE)) for ws in spaces_of_ranks]
+    for _, stream in ranks:
+        fill_allocator(stream)
+    return ranks
+
+
+def fill_allocator(stream):
+    """Leave memory in torch's cache for a stream: cudaMalloc would wait for a kernel, which waits for the next launch."""
+    with torch.cuda.stream(stream):
+        small = [torch.empty(1 << 19, dtype=torch.uint8, device=DEVICE) for _ in range(32)]
+        large = [torch.empty(32 << 20, dtype=torch.uint8, device=DEVICE) for _ in range(4)]
+    del small, large
+
+
+class Case:
+    """Calls of one kind: how to make them on every rank, and what they must give."""
+
+    def __init__(self, ranks, kind, tokens, dtype, residual, weight, bias, form, inner, output):
+        self.ranks, self.kind, self.tokens, self.dtype = ranks, kind, tokens, dtype
+        self.hidden, self.world = ranks[0][0].hidden, len(ranks)
+        self.has_residual, self.bias, self.form, self.output = residual or inner, bias, form, output
+        self.weight = None if weight is None else torch.randn(self.hidden, device=DEVICE).to(weight)
+        self.inner = None
+        if inner:
+            self.inner = InnerNorm(torch.randn(self.hidden, device=DEVICE).to(dtype), INNER_EPS, 1.0 - bias, form)
+        make = getattr(launcher, f"{kind}_launch")
+        self.calls = [PreparedCall(ws, make, output) for ws, _ in ranks]
+
+    def draw(self, seed):
+        g = torch.Generator(DEVICE).manual_seed(seed)
+        xs = [torch.randn(self.tokens, self.hidden, generator=g, device=DEVICE).to(self.dtype) for _ in self.ranks]
+        full = torch.randn(self.tokens, self.hidden, generator=g, device=DEVICE).to(self.dtype)
+        return xs, full if self.has_residual else None
+
+    def own(self, rank, full):
+        """The rows of the residual that a rank of the sharded kernel is given."""
+        if full is None or self.kind != "two_shot_sharded":
+            return full
+        shard = -(-self.tokens // self.world)
+        return full[rank * shard : rank * shard + owned_rows(self.tokens, self.world, rank)].clone()
+
+    def run(self, xs, full):
+        """One call on every rank, each on its stream; waits for none of them."""
+        current, results = torch.cuda.current_stream(), []
+        residuals = [self.own(rank, full) for rank in range(self.world)]
+        for (_, stream), call, x, residual in zip(self.ranks, self.calls, xs, residuals, strict=True):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                results.append(call(x, residual, self.weight, EPS, self.bias, self.form, self.inner))
+        for _, stream in self.ranks:
+            current.wait_stream(stream)
+        return results
+
+    def compile(self):
+        with launcher.compiling_only():
+            self.run(*self.draw(0))
+
+    def problems(self, xs, full, results):
+        total = xs[0].float()
+        for x in xs[1:]:
+            total = total + x.float()
+        total = total.to(self.dtype)
+        if self.inner:
+            inner = self.inner
+            total = normalize(total, inner.weight, inner.eps, inner.weight_bias, inner.form).to(self.dtype)
+        summed = total if full is None else add_residual(total, full)
+        shard = -(-self.tokens // self.world)
+        for rank, (_, got) in enumerate(results):
+            wanted = summed
+            if self.kind == "two_shot_sharded":
+                rows = owned_rows(self.tokens, self.world, rank)
+                wanted, got = summed[rank * shard : rank * shard + rows], got[:rows]
+            slack = 4 * ULPS[self.dtype] if self.inner else 0.0  # the inner norm is rounded in another order
+            off = (got.double() - wanted.double()).abs()
+            if not bool((off <= slack * (wanted.double().abs() + 1)).all()):
+                yield f"rank {rank}: the residual is off by {float(off.max()):.3g}"
+        norms = [norm for norm, _ in results]
+        for rank, norm in enumerate(norms[1:], 1):
+            if not torch.equal(norm.view(torch.uint8), norms[0].view(torch.uint8)):
+                yield f"ranks 0 and {rank} have different norms"
+        if self.kind == "two_shot_sharded":
+            rows = [got[: owned_rows(self.tokens, self.world, rank)] for rank, (_, got) in enumerate(results)]
+            summed = torch.cat(rows)
+        else:
+            summed = results[0][1]
+        weight = None if self.weight is None else self.weight.double()
+        exact = normalize(summed.double(), weight, EPS, self.bias, SCALE_THEN_ROUND)
+        off = (norms[0].double() - exact).abs()
+        limit = (2 if self.form == ROUND_THEN_SCALE else 1) * ULPS[self.dtype]
+        if not bool((off <= limit * (exact.abs() + 1e-2)).all()):
+            yield f"the norm is off by {float(off.max()):.3g}"
+
+
+def cases(ranks, dtype):
+    counts = {"one_shot": (1, 3, 33), "two_shot": (1, 7, 64, 255, 257, 640), "two_shot_sharded": (5, 64, 257, 639)}
+    forms = (SCALE_THEN_ROUND, ROUND_THEN_SCALE)
+    options = [(True, dtype, 0.0), (False, FP32, 1.0), (True, None, 0.0)]
+    for kind, tokens in ((kind, tokens) for kind, found in counts.items() for tokens in found):
+        for (residual, weight, bias), form in zip(options, itertools.cycle(forms)):
+            yield Case(ranks, kind, tokens, dtype, residual, weight, bias, form, False, None)
+        yield Case(ranks, kind, tokens, dtype, True, dtype, 0.0, forms[tokens % 2], True, None)
+        if kind != "one_shot" and tokens > DATA_TOKENS:
+            yield Case(ranks, kind, tokens, dtype, True, dtype, 0.0, forms[tokens % 2], False, 1)
+
+
+def check(case, calls):
+    """Eager calls with fresh payloads, the first of which prepares the launch; then replays of a CUDA graph."""
+    found = []
+    for seed in range(calls):
+        xs, full = case.draw(seed)
+        results = case.run(xs, full)
+        torch.cuda.synchronize()
+        case.ranks[0][0].check()
+        found += [f"call {seed}: {problem}" for problem in case.problems(xs, full, results)]
+    if case.kind == "two_shot_sharded" and case.has_residual:
+        return found  # the ranks' rows of the residual are copied by `own`, which a capture would hold on to
+    xs, full = case.draw(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = case.run(xs, full)
+    for seed in range(100, 100 + calls):
+        fresh, other = case.draw(seed)
+        for x, new in zip(xs, fresh, strict=True):
+            x.copy_(new)
+        if full is not None:
+            full.copy_(other)
+        graph.replay()
+        torch.cuda.synchronize()
+        case.ranks[0][0].check()
+        found += [f"replay {seed}: {problem}" for problem in case.problems(xs, full, results)]
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=6, help="payloads a case, eager and by replay (default 6)")
+    parser.add_argument("--worlds", default="2,4,8")
+    parser.add_argument("--hidden", default="4096,8192,1536")
+    parser.add_argument("--limit", type=float, default=500.0, help="seconds after which no further case begins")
+    options = parser.parse_args()
+    torch.cuda.set_device(DEVICE)
+    start, passed, failed, left_out = time.monotonic(), 0, 0, 0
+    sizes = itertools.product(
+        map(int, options.worlds.split(",")), map(int, options.hidden.split(",")), (BF16, FP16, FP32)
+    )
+    for world, hidden, dtype in sizes:
+        ranks = make_ranks(world, hidden, dtype)
+        for case in cases(ranks, dtype):
+            if time.monotonic() - start > options.limit:
+                left_out += 1
+                continue
+            label = f"{world} ranks, hidden {hidden}, {dtype}, {case.kind}, {case.tokens} tokens, output {case.output}"
+            case.compile()
+            problems = check(case, options.calls)
+            passed, failed = passed + (not problems), failed + bool(problems)
+            for problem in problems[:3]:
+                print(f"FAILED {label}: {problem}", flush=True)
+        print(f"{world} ranks, hidden {hidden}, {dtype}: {passed} passed, {failed} failed so far", flush=True)
+    print(f"{passed} passed, {failed} failed, {left_out} left out for want of time, {time.monotonic() - start:.0f} s")
+    return int(bool(failed or left_out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
