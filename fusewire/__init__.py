@@ -18,10 +18,11 @@ if not _Path(__file__).with_name("custom_ops").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
 import fusewire.fusion_passes.compiler.cache_artifact  # noqa: F401 (registers a kind of artifact)
-from fusewire.custom_ops.api import close, prepare, workspaces
+from fusewire.custom_ops.api import check, close, prepare, workspaces
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
-from fusewire.custom_ops.ops.registry import Support, ir_op_priority, register_op
+from fusewire.custom_ops.ops.registration import register_op
+from fusewire.custom_ops.ops.registry import YES, Support, ir_op_priority
 from fusewire.errors import (
     ArgumentError,
     CaptureError,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 
 __all__ = [
+    "YES",
     "ArgumentError",
     "CaptureError",
     "ConfigError",
@@ -63,6 +65,7 @@ __all__ = [
     "TrainingError",
     "WorkspaceError",
     "all_reduce_rms_norm",
+    "check",
     "clear_report",
     "close",
     "enable",
