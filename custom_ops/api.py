@@ -1,4 +1,4 @@
-"""What users of the operators call: make, list and free workspaces. Importing this registers every provider."""
+"""Make, list and free workspaces. Importing this registers every provider."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from fusewire.custom_ops.dispatch import derived_ops, dispatcher
-from fusewire.custom_ops.dispatch.table_vote import tuned_plan
-from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
+from fusewire.custom_ops.dispatch.table_vote import tuned_cost_model
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
+from fusewire.custom_ops.ops.registry import NATIVE
 from fusewire.custom_ops.providers.batch_invariant import provider as batch_invariant
 from fusewire.custom_ops.providers.batch_invariant import torch_norm, triton_norm
 from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
@@ -20,15 +21,25 @@ from fusewire.custom_ops.workspaces.provider import OUTPUTS, PROVIDERS, Workspac
 from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
 from fusewire.errors import ConfigError, WorkspaceError
 
-# Importing one registers what it provides. What they need (Triton, FlashInfer) they import at their first use.
+# Importing one registers what it provides. What they need (Triton, FlashInfer) they import at their
+# first use.
 REGISTERED = (torch_norm, triton_norm, batch_invariant, flashinfer, symm_mem, dispatcher, derived_ops, tuner)
+# The providers of `all_reduce_rms_norm` that are tried unless a policy says otherwise, in this
+# order.
+DEFAULT_PRIORITY = (symm_mem.PROVIDER, flashinfer.PROVIDER, NATIVE)
+all_reduce_rms_norm.set_default_priority(DEFAULT_PRIORITY)
 
 
 @dataclass(frozen=True)
 class WorkspaceInfo:
-    """One workspace, or why there is none. `nbytes` is GPU memory on this rank.
+    """A workspace of this process, or why there is none.
 
-    `plan` says whether a tuned table decides what it is used for, and which; empty: the shipped one.
+    Attributes:
+        max_tokens: the largest number of tokens of a call that it takes.
+        nbytes: the GPU memory that it takes on this rank, in bytes.
+        reason: why there is no workspace; empty if there is one.
+        table: the tuned table that decides what it is used for, in words; empty: the shipped costs
+            do.
     """
 
     provider: str
@@ -38,18 +49,35 @@ class WorkspaceInfo:
     max_tokens: int
     nbytes: int
     reason: str = ""
-    plan: str = ""
+    table: str = ""
 
 
 def _info(entry: Entry) -> WorkspaceInfo:
     made, key = entry.workspace, entry.key
-    agreed = REGISTRY.plans.get((key.group_name, key.hidden, key.dtype))
+    agreed = REGISTRY.tables.get((key.group_name, key.hidden, key.dtype))
     size = (made.max_tokens, made.nbytes) if made else (0, 0)
-    return WorkspaceInfo(*key, *size, entry.reason, agreed.text if agreed else "")
+    return WorkspaceInfo(*key, *size, entry.refusal, agreed.text if agreed else "")
+
+
+def check() -> None:
+    """Raise the error of a fused call that failed on this rank, if any has.
+
+    A kernel that waits for a peer in vain cannot raise: it leaves NaN in its outputs and an error
+    that the next call on its workspace raises. This raises it without a call, for example before
+    results leave the GPU. It judges the calls that have ended, waits for nothing, takes
+    microseconds, and is no collective.
+
+    Raises:
+        PeerTimeoutError: a rank did not take part in a call; the message names the rank and the
+            operation.
+    """
+    for entry in list(REGISTRY.entries.values()):
+        if entry.workspace is not None:
+            entry.workspace.check_errors()
 
 
 def workspaces() -> list[WorkspaceInfo]:
-    """The workspaces of this process, and the failures to make one, with their sizes and reasons."""
+    """Return this process's workspaces, and the failures to make one, with the reasons."""
     return [_info(entry) for entry in REGISTRY.entries.values()]
 
 
@@ -62,27 +90,30 @@ def prepare(
     tune: bool = False,
     output_in_place: bool = False,
 ) -> list[WorkspaceInfo]:
-    """Make the workspaces for one hidden size ahead of the first call, and compile what calls will need. A collective:
-    every rank calls it alike.
+    """Make the workspaces for one hidden size ahead of the first call, and compile what calls will
+    need. A collective: every rank calls it alike.
 
-    Needed before capturing a CUDA graph by hand, and to choose the size: a workspace made at the first call
-    is sized by the plan for this GPU. What failed before is tried again.
+    Needed before capturing a CUDA graph by hand, and to choose the size: a workspace made at the
+    first call is sized by the costs on this GPU. What failed before is tried again.
 
     Args:
         group: the process group or its name; None means the default group.
         hidden: the hidden size, in elements.
         dtype: of the activations.
-        max_tokens: the largest number of tokens (rows) of a call to serve; at most what the provider can
-            hold.
-        tune: if there is no tuned table for this machine, measure one now (under a minute) and keep it on disk;
-            FUSEWIRE_TUNE=1 asks for the same. All ranks must ask, else nobody measures.
-        output_in_place: make the output buffers that PassConfig.output_in_place needs, too: two more of max_tokens rows.
+        max_tokens: the largest number of tokens (rows) of a call to serve; at most what the
+            provider can hold.
+        tune: if there is no tuned table for this machine, measure one now (under a minute) and keep
+            it on disk; FUSEWIRE_TUNE=1 asks for the same. All ranks must ask, else nobody measures.
+        output_in_place: make the output buffers that PassConfig.output_in_place needs, too: two
+            more of max_tokens rows.
 
     Returns:
-        For each provider that keeps workspaces, its size on this rank, or the reason why there is none.
+        For each provider that keeps workspaces, its size on this rank, or the reason why there is
+        none.
 
     Raises:
-        WorkspaceError: there is a smaller one already; growing it would break CUDA graphs captured with it.
+        WorkspaceError: there is a smaller one already; growing it would break CUDA graphs captured
+            with it.
         ProcessGroupError: there is no such group.
         PeerTimeoutError: a rank did not take part in time.
     """
@@ -93,7 +124,7 @@ def prepare(
     outputs = OUTPUTS if output_in_place else 0
     if any(provider.limits(hidden, dtype, pg.size()) for provider in PROVIDERS.values()):
         # Before the workspaces are made: the tuner makes larger ones for itself.
-        tuned_plan(pg, hidden, dtype, device, tune=tune, fresh=True, max_tokens=max_tokens)
+        tuned_cost_model(pg, hidden, dtype, device, tune=tune, fresh=True, max_tokens=max_tokens)
     return [_prepare_one(provider, pg, hidden, dtype, device, max_tokens, outputs) for provider in PROVIDERS.values()]
 
 
@@ -138,8 +169,10 @@ def _prepare_one(
 
 
 def close(group: dist.ProcessGroup | str | None = None) -> None:
-    """Free all workspaces, or those of one group. Idempotent; runs at exit by itself. Every rank calls it alike.
+    """Free all workspaces, or those of one group. Idempotent; runs at exit by itself. Every rank
+    calls it alike.
 
-    CUDA graphs captured with a workspace must not be replayed afterwards. The next call makes a new workspace.
+    CUDA graphs captured with a workspace must not be replayed afterwards. The next call makes a new
+    workspace.
     """
     REGISTRY.close(group.group_name if isinstance(group, dist.ProcessGroup) else group)

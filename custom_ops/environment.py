@@ -1,4 +1,4 @@
-"""Environment variables that have another value for a while."""
+"""Read environment variables that switch something on, and set variables for a while."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from fusewire.errors import ConfigError
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"", "0", "false", "no", "off"}
 _LOCK = threading.Lock()
+
+
+def env_flag(name: str) -> bool:
+    """Return whether a variable switches something on. Raises ConfigError if it is neither."""
+    value = os.environ.get(name, "").strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ConfigError(f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off, unset)")
 
 
 @dataclass
@@ -23,16 +37,17 @@ _CHANGES: dict[str, _Change] = {}
 
 @contextmanager
 def scoped_variable(name: str, change: Callable[[str | None], str | None]) -> Iterator[None]:
-    """Set an environment variable inside the block, for the whole process, and restore it afterwards.
+    """Set an environment variable inside the block, for the whole process, and restore it
+    afterwards.
 
-    Thread-safe: blocks that overlap, nested or of several threads, count as one. The first to begin sets the variable and
-    the last to end restores it, unless somebody else has set it in between. So all blocks for one name must ask for
-    the same change.
+    Thread-safe: blocks that overlap, nested or of several threads, count as one. The first to begin
+    sets the variable and the last to end restores it, unless somebody else has set it in between.
+    So all blocks for one name must ask for the same change.
 
     Args:
-        name: of the variable.
-        change: makes the value inside of the value before, which is None if there is none; returns None to leave the
-            variable as it is.
+        name: the variable's name.
+        change: returns the value inside the block, given the value before (None: unset). If it
+            returns None the variable stays as it is.
     """
     with _LOCK:
         current = _CHANGES.get(name)

@@ -20,10 +20,11 @@ if _importlib_util.find_spec("fusewire.custom_ops") is None:
     )
 
 import fusewire.fusion_passes.compiler.cache_artifact  # noqa: F401 (registers a kind of artifact)
-from fusewire.custom_ops.api import close, prepare, workspaces
+from fusewire.custom_ops.api import check, close, prepare, workspaces
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
-from fusewire.custom_ops.ops.registry import Support, ir_op_priority, register_op
+from fusewire.custom_ops.ops.registration import register_op
+from fusewire.custom_ops.ops.registry import YES, Support, ir_op_priority
 from fusewire.errors import (
     ArgumentError,
     CaptureError,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 
 __all__ = [
+    "YES",
     "ArgumentError",
     "CaptureError",
     "ConfigError",
@@ -65,6 +67,7 @@ __all__ = [
     "TrainingError",
     "WorkspaceError",
     "all_reduce_rms_norm",
+    "check",
     "clear_report",
     "close",
     "enable",

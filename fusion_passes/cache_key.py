@@ -10,7 +10,7 @@ import torch
 
 import fusewire
 from fusewire import custom_ops, fusion_passes, patterns
-from fusewire.custom_ops.ops.registry import _machine_support, all_ops, parse_policy
+from fusewire.custom_ops.ops.registry import all_ops, machine_support, parse_policy
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment
 from fusewire.fusion_passes.registry import registered_passes
 
@@ -37,7 +37,7 @@ def cache_key(config: PassConfig) -> str:
         if op.selector is None:
             # A graph made where a provider is missing must not be found where the provider is there.
             names = parse_policy(op, config.policy(op.name))
-            parts += [f"{name} here: {_machine_support(op.providers[name])}" for name in names]
+            parts += [f"{name} here: {machine_support(op.providers[name])}" for name in names]
     return hashlib.sha256("\n".join([*parts, *_groups()]).encode()).hexdigest()
 
 

@@ -5,28 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from fusewire.custom_ops.environment import env_flag
 from fusewire.custom_ops.ops.registry import all_ops, check_priority, get_op
 from fusewire.errors import ConfigError
 
 DISABLE_VARIABLE = "FUSEWIRE_DISABLE"
 BATCH_INVARIANT_VARIABLE = "FUSEWIRE_BATCH_INVARIANT"
-_TRUE = {"1", "true", "yes", "on"}
-_FALSE = {"", "0", "false", "no", "off"}
-
-
-def env_flag(name: str) -> bool:
-    """Whether an environment variable is on; ConfigError if its value is neither on nor off."""
-    value = os.environ.get(name, "").strip().lower()
-    if value in _TRUE:
-        return True
-    if value in _FALSE:
-        return False
-    raise ConfigError(f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off, unset)")
 
 
 def disabled_by_environment() -> bool:
@@ -211,8 +199,8 @@ class PassConfig:
         fusewire.custom_ops.ops.registry).
         """
         op = all_ops()[op_name]
-        if op.base is not None:
-            return self.policy(op.base.name)
+        if op.derives_from is not None:
+            return self.policy(op.derives_from.name)
         names = list(self.ir_op_priority.get(op_name, op.priority))
         if self.batch_invariant:
             kept = [name for name in names if op.providers[name].batch_invariant]

@@ -1,17 +1,20 @@
 """Compare what the ranks of a group are about to run, before they run it.
 
-The passes put a call of `fusewire::rendezvous` before the first collective of every graph. It carries the graph's
-fingerprint, so that whoever runs the graph brings it along: a cached, copied or shipped graph too. As long as a rank
-runs graphs of one fingerprint, a call is one comparison. Before the first collective of a graph with another
-fingerprint the ranks meet: each tells the others its fingerprint and waits for theirs. If they differ, or a rank does
-not come, every rank that waits raises.
+The passes put a call of `fusewire::rendezvous` before the first collective of every graph. It
+carries the graph's fingerprint, so that whoever runs the graph brings it along: a cached, copied or
+shipped graph too. As long as a rank runs graphs of one fingerprint, a call is one comparison.
+Before the first collective of a graph with another fingerprint the ranks meet: each publishes its
+fingerprint and waits for the others'. If they differ, or a rank does not come, every rank that
+waits raises.
 
-Graphs whose collectives are the program's own, as written, all have the empty fingerprint: they fit together however
-they were compiled, and with what a rank runs without compiling. So a process that rewrites nothing never waits.
+Graphs whose collectives are the program's own, as written, all have the empty fingerprint: they fit
+together however they were compiled, and with what a rank runs without compiling. So a process that
+rewrites nothing never waits.
 
-A graph whose collectives carry something else than the program's (a moved scale, a merged sum) would mix with those
-of a rank that runs the program as written, and nobody would notice. Before such a graph the ranks meet at every call
-("strict"). Replays of CUDA graphs meet nobody: they repeat what was compared at capture.
+The collectives of a graph that carry something else than the program's (a moved scale, a merged
+sum) would mix unnoticed with those of a rank that runs the program as written. Before such a graph
+the ranks meet at every call ("strict"). Replays of CUDA graphs meet nobody: they repeat what was
+compared at capture.
 
 Ranks of one host meet in a page of shared memory; others in the group's store.
 """
@@ -26,12 +29,13 @@ import socket
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from fusewire.custom_ops._torch_private import process_group
 from fusewire.custom_ops.coordination.store import GroupStore, poll
 from fusewire.custom_ops.coordination.timeouts import EXPLANATION_S, TIMEOUT_VARIABLE, group_timeout_s
 from fusewire.custom_ops.coordination.vote import Channel, VoteResult, vote
@@ -43,14 +47,14 @@ _NEVER = "-"  # equal to no fingerprint
 _LINE_WORDS = 8  # a cache line for each rank
 _SPIN_S = 0.001
 _SHARED_MEMORY = "/dev/shm"
-_resolve: Callable[[str], Any] = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined,assignment]
 
 
 class _Board:
     """A page that the ranks of one host share: one 64-bit word a rank, written by that rank alone.
 
-    A word holds the number of the rank's last meeting (16 bits) and the digest of its fingerprint there (48 bits; 0: the
-    rank has given up). Ranks are at most one meeting apart, so the number may wrap around.
+    A word holds the number of the rank's last meeting (16 bits) and the digest of its fingerprint
+    there (48 bits; 0: the rank has given up). Ranks are at most one meeting apart, so the number
+    may wrap around.
     """
 
     def __init__(self, path: str, rank: int, size: int) -> None:
@@ -71,7 +75,7 @@ class _Board:
         self._words[self._rank * _LINE_WORDS] = (number & 0xFFFF) << 48 | digest
 
     def look(self, number: int, digest: int) -> tuple[list[int], list[int]]:
-        """The ranks that have not come to a meeting, and those that came with another digest or have given up."""
+        """Return the absent ranks, and those with another digest or that have given up."""
         absent, differing = [], []
         for peer in self._others:
             word = self._words[peer * _LINE_WORDS]
@@ -86,13 +90,13 @@ class _Board:
         return absent, differing
 
     def ahead(self, number: int) -> dict[int, int]:
-        """The ranks that wait at a later meeting than this number, with their digests."""
+        """Return the ranks that wait at a later meeting than this number, with their digests."""
         words = ((peer, self._words[peer * _LINE_WORDS]) for peer in self._others)
         return {peer: word & 0xFFFFFFFFFFFF for peer, word in words if 0 < ((word >> 48) - number & 0xFFFF) < 0x8000}
 
 
 class _Meetings:
-    """The meetings of one process group, as this rank knows them."""
+    """The meetings of one process group, on this rank."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = weakref.ref(group)
@@ -135,7 +139,7 @@ class _Meetings:
             self._board.publish(self._number + 1, 0)
 
     def waiting(self, group: dist.ProcessGroup) -> dict[int, int]:
-        """The global ranks that wait for this one at a meeting, with the digests of their fingerprints."""
+        """Return the global ranks that wait for this one, with their fingerprints' digests."""
         if self._board is not None:
             return {self.ranks[peer]: digest for peer, digest in self._board.ahead(self._number).items()}
         store = GroupStore(group)
@@ -148,11 +152,11 @@ class _Meetings:
         return self._board is not None
 
     def answer(self, group: dist.ProcessGroup, label: str) -> None:
-        """Come to a meeting in the store, so that those who wait there hear that this rank will not go on."""
+        """Come to a meeting in the store, so that the ranks that wait there raise."""
         self._in_store(group, _NEVER, label)
 
     def _first(self, group: dist.ProcessGroup, fingerprint: str, label: str) -> None:
-        """The first meeting goes through the store, and leaves a page for those after it if all ranks are on one host."""
+        """Meet in the store; share a page for later meetings if all ranks are on one host."""
         path = _Board.make(group.size()) if self._rank == 0 else ""
         try:
             found = self._in_store(group, fingerprint, label, {"host": host(), "path": path})
@@ -213,7 +217,7 @@ class _Meetings:
             raise RankMismatchError(_difference(group, self._explanations(group, label)))
 
     def _explanations(self, group: dist.ProcessGroup, label: str) -> dict[int, str]:
-        """What each rank is about to run, as far as the ranks say so in time; for the message only."""
+        """Return what each rank is about to run, if published in time; for the message."""
         assert self._board is not None
         self._explain(group, label)
         self._board.publish(self._number + 1, 0)
@@ -230,7 +234,7 @@ class _Meetings:
         return found
 
     def _explain(self, group: dist.ProcessGroup, text: str) -> None:
-        """Tell the others, for their messages, what this rank is about to run, or why it does not."""
+        """Publish, for the others' messages, what this rank is about to run, or why it does not."""
         GroupStore(group).set_once(f"running/{self._name}/{self._rank}", text)
 
 
@@ -240,11 +244,13 @@ _lock = threading.Lock()
 
 
 def rendezvous(x: torch.Tensor, group_name: str, fingerprint: str, label: str, strict: bool) -> None:
-    """Compare the fingerprint of the graph that is about to run with those of the group's other ranks.
+    """Compare the fingerprint of the graph that is about to run with those of the group's other
+    ranks.
 
     Args:
-        x: what the graph's first collective sends, of any shape, dtype and device. It is declared as written so that the
-            compiler keeps the call before that collective; nothing touches it.
+        x: what the graph's first collective sends, of any shape, dtype and device. It is declared
+            as written so that the compiler keeps the call before that collective; nothing touches
+            it.
         fingerprint: of the graph's collectives over the group; "" if they are the program's own.
         label: the same for people.
         strict: meet at every call, and not only after a graph with another fingerprint.
@@ -254,7 +260,7 @@ def rendezvous(x: torch.Tensor, group_name: str, fingerprint: str, label: str, s
         ProcessGroupError: there is no such group in this process.
     """
     known = _meetings.get(group_name)
-    if known is not None and known.last == fingerprint and not strict and known.group() is _resolve(group_name):
+    if known is not None and known.last == fingerprint and not strict and known.group() is process_group(group_name):
         return
     group = resolve_group(group_name)
     meetings = _meetings_of(group_name, group)
@@ -264,7 +270,7 @@ def rendezvous(x: torch.Tensor, group_name: str, fingerprint: str, label: str, s
 
 
 def _meetings_of(name: str, group: dist.ProcessGroup) -> _Meetings:
-    """The meetings of a group, whatever name it is called by; anew if the group of that name is another one."""
+    """Return the meetings of a group, by any of its names; new ones for another group."""
     with _lock:
         found = _meetings.get(name)
         if found is None or found.group() is not group:
@@ -276,7 +282,7 @@ def _meetings_of(name: str, group: dist.ProcessGroup) -> _Meetings:
 
 
 def waiting_peers(group: dist.ProcessGroup, fingerprint: str) -> tuple[list[int], list[int]]:
-    """The global ranks that wait for this one: before a graph with this fingerprint, and before another."""
+    """Return the global ranks that wait for this one: before this graph, before another."""
     waiting = _meetings_of(group.group_name, group).waiting(group)
     same = [rank for rank, digest in waiting.items() if digest == _digest(fingerprint)]
     return same, [rank for rank in waiting if rank not in same]
@@ -285,7 +291,8 @@ def waiting_peers(group: dist.ProcessGroup, fingerprint: str) -> tuple[list[int]
 def fail(group: dist.ProcessGroup, reason: str) -> None:
     """Let no rewritten graph run over a group any more; ranks that wait for this one raise.
 
-    Waits for other ranks only where those that wait are at the group's first meeting, and not all have come to it.
+    Waits for other ranks only where those that wait are at the group's first meeting, and not all
+    have come to it.
     """
     meetings = _meetings_of(group.group_name, group)
     meetings.fail(group, reason)
@@ -312,10 +319,10 @@ def _listed(ranks: list[int]) -> str:
 
 
 def _difference(group: dist.ProcessGroup, labels: Mapping[int, str]) -> str:
-    said = "; ".join(f"rank {rank}: {label}" for rank, label in sorted(labels.items()))
+    listed = "; ".join(f"rank {rank}: {label}" for rank, label in sorted(labels.items()))
     return (
         f"the ranks of group {group.group_name!r} are about to run graphs whose collectives do not fit together, and "
-        f"nothing was sent. {said}. Make every rank run the same program with the same options on equal shapes, or set "
+        f"nothing was sent. {listed}. Make every rank run the same program with the same options on equal shapes, or set "
         "FUSEWIRE_DISABLE=1 on all of them"
     )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
 
+from fusewire.custom_ops._torch_private import store_of
+from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.coordination.timeouts import ANNOUNCE_AFTER_S
 from fusewire.errors import ProcessGroupError
 
@@ -17,11 +18,6 @@ T = TypeVar("T")
 _PREFIX = "fusewire/"
 _NO_VALUE = "no value"  # never written
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05
-
-
-def log_line(text: str) -> None:
-    """Print one line on stderr: what takes long, or what a user must know though nobody asked."""
-    print(f"[fusewire] {text}", file=sys.stderr, flush=True)
 
 
 class GroupStore:
@@ -35,7 +31,7 @@ class GroupStore:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         try:
-            self._store = dist.distributed_c10d._get_process_group_store(group)
+            self._store = store_of(group)
         except KeyError:
             raise ProcessGroupError(
                 f"the ranks of group {group.group_name!r} have no store in which they could compare what they run; "
@@ -47,8 +43,9 @@ class GroupStore:
         self._store.set(_PREFIX + key, value)
 
     def get(self, key: str) -> str | None:
-        """The value of a key; None if there is none."""
-        # A store's own get waits for a key, also for one that is removed between a check and the get.
+        """Return the value of a key; None if there is none."""
+        # A store's own get waits for a key, also for one that is removed between a check and the
+        # get.
         value = self._store.compare_set(_PREFIX + key, _NO_VALUE, _NO_VALUE).decode()
         return None if value == _NO_VALUE else value
 
@@ -57,7 +54,7 @@ class GroupStore:
         return self._store.compare_set(_PREFIX + key, "", value).decode()
 
     def replace(self, key: str, old: str, new: str) -> bool:
-        """Write `new` over a key if its value is `old`, atomically; whether it was. `new` differs from `old`."""
+        """Write `new` over a key that holds `old`, atomically; return whether it did."""
         return self._store.compare_set(_PREFIX + key, old, new).decode() == new
 
     def delete(self, key: str) -> None:
@@ -80,7 +77,8 @@ def poll(
         limit_s: how long to wait, in seconds.
         waiting_for: says in words what is waited for; logged once if it takes long.
         progress: the limit begins anew whenever this returns something else than before.
-        spin_s: look without a pause for so long, in seconds, where a look costs less than a microsecond.
+        spin_s: look without a pause for so long, in seconds, where a look costs less than a
+            microsecond.
 
     Returns:
         What `look` returned, or None if the limit has passed.

@@ -3,12 +3,13 @@
 A vote is an exchange over the group's store, one text from each rank to all:
 
 1. Every rank but the group's first posts its ballot, with a random nonce, under a key of its own.
-2. The first rank waits for all ballots, marks each as taken, and then writes the outcome, all ballots, over the marks.
-3. Every other rank reads the outcome from its key and removes the key.
+2. The first rank waits for all ballots, marks each as taken, and then writes the outcome, all
+ballots, over the marks. 3. Every other rank reads the outcome from its key and removes the key.
 
-The first rank writes over nothing but what it has read, so what it writes for one try never meets another. A rank that
-gives up removes its ballot unless that is taken; then the outcome follows. So all ranks get the outcome or each an error,
-unless the first rank dies between its writes. Nothing counts calls: ranks fit again after one has come once more.
+The first rank writes over nothing but what it has read, so what it writes for one try never meets
+another. A rank that gives up removes its ballot unless that is taken; then the outcome follows. So
+all ranks get the outcome or each an error, unless the first rank dies between its writes. Nothing
+counts calls: ranks fit again after one has come once more.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ _locks_guard = threading.Lock()
 class Channel:
     """The ranks of a group, talking over the group's store, on the CPU, with bounded waits.
 
-    Also fits where FlashInfer asks for a `CommBackend` (Get_rank, Get_size, allgather, bcast, barrier).
+    Also fits where FlashInfer asks for a `CommBackend` (Get_rank, Get_size, allgather, bcast,
+    barrier).
 
-    The keys of all exchanges but a channel's first hold the first one's nonce: a thread that an earlier try has given up,
-    with a channel of its own, meets nobody. After an error make a new channel. Not thread-safe; but threads may use
-    channels of their own with the same label: exchanges of one topic wait for each other.
+    The keys of all exchanges but a channel's first hold the first one's nonce: a thread that an
+    earlier try has given up, with a channel of its own, meets nobody. After an error make a new
+    channel. Not thread-safe; but threads may use channels of their own with the same label:
+    exchanges of one topic wait for each other.
 
     Args:
         label: names what the channel is for, the same on every rank.
@@ -66,12 +69,13 @@ class Channel:
         self._written: set[str] = set()
 
     def beat(self) -> None:
-        """Tell ranks that wait for this one's vote that it is at work, so that their wait begins anew."""
+        """Restart the time limit of ranks that wait for this one's vote."""
         self._written.add(key := f"{self.label}/beat/{self.rank}")
         self._store.set(key, uuid.uuid4().hex)
 
     def abort(self, reason: str) -> None:
-        """Make `allgather` raise WorkspaceError: here for good, on the others until `clear`. The first reason counts.
+        """Make `allgather` raise WorkspaceError: here for good, on the others until `clear`. The
+        first reason counts.
 
         For use after the channel's first exchange, so that it does not meet other tries.
         """
@@ -85,7 +89,8 @@ class Channel:
             self._store.delete(self._written.pop())
 
     def allgather(self, data: Any) -> tuple[Any, ...]:
-        """Send an object to all ranks and return every rank's. A collective. Tuples arrive as lists.
+        """Send an object to all ranks and return every rank's. A collective. Tuples arrive as
+        lists.
 
         Raises:
             PeerTimeoutError: on every rank, if one did not come within wait_s.
@@ -109,7 +114,7 @@ class Channel:
         return self.size
 
     def _exchange(self, topic: str, payload: Any, abortable: bool = False) -> list[Any]:
-        """Send a payload to all ranks and return every rank's. If abortable, `abort` ends it and beats do not count."""
+        """Send a payload to all ranks and return every rank's. If abortable, beats do not count."""
         ballot = _BALLOT + _encode({"nonce": uuid.uuid4().hex, "payload": payload})
         key = f"{self.label}/{self._session}/{topic}"
         with _turn(f"{self._group_name} {key}/{self.rank}"):
@@ -126,7 +131,7 @@ class Channel:
         return [found["payload"] for found in ballots]
 
     def _lead(self, key: str, topic: str, ballot: str, abortable: bool) -> str:
-        """Collect the ballots as the first rank and publish them; null stands for that of a rank that did not come."""
+        """Collect the ballots as the first rank and publish them; null for an absent rank's."""
         texts, absent = {0: ballot}, list[int]()
 
         def look() -> bool | None:
@@ -174,7 +179,7 @@ class Channel:
     def _wait(
         self, look: Callable[[], T | None], limit_s: float, abortable: bool, awaited: Callable[[], str] | None = None
     ) -> T | None:
-        """Poll `look`; raise WorkspaceError on an abort if abortable, and else wait on as long as a rank beats."""
+        """Poll `look`; an abort ends it if abortable, else beats prolong it."""
 
         def look_out() -> T | None:
             reason = abortable and (self._abort_reason or self._store.get(f"{self.label}/{self._session}/abort"))
@@ -223,16 +228,21 @@ def vote(
     work_s: float | None = None,
     release_peers: bool = False,
 ) -> VoteResult:
-    """Do a rank's share of something and vote on it. A collective: every rank of the group calls it alike.
+    """Do this rank's share of something and vote on it. A collective: every rank of the group calls
+    it alike.
 
     Args:
         topic: names the vote; the same on every rank.
-        work: this rank's share. What it returns are facts for the others (JSON types); what it raises is a "no".
-        work_s: run the work in a thread and give it up after so many seconds (None: wait for it, in this thread).
-        release_peers: the work talks over the channel itself: if it fails here, peers that wait in it are freed.
+        work: this rank's share. What it returns are facts for the others (JSON types); what it
+            raises is a "no".
+        work_s: run the work in a thread and give it up after so many seconds (None: wait for it, in
+            this thread).
+        release_peers: the work talks over the channel itself: if it fails here, peers that wait in
+            it are freed.
 
     Raises:
-        PeerTimeoutError: on every rank, if one did not vote in time or its work ran out of time on the GPU.
+        PeerTimeoutError: on every rank, if one did not vote in time or its work ran out of time on
+            the GPU.
     """
     if release_peers and channel._session == _NO_SESSION:
         channel.barrier()
@@ -259,8 +269,9 @@ def vote(
 def in_thread(work: Callable[[], Any], limit_s: float, topic: str, channel: Channel) -> Any:
     """Call work() in a thread, with beats on the channel, and give it up after limit_s seconds.
 
-    A library may wait for a peer for ever. The thread has another use: while Inductor's CUDA graphs warm up, this thread
-    allocates from a pool that the graphs will overwrite; buffers made in another thread lie outside it.
+    A library may wait for a peer for ever. The thread has another use: while Inductor's CUDA graphs
+    warm up, this thread allocates from a pool that the graphs will overwrite; buffers made in
+    another thread lie outside it.
 
     Raises:
         WorkspaceError: it did not end in time. Besides, what work() raises.
@@ -293,7 +304,7 @@ def in_thread(work: Callable[[], Any], limit_s: float, topic: str, channel: Chan
 
 
 def describe(error: BaseException) -> str:
-    """Say what an exception is about, in one line, with its class where the message alone is not enough."""
+    """Return an exception's message in one line, with its class where that helps."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 400 else text[:400] + "..."
     return text if isinstance(error, WorkspaceError | PeerTimeoutError) and text else f"{type(error).__name__}: {text}"

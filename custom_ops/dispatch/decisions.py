@@ -1,4 +1,4 @@
-"""Decisions of the dispatcher, kept until what they follow from changes."""
+"""Keep the dispatcher's decisions until what they depend on changes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ class Decision(NamedTuple):
     """The provider of a call.
 
     Attributes:
-        held: name, workspace, variant and output buffer, where it works in a workspace.
-        extended: what fusewire.custom_ops.dispatch.derived_ops made of it, by operator.
+        bound: name, workspace, variant and output buffer, where it works in a workspace.
+        derived: what fusewire.custom_ops.dispatch.derived_ops made of it, by operator.
     """
 
     provider: Provider
     snapshot: tuple[tuple[str, Provider], ...]
     group: weakref.ref[dist.ProcessGroup] | None
-    held: tuple[str, Workspace, str, int | None] | None
-    extended: dict[Any, Provider]
+    bound: tuple[str, Workspace, str, int | None] | None
+    derived: dict[Any, Provider]
 
 
 class Decisions:
-    """Decisions by what they depend on, all made at one version of the workspaces' registry. Thread-safe.
+    """Decisions by what they depend on, all made at one version of the workspaces' registry.
+    Thread-safe.
 
-    The version and its decisions are replaced together, as one tuple. So nobody finds a decision of another version, and
-    what a slow thread decided by an old one is not taken for one of now.
+    The version and its decisions are replaced together, as one tuple. So nobody finds a decision of
+    another version, and what a slow thread decided by an old one is not taken for one of now.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -40,7 +41,7 @@ class Decisions:
         self._state: tuple[int, dict[Any, Decision]] = (0, {})
 
     def get(self, key: Any, version: int) -> Decision | None:
-        """The decision kept under a key, if it was made at that version."""
+        """Return the decision kept under a key, if it was made at that version."""
         made_at, found = self._state
         return found.get(key) if made_at == version else None
 

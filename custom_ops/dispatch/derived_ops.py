@@ -1,8 +1,9 @@
-"""Operators that extend `all_reduce_rms_norm` (sandwich norms, a sharded residual): who computes a call of theirs.
+"""Choose who computes a derived op of `all_reduce_rms_norm` (sandwich norms, a sharded residual).
 
-They have no table and no vote of their own. The provider that would serve the plain operator at this size serves; where
-it has one kernel for the whole (`WorkspaceProvider.bind_extended`), that runs, else the provider's own all-reduce with
-the rest after it. All of this follows from what is the same on every rank.
+Derived ops have no costs and no vote of their own. The provider that would serve the plain operator
+at this size serves; where it has one kernel for the whole (`WorkspaceProvider.bind_derived`), that
+runs, else the provider's own all-reduce with the rest after it. All of this follows from what is
+the same on every rank.
 """
 
 from __future__ import annotations
@@ -20,24 +21,25 @@ from fusewire.custom_ops.ops.norms import BATCH_INVARIANT_NORMS, TRITON_NORM, fu
 from fusewire.custom_ops.ops.registry import NATIVE, IrOp, Provider
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import (
+    NO_INNER,
+    AddNorm,
     all_reduce_rms_norm_sharded,
     compute_sharded,
     gather_rows,
     own_rows,
     plain_add_norm,
 )
+from fusewire.custom_ops.workspaces.capture import capturing
 from fusewire.custom_ops.workspaces.provider import PROVIDERS
-
-AddNorm = Callable[[Tensor, "Tensor | None", "Tensor | None", float, float, str], tuple[Tensor, Tensor]]
 
 
 def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
-    """The provider for a call of an extending operator, its `fn` with that operator's parameters.
+    """Return the provider for a call of a derived op, its `fn` with that operator's parameters.
 
     Raises: as `fusewire.custom_ops.dispatch.dispatcher.select`.
     """
-    assert op.base is not None
-    decision = dispatch.decide(op.base, op.base_args(args), policy)
+    assert op.derives_from is not None
+    decision = dispatch.decide(op.derives_from, op.base_args(args), policy)
     residual, weight, inner_weight = args[1], args[2], args[6]
     key = (
         op.name,
@@ -46,32 +48,33 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
         None if inner_weight is None else inner_weight.dtype,
         args[9],
     )
-    found = decision.extended.get(key)
+    found = decision.derived.get(key)
     if found is None:
         found = dataclasses.replace(decision.provider, fn=_function(op, decision, args))
-        if not dispatch.capturing():  # in which a provider may not have been able to try its kernel
-            decision.extended[key] = found
+        if not capturing():  # in which a provider may not have been able to try its kernel
+            decision.derived[key] = found
     return found
 
 
 def _function(op: IrOp, decision: Decision, args: tuple[Any, ...]) -> Callable[..., Any]:
     provider = decision.provider
-    if decision.held is not None:
-        name, workspace, variant, output = decision.held
-        whole = PROVIDERS[name].bind_extended(workspace, variant, op.name, args, output)
+    if decision.bound is not None:
+        name, workspace, variant, output = decision.bound
+        whole = PROVIDERS[name].bind_derived(workspace, variant, op.name, args, output)
         if whole is not None:
             return whole
     add_norm = _add_norm_for(provider, args[0])
     if op is all_reduce_sandwich_norm:
         return op.native if add_norm is plain_add_norm and provider.name == NATIVE else _sandwich(provider, add_norm)
-    # Where the plain operator would take FlashInfer's kernel, a reduce-scatter and an all-gather move as much.
+    # Where the plain operator would take FlashInfer's kernel, a reduce-scatter and an all-gather
+    # move as much.
     if provider.name == NATIVE or provider.name in PROVIDERS:
         return _sharded_native(add_norm)
     return _sharded_by_full_sum(provider, add_norm)
 
 
 def _by_policy(policy: str) -> AddNorm:
-    """Add + norm by the norms' own providers."""
+    """Return add + norm by the norms' own providers."""
 
     def add_norm(
         x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_bias: float, form: str
@@ -93,25 +96,20 @@ _kernel = _by_policy(f"{TRITON_NORM},{NATIVE}")
 def _add_norm_for(provider: Provider, x: Tensor) -> AddNorm:
     if provider.batch_invariant:
         return _invariant
-    return _kernel if dispatch._on_gpu(x) else plain_add_norm
+    return _kernel if dispatch.on_gpu(x) else plain_add_norm
+
+
+# The functions below return functions of the parameters (x, residual, weight, eps, weight_bias,
+# form, inner_weight, inner_eps, inner_weight_bias, inner_form, group_name): two `NormSpec`s, one
+# after the other.
 
 
 def _sandwich(provider: Provider, add_norm: AddNorm) -> Callable[..., tuple[Tensor, Tensor]]:
-    def run(
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        weight_bias: float,
-        form: str,
-        inner_weight: Tensor | None,
-        inner_eps: float,
-        inner_weight_bias: float,
-        inner_form: str,
-        group_name: str,
-    ) -> tuple[Tensor, Tensor]:
-        inner, _ = provider.fn(x, None, inner_weight, inner_eps, inner_weight_bias, inner_form, group_name)
-        return add_norm(inner, residual, weight, eps, weight_bias, form)
+    """Return the sandwich by the provider's all-reduce + norm, then add + norm."""
+
+    def run(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        inner, _ = provider.fn(x, None, *rest[4:])
+        return add_norm(inner, residual, *rest[:4])
 
     return run
 
@@ -121,33 +119,22 @@ def _sharded_native(add_norm: AddNorm) -> Callable[..., tuple[Tensor, Tensor]]:
         return all_reduce_rms_norm_sharded.native
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:
-        return compute_sharded(add_norm, *args)
+        return compute_sharded(add_norm, args[0], args[1], args[2:6], args[6:10], args[10])
 
     return run
 
 
 def _sharded_by_full_sum(provider: Provider, add_norm: AddNorm) -> Callable[..., tuple[Tensor, Tensor]]:
-    """By a provider of which nothing is known but that it sums: every rank has the whole sum and takes its rows."""
+    """Return the sharded op by a user's provider, which sums all rows on every rank."""
 
-    def run(
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        eps: float,
-        weight_bias: float,
-        form: str,
-        inner_weight: Tensor | None,
-        inner_eps: float,
-        inner_weight_bias: float,
-        inner_form: str,
-        group_name: str,
-    ) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        norm_spec, inner_spec, group_name = rest[:4], rest[4:8], rest[8]
         group = resolve_group(group_name)
-        _, full = provider.fn(x, None, None, eps, 0.0, form, group_name)
+        _, full = provider.fn(x, None, None, norm_spec[1], 0.0, norm_spec[3], group_name)
         shard = own_rows(full, group.rank(), group.size())
-        if inner_form:
-            shard, _ = add_norm(shard, None, inner_weight, inner_eps, inner_weight_bias, inner_form)
-        norm, shard = add_norm(shard, residual, weight, eps, weight_bias, form)
+        if inner_spec[3] != NO_INNER:
+            shard, _ = add_norm(shard, None, *inner_spec)
+        norm, shard = add_norm(shard, residual, *norm_spec)
         return gather_rows.native(norm, x, group_name), shard
 
     return run

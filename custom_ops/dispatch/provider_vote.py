@@ -1,13 +1,13 @@
-"""Which providers that a user has registered serve a call on every rank of its group: the ranks vote.
+"""Vote on which providers that a user has registered serve a call on every rank of its group.
 
-Such a provider may be there on one rank only (a package installed on one host only), or its checks may answer differently.
-Ranks that each went by their own answer would run different collectives. So the ranks of a group vote, once for each set
-of providers on how they are registered, and once for each shape and dtype on what their checks say; one "no" counts for
-all.
+Such a provider may be registered on one rank only, or its checks may answer differently. Ranks that
+each went by their own answer would run different collectives. So the ranks of a group vote, once
+for each set of providers on how they are registered, and once for each shape and dtype on their
+checks; one refusal counts for all.
 
-Fusewire's own providers are registered on every rank. Those with a workspace are voted on in
-`custom_ops/workspaces/registry.py` and check in their `supports_args` only what is equal on every rank; the
-others serve every call.
+Fusewire's own providers need no vote here: they are registered on every rank. The ranks vote on
+their workspaces in `custom_ops/workspaces/registry.py`, and their `supports_args` checks only what
+is equal on every rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.coordination.vote import Channel, VoteResult, describe, vote
 from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.ops.registry import (
@@ -30,14 +30,14 @@ from fusewire.custom_ops.ops.registry import (
     IrOp,
     Provider,
     Support,
-    checks_nothing,
+    always,
     no_without_reason,
     parse_policy,
     unknown_provider,
 )
 from fusewire.custom_ops.ops.sharded_norm import gather_rows
+from fusewire.custom_ops.workspaces.capture import refuse_capture
 from fusewire.custom_ops.workspaces.provider import PROVIDERS
-from fusewire.custom_ops.workspaces.registry import refuse_capture
 from fusewire.errors import ConfigError, PeerTimeoutError, SchemaError
 
 # The providers of collective operators that fusewire registers itself, on every rank.
@@ -69,10 +69,10 @@ class _Outcomes:
 
     found: dict[Any, Any] = field(default_factory=dict)
     turns: dict[Any, threading.Lock] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)
+    logged: set[str] = field(default_factory=set)
 
     def once(self, key: Any, ask: Callable[[], Any]) -> Any:
-        """What is known under a key. If nothing is, one thread asks and others with the same key wait for it."""
+        """Return what is known under a key; else one thread asks and others wait for it."""
         if (outcome := self.found.get(key)) is not None:
             return outcome
         with self.turns.setdefault(key, threading.Lock()):
@@ -92,10 +92,11 @@ _outcomes_lock = threading.Lock()
 
 
 def agree_on_providers(op: IrOp, names: Sequence[str], args: tuple[Any, ...]) -> Agreed:
-    """Find out what all ranks of a call's group answer together about the providers that a user has registered.
+    """Return what all ranks of a call's group answer together about the providers that a user has
+    registered.
 
-    A collective at the first call of its kind in a group; then looked up, and also as long as nobody else is concerned:
-    with providers of fusewire's own, a group of one rank, or torch's "fake" backend, on which each rank goes by itself.
+    A collective at the first call of its kind in a group; then looked up. No collective with
+    fusewire's own providers alone, in a group of one rank, or with torch's "fake" backend.
     Thread-safe.
 
     Args:
@@ -104,7 +105,8 @@ def agree_on_providers(op: IrOp, names: Sequence[str], args: tuple[Any, ...]) ->
         args: native's arguments; the last is the group's name.
 
     Raises:
-        ConfigError: on every rank, if one of them has a provider not registered, or in a way that does not fit.
+        ConfigError: on every rank, if one of them has a provider not registered, or in a way that
+            does not fit.
         SchemaError: on every rank, if a check says no without a reason.
         CaptureError: the ranks have not voted yet, and a CUDA graph is being captured.
         PeerTimeoutError: a rank did not take part in the vote.
@@ -126,7 +128,7 @@ def agree_on_providers(op: IrOp, names: Sequence[str], args: tuple[Any, ...]) ->
 
 
 def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
-    """The provider for a call of a collective that has nothing more to choose by than its providers' checks.
+    """Return the provider for a call of a collective that is chosen by its providers' checks alone.
 
     Raises: as `agree_on_providers` and `IrOp.choose`.
     """
@@ -135,7 +137,7 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
 
 
 def _voters(group_name: str) -> dist.ProcessGroup | None:
-    """The group whose ranks have to agree, or None."""
+    """Return the group whose ranks have to agree, or None."""
     if not dist.is_initialized():
         return None
     group = resolve_group(group_name)
@@ -143,27 +145,26 @@ def _voters(group_name: str) -> dist.ProcessGroup | None:
 
 
 def _vote_on_registration(op: IrOp, names: tuple[str, ...], group: dist.ProcessGroup) -> dict[str, str]:
-    """How the ranks together have each provider registered."""
+    """Return how the ranks together have each provider registered."""
     listed = ", ".join(names)
-    _refuse_capture(listed)
-    channel = Channel(group, f"providers of {op.name}, group {group.group_name}")
+    channel = _channel(op, listed, group)
     result = vote(channel, f"registration of {listed}", lambda: {name: _registration(op, name) for name in names})
     return {name: _together(op, name, result) for name in names}
 
 
 def _registration(op: IrOp, name: str) -> str:
-    """How this rank has a provider registered."""
+    """Return how this rank has a provider registered."""
     provider = op.providers.get(name)
     if provider is None:
         return _MISSING
     if name in PROVIDERS:
         return _WORKSPACE
     checks = (provider.supported, provider.supports_args, provider.supports_tokens)
-    return _NO_CHECKS if all(map(checks_nothing, checks)) else _CHECKS
+    return _NO_CHECKS if all(map(always, checks)) else _CHECKS
 
 
 def _together(op: IrOp, name: str, result: VoteResult) -> str:
-    """How all ranks have a provider registered: with checks, if it has any on one of them."""
+    """Return how all ranks have a provider registered: with checks if one of them has any."""
     found = [str(fact[name]) for fact in result.facts]
     if set(found) == {_MISSING}:
         raise ConfigError(unknown_provider(op, name))
@@ -179,10 +180,9 @@ def _together(op: IrOp, name: str, result: VoteResult) -> str:
 def _vote_on_call(
     op: IrOp, names: tuple[str, ...], args: tuple[Any, ...], group: dist.ProcessGroup, outcomes: _Outcomes
 ) -> dict[str, Support]:
-    """What the ranks' checks answer together."""
+    """Return what the ranks' checks answer together."""
     listed = ", ".join(names)
-    _refuse_capture(listed)
-    channel = Channel(group, f"providers of {op.name}, group {group.group_name}")
+    channel = _channel(op, listed, group)
     result = vote(channel, f"{listed} for {_kind_of(args)}", lambda: {name: _reason(op, name, args) for name in names})
     if not result.ok:
         raise SchemaError(result.reason)
@@ -191,15 +191,15 @@ def _vote_on_call(
         reasons = tuple(str(fact[name]) for fact in result.facts)
         reason = VoteResult(reasons, result.facts, result.ranks).reason
         support[name] = Support.no(reason) if reason else YES
-        if reason and not all(reasons) and name not in outcomes.told:
-            outcomes.told.add(name)
+        if reason and not all(reasons) and name not in outcomes.logged:
+            outcomes.logged.add(name)
             if group.rank() == 0:
                 log_line(f"{op.name}: no rank uses {name}, which not all of them can: {reason}")
     return support
 
 
 def _reason(op: IrOp, name: str, args: tuple[Any, ...]) -> str:
-    """Why a provider cannot serve a call on this rank, or nothing."""
+    """Return why a provider cannot serve a call on this rank, or nothing."""
     try:
         support = op.providers[name].check(*args)
     except PeerTimeoutError:
@@ -214,19 +214,17 @@ def _reason(op: IrOp, name: str, args: tuple[Any, ...]) -> str:
 
 
 def _kind_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a provider's checks may go by: the same on every rank, so without the devices' numbers."""
+    """Return what a provider's checks may depend on, the same on every rank."""
     return tuple(
         (tuple(arg.shape), str(arg.dtype), arg.device.type) if isinstance(arg, Tensor) else arg for arg in args
     )
 
 
-def _refuse_capture(listed: str) -> None:
-    refuse_capture(
-        listed,
-        "registered by the user",
-        "is not voted on yet",
-        "run the model once, with the same numbers of tokens, before capture",
-    )
+def _channel(op: IrOp, listed: str, group: dist.ProcessGroup) -> Channel:
+    """Return a channel for a vote. Raises CaptureError during the capture of a CUDA graph."""
+    remedy = "run the model once, with the same numbers of tokens, before capture"
+    refuse_capture(listed, "registered by the user", "is not voted on yet", remedy)
+    return Channel(group, f"providers of {op.name}, group {group.group_name}")
 
 
 gather_rows.selector = select

@@ -1,9 +1,8 @@
-"""Tuned tables on disk: what `python -m fusewire tune` measured on this machine.
+"""Read and write tuned tables: what `python -m fusewire tune` measured on this machine.
 
-A table is for one kind of machine, group and activation (`PlanKey`): GPU, driver, links, world size, hidden
-size, dtype, library versions. It is one JSON file in `folder()`. A file that is damaged, foreign or about
-something else is ignored, with a reason to read, and never fails a program. Which table the ranks of a group
-go by is for fusewire.custom_ops.dispatch.table_vote.
+A table is for one kind of machine, group and activation (`TableKey`). It is one JSON file in
+`folder()`. A file that is damaged, foreign or about something else is ignored, with a reason, and
+never fails a program.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusewire.custom_ops.dispatch.cost_model import Plan
+from fusewire.custom_ops.dispatch.cost_model import CostModel
 from fusewire.custom_ops.workspaces.provider import device_facts
 from fusewire.errors import FusewireError
 
@@ -43,7 +42,7 @@ class TableError(FusewireError):
 
 
 @dataclass(frozen=True)
-class PlanKey:
+class TableKey:
     """What a table is for. Texts that several GPUs of a group do not share are joined by " + "."""
 
     device: str  # "cuda", or "cpu": times of CPU ranks say nothing about GPUs
@@ -60,21 +59,22 @@ class PlanKey:
         gpu = re.sub(r"[^A-Za-z0-9]+", "-", self.gpu).strip("-")[:60]
         return f"{gpu}-{self.world_size}-ranks-hidden-{self.hidden}-{self.dtype}-{_digest(asdict(self))[:12]}.json"
 
-    def differences(self, other: PlanKey) -> str:
-        """What `other` has otherwise, for people; empty if the keys are equal."""
+    def differences(self, other: TableKey) -> str:
+        """Return what differs in `other`, for people; empty if the keys are equal."""
         mine, theirs = _flat(self), _flat(other)
         names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         return "; ".join(f"{name} {mine.get(name, 'none')}, here {theirs.get(name, 'none')}" for name in names)
 
 
-def _flat(key: PlanKey) -> dict[str, Any]:
+def _flat(key: TableKey) -> dict[str, Any]:
     found = asdict(key)
     return {**{name: value for name, value in found.items() if name != "versions"}, **found["versions"]}
 
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured: for each variant, microseconds per call by number of tokens, the slowest rank's.
+    """What was measured: for each variant, microseconds per call by number of tokens, the slowest
+    rank's.
 
     Attributes:
         measured: when, in UTC.
@@ -85,7 +85,7 @@ class Table:
         notes: what else a reader should know.
     """
 
-    key: PlanKey
+    key: TableKey
     times: Times
     measured: str = ""
     seconds: float = 0.0
@@ -94,14 +94,13 @@ class Table:
     link_rate: float | None = None
     notes: tuple[str, ...] = ()
 
-    def plan(self) -> Plan:
-        """The table in the dispatcher's terms."""
-        row = self.key.hidden * getattr(torch, self.key.dtype).itemsize
-        costs = {v: tuple((tokens * row, us) for tokens, us in points) for v, points in self.times.items()}
-        return Plan(f"tuned on this machine, {self.measured}", costs)
+    def cost_model(self) -> CostModel:
+        """Return the table in the dispatcher's terms."""
+        source = f"tuned on this machine, {self.measured}"
+        return CostModel.of_times(source, self.times, self.key.hidden, getattr(torch, self.key.dtype))
 
     def floor(self, tokens: int) -> float | None:
-        """Microseconds below which no two-shot gets: 2(R-1)/R of x's bytes leave each GPU over its links."""
+        """Return the least microseconds of a two-shot: 2(R-1)/R of x's bytes leave each GPU."""
         if not self.link_rate:
             return None
         key = self.key
@@ -121,13 +120,13 @@ def _digest(value: Any) -> str:
 
 
 def table_from_json(found: Any) -> Table:
-    """A table from what a file holds. Raises TableError if it is none, or of another version of the format."""
+    """Return the table in a file's content. Raises TableError if it is none."""
     if not isinstance(found, dict) or _MARK not in found:
         raise TableError("it is not a table of fusewire's")
     if found[_MARK] != SCHEMA:
         raise TableError(f"its format is version {found[_MARK]!r}, and this fusewire reads version {SCHEMA}")
     try:
-        key = PlanKey(**found["key"])
+        key = TableKey(**found["key"])
         rest = {f.name: found[f.name] for f in fields(Table) if f.name not in ("key", "times", "notes")}
         table = Table(key, _times(found["times"]), notes=tuple(map(str, found["notes"])), **rest)
         numbers = (key.world_size, key.hidden, table.seconds, *((table.link_rate,) if table.link_rate else ()))
@@ -165,7 +164,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def folder() -> Path:
-    """Where tables lie: FUSEWIRE_CACHE_DIR, else fusewire/ in the user's cache folder; there in tables/."""
+    """Return the tables' folder: in FUSEWIRE_CACHE_DIR, else in the user's cache folder."""
     named = os.environ.get(CACHE_VARIABLE)
     if named:
         return Path(named).expanduser() / "tables"
@@ -184,7 +183,7 @@ class Found(NamedTuple):
 
 
 def read(path: Path) -> Found:
-    """The table in a file. Never raises."""
+    """Return the table in a file. Never raises."""
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise TableError("it is too large to be a table")
@@ -197,8 +196,8 @@ def read(path: Path) -> Found:
         return Found(path, None, f"{path} is ignored: it is damaged ({type(error).__name__}: {error})")
 
 
-def load(key: PlanKey) -> Found:
-    """The table for a key, if there is one on this disk. Never raises."""
+def load(key: TableKey) -> Found:
+    """Return the table for a key, if there is one on this disk. Never raises."""
     found = read(folder() / key.file_name)
     if found.table is not None and found.table.key != key:
         differs = found.table.key.differences(key)
@@ -227,7 +226,7 @@ def save(table: Table) -> Path:
 
 
 def all_files() -> list[Found]:
-    """Every file that could be a table."""
+    """Return every file that could be a table."""
     try:
         return [read(path) for path in sorted(folder().glob("*.json"))]
     except OSError as error:
@@ -251,7 +250,7 @@ _SWITCH = "NVSwitch"
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
-    """What a key is made of, for this rank's device: JSON types. Never raises; what cannot be read is "unknown"."""
+    """Return this rank's part of a `TableKey`, as JSON types; "unknown" where unreadable."""
     cuda = device.type == "cuda"
     driver, links = _driver_and_links(device) if cuda else ("none", "none")
     own = device_facts(device)
@@ -268,7 +267,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """Of the packages whose kernels are timed. Ours changes with the sources too, as they do between releases."""
+    """Return the versions of all whose kernels are timed; fusewire's with its sources' hash."""
     found = {"torch": str(torch.__version__)}
     for name, package in (("triton", "triton"), ("flashinfer", "flashinfer-python"), ("fusewire", "fusewire")):
         try:
@@ -305,8 +304,8 @@ def _driver_and_links(device: torch.device) -> tuple[str, str]:
             pynvml.nvmlShutdown()
     if driver == "unknown":
         with contextlib.suppress(OSError):
-            said = re.search(r"\b\d{3,}\.\d+(\.\d+)*", Path("/proc/driver/nvidia/version").read_text())
-            driver = said.group() if said else driver
+            found = re.search(r"\b\d{3,}\.\d+(\.\d+)*", Path("/proc/driver/nvidia/version").read_text())
+            driver = found.group() if found else driver
     return driver, links
 
 
@@ -315,7 +314,7 @@ def _text(value: str | bytes) -> str:
 
 
 def _links(nvml: Any, gpu: Any) -> str:
-    """How many NVLinks, of what kind, and whether they end in a switch; else PCIe's generation and width."""
+    """Return the NVLinks' number and kind, and whether to a switch; else PCIe's kind."""
     active, kinds, versions = 0, set(), set()
     for link in range(nvml.NVML_NVLINK_MAX_LINKS):
         try:
@@ -336,8 +335,8 @@ def _links(nvml: Any, gpu: Any) -> str:
     return f"PCIe {nvml.nvmlDeviceGetMaxPcieLinkGeneration(gpu)} x {width}"
 
 
-def key_of(facts: Sequence[Mapping[str, Any]], hidden: int, dtype: torch.dtype) -> PlanKey:
-    """The key for a group from its ranks' facts, in any order."""
+def key_of(facts: Sequence[Mapping[str, Any]], hidden: int, dtype: torch.dtype) -> TableKey:
+    """Return the key for a group from its ranks' facts, in any order."""
 
     def common(values: Sequence[Any]) -> str:
         return " + ".join(sorted(set(map(str, values))))
@@ -345,10 +344,11 @@ def key_of(facts: Sequence[Mapping[str, Any]], hidden: int, dtype: torch.dtype) 
     links = common([fact["links"] for fact in facts])
     hosts = len({fact["host"] for fact in facts})
     if any(_SWITCH not in fact["links"] for fact in facts) and facts[0]["device"] == "cuda":
-        # Without a switch some pairs of GPUs are closer than others, so it matters which ones they are.
+        # Without a switch some pairs of GPUs are closer than others, so it matters which ones they
+        # are.
         links += f", GPUs {_digest(sorted(str(fact['uuid']) for fact in facts))[:8]}"
     names = {name for fact in facts for name in fact["versions"]}
-    return PlanKey(
+    return TableKey(
         device=common([fact["device"] for fact in facts]),
         gpu=common([fact["gpu"] for fact in facts]),
         driver=common([fact["driver"] for fact in facts]),
@@ -360,8 +360,8 @@ def key_of(facts: Sequence[Mapping[str, Any]], hidden: int, dtype: torch.dtype) 
     )
 
 
-def local_key(world_size: int, hidden: int, dtype: torch.dtype, device: torch.device | None = None) -> PlanKey | None:
-    """The key for a group of this machine's first GPUs, or of GPUs like `device`; None without a GPU."""
+def local_key(world_size: int, hidden: int, dtype: torch.dtype, device: torch.device | None = None) -> TableKey | None:
+    """Return the key for this machine's first GPUs, or for GPUs like `device`."""
     if not torch.cuda.is_available():
         return None
     count = torch.cuda.device_count()

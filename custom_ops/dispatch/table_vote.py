@@ -1,14 +1,13 @@
-"""Which tuned table the ranks of a group go by.
+"""Vote on the tuned table that the ranks of a group use.
 
-Every rank reads its own disk, and ranks that chose by different tables would wait for each other for ever.
-So they vote, once for each group, hidden size and dtype: all take the table of the first rank that has one,
-whatever the others have, and say so where they differ. Whether to tune at first use is voted on, too.
+Every rank reads its own disk, and ranks that chose by different tables would wait for each other
+for ever. So they vote, once for each group, hidden size and dtype: all take the table of the first
+rank that has one, and log where the others' differ. They vote on whether to tune at first use, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,55 +16,52 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.coordination.vote import Channel, VoteResult, vote
-from fusewire.custom_ops.dispatch.cost_model import Plan
-from fusewire.custom_ops.dispatch.table_store import (
-    Table,
-    key_of,
-    load,
-    local_key,
-    machine_facts,
-    table_from_json,
-)
-from fusewire.custom_ops.workspaces.registry import REGISTRY, refuse_capture
-from fusewire.errors import ConfigError, WorkspaceError
+from fusewire.custom_ops.dispatch.cost_model import CostModel
+from fusewire.custom_ops.dispatch.table_store import Table, key_of, load, local_key, machine_facts, table_from_json
+from fusewire.custom_ops.environment import env_flag
+from fusewire.custom_ops.workspaces.capture import refuse_capture
+from fusewire.custom_ops.workspaces.registry import REGISTRY
+from fusewire.errors import WorkspaceError
 
 TUNE_VARIABLE = "FUSEWIRE_TUNE"
-# Measures a table for a group, hidden size, dtype, device and number of tokens, and keeps it. Set by
-# fusewire.custom_ops.tuning.tuner, which imports this module.
+# Measures a table for a group, hidden size, dtype, device and number of tokens, and keeps it. Set
+# by fusewire.custom_ops.tuning.tuner, which imports this module.
 run_tuner: Callable[[dist.ProcessGroup, int, torch.dtype, torch.device, int], object] | None = None
 
 
 @dataclass(frozen=True)
-class Agreed:
+class AgreedTable:
     """What the ranks of a group agreed on for a hidden size and dtype: the same on each."""
 
     group: weakref.ref[dist.ProcessGroup]
-    plan: Plan | None = None
+    costs: CostModel | None = None
     note: str = ""
     tune: bool = False  # every rank asks for a table, and there is none
 
     @property
     def text(self) -> str:
-        """For fusewire.workspaces()."""
-        return "; ".join(part for part in (self.plan.source if self.plan else "", self.note) if part)
+        """What `fusewire.workspaces()` reports."""
+        return "; ".join(part for part in (self.costs.source if self.costs else "", self.note) if part)
 
 
-def agreed_plan(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype) -> Plan | None:
-    """The tuned plan that the ranks agreed on before, if any. Asks nobody."""
-    found: Agreed | None = REGISTRY.plans.get((group.group_name, hidden, dtype))
-    return found.plan if found is not None and found.group() is group else None
+def agreed_cost_model(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype) -> CostModel | None:
+    """Return the costs of the tuned table that the ranks agreed on before, if any. No collective."""
+    found: AgreedTable | None = REGISTRY.tables.get((group.group_name, hidden, dtype))
+    return found.costs if found is not None and found.group() is group else None
 
 
-def expected_plan(world_size: int, hidden: int, dtype: torch.dtype, device: torch.device | None = None) -> Plan | None:
-    """The tuned plan of this machine's disk, as it would be agreed on if all ranks have the same."""
+def expected_cost_model(
+    world_size: int, hidden: int, dtype: torch.dtype, device: torch.device | None = None
+) -> CostModel | None:
+    """Return the costs that ranks with this disk's table would agree on. No collective."""
     key = local_key(world_size, hidden, dtype, device)
     found = None if key is None else load(key).table
-    return None if found is None else found.plan()
+    return None if found is None else found.cost_model()
 
 
-def tuned_plan(
+def tuned_cost_model(
     group: dist.ProcessGroup,
     hidden: int,
     dtype: torch.dtype,
@@ -74,12 +70,12 @@ def tuned_plan(
     tune: bool = False,
     fresh: bool = False,
     max_tokens: int = 0,
-) -> Plan | None:
-    """The tuned plan for a group, agreed on at the first call, when all ranks must call it alike.
+) -> CostModel | None:
+    """Return the costs of a group's tuned table, if there is one. A collective at the first call.
 
     Args:
-        tune: measure one if there is none; FUSEWIRE_TUNE=1 asks for the same. If not all ranks ask, nobody
-            measures.
+        tune: measure one if there is none; FUSEWIRE_TUNE=1 asks for the same. If not all ranks ask,
+            nobody measures.
         fresh: vote again, and look at the disks again.
         max_tokens: the largest number of tokens that there will be, if known.
 
@@ -87,26 +83,31 @@ def tuned_plan(
         CaptureError: there was no vote yet, and a CUDA graph is being captured.
         PeerTimeoutError: a rank did not take part.
     """
-    with REGISTRY._lock:
-        known: Agreed | None = REGISTRY.plans.get((group.group_name, hidden, dtype))
+    with REGISTRY.lock:
+        known: AgreedTable | None = REGISTRY.tables.get((group.group_name, hidden, dtype))
         if known is not None and known.group() is not group:
             known = None
         if known is not None and not fresh:
-            return known.plan
+            return known.costs
         refuse_capture("fusewire", f"group {group.group_name}, hidden size {hidden}")
         agreed = _agree(group, hidden, dtype, device, tune)
-        if agreed.plan is None and known is not None and known.plan is not None:
-            return known.plan  # measured before, and not on disk because it could not be written
+        if agreed.costs is None and known is not None and known.costs is not None:
+            return known.costs  # measured before, and not on disk because it could not be written
         _keep(group, hidden, dtype, agreed)
         if agreed.note and group.rank() == 0:
             log_line(f"hidden size {hidden}, {str(dtype).removeprefix('torch.')}: {agreed.note}")
         if agreed.tune:
             _tune(group, hidden, dtype, device, max_tokens, agreed)
-        return agreed_plan(group, hidden, dtype)
+        return agreed_cost_model(group, hidden, dtype)
 
 
 def _tune(
-    group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, device: torch.device, max_tokens: int, agreed: Agreed
+    group: dist.ProcessGroup,
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_tokens: int,
+    agreed: AgreedTable,
 ) -> None:
     assert run_tuner is not None
     try:
@@ -118,12 +119,12 @@ def _tune(
 
 
 def keep(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, table: Table, note: str = "") -> None:
-    """Go by a table that every rank of the group has just been given."""
-    _keep(group, hidden, dtype, Agreed(weakref.ref(group), table.plan(), _with_rejected(table, note)))
+    """Use a table that every rank of the group has just been given."""
+    _keep(group, hidden, dtype, AgreedTable(weakref.ref(group), table.cost_model(), _with_rejected(table, note)))
 
 
-def _keep(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, agreed: Agreed) -> None:
-    REGISTRY.plans[group.group_name, hidden, dtype] = agreed
+def _keep(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, agreed: AgreedTable) -> None:
+    REGISTRY.tables[group.group_name, hidden, dtype] = agreed
     REGISTRY.changed()  # decisions made before are void
 
 
@@ -132,14 +133,14 @@ def _with_rejected(table: Table, note: str) -> str:
     return "; ".join([*([note] if note else []), *left_out])
 
 
-def _agree(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, device: torch.device, tune: bool) -> Agreed:
+def _agree(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, device: torch.device, tune: bool) -> AgreedTable:
     label = f"tuned table, group {group.group_name}, hidden {hidden}, {dtype}"
     channel, reference = Channel(group, label), weakref.ref(group)
-    verdict = vote(channel, "facts", lambda: {**machine_facts(device), "tune": tune or wants_tuning()})
-    if not verdict.ok:
-        return Agreed(reference, note=f"no tuned table: {verdict.reason}")
-    key = key_of(verdict.facts, hidden, dtype)
-    asking = [bool(fact["tune"]) for fact in verdict.facts]
+    result = vote(channel, "facts", lambda: {**machine_facts(device), "tune": tune or env_flag(TUNE_VARIABLE)})
+    if not result.ok:
+        return AgreedTable(reference, note=f"no tuned table: {result.reason}")
+    key = key_of(result.facts, hidden, dtype)
+    asking = [bool(fact["tune"]) for fact in result.facts]
 
     def look() -> dict[str, Any]:
         found = load(key)
@@ -150,44 +151,34 @@ def _agree(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, device: to
             "reason": found.reason,
         }
 
-    verdict = vote(channel, "table", look)
-    if not verdict.ok:
-        return Agreed(reference, note=f"no tuned table: {verdict.reason}")
-    table, note = _chosen(verdict)
+    result = vote(channel, "table", look)
+    if not result.ok:
+        return AgreedTable(reference, note=f"no tuned table: {result.reason}")
+    table, note = _chosen(result)
     if any(asking) and not all(asking) and table is None:
-        silent = ", ".join(str(r) for r, asks in zip(verdict.ranks, asking, strict=True) if not asks)
+        silent = ", ".join(str(r) for r, asks in zip(result.ranks, asking, strict=True) if not asks)
         note = f"nobody tunes: rank(s) {silent} did not ask for it ({TUNE_VARIABLE}=1, prepare(..., tune=True))" + (
             f"; {note}" if note else ""
         )
     if table is not None:
         note = _with_rejected(table, note)
-    plan = None if table is None else table.plan()
-    return Agreed(reference, plan, note, table is None and all(asking))
+    costs = None if table is None else table.cost_model()
+    return AgreedTable(reference, costs, note, table is None and all(asking))
 
 
-def _chosen(verdict: VoteResult) -> tuple[Table | None, str]:
-    """The table of the first rank that has one, and what to say about the others."""
-    holders = [i for i, fact in enumerate(verdict.facts) if fact["digest"]]
-    reasons = [f"rank {r}: {f['reason']}" for r, f in zip(verdict.ranks, verdict.facts, strict=True) if f["reason"]]
+def _chosen(result: VoteResult) -> tuple[Table | None, str]:
+    """Return the table of the first rank that has one, and what to say about the others."""
+    holders = [i for i, fact in enumerate(result.facts) if fact["digest"]]
+    reasons = [f"rank {r}: {f['reason']}" for r, f in zip(result.ranks, result.facts, strict=True) if f["reason"]]
     if not holders:
         return None, "; ".join(reasons)
-    first = verdict.facts[holders[0]]
-    pairs = list(zip(verdict.ranks, verdict.facts, strict=True))
+    first = result.facts[holders[0]]
+    pairs = list(zip(result.ranks, result.facts, strict=True))
     others = [str(r) for r, f in pairs if f["digest"] and f["digest"] != first["digest"]]
     without = [str(r) for r, f in pairs if not f["digest"]]
     parts = [f"rank(s) {', '.join(others)} had another"] if others else []
     parts += [f"rank(s) {', '.join(without)} had none"] if without else []
     if not parts:
         return table_from_json(first["table"]), ""
-    note = f"the tuned table of rank {verdict.ranks[holders[0]]} is used on every rank: {'; '.join([*parts, *reasons])}"
+    note = f"the tuned table of rank {result.ranks[holders[0]]} is used on every rank: {'; '.join([*parts, *reasons])}"
     return table_from_json(first["table"]), note
-
-
-def wants_tuning() -> bool:
-    """Whether FUSEWIRE_TUNE asks for tuning at first use. Raises ConfigError if it says neither."""
-    text = os.environ.get(TUNE_VARIABLE, "").strip().lower()
-    if text in ("", "0", "off", "false", "no"):
-        return False
-    if text in ("1", "on", "true", "yes"):
-        return True
-    raise ConfigError(f"{TUNE_VARIABLE}={text!r} is neither 1 nor 0")

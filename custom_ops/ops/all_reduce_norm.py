@@ -1,4 +1,4 @@
-"""The fused operator: all-reduce, residual add and RMSNorm in one call."""
+"""Define the fused operator: all-reduce, residual add and RMSNorm in one call."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, normalize
-from fusewire.custom_ops.ops.registry import register_autograd, register_op
+from fusewire.custom_ops._torch_private import all_gather, all_reduce, process_group
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, fake_add_norm, normalize
+from fusewire.custom_ops.ops.registration import register_autograd, register_op
 from fusewire.errors import ArgumentError, ProcessGroupError, TrainingError
 
 
 def resolve_group(group_name: str) -> dist.ProcessGroup:
-    """The process group of that name.
+    """Return the process group of that name.
 
     Raises:
         ProcessGroupError: torch.distributed is not initialised, or knows no such group.
@@ -26,12 +27,18 @@ def resolve_group(group_name: str) -> dist.ProcessGroup:
             "process; call torch.distributed.init_process_group first"
         )
     try:
-        return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type,attr-defined]
+        return process_group(group_name)
     except Exception as error:
         raise ProcessGroupError(
             f"there is no process group named {group_name!r} in this process ({error}); pass the group_name of a "
             "group that this rank belongs to"
         ) from error
+
+
+def check_group_name(group_name: str) -> None:
+    """Raise ArgumentError if the name is empty."""
+    if not group_name:
+        raise ArgumentError("group_name is empty; pass the name of the process group to reduce over")
 
 
 def _check(
@@ -44,33 +51,15 @@ def _check(
     group_name: str,
 ) -> None:
     check_norm_args(x, weight, eps, weight_bias, form, residual)
-    if not group_name:
-        raise ArgumentError("group_name is empty; pass the name of the process group to reduce over")
-
-
-def _fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    group_name: str,
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-    )
+    check_group_name(group_name)
 
 
 def all_reduce_sum(x: Tensor, group_name: str) -> Tensor:
-    """The sum of x over the group's ranks, by the group's own all-reduce, as a new tensor."""
-    functional = torch.ops._c10d_functional
-    reduced: Tensor = functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group_name))
-    return reduced
+    """Return the sum of x over the ranks by the group's own all-reduce. A collective."""
+    return all_reduce(x.contiguous(), group_name)
 
 
-@register_op(fake=_fake, check=_check)
+@register_op(fake=fake_add_norm, check=_check)
 def all_reduce_rms_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -80,19 +69,21 @@ def all_reduce_rms_norm(
     form: str = SCALE_THEN_ROUND,
     group_name: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """Sum x over the ranks, add the residual, normalise. A collective: every rank of the group calls it alike.
+    """Sum x over the ranks, add the residual, normalise. A collective: every rank of the group
+    calls it alike.
 
         s = sum of x over the ranks, rounded to x.dtype
         r = round(s + residual), or s without a residual
         norm = RMSNorm(r), see fusewire.custom_ops.ops.norms
 
-    Native uses the group's own all-reduce, whose order and rounding are the backend's, so that it equals the unfused
-    program bit for bit; kernels of ours and FlashInfer's sum in rank order, in fp32, and round once.
+    Native uses the group's own all-reduce, whose order and rounding are the backend's, so that it
+    equals the unfused program bit for bit; kernels of ours and FlashInfer's sum in rank order, in
+    fp32, and round once.
 
     Args:
         x: this rank's partial sums (..., hidden); the same shape and dtype on every rank.
-        residual: of x's shape, or None. The same on every rank, as is the weight: native adds each rank's own, a kernel
-            may add that of the rank which sums the row.
+        residual: of x's shape, or None. The same on every rank, as is the weight: native adds each
+            rank's own, a kernel may add that of the rank which sums the row.
         weight: (hidden,), or None for a weightless norm.
         eps, weight_bias, form: as in `fusewire.rms_norm`.
         group_name: the process group's name.
@@ -114,15 +105,14 @@ def all_reduce_rms_norm(
 
 
 def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
-    """The sum over the ranks, rank 0 first, in fp32 (fp64 for fp64), rounded once to x's dtype.
+    """Return the sum over the ranks, rank 0 first, in fp32 (fp64 for fp64), rounded once to x's
+    dtype. A collective.
 
-    Every rank gathers all the partial sums, so it moves world_size / 2 times the bytes of a ring all-reduce; its
-    result depends on nothing but the values: not on the backend's algorithm, nor on the number of tokens.
+    Every rank gathers all the partial sums, so it moves world_size / 2 times the bytes of a ring
+    all-reduce. The result depends on neither the backend's algorithm nor the number of tokens.
     """
     world_size = resolve_group(group_name).size()
-    functional = torch.ops._c10d_functional
-    flat = x.contiguous().reshape(1, -1)
-    parts: Tensor = functional.wait_tensor(functional.all_gather_into_tensor(flat, world_size, group_name))
+    parts = all_gather(x.contiguous().reshape(1, -1), world_size, group_name)
     wide = torch.promote_types(x.dtype, torch.float32)
     total = parts[0].to(wide)
     for rank in range(1, world_size):
@@ -140,7 +130,7 @@ def all_reduce_rms_norm_rank_ordered(
     form: str,
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
-    """The reference for kernels: as native, with the sum taken in rank order, in fp32, rounded once."""
+    """Compute as native, the sum taken in rank order, in fp32: the reference for kernels."""
     summed = sum_in_rank_order(x, group_name)
     if residual is not None:
         summed = add_residual(summed, residual)
@@ -148,7 +138,7 @@ def all_reduce_rms_norm_rank_ordered(
 
 
 def no_backward(op_name: str) -> Callable[..., None]:
-    """The backward of an operator that has none: it says so."""
+    """Return the backward of an operator that has none: it raises TrainingError."""
 
     def refuse(ctx: Any, *grads: Tensor | None) -> None:
         raise TrainingError(

@@ -1,11 +1,13 @@
-"""RMSNorm and add + RMSNorm: what they mean, in plain PyTorch, and what arguments they take.
+"""Define RMSNorm and add + RMSNorm in plain PyTorch, and check their arguments.
 
-RMSNorm (Zhang and Sennrich, 2019, arXiv:1910.07467): `x / sqrt(mean(x^2) + eps) * weight`, over the last dimension.
-Models agree on that and differ in where they round to the activation's dtype; `form` says where:
+RMSNorm (Zhang and Sennrich, 2019, arXiv:1910.07467): `x / sqrt(mean(x^2) + eps) * weight`, over the
+last dimension. Models agree on that and differ in where they round to the activation's dtype;
+`form` says where:
 
-- `"scale_then_round"`: the product with the weight is taken in fp32 and rounded once (Gemma, torch.nn.RMSNorm, OLMo 2;
-  fused kernels do the same);
-- `"round_then_scale"`: the normalised value is rounded, then multiplied by the weight in its own dtype (Llama, Qwen).
+- `"scale_then_round"`: the product with the weight is taken in fp32 and rounded once (Gemma,
+  torch.nn.RMSNorm, OLMo 2; fused kernels do the same);
+- `"round_then_scale"`: the normalised value is rounded, then multiplied by the weight in its own
+  dtype (Llama, Qwen).
 """
 
 from __future__ import annotations
@@ -15,17 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusewire.custom_ops.ops.registry import register_autograd, register_op
+from fusewire.custom_ops.ops.registration import register_autograd, register_op
 from fusewire.errors import ArgumentError
 
 SCALE_THEN_ROUND = "scale_then_round"
 ROUND_THEN_SCALE = "round_then_scale"
 FORMS = (SCALE_THEN_ROUND, ROUND_THEN_SCALE)
-# The batch-invariant providers of the norms. They agree bit for bit, so ranks need not agree on which of them runs.
+# The batch-invariant providers of the norms. They agree bit for bit, so ranks need not agree on
+# which of them runs.
 TRITON_NORM = "triton_batch_invariant"
 TORCH_NORM = "torch_batch_invariant"
 BATCH_INVARIANT_NORMS = f"{TRITON_NORM},{TORCH_NORM}"
-# Not fp8, which promotes with nothing: without a scale beside them its values are not numbers to add.
+# A norm's weight, eps, weight_bias and form, in the order of every operator's parameters.
+NormSpec = tuple[Tensor | None, float, float, str]
+# Not fp8, which promotes with nothing: without a scale beside them its values are not numbers to
+# add.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _DTYPE_NAMES = "bfloat16, float16, float32 or float64"
 
@@ -33,7 +39,7 @@ _DTYPE_NAMES = "bfloat16, float16, float32 or float64"
 def check_norm_args(
     x: Tensor, weight: Tensor | None, eps: Any, weight_bias: Any, form: str, residual: Tensor | None = None
 ) -> None:
-    """Raise ArgumentError if these cannot be a norm's arguments, whoever computes it."""
+    """Raise ArgumentError if these cannot be a norm's arguments. eps may be symbolic."""
     if x.dim() == 0 or x.dtype not in _DTYPES:
         raise ArgumentError(
             f"x must be a floating-point tensor ({_DTYPE_NAMES}) of shape (..., hidden), not {x.dtype} {list(x.shape)}"
@@ -48,22 +54,24 @@ def check_norm_args(
                 f"the weight has shape {list(weight.shape)}; for x of shape {list(x.shape)} it must be "
                 f"[{x.shape[-1]}], one number per hidden unit"
             )
-        if weight.dtype not in _DTYPES:
-            raise ArgumentError(f"the weight must be floating-point ({_DTYPE_NAMES}), not {weight.dtype}")
+        _check_beside(x, "weight", weight)
     if residual is not None:
         if residual.shape != x.shape:
             raise ArgumentError(
                 f"the residual has shape {list(residual.shape)} but x has {list(x.shape)}; they must be equal"
             )
-        if residual.dtype not in _DTYPES:
-            raise ArgumentError(f"the residual must be floating-point ({_DTYPE_NAMES}), not {residual.dtype}")
-    for name, other in (("weight", weight), ("residual", residual)):
-        if other is not None and other.device != x.device:
-            raise ArgumentError(f"the {name} is on {other.device} but x is on {x.device}; put them on one device")
+        _check_beside(x, "residual", residual)
+
+
+def _check_beside(x: Tensor, name: str, other: Tensor) -> None:
+    if other.dtype not in _DTYPES:
+        raise ArgumentError(f"the {name} must be floating-point ({_DTYPE_NAMES}), not {other.dtype}")
+    if other.device != x.device:
+        raise ArgumentError(f"the {name} is on {other.device} but x is on {x.device}; put them on one device")
 
 
 def normalize(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
-    """RMSNorm of x (..., hidden), computed in fp32 (fp64 for fp64) and returned in x's dtype."""
+    """Return the RMSNorm of x (..., hidden), computed in fp32 (fp64 for fp64), in x's dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if weight is None:
@@ -75,34 +83,32 @@ def normalize(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, 
 
 
 def add_residual(x: Tensor, residual: Tensor) -> Tensor:
-    """x + residual, taken in the wider of their dtypes (fp32 at least) and rounded once to x's dtype."""
+    """Return x + residual, taken in the wider dtype (at least fp32) and rounded to x's."""
     if residual.dtype == x.dtype:
         return x + residual  # rounds once too, and is what models write, so that Inductor sees the same graph
     wide = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
     return (x.to(wide) + residual.to(wide)).to(x.dtype)
 
 
-def _check_rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> None:
-    check_norm_args(x, weight, eps, weight_bias, form)
-
-
-def _fake_rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
+def _fake_rms_norm(x: Tensor, *_: object) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@register_op(fake=_fake_rms_norm, check=_check_rms_norm)
+def fake_add_norm(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """Return fake results (norm, sum) of x's shape and dtype."""
+    return _fake_rms_norm(x), _fake_rms_norm(x)
+
+
+@register_op(fake=_fake_rms_norm, check=check_norm_args)
 def rms_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    weight_bias: float = 0.0,
-    form: str = SCALE_THEN_ROUND,
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, weight_bias: float = 0.0, form: str = SCALE_THEN_ROUND
 ) -> Tensor:
-    """RMSNorm over the last dimension.
+    """Compute RMSNorm over the last dimension.
 
     Args:
         x: activations (..., hidden), any floating dtype.
-        weight: (hidden,), any floating dtype, or None for a weightless norm (nothing is multiplied).
+        weight: (hidden,), any floating dtype, or None for a weightless norm (nothing is
+            multiplied).
         eps: added to the mean square.
         weight_bias: added to the weight; 1.0 is Gemma's `1 + weight`. Ignored without a weight.
         form: where the source rounded, see the module's text.
@@ -122,16 +128,7 @@ def _check_fused_add(
     check_norm_args(x, weight, eps, weight_bias, form, residual)
 
 
-def _fake_fused_add(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-    )
-
-
-@register_op(fake=_fake_fused_add, check=_check_fused_add)
+@register_op(fake=fake_add_norm, check=_check_fused_add)
 def fused_add_rms_norm(
     x: Tensor,
     residual: Tensor,
@@ -140,7 +137,7 @@ def fused_add_rms_norm(
     weight_bias: float = 0.0,
     form: str = SCALE_THEN_ROUND,
 ) -> tuple[Tensor, Tensor]:
-    """`r = x + residual`, and RMSNorm of the rounded r. Nothing is written in place.
+    """Compute `r = x + residual`, and RMSNorm of the rounded r. Nothing is written in place.
 
     Args:
         x: activations (..., hidden).
@@ -164,7 +161,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward_of(native: Any) -> Any:
-    """A backward that differentiates native itself, computed again from the saved inputs."""
+    """Return a backward that differentiates native itself, computed again from the saved inputs."""
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         values = [

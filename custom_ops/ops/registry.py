@@ -1,8 +1,8 @@
-"""Operators whose semantics are kept apart from the providers that compute them.
+"""Register operators, and the providers that compute them.
 
-An operator is declared by decorating its *native* function: plain PyTorch that defines what the operator means.
-Providers (a FlashInfer kernel, a Triton kernel, ...) register beside it and are chosen call by call, by priority,
-among those that say they can serve. A "no" always carries its reason.
+An operator is declared by decorating its *native* function: plain PyTorch that defines what the
+operator means. Providers (a FlashInfer kernel, a Triton kernel, ...) register beside it. Each call
+takes the first by priority of those that can serve it. A refusal always has a reason.
 
     @register_op
     def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor: ...
@@ -10,9 +10,10 @@ among those that say they can serve. A "no" always carries its reason.
     @rms_norm.register_impl("triton", supported=has_triton, supports_args=fits)
     def _(x, weight, eps): ...
 
-Each operator is registered with `torch.library` as `fusewire::<name>` and can be called from eager code, traced by
-torch.compile, and rewritten by the passes. Its schema is native's, plus a last argument `str policy=""`: the providers
-to try, by priority, separated by commas. A graph carries the policy it was compiled with; "" means the process's own.
+Each operator is registered with `torch.library` as `fusewire::<name>` and can be called from eager
+code, traced by torch.compile, and rewritten by the passes. Its schema is native's, plus a last
+argument `str policy=""`: the providers to try, by priority, separated by commas. A graph carries
+the policy it was compiled with; "" means the process's own.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ import contextlib
 import contextvars
 import functools
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, overload
+from typing import Any
 
 import torch
-from torch._library.autograd import make_autograd_impl
 
+from fusewire.custom_ops._torch_private import operator_name
 from fusewire.errors import ConfigError, NoProviderError, SchemaError
 
 NATIVE = "native"
-_LIBRARY = torch.library.Library("fusewire", "DEF")
 _OPS: dict[str, IrOp] = {}
 _LOCK = threading.RLock()
-_KERNELS = frozenset({torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA})
+_DEFAULT = re.compile(r'=(\[[^]]*\]|"[^"]*"|[^,)]+)')  # of a parameter in a schema
 _SCOPED: contextvars.ContextVar[Mapping[str, tuple[str, ...]]] = contextvars.ContextVar(
     "fusewire_priority", default=MappingProxyType({})
 )
@@ -44,7 +45,7 @@ _SCOPED: contextvars.ContextVar[Mapping[str, tuple[str, ...]]] = contextvars.Con
 
 @dataclass(frozen=True)
 class Support:
-    """Whether something can serve and, if not, why not. Truthy exactly when it can."""
+    """Whether something can serve a call and, if not, why not. Truthy exactly when it can."""
 
     ok: bool
     reason: str = ""
@@ -58,16 +59,13 @@ class Support:
 
     @staticmethod
     def no(reason: str) -> Support:
-        """A refusal, with the reason the user will read."""
+        """Return a refusal, with the reason that the user reads."""
         return Support(False, reason)
 
     @staticmethod
     def all_of(*conditions: tuple[bool, str]) -> Support:
-        """`YES` if every condition holds, else a refusal with the reason beside the first that does not."""
-        for holds, reason in conditions:
-            if not holds:
-                return Support(False, reason)
-        return YES
+        """Return `YES` if every condition holds, else the reason beside the first that fails."""
+        return next((Support(False, reason) for holds, reason in conditions if not holds), YES)
 
 
 YES = Support(True)
@@ -96,10 +94,13 @@ class Choice:
 class Provider:
     """One implementation of an operator.
 
-    `supported` looks at the machine (hardware, packages) and is asked once per process. `supports_args` looks at one
-    call's arguments (hidden size, dtypes, devices, group), never at data nor at the number of tokens, which is
-    symbolic at compile time; it is asked by the passes with fake tensors too. `supports_tokens` takes the same
-    arguments and is asked at run time only: limits on the number of tokens belong there.
+    Attributes:
+        supported: looks at the machine (hardware, packages); called once per process.
+        supports_args: looks at one call's arguments (hidden size, dtypes, devices, group), never at
+            data nor at the number of tokens, which is symbolic at compile time. The passes call it
+            with fake tensors.
+        supports_tokens: takes the same arguments and checks the number of tokens; called at run
+            time only.
     """
 
     name: str
@@ -112,29 +113,26 @@ class Provider:
     version: str = ""
 
     def check_static(self, *args: Any) -> Support:
-        """Whether this provider could serve such a call for some number of tokens (args: native's, in order)."""
-        return _machine_support(self) and self.supports_args(*args)
+        """Return whether this provider could serve such a call for some number of tokens."""
+        return machine_support(self) and self.supports_args(*args)
 
     def check(self, *args: Any) -> Support:
-        """Whether this provider can serve this very call."""
+        """Return whether this provider can serve this very call."""
         return self.check_static(*args) and self.supports_tokens(*args)
 
 
 @functools.cache
-def _machine_support(provider: Provider) -> Support:
+def machine_support(provider: Provider) -> Support:
+    """Return whether a provider can run on this machine. Asks it once per process."""
     try:
         return provider.supported()
     except Exception as error:  # a provider whose probe breaks must not take the others with it
         return Support.no(f"its availability check failed: {type(error).__name__}: {error}")
 
 
-def _always(*_: Any, **__: Any) -> Support:
+def always(*_: Any, **__: Any) -> Support:
+    """Return `YES`: the check of a provider that has none."""
     return YES
-
-
-def checks_nothing(check: Callable[..., Support]) -> bool:
-    """Whether a provider was registered without this check, so that it says yes on every rank."""
-    return check is _always
 
 
 @dataclass
@@ -146,16 +144,18 @@ class IrOp:
     signature: inspect.Signature
     torch_op: Any = None
     # What torch_op does on real tensors without gradients: check, choose, call.
-    run: Callable[..., Any] = _always
+    run: Callable[..., Any] = always
     providers: dict[str, Provider] = field(default_factory=dict)
     default_priority: tuple[str, ...] = (NATIVE,)
-    # Chooses at run time instead of `choose`, where more than "the first that can" is at stake (custom_ops/dispatch.py).
+    # Chooses at run time instead of `choose`, where votes or costs count too
+    # (custom_ops/dispatch/).
     selector: Callable[[IrOp, tuple[Any, ...], str], Provider] | None = None
-    # The operator whose providers this one is computed with, and its arguments in a call of this one
-    # (custom_ops/extended.py); such an operator has no priority of its own.
-    base: IrOp | None = None
+    # The operator whose providers compute this one, and its arguments in a call of this one
+    # (custom_ops/dispatch/derived_ops.py). A derived op has no priority of its own.
+    derives_from: IrOp | None = None
     base_args: Callable[[tuple[Any, ...]], tuple[Any, ...]] = tuple
-    # Whether native may be written into graphs. Not if it depends on the rank: ranks share compile caches.
+    # Whether native may be written into graphs. Not if it depends on the rank: ranks share compile
+    # caches.
     inlines: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,9 +165,9 @@ class IrOp:
         self,
         provider: str,
         *,
-        supported: Callable[[], Support] = _always,
-        supports_args: Callable[..., Support] = _always,
-        supports_tokens: Callable[..., Support] = _always,
+        supported: Callable[[], Support] = always,
+        supports_args: Callable[..., Support] = always,
+        supports_tokens: Callable[..., Support] = always,
         batch_invariant: bool = False,
         version: str = "",
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -176,13 +176,15 @@ class IrOp:
         Args:
             provider: its name, as it stands in priorities and reports.
             supported: says whether this machine can run it at all; asked once.
-            supports_args: takes native's arguments and says whether it can serve them, whatever the token count.
+            supports_args: takes native's arguments and says whether it can serve them, whatever the
+                token count.
             supports_tokens: the same, for limits on the token count; asked at run time only.
             batch_invariant: a row's result does not depend on the other rows of the batch.
             version: enters the compile cache's key, beside fusewire's own sources.
 
         Raises:
-            SchemaError: the parameters differ from native's, or the name is taken.
+            SchemaError: the parameters or their annotations differ from native's, or the name is
+                taken.
         """
 
         def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,7 +208,7 @@ class IrOp:
 
     @property
     def priority(self) -> tuple[str, ...]:
-        """The providers to try, in order: the innermost `ir_op_priority(...)`, else the process-wide default."""
+        """The providers to try, in order: of the innermost `ir_op_priority`, else the default."""
         return _SCOPED.get().get(self.name, self.default_priority)
 
     def choose(
@@ -217,14 +219,14 @@ class IrOp:
         machine: bool = True,
         known: Mapping[str, Support] = MappingProxyType({}),
     ) -> Choice:
-        """The first provider by priority that can serve a call with these arguments.
+        """Return the first provider by priority that can serve a call with these arguments.
 
         Args:
             args: native's arguments, in order; fake tensors will do with `static`.
             policy: the providers to try; the op's own priority if empty.
             static: leave limits on the number of tokens aside, as at compile time.
-            machine: ask what this machine has, too; with `static` it can be left to a vote at run time.
-            known: answers of providers that are not to be asked, since the ranks have voted on them.
+            machine: look at this machine too; with `static` that can be left to a vote at run time.
+            known: what the ranks have voted on, by provider; these are not asked.
 
         Raises:
             NoProviderError: none can; the message gives each one's reason.
@@ -258,6 +260,7 @@ class IrOp:
 
 
 def no_without_reason(op: IrOp, name: str, answer: object) -> str:
+    """Return the message for a check that answers something falsy other than a `Support`."""
     return (
         f"provider {name!r} of {op.name} refuses with {answer!r}, which has no reason; its checks "
         "must return YES or Support.no(reason)"
@@ -265,15 +268,15 @@ def no_without_reason(op: IrOp, name: str, answer: object) -> str:
 
 
 def unknown_provider(op: IrOp, name: str) -> str:
+    """Return the message for a provider that is not registered."""
     return f"{op.name} has no provider {name!r}; registered: {', '.join(sorted(op.providers))}"
 
 
 def check_priority(op: IrOp, providers: Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple, or ConfigError if one is unknown, repeated, or the list is empty."""
-    if op.base is not None:
-        raise ConfigError(
-            f"{op.name} is computed with the providers of {op.base.name}; set the priority of {op.base.name}"
-        )
+    """Return the names as a tuple; ConfigError if one is unknown or repeated, or none."""
+    if op.derives_from is not None:
+        base = op.derives_from.name
+        raise ConfigError(f"{op.name} is computed with the providers of {base}; set the priority of {base}")
     if isinstance(providers, str):
         raise ConfigError(f"the priority list of {op.name} is the text {providers!r}; give a list of names")
     names = tuple(providers)
@@ -293,11 +296,12 @@ def _split_policy(policy: str) -> tuple[str, ...]:
 
 
 def parse_policy(op: IrOp, policy: str) -> tuple[str, ...]:
-    """The providers named by a policy, by priority (a policy with options alone means the op's own priority)."""
+    """Return the providers that a policy names, else those of the op's own priority."""
     return _split_policy(policy) or op.priority
 
 
 def _check_schema(op: IrOp, provider: str, fn: Callable[..., Any]) -> None:
+    """Raise SchemaError unless names, order, given defaults and annotations are native's."""
     found = list(inspect.signature(fn).parameters.values())
     wanted = list(op.signature.parameters.values())
     got_names, want_names = [p.name for p in found], [p.name for p in wanted]
@@ -311,162 +315,41 @@ def _check_schema(op: IrOp, provider: str, fn: Callable[..., Any]) -> None:
             raise SchemaError(
                 f"provider {provider!r} of {op.name} defaults {got.name} to {got.default!r}, native to {want.default!r}"
             )
+    got_types, want_types = _types(fn), _types(op.native)
+    if got_types not in ("", want_types):
+        raise SchemaError(f"provider {provider!r} of {op.name} is annotated {got_types}, native {want_types}")
 
 
-@overload
-def register_op(fn: Callable[..., Any], /) -> IrOp: ...
+def _types(fn: Callable[..., Any]) -> str:
+    """Return a function's schema without its defaults, "" if its annotations are incomplete."""
+    try:
+        schema = torch.library.infer_schema(fn, mutates_args=())
+    except Exception:  # a provider need not be annotated
+        return ""
+    return _DEFAULT.sub("", schema)
 
 
-@overload
-def register_op(
-    *,
-    fake: Callable[..., Any] | None = ...,
-    check: Callable[..., None] | None = ...,
-    extends: tuple[IrOp, Callable[[tuple[Any, ...]], tuple[Any, ...]]] | None = ...,
-    inlines: bool = ...,
-    batch_invariant: bool = ...,
-) -> Callable[[Callable[..., Any]], IrOp]: ...
-
-
-def register_op(
-    fn: Callable[..., Any] | None = None,
-    /,
-    *,
-    fake: Callable[..., Any] | None = None,
-    check: Callable[..., None] | None = None,
-    extends: tuple[IrOp, Callable[[tuple[Any, ...]], tuple[Any, ...]]] | None = None,
-    inlines: bool = True,
-    batch_invariant: bool = False,
-) -> IrOp | Callable[[Callable[..., Any]], IrOp]:
-    """Declare an operator; the decorated function is its native semantics and its provider `native`.
-
-    Args:
-        fn: native, with annotated parameters (torch.library infers the schema from them).
-        fake: computes the outputs' shapes and dtypes from fake tensors; native itself by default.
-        check: raises ArgumentError for arguments that no provider could take; called before every dispatch.
-        extends: the operator whose providers compute this one, and what makes that operator's arguments of this one's.
-        inlines: False keeps native out of graphs, as it must be where native depends on the rank.
-        batch_invariant: whether native is, as in `register_impl`.
-
-    Raises:
-        SchemaError: an operator of that name exists.
-    """
-    options: dict[str, Any] = {
-        "fake": fake,
-        "check": check,
-        "extends": extends,
-        "inlines": inlines,
-        "batch_invariant": batch_invariant,
-    }
-    if fn is None:
-        return functools.partial(_register, **options)
-    return _register(fn, **options)
-
-
-def _register(
-    fn: Callable[..., Any],
-    *,
-    fake: Callable[..., Any] | None,
-    check: Callable[..., None] | None,
-    extends: tuple[IrOp, Callable[[tuple[Any, ...]], tuple[Any, ...]]] | None,
-    inlines: bool,
-    batch_invariant: bool,
-) -> IrOp:
-    name = fn.__name__
-    if name in _OPS:
-        raise SchemaError(f"fusewire::{name} is registered already")
-    op = IrOp(name, fn, inspect.signature(fn), inlines=inlines)
-    if extends is not None:
-        op.base, op.base_args = extends
-    schema = torch.library.infer_schema(fn, mutates_args=())
-    head, arrow, returns = schema.rpartition(" -> ")
-    separator = "" if head.endswith("()") else ", "
-    _LIBRARY.define(f'{name}{head[:-1]}{separator}str policy=""){arrow}{returns}')
-
-    def dispatch(*args: Any, policy: str = "") -> Any:
-        if len(args) > n_params:
-            args, policy = args[:n_params], args[n_params]
-        bound = args + defaults[len(args) :]
-        if check is not None:
-            check(*bound)
-        if op.selector is not None:
-            return op.selector(op, bound, policy).fn(*bound)
-        return op.choose(*bound, policy=policy).provider.fn(*bound)
-
-    def fake_dispatch(*args: Any, policy: str = "") -> Any:
-        bound = args[:n_params]
-        bound = bound + defaults[len(bound) :]
-        if check is not None:
-            check(*bound)
-        return (fake or fn)(*bound)
-
-    n_params = len(op.signature.parameters)
-    defaults = tuple(p.default for p in op.signature.parameters.values())
-    op.run = _keywords_to_positions(op, dispatch)
-    _LIBRARY.impl(name, op.run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fusewire::{name}", _keywords_to_positions(op, fake_dispatch), lib=_LIBRARY)
-    op.torch_op = getattr(torch.ops.fusewire, name).default
-    op.providers[NATIVE] = Provider(NATIVE, name, fn, _always, _always, _always, batch_invariant)
-    _OPS[name] = op
-    return op
-
-
-@dataclass
-class _Autograd:
-    """The two functions of an operator's derivative, by the names that torch.library has for them."""
-
-    _backward_fn: Callable[..., Any] | None
-    _setup_context_fn: Callable[..., None] | None
-
-
-def register_autograd(op: IrOp, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
-    """As `torch.library.register_autograd`, at half the host time of a call that needs no gradient.
-
-    torch's own goes through the dispatcher a second time; where grad mode is off, and nothing but the backend's kernel
-    is left to dispatch to (no tracing, no subclass), this calls that kernel.
-    """
-    with_gradient = make_autograd_impl(op.torch_op, _Autograd(backward, setup_context))
-    below, kernels, run = torch._C._after_autograd_keyset, _KERNELS, op.run
-
-    def autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() and (keyset & below).highestPriorityTypeId() in kernels:
-            return run(*args, **kwargs)
-        return with_gradient(keyset, *args, **kwargs)
-
-    _LIBRARY.impl(op.name, autograd, "Autograd", with_keyset=True)
-
-
-def _keywords_to_positions(op: IrOp, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Let `fn`, which takes positions, be called with any mix of positions and keywords."""
-    parameters = op.signature.parameters
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs:
-            return fn(*args)
-        policy = kwargs.pop("policy", "")
-        rest = (kwargs.get(p.name, p.default) for p in list(parameters.values())[len(args) :])
-        return fn(*args, *rest, policy=policy)
-
-    return call
+def add_op(op: IrOp) -> None:
+    """Let an operator be found by its name."""
+    _OPS[op.name] = op
 
 
 def get_op(name: str) -> IrOp:
-    """The operator of that name, or ConfigError naming those that exist."""
+    """Return the operator of that name. Raises ConfigError if there is none."""
     if name not in _OPS:
         raise ConfigError(f"there is no operator {name!r}; there are: {', '.join(sorted(_OPS))}")
     return _OPS[name]
 
 
 def all_ops() -> dict[str, IrOp]:
-    """Every registered operator by name."""
+    """Return every registered operator by name."""
     return dict(_OPS)
 
 
 def op_of_target(target: Any) -> IrOp | None:
-    """The operator that a graph node's target calls, or None."""
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "fusewire":
-        return _OPS.get(target._schema.name.partition("::")[2])
-    return None
+    """Return the operator that a graph node's target calls, or None."""
+    namespace, _, name = (operator_name(target) or "").partition("::")
+    return _OPS.get(name) if namespace == "fusewire" else None
 
 
 @contextlib.contextmanager
@@ -485,7 +368,7 @@ def ir_op_priority(priorities: Mapping[str, Sequence[str]]) -> Iterator[None]:
 
 
 def parse_priorities(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Priorities from command-line texts such as `rms_norm=triton,native`.
+    """Return the priorities from command-line texts such as `rms_norm=triton,native`.
 
     Raises:
         ConfigError: a text is not of that form, or names something unknown.

@@ -1,4 +1,4 @@
-"""All-reduce, a norm, the residual add, and a second norm: the sandwich norms of Gemma 2 and 3 and GLM-4."""
+"""Define all-reduce, norm, residual add, norm in one call, as in Gemma 2 and GLM-4."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from fusewire.custom_ops.ops.all_reduce_norm import (
     all_reduce_rms_norm,
     all_reduce_sum,
+    check_group_name,
     no_backward,
     resolve_group,
 )
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, normalize
-from fusewire.custom_ops.ops.registry import register_autograd, register_op
-from fusewire.errors import ArgumentError
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, fake_add_norm, normalize
+from fusewire.custom_ops.ops.registration import register_autograd, register_op
 
 
 def _check(
@@ -31,18 +31,10 @@ def _check(
 ) -> None:
     check_norm_args(x, weight, eps, weight_bias, form, residual)
     check_norm_args(x, inner_weight, inner_eps, inner_weight_bias, inner_form)
-    if not group_name:
-        raise ArgumentError("group_name is empty; pass the name of the process group to reduce over")
+    check_group_name(group_name)
 
 
-def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-    )
-
-
-@register_op(fake=_fake, check=_check, extends=(all_reduce_rms_norm, lambda a: (a[0], None, *a[6:])))
+@register_op(fake=fake_add_norm, check=_check, derives_from=(all_reduce_rms_norm, lambda a: (a[0], None, *a[6:])))
 def all_reduce_sandwich_norm(
     x: Tensor,
     residual: Tensor,
@@ -62,8 +54,9 @@ def all_reduce_sandwich_norm(
         r = round(residual + n)
         norm = RMSNorm(r; weight, eps, weight_bias, form)
 
-    Who computes it follows from `all_reduce_rms_norm`'s providers: one kernel does the whole where the provider has
-    one for it; of any other, its all-reduce + norm, then add + norm as one more kernel.
+    Who computes it follows from `all_reduce_rms_norm`'s providers: one kernel does the whole where
+    the provider has one for it; of any other, its all-reduce + norm, then add + norm as one more
+    kernel.
 
     Args:
         x: this rank's partial sums (..., hidden); the same shape and dtype on every rank.

@@ -1,45 +1,46 @@
-"""All-reduce + residual + RMSNorm with the residual sharded by rows, and what goes to and from that form.
+"""Define all-reduce + residual + RMSNorm with the residual sharded by rows, and what goes to and
+from that form.
 
-The rows of x, flattened to (T, hidden), are divided among R ranks: rank r owns rows r * S to min((r + 1) * S, T), with
-S = ceil(T / R). A *shard* is (S, hidden), with zeros past the owned rows. This is what sequence parallelism computes
-(Korthikanti et al., 2022, arXiv:2205.05198): reduce-scatter, add, norm, all-gather.
+The rows of x, flattened to (T, hidden), are divided among R ranks: rank r owns rows r * S to min((r
++ 1) * S, T), with S = ceil(T / R). A *shard* is (S, hidden), with zeros past the owned rows. This
+is what sequence parallelism computes (Korthikanti et al., 2022, arXiv:2205.05198): reduce-scatter,
+add, norm, all-gather.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, no_backward, resolve_group
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, normalize
-from fusewire.custom_ops.ops.registry import register_autograd, register_op
+from fusewire.custom_ops._torch_private import all_gather, reduce_scatter
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, check_group_name, no_backward, resolve_group
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, NormSpec, add_residual, check_norm_args, normalize
+from fusewire.custom_ops.ops.registration import register_autograd, register_op
 from fusewire.errors import ArgumentError
 
+# (x, residual or None, weight, eps, weight_bias, form) -> (norm, sum).
+AddNorm = Callable[[Tensor, Tensor | None, Tensor | None, float, float, str], tuple[Tensor, Tensor]]
 # The `inner_form` of a call that has no inner norm.
 NO_INNER = ""
 
 
 def rows_per_rank(tokens: int, world_size: int) -> int:
-    """S = ceil(tokens / world_size); tokens may be symbolic."""
+    """Return S = ceil(tokens / world_size); tokens may be symbolic."""
     return (tokens + world_size - 1) // world_size
 
 
 def own_rows(x: Tensor, rank: int, world_size: int) -> Tensor:
-    """A rank's shard (S, hidden) of x (..., hidden), zeros past the rows it owns."""
+    """Return a rank's shard (S, hidden) of x (..., hidden), zeros past the rows it owns."""
     rows = x.reshape(-1, x.shape[-1])
     tokens = rows.shape[0]
     size = rows_per_rank(tokens, world_size)
     start = min(rank * size, tokens)
     owned = rows[start : min(start + size, tokens)]
     return F.pad(owned, (0, 0, 0, size - owned.shape[0])) if owned.shape[0] < size else owned.clone()
-
-
-def _group(group_name: str) -> None:
-    if not group_name:
-        raise ArgumentError("group_name is empty; pass the name of the process group to reduce over")
 
 
 def _check(
@@ -56,7 +57,7 @@ def _check(
     group_name: str,
 ) -> None:
     check_norm_args(x, weight, eps, weight_bias, form)
-    _group(group_name)
+    check_group_name(group_name)
     if inner_form != NO_INNER:
         check_norm_args(x, inner_weight, inner_eps, inner_weight_bias, inner_form)
         if residual is None:
@@ -70,28 +71,16 @@ def _check(
             )
 
 
-def _fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    inner_weight: Tensor | None,
-    inner_eps: float,
-    inner_weight_bias: float,
-    inner_form: str,
-    group_name: str,
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     hidden = x.shape[-1]
-    size = rows_per_rank(x.numel() // hidden, resolve_group(group_name).size())
+    size = rows_per_rank(x.numel() // hidden, resolve_group(rest[-1]).size())
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device),
         torch.empty((size, hidden), dtype=x.dtype, device=x.device),
     )
 
 
-@register_op(fake=_fake, check=_check, extends=(all_reduce_rms_norm, lambda a: (*a[:6], a[10])))
+@register_op(fake=_fake, check=_check, derives_from=(all_reduce_rms_norm, lambda a: (*a[:6], a[10])))
 def all_reduce_rms_norm_sharded(
     x: Tensor,
     residual: Tensor | None,
@@ -105,74 +94,53 @@ def all_reduce_rms_norm_sharded(
     inner_form: str = NO_INNER,
     group_name: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """As `all_reduce_rms_norm`, with the residual sharded by rows: each rank adds and normalises its own rows, and
-    only normalised rows travel back. A collective.
+    """Compute `all_reduce_rms_norm` with the residual sharded by rows: each rank adds and
+    normalises its own rows, and only normalised rows travel back. A collective.
 
-        s = this rank's rows of the sum of x over the ranks
-        r = round(residual + s), or residual + RMSNorm(s) with an inner norm, or s without a residual
-        norm = RMSNorm(r), gathered from all ranks
+        s = this rank's rows of the sum of x over the ranks r = round(residual + s), or residual +
+        RMSNorm(s) with an inner norm, or s without a residual norm = RMSNorm(r), gathered from all
+        ranks
 
     Args:
-        x: this rank's partial sums (..., hidden), T rows in all; the same shape and dtype on every rank.
+        x: this rank's partial sums (..., hidden), T rows in all; the same shape and dtype on every
+            rank.
         residual: this rank's shard (S, hidden), S = ceil(T / world size), or None.
         weight, eps, weight_bias, form: as in `fusewire.rms_norm`.
-        inner_weight, inner_eps, inner_weight_bias, inner_form: a norm between the sum and the residual add (see
-            `all_reduce_sandwich_norm`); inner_form "" for none.
+        inner_weight, inner_eps, inner_weight_bias, inner_form: a norm between the sum and the
+            residual add (see `all_reduce_sandwich_norm`); inner_form "" for none.
         group_name: the process group's name.
 
     Returns:
-        (norm, r): norm of x's shape and dtype, complete on every rank; r this rank's shard (S, hidden), zeros past
-        the rows it owns.
+        (norm, r): norm of x's shape and dtype, complete on every rank; r this rank's shard (S,
+        hidden), zeros past the rows it owns.
 
     Raises:
         ArgumentError: shapes, dtypes or devices do not fit.
         ProcessGroupError: there is no such group.
         TrainingError: in backward; the operator is for inference.
     """
-    return compute_sharded(
-        plain_add_norm,
-        x,
-        residual,
-        weight,
-        eps,
-        weight_bias,
-        form,
-        inner_weight,
-        inner_eps,
-        inner_weight_bias,
-        inner_form,
-        group_name,
-    )
+    inner = (inner_weight, inner_eps, inner_weight_bias, inner_form)
+    return compute_sharded(plain_add_norm, x, residual, (weight, eps, weight_bias, form), inner, group_name)
 
 
 def plain_add_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_bias: float, form: str
 ) -> tuple[Tensor, Tensor]:
-    """(norm, sum) of x and the residual, if there is one, in plain PyTorch."""
+    """Return (norm, sum) of x and the residual, if there is one, in plain PyTorch."""
     summed = x if residual is None else add_residual(x, residual)
     return normalize(summed, weight, eps, weight_bias, form), summed
 
 
 def compute_sharded(
-    add_norm: Callable[..., tuple[Tensor, Tensor]],
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    inner_weight: Tensor | None,
-    inner_eps: float,
-    inner_weight_bias: float,
-    inner_form: str,
-    group_name: str,
+    add_norm: AddNorm, x: Tensor, residual: Tensor | None, norm_spec: NormSpec, inner_spec: NormSpec, group_name: str
 ) -> tuple[Tensor, Tensor]:
-    """`all_reduce_rms_norm_sharded` by the group's own reduce-scatter and all-gather.
+    """Compute `all_reduce_rms_norm_sharded` by the group's own reduce-scatter and all-gather. A
+    collective.
 
     Args:
-        add_norm: (x, residual or None, weight, eps, weight_bias, form) -> (norm, sum), which does the rest.
+        add_norm: computes the rest.
+        inner_spec: of the inner norm; its form is NO_INNER if there is none.
     """
-    functional = torch.ops._c10d_functional
     world_size = resolve_group(group_name).size()
     rows = x.contiguous().reshape(-1, x.shape[-1])
     tokens = rows.shape[0]
@@ -183,18 +151,18 @@ def compute_sharded(
         )
     if not _divides(tokens, world_size):
         rows = F.pad(rows, (0, 0, 0, size * world_size - tokens))
-    shard = functional.wait_tensor(functional.reduce_scatter_tensor(rows, "sum", world_size, group_name))
-    if inner_form != NO_INNER:
-        shard, _ = add_norm(shard, None, inner_weight, inner_eps, inner_weight_bias, inner_form)
-    norm, shard = add_norm(shard, residual, weight, eps, weight_bias, form)
-    norm = functional.wait_tensor(functional.all_gather_into_tensor(norm, world_size, group_name))
+    shard = reduce_scatter(rows, world_size, group_name)
+    if inner_spec[3] != NO_INNER:
+        shard, _ = add_norm(shard, None, *inner_spec)
+    norm, shard = add_norm(shard, residual, *norm_spec)
+    norm = all_gather(norm, world_size, group_name)
     if not _divides(tokens, world_size):
         norm = norm[:tokens].clone()
     return norm.reshape(x.shape), shard
 
 
 def _divides(tokens: int, world_size: int) -> bool:
-    """Whether the ranks share the rows evenly; of a symbolic number, whether that is known without a guard."""
+    """Return whether the ranks share the rows evenly, as far as known without a guard."""
     rest = tokens % world_size
     return rest == 0 if isinstance(rest, int) else rest.node.maybe_as_int() == 0
 
@@ -207,7 +175,7 @@ def _fake_shard_rows(x: Tensor, group_name: str) -> Tensor:
 # Never written into a graph: what it does depends on the rank, and ranks share compile caches.
 @register_op(fake=_fake_shard_rows, inlines=False, batch_invariant=True)
 def shard_rows(x: Tensor, group_name: str) -> Tensor:
-    """This rank's shard (S, hidden) of x (..., hidden), which is the same on every rank. Communicates nothing."""
+    """Return this rank's shard (S, hidden) of x (..., hidden), which all ranks have alike."""
     group = resolve_group(group_name)
     return own_rows(x, group.rank(), group.size())
 
@@ -218,12 +186,11 @@ def _fake_gather_rows(shard: Tensor, like: Tensor, group_name: str) -> Tensor:
 
 @register_op(fake=_fake_gather_rows, batch_invariant=True)
 def gather_rows(shard: Tensor, like: Tensor, group_name: str) -> Tensor:
-    """The complete rows of which every rank holds a shard (S, hidden), in the shape of `like` (..., hidden). A
-    collective."""
-    functional = torch.ops._c10d_functional
+    """Return the complete rows of which every rank holds a shard (S, hidden), in the shape of
+    `like` (..., hidden). A collective."""
     world_size = resolve_group(group_name).size()
     tokens = like.numel() // like.shape[-1] if like.shape[-1] else 0
-    rows: Tensor = functional.wait_tensor(functional.all_gather_into_tensor(shard.contiguous(), world_size, group_name))
+    rows = all_gather(shard.contiguous(), world_size, group_name)
     if not _divides(tokens, world_size):
         rows = rows[:tokens].clone()
     return rows.reshape(like.shape)

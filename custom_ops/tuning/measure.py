@@ -1,7 +1,8 @@
-"""The tuner's measurements: each candidate checked, then timed, at each number of tokens.
+"""Check, then time each candidate of the tuner at each number of tokens.
 
-At every step all ranks do the same and vote, so that they end with the same numbers or with the same error. The
-slowest rank's time counts; a candidate that is wrong on any rank at any size is left out altogether.
+At every step all ranks do the same and vote, so that they end with the same numbers or with the
+same error. The slowest rank's time counts; a candidate that is wrong on any rank at any size is
+left out altogether.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.coordination.vote import Channel, VoteResult, describe, vote
 from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND
 from fusewire.custom_ops.tuning.timers import (
@@ -47,7 +48,7 @@ _OWN_KERNELS = "symm_mem"
 
 
 class Candidate(NamedTuple):
-    """One way to compute a call. `call` has native's parameters; `in_rank_order`: its sum is to be exact."""
+    """One way to compute a call, with native's parameters. `in_rank_order`: sums exactly."""
 
     label: str
     call: Callable[..., tuple[Tensor, Tensor]]
@@ -57,7 +58,7 @@ class Candidate(NamedTuple):
 
 
 def coarse_first(grid: Sequence[int]) -> list[int]:
-    """The order to measure in: every second size up to the largest, then those between, should time run out."""
+    """Return the order to measure in: every second size up to the largest, then those between."""
     return [*sorted(grid[-1::-2]), *sorted(grid[-2::-2])]
 
 
@@ -91,7 +92,7 @@ class Measurement:
         self.title = f"hidden size {self.hidden}, {name}, {self.group.size()} ranks"
         self.channel = Channel(self.group, f"tuning group {self.group.group_name}")
         self.timer: Timer = GpuTimer(self.device) if self.device.type == "cuda" else CpuTimer(self.device)
-        self.loud = self.group.rank() == 0
+        self.is_logging_rank = self.group.rank() == 0
 
     def vote(self, topic: str, work: Callable[[], Mapping[str, Any] | None]) -> VoteResult:
         return vote(self.channel, topic, work)
@@ -107,17 +108,17 @@ class Measurement:
                 self._measure_links()
         finally:
             self.busy = False
-        for note in self.notes if self.loud else ():
+        for note in self.notes if self.is_logging_rank else ():
             log_line(f"tuning {self.title}: {note}")
 
     def _measure_sizes(self, order: Sequence[int]) -> None:
-        progress = Progress(self.title, len(order), self.loud)
+        progress = Progress(self.title, len(order), self.is_logging_rank)
         last = self._elapsed("start")
         for done, tokens in enumerate(order):
             running = [c for c in self.candidates if self._is_due(c, tokens)]
             if running and not self._measure_size(tokens, running):
                 self.candidates = [c._replace(tokens=range(c.tokens.start, tokens)) for c in self.candidates]
-            progress.step(self._said(tokens))
+            progress.step(self._summary(tokens))
             now = self._elapsed(f"after {tokens} tokens")
             # The next size may take twice as long.
             if now + 2 * (now - last) > self.budget_s and done + 1 < len(order):
@@ -128,12 +129,12 @@ class Measurement:
         progress.end()
 
     def _elapsed(self, topic: str) -> float:
-        """Seconds since all was compiled by rank 0's clock: the same on every rank."""
-        verdict = self.vote(f"elapsed, {topic}", lambda: {"s": time.monotonic() - self.compiled})
-        return float(verdict.facts[0]["s"])
+        """Return seconds since all was compiled by rank 0's clock: the same on every rank."""
+        result = self.vote(f"elapsed, {topic}", lambda: {"s": time.monotonic() - self.compiled})
+        return float(result.facts[0]["s"])
 
     def _is_due(self, candidate: Candidate, tokens: int) -> bool:
-        """Whether to try a candidate: it was not far behind at the next smaller size that it was tried at."""
+        """Return whether to try a candidate: it was not far behind at the size before."""
         if tokens not in candidate.tokens or candidate.label in self.rejected:
             return False
         smaller = [t for found in self.times.values() for t in found if t < tokens]
@@ -145,7 +146,7 @@ class Measurement:
         return own is None or own <= _FAR * best
 
     def _compile_ahead(self) -> None:
-        """Compile what will be launched, each kernel on one rank first: a shared cache serves the others."""
+        """Compile what will be launched, each kernel on one rank first: they share a cache."""
         pairs = [(c, t) for c in self.candidates if c.provider == _OWN_KERNELS for t in self.grid if t in c.tokens]
         if not pairs:
             return
@@ -179,45 +180,45 @@ class Measurement:
             self._check_memory((2 * sets + 12) * nbytes + (2 * self.group.size() + 16) * part)
             inputs.extend(draw(self.group.rank(), tokens, self.hidden, self.dtype, self.device, sets))
 
-        verdict = self.vote(f"inputs for {tokens} tokens", make)
-        if not verdict.ok:
-            self.notes.append(f"{tokens} tokens and more were not measured: {verdict.reason}")
+        result = self.vote(f"inputs for {tokens} tokens", make)
+        if not result.ok:
+            self.notes.append(f"{tokens} tokens and more were not measured: {result.reason}")
             return False
         self._check(tokens, running, inputs)
         fit = [candidate for candidate in running if candidate.label not in self.rejected]
-        verdict = self.vote(f"time at {tokens} tokens", lambda: self._clock(tokens, fit, inputs))
-        if not verdict.ok:
-            raise WorkspaceError(f"tuning, times at {tokens} tokens: {verdict.reason}")
-        self._reject(verdict, "failed")
+        result = self.vote(f"time at {tokens} tokens", lambda: self._clock(tokens, fit, inputs))
+        if not result.ok:
+            raise WorkspaceError(f"tuning, times at {tokens} tokens: {result.reason}")
+        self._reject(result, "failed")
         for candidate in fit:
             if candidate.label not in self.rejected:
-                slowest = max(float(fact["us"][candidate.label]) for fact in verdict.facts)
+                slowest = max(float(fact["us"][candidate.label]) for fact in result.facts)
                 self.times.setdefault(candidate.label, {})[tokens] = round(slowest, 3)
         return True
 
     def _check(self, tokens: int, running: Sequence[Candidate], inputs: Sequence[Inputs]) -> None:
-        """Leave out candidates that are wrong on any rank, or differ between ranks that should be equal."""
+        """Leave out candidates that are wrong on a rank, or differ where they must not."""
 
         def work() -> dict[str, Any]:
             wanted = [reference(inputs[i], self.group.size(), self.group.group_name) for i in (0, 1)]
-            found = {c.label: [self._judge(c, inputs[i], wanted[i]) for i in (0, 1)] for c in running}
-            reasons = {label: next((said for said, _ in two if said), "") for label, two in found.items()}
+            found = {c.label: [self._check_result(c, inputs[i], wanted[i]) for i in (0, 1)] for c in running}
+            reasons = {label: next((problem for problem, _ in two if problem), "") for label, two in found.items()}
             return {
-                "wrong": {label: f"{tokens} tokens: {said}" for label, said in reasons.items() if said},
+                "wrong": {label: f"{tokens} tokens: {problem}" for label, problem in reasons.items() if problem},
                 "prints": {label: [bits for _, bits in two] for label, two in found.items()},
             }
 
-        verdict = self.vote(f"check at {tokens} tokens", work)
-        if not verdict.ok:
-            raise WorkspaceError(f"tuning, check at {tokens} tokens: {verdict.reason}")
-        self._reject(verdict, "wrong")
+        result = self.vote(f"check at {tokens} tokens", work)
+        if not result.ok:
+            raise WorkspaceError(f"tuning, check at {tokens} tokens: {result.reason}")
+        self._reject(result, "wrong")
         for candidate in running:
-            prints = {str(fact["prints"][candidate.label]) for fact in verdict.facts}
+            prints = {str(fact["prints"][candidate.label]) for fact in result.facts}
             if candidate.in_rank_order and len(prints) > 1:
                 self._leave_out(candidate.label, f"{tokens} tokens: the ranks' results differ")
 
-    def _judge(self, candidate: Candidate, inputs: Inputs, wanted: Wanted) -> tuple[str, str]:
-        """What is wrong with a candidate's result, and the result's fingerprint."""
+    def _check_result(self, candidate: Candidate, inputs: Inputs, wanted: Wanted) -> tuple[str, str]:
+        """Return what is wrong with a candidate's result, and the result's fingerprint."""
         try:
             norm, total = self._call(candidate, *inputs)
             self.timer.wait()
@@ -248,13 +249,13 @@ class Measurement:
             check_memory(nbytes, self.device)
             return
         with contextlib.suppress(OSError):
-            said = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-            share = int(said.group(1)) * 1024 // self.group.size() if said else nbytes
+            found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+            share = int(found.group(1)) * 1024 // self.group.size() if found else nbytes
             if nbytes > share:
                 raise WorkspaceError(f"the tensors take {nbytes >> 20} MiB and each rank's share is {share >> 20} MiB")
 
     def _measure_links(self) -> None:
-        """The rate at which a GPU sends over all its links at once, the slowest rank's."""
+        """Return the rate at which a GPU sends over all its links at once, the slowest rank's."""
         if self.device.type != "cuda":
             return
         key = WorkspaceKey(_OWN_KERNELS, self.group.group_name, self.dtype, self.hidden)
@@ -267,14 +268,14 @@ class Measurement:
             us = [self.timer.time(call, 8) for call in ways.values()]
             return {"rate": nbytes / (min(us) * 1e-6)}
 
-        verdict = self.vote("links", work)
-        if verdict.ok:
-            self.link_rate = min(float(fact["rate"]) for fact in verdict.facts)
+        result = self.vote("links", work)
+        if result.ok:
+            self.link_rate = min(float(fact["rate"]) for fact in result.facts)
         else:
-            self.notes.append(f"the links' rate was not measured: {verdict.reason}")
+            self.notes.append(f"the links' rate was not measured: {result.reason}")
 
-    def _reject(self, verdict: VoteResult, what: str) -> None:
-        for rank, fact in zip(verdict.ranks, verdict.facts, strict=True):
+    def _reject(self, result: VoteResult, what: str) -> None:
+        for rank, fact in zip(result.ranks, result.facts, strict=True):
             for label, reason in fact.get(what, {}).items():
                 self._leave_out(label, f"on rank {rank}, {reason}")
 
@@ -283,9 +284,9 @@ class Measurement:
             return
         self.rejected[label] = reason
         self.times.pop(label, None)
-        if self.loud:
+        if self.is_logging_rank:
             log_line(f"tuning {self.title}: {label} IS LEFT OUT: {reason}")
 
-    def _said(self, tokens: int) -> str:
+    def _summary(self, tokens: int) -> str:
         found = sorted((us[tokens], label) for label, us in self.times.items() if tokens in us)
         return f"{tokens} tokens: " + (", ".join(f"{label} {us:.1f} us" for us, label in found[:3]) or "nothing")

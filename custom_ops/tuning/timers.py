@@ -1,4 +1,4 @@
-"""How the tuner measures: timers for GPUs and CPUs, inputs, the check before each timing, and a progress bar."""
+"""Time and check one call: timers for GPUs and CPUs, inputs, expected results, and a progress bar."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.ops.all_reduce_norm import sum_in_rank_order
 from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, normalize
 from fusewire.errors import PeerTimeoutError, WorkspaceError
@@ -36,11 +36,11 @@ class Timer(abc.ABC):
 
     @abc.abstractmethod
     def sets(self, nbytes: int) -> int:
-        """How many sets of inputs of so many bytes a tensor to rotate through; at least 2."""
+        """Return how many sets of inputs of so many bytes a tensor to rotate through; at least 2."""
 
     @abc.abstractmethod
     def calls(self, nbytes: int) -> int:
-        """How many calls make one measurement; the same on every rank."""
+        """Return how many calls make one measurement; the same on every rank."""
 
     @abc.abstractmethod
     def wait(self) -> None:
@@ -48,7 +48,7 @@ class Timer(abc.ABC):
 
     @abc.abstractmethod
     def time(self, call: Callable[[int], Any], calls: int) -> float:
-        """Microseconds per call: the median of several runs of call(0), ..., call(calls - 1)."""
+        """Return microseconds per call: the median of several runs of `calls` calls."""
 
 
 class CpuTimer(Timer):
@@ -77,7 +77,7 @@ class CpuTimer(Timer):
 
 
 class GpuTimer(Timer):
-    """Replays of one CUDA graph of all the calls, timed by events; inputs rotate, so that no cache holds them."""
+    """Replays of one CUDA graph of all calls; inputs rotate, so that no cache holds them."""
 
     WARM_UP, RUNS = 2, 9
     COLD_BYTES = 200 << 20  # well above the L2 cache of any GPU
@@ -122,12 +122,15 @@ class GpuTimer(Timer):
 
 
 def peer_copies(made: Any, device: torch.device) -> tuple[dict[str, Callable[[int], None]], int]:
-    """Ways to copy to all peers at once, over all links of this GPU, by name; and how many bytes a call sends.
+    """Return ways to copy to all peers at once, over all links of this GPU, by name; and how many
+    bytes a call sends.
 
-    The copy engines are the faster with one peer; with several they come to two thirds of what a kernel's stores do.
+    The copy engines are the faster with one peer; with several they come to two thirds of what a
+    kernel's stores do.
 
     Args:
-        made: a SymmMemWorkspace that no kernel is running on; what lies in its inbox is of no use afterwards.
+        made: a SymmMemWorkspace that no kernel is running on; what lies in its inbox is of no use
+            afterwards.
 
     Raises:
         WorkspaceError: the workspace is too small to tell a link's rate.
@@ -176,7 +179,7 @@ class Wanted(NamedTuple):
 
 
 def draw(rank: int, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device, count: int) -> list[Inputs]:
-    """Sets of inputs. The first two differ: what a call leaves behind must not pass for the next one's result."""
+    """Return sets of inputs. The first two differ, so that stale results are noticed."""
     own = torch.Generator(device).manual_seed(1000 + rank)
     shared = torch.Generator(device).manual_seed(1)
 
@@ -189,9 +192,10 @@ def draw(rank: int, tokens: int, hidden: int, dtype: torch.dtype, device: torch.
 
 
 def reference(inputs: Inputs, world_size: int, group_name: str) -> Wanted:
-    """The exact outcome, a few rows at a time. A collective.
+    """Return the exact outcome, a few rows at a time. A collective.
 
-    Rounding after each of R ranks, in any order, moves a sum by at most R roundings of the sum of magnitudes.
+    Rounding after each of R ranks, in any order, moves a sum by at most R roundings of the sum of
+    magnitudes.
     """
     eps = torch.finfo(inputs.x.dtype).eps
     totals, slacks = [], []
@@ -204,10 +208,11 @@ def reference(inputs: Inputs, world_size: int, group_name: str) -> Wanted:
 
 
 def wrong(norm: Tensor, total: Tensor, inputs: Inputs, wanted: Wanted, in_rank_order: bool) -> str:
-    """What is wrong with a result, or nothing.
+    """Return what is wrong with a result, or nothing.
 
-    The sum: exact for kernels that add in rank order, else within `slack`. The norm: within three units in the
-    last place of RMSNorm in float64 of the very sum (in fp32, where the mean rounds too, within 2^-18).
+    The sum: exact for kernels that add in rank order, else within `slack`. The norm: within three
+    units in the last place of RMSNorm in float64 of the very sum (in fp32, where the mean rounds
+    too, within 2^-18).
     """
     for name, got in (("norm", norm), ("residual", total)):
         if (got.shape, got.dtype) != (inputs.x.shape, inputs.x.dtype):
@@ -227,7 +232,7 @@ def wrong(norm: Tensor, total: Tensor, inputs: Inputs, wanted: Wanted, in_rank_o
 
 
 def fingerprint(*tensors: Tensor) -> str:
-    """A number that differs where bits differ, to compare ranks by."""
+    """Return a number that differs where bits differ, to compare ranks by."""
     found = 0
     for tensor in tensors:
         bits = tensor.reshape(-1).view(torch.int16 if tensor.itemsize == 2 else torch.int32)
@@ -241,27 +246,27 @@ def fingerprint(*tensors: Tensor) -> str:
 
 
 class Progress:
-    """A bar on stderr if that is a terminal, else a line for each step. Says nothing on ranks but the first."""
+    """A bar on stderr if that is a terminal, else lines; on the logging rank only."""
 
     WIDTH = 24
 
-    def __init__(self, title: str, total: int, loud: bool) -> None:
-        self.title, self.total, self.loud = title, total, loud
+    def __init__(self, title: str, total: int, is_logging_rank: bool) -> None:
+        self.title, self.total, self.is_logging_rank = title, total, is_logging_rank
         self.done = 0
         self.bar = sys.stderr.isatty()
 
-    def step(self, said: str) -> None:
+    def step(self, text: str) -> None:
         self.done += 1
-        if not self.loud:
+        if not self.is_logging_rank:
             return
         count = f"{self.done}/{self.total}"
         if not self.bar:
-            log_line(f"tuning {self.title}: {count} {said}")
+            log_line(f"tuning {self.title}: {count} {text}")
             return
         filled = self.WIDTH * self.done // self.total
         bar = "#" * filled + "." * (self.WIDTH - filled)
-        print(f"\r\x1b[K[fusewire] {self.title} [{bar}] {count} {said}"[:160], end="", file=sys.stderr, flush=True)
+        print(f"\r\x1b[K[fusewire] {self.title} [{bar}] {count} {text}"[:160], end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        if self.loud and self.bar:
+        if self.is_logging_rank and self.bar:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

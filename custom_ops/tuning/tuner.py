@@ -1,7 +1,9 @@
-"""The tuner: makes a table of what every way to compute `all_reduce_rms_norm` takes on the real group.
+"""The tuner: makes a table of what every way to compute `all_reduce_rms_norm` takes on the real
+group.
 
-Called by `python -m fusewire tune`, and at first use where FUSEWIRE_TUNE=1 or `fusewire.prepare(..., tune=True)`
-asks for it. What is measured, and how, is in fusewire.custom_ops.tuning.measure and fusewire.custom_ops.tuning.timers.
+Called by `python -m fusewire tune`, and at first use where FUSEWIRE_TUNE=1 or
+`fusewire.prepare(..., tune=True)` asks for it. What is measured, and how, is in
+fusewire.custom_ops.tuning.measure and fusewire.custom_ops.tuning.timers.
 """
 
 from __future__ import annotations
@@ -17,20 +19,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.coordination.vote import in_thread
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
-from fusewire.custom_ops.dispatch import table_store as plan_store
-from fusewire.custom_ops.dispatch import table_vote as plan_vote
-from fusewire.custom_ops.dispatch.table_store import PlanKey, Table
+from fusewire.custom_ops.dispatch import table_store, table_vote
+from fusewire.custom_ops.dispatch.table_store import Table, TableKey
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND
 from fusewire.custom_ops.ops.registry import NATIVE
 from fusewire.custom_ops.tuning.measure import Candidate, Measurement
 from fusewire.custom_ops.tuning.timers import EPS
+from fusewire.custom_ops.workspaces.capture import refuse_capture
 from fusewire.custom_ops.workspaces.provider import PROVIDERS, WorkspaceKey, WorkspaceProvider
-from fusewire.custom_ops.workspaces.registry import ABANDONED, REGISTRY, refuse_capture
+from fusewire.custom_ops.workspaces.registry import ABANDONED, REGISTRY
 from fusewire.errors import ConfigError, PeerTimeoutError, WorkspaceError
 
 DEFAULT_MAX_TOKENS = 8192
@@ -49,7 +51,7 @@ class Tuned(NamedTuple):
 
 
 def token_grid(max_tokens: int, tokens: Sequence[int] = ()) -> tuple[int, ...]:
-    """The numbers of tokens to measure: those named, else the powers of two and max_tokens.
+    """Return the numbers of tokens to measure: those named, else the powers of two and max_tokens.
 
     Raises:
         ConfigError: one is not positive.
@@ -75,14 +77,16 @@ def tune(
     budget_s: float = BUDGET_S,
     save: bool = True,
 ) -> Tuned:
-    """Measure a table for a group and go by it from now on. A collective: every rank calls it alike.
+    """Measure a table for a group and go by it from now on. A collective: every rank calls it
+    alike.
 
-    Takes about budget_s seconds at most, beside what providers compile at their first use. Workspaces that exist
-    are used; others are made and freed again.
+    Takes about budget_s seconds at most, beside what providers compile at their first use.
+    Workspaces that exist are used; others are made and freed again.
 
     Args:
         hidden, dtype: of the activations; bfloat16, float16 or float32.
-        device: this rank's GPU, the current one by default; the CPU for what only a CPU's table is for.
+        device: this rank's GPU, the current one by default; the CPU for what only a CPU's table is
+            for.
         max_tokens, tokens: measure powers of two up to max_tokens, or just these numbers of tokens.
         providers: what to time; the operator's own priority if empty.
         budget_s: no further size is begun when it would take longer than so many seconds in all.
@@ -110,7 +114,8 @@ def tune(
     run.agree_on_task(names)
     try:
         run.open(names)
-        # Elsewhere than in this thread: it may allocate from a pool that Inductor's CUDA graphs will overwrite.
+        # Elsewhere than in this thread: it may allocate from a pool that Inductor's CUDA graphs
+        # will overwrite.
         in_thread(run.measure, LIMIT_S + 10 * budget_s, "tuning", run.channel)
         tuned = run.finish(save)
     except BaseException as error:
@@ -125,7 +130,7 @@ def tune(
 
 @dataclass
 class _Run(Measurement):
-    """One tuning: a measurement with what comes before and after it, and the workspaces made for it."""
+    """One tuning: a measurement, what comes around it, and the workspaces made for it."""
 
     absent: dict[str, str] = field(default_factory=dict)
     opened: list[WorkspaceKey] = field(default_factory=list)
@@ -139,27 +144,27 @@ class _Run(Measurement):
             args = (one, one, one[0], EPS, 0.0, SCALE_THEN_ROUND, self.group.group_name)
             checked = {name: op.providers[name].check(*args) for name in names if name not in PROVIDERS}
             reasons = {name: support.reason for name, support in checked.items() if not support}
-            return {"machine": plan_store.machine_facts(self.device), "asked": asked, "reasons": reasons}
+            return {"machine": table_store.machine_facts(self.device), "asked": asked, "reasons": reasons}
 
-        verdict = self.vote("task", work)
-        if not verdict.ok:
-            raise WorkspaceError(f"tuning: {verdict.reason}")
-        for rank, fact in zip(verdict.ranks, verdict.facts, strict=True):
-            if fact["asked"] != verdict.facts[0]["asked"]:
+        result = self.vote("task", work)
+        if not result.ok:
+            raise WorkspaceError(f"tuning: {result.reason}")
+        for rank, fact in zip(result.ranks, result.facts, strict=True):
+            if fact["asked"] != result.facts[0]["asked"]:
                 raise ConfigError(
-                    f"the ranks are to tune different things: rank {verdict.ranks[0]} {verdict.facts[0]['asked']}, "
+                    f"the ranks are to tune different things: rank {result.ranks[0]} {result.facts[0]['asked']}, "
                     f"rank {rank} {fact['asked']}; call tune alike on every rank"
                 )
             for name, reason in fact["reasons"].items():
                 self.absent.setdefault(name, f"on rank {rank}: {reason}")
-        self.key: PlanKey = plan_store.key_of([fact["machine"] for fact in verdict.facts], self.hidden, self.dtype)
+        self.key: TableKey = table_store.key_of([fact["machine"] for fact in result.facts], self.hidden, self.dtype)
 
     def open(self, names: Sequence[str]) -> None:
-        """The candidates, with workspaces for those that need them."""
+        """Find the candidates, with workspaces for those that need them."""
         for name in names:
-            keeper = PROVIDERS.get(name)
-            if keeper is not None:
-                self._open(keeper)
+            workspace_provider = PROVIDERS.get(name)
+            if workspace_provider is not None:
+                self._open(workspace_provider)
             elif name not in self.absent:
                 call = self._native if name == NATIVE else op.providers[name].fn
                 self.candidates.append(Candidate(name, call, range(1, self.grid[-1] + 1), False, name))
@@ -168,56 +173,58 @@ class _Run(Measurement):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.absent.items())
             raise WorkspaceError(f"there is no choice to measure, since only {able} can serve here ({reasons})")
 
-    def _open(self, keeper: WorkspaceProvider) -> None:
+    def _open(self, provider: WorkspaceProvider) -> None:
         ranks = self.group.size()
-        static = keeper.limits(self.hidden, self.dtype, ranks)
+        static = provider.limits(self.hidden, self.dtype, ranks)
         if not static:
-            self.absent[keeper.name] = static.reason
+            self.absent[provider.name] = static.reason
             return
-        key = WorkspaceKey(keeper.name, self.group.group_name, self.dtype, self.hidden)
+        key = WorkspaceKey(provider.name, self.group.group_name, self.dtype, self.hidden)
         known = REGISTRY.entries.get(key)
         if known is None or not known.serves(self.group):
             self.opened.append(key)
-        entry = REGISTRY.open(keeper, self.group, self.dtype, self.hidden, self.device, lambda _: self._room(keeper))
+        entry = REGISTRY.open(
+            provider, self.group, self.dtype, self.hidden, self.device, lambda _: self._fitting_tokens(provider)
+        )
         made = entry.workspace
         if made is None:
-            self.absent[keeper.name] = entry.reason
+            self.absent[provider.name] = entry.refusal
             return
-        wanted = min(self.grid[-1], keeper.max_tokens(self.hidden, self.dtype, ranks))
+        wanted = min(self.grid[-1], provider.max_tokens(self.hidden, self.dtype, ranks))
         if made.max_tokens < wanted:
             size = f"{made.max_tokens} tokens, {'there before' if key not in self.opened else 'all that there is room for'}"
-            self.notes.append(f"{keeper.name} was not measured above its workspace's size ({size})")
-        for label in keeper.variants:
-            if reason := keeper.left_out(label):
+            self.notes.append(f"{provider.name} was not measured above its workspace's size ({size})")
+        for label in provider.variants:
+            if reason := provider.left_out(label):
                 self.absent[label] = reason
                 continue
-            limit = keeper.token_limit(label, self.hidden, self.dtype, ranks, made.max_tokens)
-            self.candidates.append(Candidate(label, keeper.bind(made, label), limit, True, keeper.name))
+            limit = provider.token_limit(label, self.hidden, self.dtype, ranks, made.max_tokens)
+            self.candidates.append(Candidate(label, provider.bind(made, label), limit, True, provider.name))
 
-    def _room(self, keeper: WorkspaceProvider) -> int:
-        """As many tokens as are to be measured and fit a quarter of the free memory."""
+    def _fitting_tokens(self, provider: WorkspaceProvider) -> int:
+        """Return as many tokens as are to be measured and fit a quarter of the free memory."""
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else sys.maxsize
-        fitting = [t for t in self.grid if keeper.nbytes(self.hidden, self.dtype, self.group.size(), t) <= free // 4]
+        fitting = [t for t in self.grid if provider.nbytes(self.hidden, self.dtype, self.group.size(), t) <= free // 4]
         return fitting[-1] if fitting else self.grid[0]
 
     def _native(self, *args: Any) -> tuple[Tensor, Tensor]:
-        call = dispatch._native_with_norm_kernel if dispatch._norm_kernel_serves(args) else op.native
+        call = dispatch.native_with_norm_kernel if dispatch.norm_kernel_serves(args) else op.native
         both: tuple[Tensor, Tensor] = call(*args)
         return both
 
     def finish(self, save: bool) -> Tuned:
-        """The table, kept on every rank's disk, and the one that calls are decided by from now on."""
+        """Save the table on every rank's disk and use it from now on; return it."""
         if not self.times:
             pairs = [*self.rejected.items(), *self.absent.items()]
             reasons = [*self.notes, *(f"{name}: {reason}" for name, reason in pairs)]
             raise WorkspaceError(f"nothing could be timed: {'; '.join(reasons)}")
         now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-        verdict = self.vote("end", lambda: {"now": now, "s": round(time.monotonic() - self.start, 1)})
+        result = self.vote("end", lambda: {"now": now, "s": round(time.monotonic() - self.start, 1)})
         table = Table(
             key=self.key,
             times={label: tuple(sorted(found.items())) for label, found in self.times.items()},
-            measured=verdict.facts[0]["now"],
-            seconds=max(0.1, verdict.facts[0]["s"]),
+            measured=result.facts[0]["now"],
+            seconds=max(0.1, result.facts[0]["s"]),
             rejected=self.rejected,
             absent=self.absent,
             link_rate=self.link_rate,
@@ -225,29 +232,30 @@ class _Run(Measurement):
         )
         path, problem = "", ""
         if save:
-            # One after the other: ranks of one host write the same file, and the others find it written.
+            # One after the other: ranks of one host write the same file, and the others find it
+            # written.
             for first in (True, False):
-                verdict = self.vote(f"save {first}", functools.partial(self._save, table, first))
-                problem = problem or verdict.reason
-            path = str(plan_store.folder() / table.key.file_name)
+                result = self.vote(f"save {first}", functools.partial(self._save, table, first))
+                problem = problem or result.reason
+            path = str(table_store.folder() / table.key.file_name)
         if problem:
             problem = f"the table was not saved everywhere: {problem}"
-            if self.loud:
+            if self.is_logging_rank:
                 log_line(f"tuning {self.title}: {problem}")
-        plan_vote.keep(self.group, self.hidden, self.dtype, table, problem)
+        table_vote.keep(self.group, self.hidden, self.dtype, table, problem)
         return Tuned(table, path, problem)
 
     def _save(self, table: Table, first: bool) -> None:
         if first == (self.group.rank() == 0):
             try:
-                plan_store.save(table)
+                table_store.save(table)
             except OSError as error:
-                raise WorkspaceError(f"{plan_store.folder()}: {error}") from error
+                raise WorkspaceError(f"{table_store.folder()}: {error}") from error
 
     def close(self) -> None:
         """Free the workspaces that were made for this."""
         for key in self.opened:
-            REGISTRY._drop(key)
+            REGISTRY.drop(key)
         if self.device.type == "cuda" and self.opened:
             torch.cuda.empty_cache()
 
@@ -267,4 +275,4 @@ def _tune_at_first_use(
     tune(group, hidden, dtype, device, max_tokens=max(max_tokens, DEFAULT_MAX_TOKENS))
 
 
-plan_vote.run_tuner = _tune_at_first_use
+table_vote.run_tuner = _tune_at_first_use

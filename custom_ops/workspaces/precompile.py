@@ -1,4 +1,4 @@
-"""Compile the kernels of a workspace before the calls that need them: during one, its peers would wait for the compiler."""
+"""Compile a workspace's kernels before the calls that need them."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
+from fusewire.custom_ops.coordination.log import log_progress
 from fusewire.custom_ops.coordination.timeouts import ANNOUNCE_COMPILING_AFTER_S
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.workspaces.provider import WorkspaceProvider
-from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry, announced
+from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
 
 
 def compile_ahead(provider: WorkspaceProvider, entry: Entry, group: dist.ProcessGroup) -> None:
-    """Compile what the provider names, each piece on one rank first: a cache on disk then serves the others.
+    """Compile what the provider names, each piece on one rank first: a cache on disk then serves
+    the others.
 
     A collective. If one piece fails on any rank, nobody uses the provider, and the entry says why.
 
     Raises:
         PeerTimeoutError: a rank did not take part in time.
     """
-    pieces = provider.ahead(entry.workspace) if entry.workspace is not None else ()
+    pieces = provider.kernels_to_compile(entry.workspace) if entry.workspace is not None else ()
     if not pieces:
         return
     channel = Channel(group, f"{entry.key} ahead")
     for topic, share in (("own share", pieces[group.rank() :: group.size()]), ("all", pieces)):
         text = f"compiling {len(pieces)} kernels of {provider.name} ahead (once: they are kept on disk)"
-        with announced(text, after_s=ANNOUNCE_COMPILING_AFTER_S):
-            verdict = vote(channel, f"compile ahead, {topic}", lambda share=share: _run(share))  # type: ignore[misc]
-        if not verdict.ok:
-            REGISTRY._drop(entry.key)
-            entry.workspace, entry.reason = None, f"compiling ahead: {verdict.reason}"
-            REGISTRY.entries[entry.key] = entry
+        with log_progress(text, after_s=ANNOUNCE_COMPILING_AFTER_S):
+            result = vote(channel, f"compile ahead, {topic}", lambda share=share: _run(share))  # type: ignore[misc]
+        if not result.ok:
+            REGISTRY.refuse(entry, f"compiling ahead: {result.reason}")
             return
 
 

@@ -1,7 +1,7 @@
-"""What a provider with workspaces is, and what a workspace is.
+"""The interface of providers that need workspaces, and of workspaces.
 
-A provider of a fused operator that needs symmetric buffers subclasses `WorkspaceProvider` and is added to `PROVIDERS`;
-fusewire.custom_ops.dispatch.dispatcher does the rest.
+A provider of a fused operator that needs symmetric buffers subclasses `WorkspaceProvider` and is
+added to `PROVIDERS`; fusewire.custom_ops.dispatch.dispatcher does the rest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class WorkspaceKey(NamedTuple):
 
 
 class Workspace(abc.ABC):
-    """Buffers of one provider for one key, on one device. Subclasses hold them and free them in `release`."""
+    """Buffers of one provider for one key, on one device. Subclasses free them in `release`."""
 
     def __init__(self, key: WorkspaceKey, max_tokens: int, nbytes: int, device: torch.device) -> None:
         self.key = key
@@ -46,9 +46,10 @@ class Workspace(abc.ABC):
         self.closed = False
 
     def check_call(self, tokens: int, device: torch.device) -> None:
-        """Raise WorkspaceError if a call does not fit. What ranks could see differently ends here, loudly.
+        """Raise WorkspaceError if a call does not fit.
 
-        Call it with `order.lock` held until the call is launched, so that no other thread closes the workspace meanwhile.
+        Call it with `order.lock` held until the call is launched, so that no other thread closes
+        the workspace meanwhile.
         """
         if self.closed:
             raise WorkspaceError(f"the workspace ({self.key}) is closed; call fusewire.prepare(...) to make a new one")
@@ -63,10 +64,15 @@ class Workspace(abc.ABC):
                 "torch.cuda.set_device before the first call or fusewire.prepare"
             )
 
-    def close(self) -> None:
-        """Wait for the device and free the buffers. Idempotent. CUDA graphs captured with it are invalid.
+    def check_errors(self) -> None:  # noqa: B027 - only some have errors that outlast a call
+        """Raise the error of an earlier call, as the next call would. Waits for nothing."""
 
-        Thread-safe: a call of another thread is launched before, and waited for, or finds the workspace closed.
+    def close(self) -> None:
+        """Wait for the device and free the buffers. Idempotent. CUDA graphs captured with it are
+        invalid.
+
+        Thread-safe: a call of another thread is launched before, and waited for, or finds the
+        workspace closed.
         """
         with self.order.lock:
             if self.closed:
@@ -89,25 +95,27 @@ class Request:
     device: torch.device
     max_tokens: int
     facts: tuple[Mapping[str, Any], ...] = ()
-    # Buffers of (max_tokens, hidden) in which results can stay without a copy, where the provider knows that.
+    # Buffers of (max_tokens, hidden) in which results can stay without a copy, where the provider
+    # knows that.
     outputs: int = 0
 
 
 class WorkspaceProvider(abc.ABC):
-    """What a provider with workspaces tells the dispatcher. Only `create` and `prove` communicate."""
+    """A provider with workspaces, for the dispatcher. Only `create` and `self_test` communicate."""
 
     name: str
-    # Ways to compute one call, as fusewire.custom_ops.dispatch.cost_model names their costs ("flashinfer/oneshot", ...).
+    # Ways to compute one call, as fusewire.custom_ops.dispatch.cost_model names their costs
+    # ("flashinfer/oneshot", ...).
     variants: tuple[str, ...]
     # How long `machine` may take, in seconds, where it has to compile.
     machine_s: float = MACHINE_CHECK_S
 
     @abc.abstractmethod
     def machine(self, group: dist.ProcessGroup, device: torch.device) -> Mapping[str, Any]:
-        """Facts about this rank's machine for the others, or raise with the reason why it cannot serve."""
+        """Return facts about this rank's machine (JSON types), or raise why it cannot serve."""
 
-    def judge(self, facts: Sequence[Mapping[str, Any]]) -> Support:
-        """Whether these facts of all ranks fit together. Pure: every rank computes the same."""
+    def validate(self, facts: Sequence[Mapping[str, Any]]) -> Support:
+        """Return whether these facts of all ranks fit together. Pure: every rank computes the same."""
         hosts, gpus = {fact.get("host") for fact in facts}, [fact.get("uuid") for fact in facts]
         return Support.all_of(
             (len(hosts) == 1, f"the group's ranks are on {len(hosts)} hosts; peer-to-peer kernels need one"),
@@ -119,50 +127,54 @@ class WorkspaceProvider(abc.ABC):
 
     @abc.abstractmethod
     def limits(self, hidden: int, dtype: torch.dtype, world_size: int) -> Support:
-        """Whether such calls can be served for some number of tokens."""
+        """Return whether such calls can be served for some number of tokens."""
 
     @abc.abstractmethod
     def token_limit(self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> range:
-        """The numbers of tokens that a variant takes on a workspace for max_tokens."""
+        """Return the numbers of tokens that a variant takes on a workspace for max_tokens."""
 
     def left_out(self, variant: str) -> str:
-        """Why a variant serves no call on this machine, or nothing."""
+        """Return why a variant serves no call on this machine, or nothing."""
         return ""
 
     @abc.abstractmethod
     def max_tokens(self, hidden: int, dtype: torch.dtype, world_size: int) -> int:
-        """The largest workspace there can be, in tokens."""
+        """Return the largest workspace there can be, in tokens."""
 
     @abc.abstractmethod
     def nbytes(self, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> int:
-        """The GPU memory such a workspace takes on each rank, in bytes."""
+        """Return the GPU memory such a workspace takes on each rank, in bytes."""
 
     @abc.abstractmethod
     def create(self, request: Request, channel: Channel) -> Workspace:
-        """Make the workspace with all ranks, over the channel alone: a rank that fails frees the others."""
+        """Make the workspace with all ranks. Talks over the channel alone."""
 
     @abc.abstractmethod
-    def prove(self, workspace: Workspace, stage: str) -> None:
-        """Raise unless calls are right. Stage "alone": without other ranks; "together": a true collective."""
+    def self_test(self, workspace: Workspace, stage: str) -> None:
+        """Raise unless calls are right. Stage "alone": no other ranks; "together": a collective."""
 
     @abc.abstractmethod
     def bind(self, workspace: Workspace, variant: str, output: int | None = None) -> Callable[..., Any]:
-        """A function with native's parameters that computes a call in this way.
+        """Return a function with native's parameters that computes a call in this way.
 
         Args:
-            output: the workspace's output buffer in which the sum may be left; it stays valid until the next such
-                call with that buffer. A provider that knows no such buffers returns memory of its own.
+            output: the workspace's output buffer in which the sum may be left; it stays valid until
+                the next such call with that buffer. A provider that knows no such buffers returns
+                memory of its own.
         """
 
-    def ahead(self, workspace: Workspace) -> Sequence[Callable[[], object]]:
-        """What compiles the kernels that calls will need, one piece each and alike on every rank; none launches."""
+    def kernels_to_compile(self, workspace: Workspace) -> Sequence[Callable[[], object]]:
+        """Return functions that each compile a kernel for later calls, alike on every rank."""
         return ()
 
-    def bind_extended(
+    def bind_derived(
         self, workspace: Workspace, variant: str, op_name: str, args: tuple[Any, ...], output: int | None = None
     ) -> Callable[..., Any] | None:
-        """A function with the parameters of an operator that extends native's (`dispatch/derived_ops.py`), which
-        computes such calls whole; None if there is none. It follows from nothing but shapes and dtypes.
+        """Return a function that computes calls of a derived op whole, with its parameters; None if
+        there is none.
+
+        Depends on nothing but shapes and dtypes.
+
 
         Args:
             output: as in `bind`; of the sharded operator the norm may be left there.
@@ -171,12 +183,13 @@ class WorkspaceProvider(abc.ABC):
 
 
 PROVIDERS: dict[str, WorkspaceProvider] = {}
-# Output buffers of a workspace, where a graph asks for any: two, so that one can be read while the other is written.
+# Output buffers of a workspace, where a graph asks for any: two, so that one can be read while the
+# other is written.
 OUTPUTS = 2
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """Facts about a device that `WorkspaceProvider.judge` and the plan need from every rank."""
+    """Return what validation and tuned tables need to know of a rank's device."""
     facts: dict[str, Any] = {"host": host(), "gpu": device.type, "capability": None, "uuid": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

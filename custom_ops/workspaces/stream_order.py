@@ -1,4 +1,4 @@
-"""The order of calls on one device: one after another, whatever streams and threads they come from."""
+"""Order the calls on one device, whatever streams and threads they come from."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import threading
 
 import torch
 
+from fusewire.custom_ops._torch_private import current_raw_stream
+from fusewire.custom_ops.workspaces.capture import capturing
+
 
 class StreamOrder:
-    """Keeps calls on one device one after another, whatever streams they are on.
+    """The order of the calls on one device, one after another on whatever streams.
 
-    Kernels that wait for their peers take the whole GPU: two at once, in different order on two ranks, wait
-    for each other for ever. A call on another stream than the last waits for what that one holds. Captured
-    calls are ordered by their graph, so capture is left alone; replays on a stream of their own are the
-    caller's to order.
+    Kernels that wait for their peers take the whole GPU: two at once, in different order on two
+    ranks, wait for each other for ever. A call on another stream than the last waits for what that
+    one holds. Captured calls are ordered by their graph, so capture is left alone; replays on a
+    stream of their own are the caller's to order.
 
     Attributes:
-        lock: held from `enter` until the kernel is launched. Else two threads could enter in one order and launch in
-            the other, and each stream would wait for the wrong call.
+        lock: held from `enter` until the kernel is launched. Else two threads could enter in one
+            order and launch in the other, and each stream would wait for the wrong call.
     """
 
     _by_device: dict[int, StreamOrder] = {}  # noqa: RUF012 - one per device for the process
@@ -29,13 +32,13 @@ class StreamOrder:
 
     @classmethod
     def of(cls, device: torch.device) -> StreamOrder:
-        """The one of a device. Thread-safe."""
+        """Return the order of a device. Thread-safe."""
         return cls._by_device.setdefault(-1 if device.index is None else device.index, cls())
 
     def enter(self, device_index: int) -> None:
-        """Order the call that is launched next, on the current stream of the device. Call it with `lock` held."""
-        raw = torch._C._cuda_getCurrentRawStream(device_index)
-        if raw != self._raw and not torch.cuda.is_current_stream_capturing():
+        """Order the call that is launched next on the current stream. Needs `lock` held."""
+        raw = current_raw_stream(device_index)
+        if raw != self._raw and not capturing():
             stream = torch.cuda.current_stream(device_index)
             if self._stream is not None:
                 stream.wait_event(self._stream.record_event())

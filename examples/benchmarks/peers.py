@@ -40,7 +40,7 @@ from peers_measuring import Run
 from peers_report import Row
 
 from fusewire.custom_ops.coordination.vote import describe
-from fusewire.custom_ops.dispatch import table_store as plan_store
+from fusewire.custom_ops.dispatch import table_store
 
 TOKENS = tuple(1 << power for power in range(14))
 HIDDEN = (4096, 5120, 7168, 8192)
@@ -51,7 +51,7 @@ HIDDEN = (4096, 5120, 7168, 8192)
 
 def facts_of(run: Run, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a reader needs for a comparison: versions, devices, date, options."""
-    machine = plan_store.machine_facts(run.device)
+    machine = table_store.machine_facts(run.device)
     known = {name: machine[name] for name in ("gpu", "driver", "links", "versions")}
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return {**known, "date": date, "world_size": run.group.size(), "options": dict(options), "notes": run.notes}

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from peers_report import PEER, SPARED
 from torch import Tensor
 
-from fusewire.custom_ops.dispatch.cost_model import ONE_SHOT, TWO_SHOT
+from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
 from fusewire.custom_ops.tuning.timers import EPS, Inputs
@@ -111,7 +111,7 @@ class Bench:
         """Return a provider's workspace. Raises WorkspaceError with the reason if there is none."""
         entry = REGISTRY.entries.get(WorkspaceKey(provider, self.name, self.dtype, self.hidden))
         if entry is None or entry.workspace is None:
-            raise WorkspaceError(entry.reason if entry else f"{provider} takes no such calls")
+            raise WorkspaceError(entry.refusal if entry else f"{provider} takes no such calls")
         return entry.workspace
 
 

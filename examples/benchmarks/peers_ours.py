@@ -22,7 +22,7 @@ from peers_vllm import vllm_family
 
 import fusewire
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
-from fusewire.custom_ops.dispatch.cost_model import ONE_SHOT, SYMM_ONE_SHOT, SYMM_TWO_SHOT, TWO_SHOT
+from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, SYMM_ONE_SHOT, SYMM_TWO_SHOT, TWO_SHOT
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND
 from fusewire.custom_ops.ops.sharded_norm import own_rows
@@ -64,13 +64,13 @@ def symm_mem_family() -> Family:
 
     def together(bench: Bench) -> list[Candidate]:
         fusewire.prepare(bench.group, bench.hidden, bench.dtype, max_tokens=bench.most_tokens, output_in_place=True)
-        keeper, made = PROVIDERS[SYMM_MEM], bench.workspace(SYMM_MEM)
+        workspace_provider, made = PROVIDERS[SYMM_MEM], bench.workspace(SYMM_MEM)
         most, ways = made.max_tokens, {"exact": True, "compiles": True}
-        few = keeper.token_limit(SYMM_ONE_SHOT, bench.hidden, bench.dtype, bench.world_size, most)
+        few = workspace_provider.token_limit(SYMM_ONE_SHOT, bench.hidden, bench.dtype, bench.world_size, most)
         each, large = range(1, most + 1), range(data_tokens(bench.world_size) + 1, most + 1)
         size = f"its workspace takes {most} tokens"
         in_place = f"only its protocol with flags, above {large.start - 1} tokens, works in place, and {size}"
-        two_shots = [keeper.bind(made, SYMM_TWO_SHOT, output) for output in (0, 1)]
+        two_shots = [workspace_provider.bind(made, SYMM_TWO_SHOT, output) for output in (0, 1)]
 
         def rotating(arena: Arena) -> Call:
             calls = [_functional(call, bench.name)(arena) for call in two_shots]
@@ -90,7 +90,9 @@ def symm_mem_family() -> Family:
 
             return at
 
-        one_shot, two_shot = (_functional(keeper.bind(made, v), bench.name) for v in (SYMM_ONE_SHOT, SYMM_TWO_SHOT))
+        one_shot, two_shot = (
+            _functional(workspace_provider.bind(made, v), bench.name) for v in (SYMM_ONE_SHOT, SYMM_TWO_SHOT)
+        )
         found = [
             Candidate(*OURS[0], one_shot, few, f"it takes at most {few.stop - 1} tokens", **ways),
             Candidate(*OURS[1], two_shot, each, size, **ways),
@@ -113,12 +115,14 @@ def provider_family() -> Family:
     """Return FlashInfer's kernels as fusewire calls them."""
 
     def together(bench: Bench) -> list[Candidate]:
-        keeper, made = PROVIDERS[flashinfer.PROVIDER], bench.workspace(flashinfer.PROVIDER)
+        workspace_provider, made = PROVIDERS[flashinfer.PROVIDER], bench.workspace(flashinfer.PROVIDER)
         found = []
         for variant, names in zip((ONE_SHOT, TWO_SHOT), PROVIDED, strict=True):
-            limit = keeper.token_limit(variant, bench.hidden, bench.dtype, bench.world_size, made.max_tokens)
+            limit = workspace_provider.token_limit(
+                variant, bench.hidden, bench.dtype, bench.world_size, made.max_tokens
+            )
             why = f"it takes {limit.start} to {limit.stop - 1} tokens in a workspace of {made.max_tokens}"
-            call = _functional(keeper.bind(made, variant), bench.name)
+            call = _functional(workspace_provider.bind(made, variant), bench.name)
             found.append(Candidate(*names, call, limit, why, exact=True))
         return found
 
@@ -137,7 +141,7 @@ def choice_family() -> Family:
 def chosen(arena: Arena, group_name: str) -> str:
     """What the dispatcher chose for a size, by its name in the plan."""
     decision = dispatch.decide(op, (*arena.inputs[0], EPS, 0.0, SCALE_THEN_ROUND, group_name), "")
-    return decision.held[2] if decision.held else decision.provider.name
+    return decision.bound[2] if decision.bound else decision.provider.name
 
 
 CPU = (("fusewire native", "native", FUSEWIRE), ("fusewire rank_ordered", "rank_ordered", FUSEWIRE))

@@ -16,9 +16,9 @@ import torch
 
 import fusewire
 from fusewire.custom_ops.coordination.vote import describe
-from fusewire.custom_ops.dispatch import table_store as plan_store
-from fusewire.custom_ops.dispatch.overview import explain_plan
-from fusewire.custom_ops.ops.registry import _machine_support, all_ops, ir_op_priority, parse_priorities
+from fusewire.custom_ops.dispatch import table_store
+from fusewire.custom_ops.dispatch.overview import explain_choices
+from fusewire.custom_ops.ops.registry import all_ops, ir_op_priority, machine_support, parse_priorities
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer
 
 PLAN_HIDDEN_SIZES = (2048, 4096, 5120, 8192)
@@ -138,10 +138,10 @@ def _flashinfer() -> dict[str, str]:
 def _operators() -> dict[str, dict[str, Any]]:
     found = {}
     for name, op in sorted(all_ops().items()):
-        answers = {key: _machine_support(each) for key, each in op.providers.items()}
+        answers = {key: machine_support(each) for key, each in op.providers.items()}
         found[name] = {
-            "priority": list((op.base or op).priority),
-            "computed_with": op.base.name if op.base else "",
+            "priority": list((op.derives_from or op).priority),
+            "computed_with": op.derives_from.name if op.derives_from else "",
             "providers": {
                 key: {
                     "available": bool(answer),
@@ -157,7 +157,7 @@ def _operators() -> dict[str, dict[str, Any]]:
 def _tuned_tables() -> dict[str, Any]:
     """Return where the tables of `python -m fusewire tune` lie, and which of them serve on this machine."""
     tables = []
-    for found in plan_store.all_files():
+    for found in table_store.all_files():
         entry: dict[str, Any] = {"path": str(found.path), "serves": False, "reason": found.reason}
         if found.table is not None:
             key = found.table.key
@@ -167,13 +167,13 @@ def _tuned_tables() -> dict[str, Any]:
             entry["left_out"] = dict(found.table.rejected)
             entry["not_measured"] = dict(found.table.absent)
         tables.append(entry)
-    return {"folder": str(plan_store.folder()), "tables": tables}
+    return {"folder": str(table_store.folder()), "tables": tables}
 
 
-def _why_not(key: plan_store.PlanKey) -> str:
+def _why_not(key: table_store.TableKey) -> str:
     if key.device == "cpu":
         return "times of CPU ranks, which serve nobody"
-    here = plan_store.local_key(key.world_size, key.hidden, getattr(torch, key.dtype))
+    here = table_store.local_key(key.world_size, key.hidden, getattr(torch, key.dtype))
     return "there is no GPU here" if here is None else key.differences(here)
 
 
@@ -181,13 +181,13 @@ def _plans() -> list[dict[str, Any]]:
     count = _gpu_count()
     # Without GPUs there is one answer, whatever the world size; with them, that of each group that fits here.
     sizes = [size for size in (2, 4, 8, 16) if size <= count] or [2]
-    tuned = [found.table.key.hidden for found in plan_store.all_files() if found.table is not None]
+    tuned = [found.table.key.hidden for found in table_store.all_files() if found.table is not None]
     return [
         {
             "world_size": size,
             "hidden": hidden,
             "dtype": "bfloat16",
-            "rows": [row._asdict() for row in explain_plan(size, hidden, torch.bfloat16)],
+            "rows": [row._asdict() for row in explain_choices(size, hidden, torch.bfloat16)],
         }
         for size in sizes
         for hidden in sorted({*PLAN_HIDDEN_SIZES, *(tuned if count else ())})

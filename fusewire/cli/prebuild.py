@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer
 from fusewire.errors import ConfigError, WorkspaceError
 

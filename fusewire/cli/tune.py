@@ -23,13 +23,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.coordination.timeouts import timeout_s
 from fusewire.custom_ops.coordination.vote import describe
-from fusewire.custom_ops.dispatch import table_store as plan_store
+from fusewire.custom_ops.dispatch import table_store
 from fusewire.custom_ops.dispatch.table_store import Table
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
-from fusewire.custom_ops.ops.registry import _machine_support
+from fusewire.custom_ops.ops.registry import machine_support
 from fusewire.custom_ops.tuning import tuner
 from fusewire.custom_ops.workspaces.provider import PROVIDERS
 from fusewire.errors import ConfigError, FusewireError, PeerTimeoutError, WorkspaceError
@@ -189,16 +189,16 @@ def dry_run(arguments: argparse.Namespace, world_size: int) -> str:
         lines += [f"{world_size} ranks, hidden size {hidden}, {arguments.dtype}", f"  tokens: {_listed(grid)}"]
         for name in CPU_PROVIDERS if arguments.cpu else all_reduce_rms_norm.priority:
             lines += [f"  {text}" for text in _would_time(name, hidden, dtype, world_size, grid)]
-        key = None if arguments.cpu else plan_store.local_key(world_size, hidden, dtype)
-        lines.append(f"  table: {plan_store.folder() / key.file_name if key else plan_store.folder()}")
+        key = None if arguments.cpu else table_store.local_key(world_size, hidden, dtype)
+        lines.append(f"  table: {table_store.folder() / key.file_name if key else table_store.folder()}")
         if key is not None:
-            found = plan_store.load(key)
+            found = table_store.load(key)
             lines.append(f"  now there: {found.reason or (found.table.measured if found.table else 'nothing')}")
     return "\n".join(lines + ([f"times are taken {_ON_CPU}"] if arguments.cpu else []))
 
 
 def _would_time(name: str, hidden: int, dtype: torch.dtype, world_size: int, grid: Sequence[int]) -> list[str]:
-    provider, machine = PROVIDERS.get(name), _machine_support(all_reduce_rms_norm.providers[name])
+    provider, machine = PROVIDERS.get(name), machine_support(all_reduce_rms_norm.providers[name])
     static = machine and provider.limits(hidden, dtype, world_size) if provider else machine
     if not static:
         return [f"not {name}: {static.reason}"]

@@ -74,7 +74,9 @@ class _Lowerer:
             return bool(left_out)
         try:
             # Where ranks vote at run time, no rank may decide here by what its own machine has.
-            judge, judged = (op, tuple(values)) if op.base is None else (op.base, op.base_args(tuple(values)))
+            judge, judged = (
+                (op, tuple(values)) if op.derives_from is None else (op.derives_from, op.base_args(tuple(values)))
+            )
             choice = judge.choose(*judged, policy=policy, static=True, machine=op.selector is None)
         except NoProviderError as error:
             choice = None
@@ -92,7 +94,7 @@ class _Lowerer:
         """Return the policy of the providers that may serve a call, and why others may not."""
         if node not in self.unproved or self.context.config.assume_replicated_residuals:
             return policy, ""
-        names = parse_policy(op if op.base is None else op.base, policy)
+        names = parse_policy(op.derives_from or op, policy)
         if NATIVE in names:
             names = names[: names.index(NATIVE) + 1]  # what follows is never reached
         kept = [name for name in names if name in _ONLY_SUM]

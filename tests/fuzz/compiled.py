@@ -74,13 +74,13 @@ class _Provider(interface.WorkspaceProvider):
     def create(self, request: Any, channel: Any) -> _Workspace:
         return _Workspace(request)
 
-    def prove(self, workspace: Any, stage: Any) -> None:
+    def self_test(self, workspace: Any, stage: Any) -> None:
         pass
 
     def bind(self, workspace: Any, variant: str, output: int | None = None) -> Any:
         return self._bound(workspace, all_reduce_rms_norm, output)
 
-    def bind_extended(self, workspace: Any, variant: str, op_name: str, args: Any, output: int | None = None) -> Any:
+    def bind_derived(self, workspace: Any, variant: str, op_name: str, args: Any, output: int | None = None) -> Any:
         return self._bound(workspace, get_op(op_name), output)
 
     def _bound(self, workspace: Any, op: Any, output: int | None) -> Any:
@@ -92,7 +92,7 @@ def _provided() -> Iterator[None]:
     all_reduce_rms_norm.register_impl(NAME)(all_reduce_rms_norm.native)
     with (
         mock.patch.dict(interface.PROVIDERS, {NAME: _Provider()}),
-        mock.patch.object(dispatch, "_on_gpu", return_value=True),
+        mock.patch.object(dispatch, "on_gpu", return_value=True),
         mock.patch.object(workspace, "check_memory"),
         # As on GPUs: of memory that it takes to be unaligned, as all of a CPU's is, Inductor reuses none.
         mock.patch("torch._inductor.graph.should_assume_input_aligned", return_value=True),

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from fusewire.custom_ops import api
 from fusewire.custom_ops.coordination import timeouts
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
-from fusewire.custom_ops.dispatch import overview as plan_view
-from fusewire.custom_ops.dispatch.cost_model import ONE_SHOT, TWO_SHOT
+from fusewire.custom_ops.dispatch import overview
+from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.norms import add_residual, normalize
 from fusewire.custom_ops.providers.flashinfer import provider
@@ -183,8 +183,8 @@ class Context:
 
     def make(self, hidden: int, dtype: torch.dtype, tokens: int, group: dist.ProcessGroup | None = None):
         """The workspace, or None with the reason."""
-        keeper = interface.PROVIDERS["flashinfer"]
-        found = api._prepare_one(keeper, group or self.group, hidden, dtype, self.device, tokens, 0)
+        workspace_provider = interface.PROVIDERS["flashinfer"]
+        found = api._prepare_one(workspace_provider, group or self.group, hidden, dtype, self.device, tokens, 0)
         key = interface.WorkspaceKey("flashinfer", found.group_name, dtype, hidden)
         entry = workspace.REGISTRY.entries.get(key)
         return (entry.workspace if entry else None), found.reason
@@ -476,7 +476,7 @@ def dispatched(c: Context) -> None:
         }
         c.checks.later("dispatched", f"{tokens} tokens: {chosen}", bad, norm)
     c.checks.flush()
-    for row in plan_view.explain_plan(c.group, hidden, dtype):
+    for row in overview.explain_choices(c.group, hidden, dtype):
         c.checks.write(f"plan: {row}")
     api.close()
 

@@ -32,10 +32,8 @@ import torch.distributed as dist
 
 import fusewire
 from fusewire.cli import tune as command
-from fusewire.custom_ops.dispatch import cost_model as plans
+from fusewire.custom_ops.dispatch import cost_model, cost_tables, table_store, table_vote
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
-from fusewire.custom_ops.dispatch import table_store as plan_store
-from fusewire.custom_ops.dispatch import table_vote as plan_vote
 from fusewire.custom_ops.dispatch.decisions import Decision
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.ops.norms import normalize
@@ -80,9 +78,9 @@ def measure(group: dist.ProcessGroup, args: argparse.Namespace) -> None:
             verdict("under 30 seconds", took < 30, f"{took:.1f} s")
     table = tuned.table
     say(command.as_text(tuned))
-    verdict("saved", not tuned.problem and plan_store.load(table.key).table == table, tuned.problem)
+    verdict("saved", not tuned.problem and table_store.load(table.key).table == table, tuned.problem)
     verdict("nothing was left out", not table.rejected, str(table.rejected))
-    verdict("own kernels were measured", {plans.SYMM_ONE_SHOT, plans.SYMM_TWO_SHOT} <= set(table.times))
+    verdict("own kernels were measured", {cost_tables.SYMM_ONE_SHOT, cost_tables.SYMM_TWO_SHOT} <= set(table.times))
     verdict("every size was measured", not table.notes, str(table.notes))
     verdict("links were measured", table.link_rate is not None)
     verdict("driver and links are known", "unknown" not in (table.key.driver, table.key.links), str(table.key))
@@ -97,9 +95,9 @@ def measure(group: dist.ProcessGroup, args: argparse.Namespace) -> None:
     compare(table)
 
 
-def compare(table: plan_store.Table) -> None:
+def compare(table: table_store.Table) -> None:
     """How far from the shipped table, where there is one for this machine: for people, not a check."""
-    shipped = plans.find_plan(table.key.gpu, table.key.world_size, table.key.hidden, BF16)
+    shipped = cost_model.find_cost_model(table.key.gpu, table.key.world_size, table.key.hidden, BF16)
     for label, points in table.times.items():
         row = table.key.hidden * BF16.itemsize
         ratios = [us / cost for tokens, us in points if (cost := shipped.cost(label, tokens * row))]
@@ -113,21 +111,21 @@ def damage(table_file: Path) -> None:
 
 def use(group: dist.ProcessGroup, args: argparse.Namespace) -> None:
     """A new process: one rank's disk holds garbage, which the others make up for."""
-    key = plan_store.local_key(group.size(), args.hidden, BF16)
+    key = table_store.local_key(group.size(), args.hidden, BF16)
     assert key is not None
-    known = plan_store.load(key).table
+    known = table_store.load(key).table
     verdict("the table is found", known is not None)
     dist.barrier()
     own = Path(args.folder) / f"rank{dist.get_rank()}"
-    os.environ[plan_store.CACHE_VARIABLE] = str(own)
+    os.environ[table_store.CACHE_VARIABLE] = str(own)
     assert known is not None
-    path = plan_store.save(known)
+    path = table_store.save(known)
     if dist.get_rank() == group.size() - 1:
         damage(path)
     limits: dict[str, int] = {}
     for tokens in tuner.token_grid(args.max_tokens):
         decided = call_and_check(group, args, tokens)
-        label = decided.held[2] if decided.held else decided.provider.name
+        label = decided.bound[2] if decided.bound else decided.provider.name
         for info in fusewire.workspaces():
             limits[info.provider] = info.max_tokens
         times = {name: dict(points).get(tokens) for name, points in known.times.items()}
@@ -136,10 +134,10 @@ def use(group: dist.ProcessGroup, args: argparse.Namespace) -> None:
             for name, us in times.items()
             if us is not None and (name == "native" or tokens <= limits.get(name.partition("/")[0], 0))
         }
-        cost = known.plan().cost(label, tokens * args.hidden * BF16.itemsize)
+        cost = known.cost_model().cost(label, tokens * args.hidden * BF16.itemsize)
         best = min(able.values())
         verdict(f"{tokens} tokens: {label}", cost is not None and cost <= best * 1.0001, f"{cost} us, best {able}")
-    told = [info.plan for info in fusewire.workspaces()]
+    told = [info.table for info in fusewire.workspaces()]
     verdict("the table is named", all("tuned on this machine" in text for text in told), str(told))
     verdict(
         "the damaged file is named", any(f"rank(s) {group.size() - 1} had none" in text for text in told), str(told)
@@ -165,14 +163,16 @@ def call_and_check(group: dist.ProcessGroup, args: argparse.Namespace, tokens: i
 
 def first_use(group: dist.ProcessGroup, args: argparse.Namespace) -> None:
     """Tuning in prepare, then calls in a CUDA graph; and a rank that does not ask."""
-    os.environ[plan_store.CACHE_VARIABLE] = f"{args.folder}/first use"
+    os.environ[table_store.CACHE_VARIABLE] = f"{args.folder}/first use"
     hidden = 1024
     infos = fusewire.prepare(None, hidden, BF16, max_tokens=64, tune=dist.get_rank() == 0)
-    verdict("nobody tunes", all("nobody tunes" in info.plan for info in infos if info.max_tokens), str(infos))
+    verdict("nobody tunes", all("nobody tunes" in info.table for info in infos if info.max_tokens), str(infos))
     start = time.monotonic()
     infos = fusewire.prepare(None, hidden, BF16, max_tokens=64, tune=True)
     say(f"prepare(..., max_tokens=64, tune=True): {time.monotonic() - start:.1f} s")
-    verdict("prepare tunes", all("tuned on this machine" in info.plan for info in infos if info.max_tokens), str(infos))
+    verdict(
+        "prepare tunes", all("tuned on this machine" in info.table for info in infos if info.max_tokens), str(infos)
+    )
     verdict("workspaces stay", any(info.max_tokens >= 64 for info in infos))
     x = torch.ones(16, hidden, device="cuda", dtype=BF16)
     call = (x, x, x[0].clone(), EPS, 0.0, "scale_then_round", group.group_name)
@@ -186,8 +186,8 @@ def first_use(group: dist.ProcessGroup, args: argparse.Namespace) -> None:
     torch.cuda.synchronize()
     verdict("a graph after tuning", all(map(torch.equal, eager, captured)))
     again = fusewire.prepare(None, hidden, BF16, max_tokens=64, tune=True)
-    verdict("not twice", [info.plan for info in again] == [info.plan for info in infos])
-    agreed = plan_vote.agreed_plan(group, hidden, BF16)
+    verdict("not twice", [info.table for info in again] == [info.table for info in infos])
+    agreed = table_vote.agreed_cost_model(group, hidden, BF16)
     verdict("one plan", agreed is not None)
     del graph, captured
 
@@ -207,7 +207,7 @@ def main() -> int:
     if args.part is None:
         return parts(args)
     faulthandler.dump_traceback_later(args.limit, exit=True)  # never hang: say where, and end
-    os.environ[plan_store.CACHE_VARIABLE] = f"{args.folder}/tuned"
+    os.environ[table_store.CACHE_VARIABLE] = f"{args.folder}/tuned"
     group = join(args)
     {"measure": measure, "use": use, "first_use": first_use}[args.part](group, args)
     say(f"{args.part}, {group.size()} GPUs: {dict(COUNTS)}")

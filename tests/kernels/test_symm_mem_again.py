@@ -50,7 +50,7 @@ def machine(monkeypatch):
 
     monkeypatch.setattr(symm_mem, "_run", run)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+    monkeypatch.setattr(again, "current_raw_stream", lambda device: STREAM)
     return SimpleNamespace(ws=ws, kernel=kernel, long=long)
 
 

@@ -218,9 +218,9 @@ def _votes(good):
         ):
             given = residual if op is all_reduce_sandwich_norm else own_rows(residual, group.rank(), group.size())
             args = (x, given, w, 1e-6, 0.0, "scale_then_round", *inner, group.group_name)
-            whole = provider.bind_extended(held, "symm_mem/twoshot", op.name, args)
+            whole = provider.bind_derived(held, "symm_mem/twoshot", op.name, args)
             tried = len(made_calls)
-            again = provider.bind_extended(held, "symm_mem/oneshot", op.name, args)
+            again = provider.bind_derived(held, "symm_mem/oneshot", op.name, args)
             right = None
             if whole is not None:
                 right = all(torch.equal(a, b) for a, b in zip(whole(*args), op.native(*args), strict=True))
@@ -251,7 +251,7 @@ def _during_capture():
         mock.patch.object(torch.cuda, "is_current_stream_capturing", side_effect=[True, False]),
     ):
         for _ in range(2):
-            bound.append(provider.bind_extended(held, "symm_mem/twoshot", all_reduce_sandwich_norm.name, args))
+            bound.append(provider.bind_derived(held, "symm_mem/twoshot", all_reduce_sandwich_norm.name, args))
     return [each is not None for each in bound]
 
 

@@ -44,7 +44,7 @@ def facts_of(rank, multiprocessors=132, world_size=4):
 
 
 def judge(facts):
-    return symm_mem_provider.SymmMemProvider().judge(facts)
+    return symm_mem_provider.SymmMemProvider().validate(facts)
 
 
 def test_ranks_that_are_alike_fit():
@@ -138,7 +138,7 @@ def job_machines():
         mock.patch.object(symm_mem_provider, "ONE_SHOT_TOKENS", tokens),
     ):
         entry = workspace.REGISTRY.machine(symm_mem_provider.SymmMemProvider(), dist.group.WORLD, CPU)
-        return entry.reason, least_multiprocessors(entry.facts)
+        return entry.refusal, least_multiprocessors(entry.facts)
 
 
 def test_the_ranks_refuse_together():
@@ -164,7 +164,7 @@ class Provider(interface.WorkspaceProvider):
     def machine(self, group, device):
         return {}
 
-    def judge(self, facts):
+    def validate(self, facts):
         return YES
 
     def max_tokens(self, hidden, dtype, world_size):
@@ -177,7 +177,7 @@ class Provider(interface.WorkspaceProvider):
         self.requests.append(request)
         return Buffers(request.key, request.max_tokens, 0, request.device)
 
-    def prove(self, made, stage):
+    def self_test(self, made, stage):
         pass
 
 

@@ -111,7 +111,7 @@ def said_by(call, *errors):
 
 
 def job_differs(kind, on_gpu):
-    with Mine(**CHECKS[kind]()).registered() as mine, mock.patch.object(dispatch, "_on_gpu", return_value=on_gpu):
+    with Mine(**CHECKS[kind]()).registered() as mine, mock.patch.object(dispatch, "on_gpu", return_value=on_gpu):
         right = [same(op(*arguments(tokens), policy="mine,native"), op.native(*arguments(tokens))) for tokens in (6, 5)]
         calls = mine.calls
         forced = said_by(lambda: op(*arguments(), policy="mine"), NoProviderError)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
-from fusewire.custom_ops.ops.registry import Support, _machine_support
+from fusewire.custom_ops.ops.registry import Support, machine_support
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.custom_ops.providers.flashinfer import provider
 
@@ -141,18 +141,18 @@ def fake_flashinfer(version="0.6.18", fault="", kernels="prebuilt", **seams):
         stack.enter_context(mock.patch.dict(all_reduce_rms_norm.providers, {"flashinfer": able}))
         for module, name, value in (
             (provider, "_on_gpu", lambda x: True),
-            (dispatch, "_on_gpu", lambda x: True),
+            (dispatch, "on_gpu", lambda x: True),
             (flashinfer_library, "kernels", kernels if callable(kernels) else lambda: state),
         ):
             stack.enter_context(mock.patch.object(module, name, seams.get(name, value)))
         flashinfer_library.library.cache_clear()
-        _machine_support.cache_clear()
+        machine_support.cache_clear()
         try:
             yield fake
         finally:
             api.close()
             flashinfer_library.library.cache_clear()
-            _machine_support.cache_clear()
+            machine_support.cache_clear()
 
 
 def args_of(x, residual=None, weight=None, group="0"):

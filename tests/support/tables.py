@@ -9,8 +9,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops.dispatch import cost_model, dispatcher, table_store, table_vote
-from fusewire.custom_ops.dispatch.table_store import PlanKey, Table
+from fusewire.custom_ops.dispatch import cost_tables, dispatcher, table_store, table_vote
+from fusewire.custom_ops.dispatch.table_store import Table, TableKey
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.tuning import timers
 
@@ -18,8 +18,8 @@ from support.fake_flashinfer import args_of, fake_flashinfer
 
 BF16 = torch.bfloat16
 HIDDEN = 64
-KEY = PlanKey("cuda", "NVIDIA H200", "580.1", "NVLink 5 x 18, NVSwitch", 2, HIDDEN, "bfloat16", {"torch": "2.13.0"})
-TIMES = {"native": ((1, 10.0), (64, 40.5)), cost_model.ONE_SHOT: ((1, 2.5), (8, 50.0))}
+KEY = TableKey("cuda", "NVIDIA H200", "580.1", "NVLink 5 x 18, NVSwitch", 2, HIDDEN, "bfloat16", {"torch": "2.13.0"})
+TIMES = {"native": ((1, 10.0), (64, 40.5)), cost_tables.ONE_SHOT: ((1, 2.5), (8, 50.0))}
 TABLE = Table(KEY, TIMES, "2026-11-20 08:00 UTC", 12.5, {"x/y": "wrong"}, {"symm_mem": "no"}, 4e11, ("a note",))
 
 
@@ -47,11 +47,11 @@ def chosen(tokens):
     for n in tokens:
         x = torch.ones(n, HIDDEN, dtype=BF16)
         decision = dispatcher.decide(op, args_of(x, x, x[0].clone(), dist.group.WORLD.group_name), "flashinfer,native")
-        found.append(decision.held[2] if decision.held else decision.provider.name)
+        found.append(decision.bound[2] if decision.bound else decision.provider.name)
     return found
 
 
 def times_of(label, tokens, rank):
     """Native is the best at 1, one-shot up to 4, two-shot from 8 on; rank 1 is slower."""
-    best = {"native": tokens < 2, cost_model.ONE_SHOT: 2 <= tokens <= 4, cost_model.TWO_SHOT: tokens > 4}
+    best = {"native": tokens < 2, cost_tables.ONE_SHOT: 2 <= tokens <= 4, cost_tables.TWO_SHOT: tokens > 4}
     return (10.0 if best[label] else 20.0) + rank

@@ -107,12 +107,12 @@ class Provider(interface.WorkspaceProvider):
     """Five pieces, of which one may fail on one rank."""
 
     name, variants = "pieces", ()
-    machine = judge = limits = token_limit = max_tokens = nbytes = create = prove = bind = None
+    machine = validate = limits = token_limit = max_tokens = nbytes = create = self_test = bind = None
 
     def __init__(self, failing):
         self.failing, self.done = failing, []
 
-    def ahead(self, held):
+    def kernels_to_compile(self, held):
         return [lambda number=number: self.piece(number) for number in range(5)]
 
     def piece(self, number):
@@ -135,7 +135,7 @@ def _ahead(failing):
     entry = workspace.REGISTRY.entries[key] = workspace.Entry(key, lambda: group, held)
     compile_ahead(provider, entry, group)
     del workspace.REGISTRY.entries[key]
-    return provider.done, entry.workspace is held, entry.reason, held.freed
+    return provider.done, entry.workspace is held, entry.refusal, held.freed
 
 
 def test_each_rank_compiles_its_share_first():

@@ -238,7 +238,7 @@ def test_batch_invariant_policies_name_only_such_providers() -> None:
     assert config.policy("fused_add_rms_norm").split(",") == norms
     assert batch_invariant.PROVIDER in config.policy("all_reduce_rms_norm").split(",")
     for name, op in all_ops().items():
-        providers = (op.base or op).providers
+        providers = (op.derives_from or op).providers
         assert all(providers[p].batch_invariant for p in config.policy(name).split(",")), name
 
 

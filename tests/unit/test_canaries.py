@@ -201,7 +201,7 @@ def test_graphs_that_exchange_their_nodes():
 
 @canary("_device_types", "_get_backend", "_timeout")
 def test_the_time_limit_of_a_group():
-    """group_timeout_s in custom_ops/coordination/timeouts.py: without it a group's own limit is not heard of."""
+    """collective_timeouts_s in custom_ops/_torch_private.py: without it a group's own limit is not heard of."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=7))
     try:
         assert timeouts.group_timeout_s(dist.group.WORLD) == 7.0
@@ -280,8 +280,8 @@ def test_outputs_of_an_operator_can_be_kept_from_reuse(kept):
     "_setup_context_fn",
 )
 def test_kernels_of_autograd_see_what_is_left_to_dispatch_to():
-    """register_autograd in custom_ops/ir.py: the highest key after autograd's is the backend's for plain tensors, and
-    another one under a tracing mode; make_autograd_impl takes an object with two functions."""
+    """autograd_kernel in custom_ops/_torch_private.py: the highest key after autograd's is the backend's for plain
+    tensors, and another one under a tracing mode; make_autograd_impl takes an object with two functions."""
     seen = []
     library = torch.library.Library("fusewire_canary_keys", "FRAGMENT")
     library.define("same(Tensor x) -> Tensor")
@@ -614,8 +614,8 @@ def test_a_gather_waited_for_twice_is_refused_by_torch_itself():
 
 @canary("torch._ops.OpOverload", "_schema")
 def test_schemas_of_operators():
-    """positional and op_name in patterns/all_reduce.py, writes_in_place in graph_tools.py, op_of_target in
-    ir.py."""
+    """positional and op_name in patterns/all_reduce.py, writes_in_place in graph_tools.py, operator_name in
+    custom_ops/_torch_private.py."""
     add = aten.add.Tensor
     assert isinstance(add, torch._ops.OpOverload)
     assert add.namespace == "aten"
@@ -761,7 +761,7 @@ def test_inferred_schemas():
 
 @canary("torch.distributed.distributed_c10d._resolve_process_group")
 def test_groups_by_name(fake_world):
-    """resolve_group in custom_ops/all_reduce_norm.py, and the look-up on dispatch's fast path."""
+    """process_group in custom_ops/_torch_private.py, also on the dispatcher's fast path."""
     assert dist.distributed_c10d._resolve_process_group(fake_world.group_name) is fake_world
     with pytest.raises(Exception, match="no such group"):
         dist.distributed_c10d._resolve_process_group("no such group")
@@ -769,23 +769,24 @@ def test_groups_by_name(fake_world):
 
 @canary("torch.distributed.distributed_c10d._get_process_group_store")
 def test_store_of_a_group(fake_world):
-    """The vote of the ranks in custom_ops/workspace.py goes through the group's store."""
+    """store_of in custom_ops/_torch_private.py: the ranks vote through the group's store."""
     store = dist.distributed_c10d._get_process_group_store(fake_world)
-    assert all(callable(getattr(store, name)) for name in ("set", "get", "wait", "add"))
+    assert all(callable(getattr(store, name)) for name in ("set", "compare_set", "delete_key"))
+    with pytest.raises(KeyError):
+        dist.distributed_c10d._get_process_group_store(None)
 
 
 @canary("torch._C._cuda_getCurrentRawStream")
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
 def test_raw_stream_of_a_device():
-    """StreamOrder.enter in custom_ops/workspace.py asks for the current stream's handle by device index."""
+    """current_raw_stream in custom_ops/_torch_private.py takes a device's index."""
     assert callable(torch._C._cuda_getCurrentRawStream)
 
 
 @canary("torch.distributed._symmetric_memory", "_SymmetricMemory")
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
 def test_symmetric_memory():
-    """SymmMemWorkspace in custom_ops/providers/symm_mem_workspace.py: memory outside torch's pool, met by
-    group name."""
+    """symmetric_buffer and map_peers in custom_ops/_torch_private.py: memory outside torch's pool, met by group."""
     from torch.distributed import _symmetric_memory as symm_mem
 
     assert callable(symm_mem._SymmetricMemory.empty_strided_p2p)
@@ -843,7 +844,7 @@ def _private_names(tree):
                 yield node.attr
 
 
-PUBLIC = {"_asdict", "_exit"}  # of Python's named tuples and os
+PUBLIC = {"_asdict", "_exit", "_replace"}  # of Python's named tuples and os
 
 
 def _is_private(name):
@@ -885,6 +886,18 @@ def test_every_private_name_has_a_canary():
     private = {name: file for name, file in used.items() if _is_private(name) and name not in own}
     assert {name: file for name, file in private.items() if not _is_watched(name)} == {}
     assert {"torch._guards.TracingContext.try_get", "_erased", "_schema"} <= set(private)  # the scan does find them
+
+
+def test_private_names_of_custom_ops_lie_in_one_file():
+    folder = _folder("custom_ops")
+    trees = {file: ast.parse(file.read_text()) for file in sorted(folder.rglob("*.py"))}
+    own = {name for tree in trees.values() for name in _defined(tree)}
+    found = {
+        file.relative_to(folder).as_posix(): names
+        for file, tree in trees.items()
+        if (names := {name for name in _private_names(tree) if _is_private(name) and name not in own})
+    }
+    assert found.keys() == {"_torch_private.py"}
 
 
 def test_every_canary_watches_something_that_is_used():

@@ -19,7 +19,7 @@ import torch
 from fusewire import __main__ as cli
 from fusewire.cli import doctor, prebuild
 from fusewire.cli import tune as tune_command
-from fusewire.custom_ops.dispatch import table_store as plan_store
+from fusewire.custom_ops.dispatch import table_store
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.errors import ConfigError, WorkspaceError
 
@@ -151,24 +151,24 @@ def test_doctor_lives_with_what_does_not_answer(monkeypatch):
 
 
 def test_doctor_says_which_tuned_table_serves(monkeypatch, tmp_path):
-    monkeypatch.setenv(plan_store.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(table_store.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(doctor, "_ask", lambda *command: "")
     with fake_flashinfer(), machine_with_gpus(4):
         assert f"Tuned tables, in {tmp_path}/tables\n  none (`python -m fusewire tune" in doctor.as_text(
             doctor.examine()
         )
-        key = plan_store.local_key(4, 6144, torch.bfloat16)
+        key = table_store.local_key(4, 6144, torch.bfloat16)
         times = {"native": ((1, 20.0), (64, 30.0)), "flashinfer/oneshot": ((1, 5.0), (64, 90.0))}
-        here = plan_store.Table(key, times, "then", 9.0, {"symm_mem/twoshot": "wrong"})
+        here = table_store.Table(key, times, "then", 9.0, {"symm_mem/twoshot": "wrong"})
         elsewhere = dataclasses.replace(here, key=dataclasses.replace(key, driver="1.2"))
         on_cpu = dataclasses.replace(here, key=dataclasses.replace(key, device="cpu"))
         for table in (here, elsewhere, on_cpu):
-            plan_store.save(table)
-        (plan_store.folder() / "x.json").write_text("{}")
+            table_store.save(table)
+        (table_store.folder() / "x.json").write_text("{}")
         found = doctor.examine()
     text = doctor.as_text(found)
     serving = [table for table in found["tuned_tables"]["tables"] if table["serves"]]
-    assert [table["path"] for table in serving] == [str(plan_store.folder() / key.file_name)]
+    assert [table["path"] for table in serving] == [str(table_store.folder() / key.file_name)]
     assert f"serves    {key.file_name}; symm_mem/twoshot is left out: wrong" in text
     assert f"{elsewhere.key.file_name}: driver 1.2, here unknown" in text
     assert f"{on_cpu.key.file_name}: times of CPU ranks, which serve nobody" in text
@@ -195,7 +195,7 @@ def test_tune_on_cpu_ranks(tmp_path):
     for table in tables:
         assert set(table["times"]) == {"native", "rank_ordered"}
         assert table["key"]["device"] == "cpu"
-        assert plan_store.read(Path(table["path"])).table == plan_store.table_from_json(table)
+        assert table_store.read(Path(table["path"])).table == table_store.table_from_json(table)
         assert Path(table["path"]).parent == tmp_path / "tables"
     assert picture.exists() == bool(plot)
     assert "never serves GPUs" in done.stderr
@@ -210,7 +210,7 @@ def test_tune_tells_what_a_rank_could_not(tmp_path):
 
 
 def test_tune_dry_run(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv(plan_store.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(table_store.CACHE_VARIABLE, str(tmp_path))
     assert cli.main(["tune", "--cpu", "--hidden", "64", "--max-tokens", "8", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "2 ranks, hidden size 64, bfloat16\n  tokens: 1 2 4 8\n  native: all of them\n  rank_ordered: all" in said

@@ -11,12 +11,15 @@ import torch
 import torch.distributed as dist
 
 from fusewire.custom_ops import api
-from fusewire.custom_ops.dispatch import cost_model as plans
+from fusewire.custom_ops.dispatch import cost_model, cost_tables
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
-from fusewire.custom_ops.dispatch.dispatcher import Policy, Room, Shape, pick, read_policy
-from fusewire.custom_ops.dispatch.overview import PlanRow, explain_plan
+from fusewire.custom_ops.dispatch import pick as picking
+from fusewire.custom_ops.dispatch.overview import ChoiceRow, explain_choices
+from fusewire.custom_ops.dispatch.pick import Capacity, Shape, pick
+from fusewire.custom_ops.dispatch.policy import Policy, read_policy
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.providers.flashinfer import provider
+from fusewire.custom_ops.workspaces import capture
 from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.errors import ConfigError, NoProviderError
@@ -27,13 +30,13 @@ from support.fake_flashinfer import args_of, fake_flashinfer
 
 BF16 = torch.bfloat16
 H200 = "NVIDIA H200"
-ROOM = {"flashinfer": Room(8191)}
-MEASURED = plans.find_plan(H200, 4, 8192, BF16)
-UNKNOWN = plans.find_plan("some GPU", 4, 8192, BF16)
+CAPACITY = {"flashinfer": Capacity(8191)}
+MEASURED = cost_model.find_cost_model(H200, 4, 8192, BF16)
+UNKNOWN = cost_model.find_cost_model("some GPU", 4, 8192, BF16)
 
 
-def label(tokens, policy, plan=MEASURED, hidden=8192, ranks=4, rooms=ROOM, reasons=None):
-    found = pick(Shape(tokens, hidden, BF16, ranks), read_policy(op, policy), plan, rooms, reasons or {})
+def label(tokens, policy, plan=MEASURED, hidden=8192, ranks=4, capacities=CAPACITY, reasons=None):
+    found = pick(Shape(tokens, hidden, BF16, ranks), read_policy(op, policy), plan, capacities, reasons or {})
     return found.candidate.label if found.candidate else None
 
 
@@ -42,7 +45,7 @@ def label(tokens, policy, plan=MEASURED, hidden=8192, ranks=4, rooms=ROOM, reaso
 
 def test_costs_between_measured_points_lie_on_lines():
     row = 8192 * 2
-    at = {size // row: cost for size, cost in MEASURED.costs["native"]}
+    at = {size // row: cost for size, cost in MEASURED.points["native"]}
     assert MEASURED.cost("native", row) == at[1]
     assert MEASURED.cost("native", 0) == at[1]
     assert MEASURED.cost("native", 96 * row) == pytest.approx((at[64] + at[128]) / 2)
@@ -51,8 +54,8 @@ def test_costs_between_measured_points_lie_on_lines():
 
 
 def test_tables_are_sorted_and_costs_grow():
-    for table in plans._TABLES:
-        for points in table.plan("").costs.values():
+    for table in cost_tables.TABLES:
+        for points in table.times.values():
             assert list(points) == sorted(points)
             assert len({size for size, _ in points}) == len(points)
 
@@ -71,19 +74,19 @@ def test_tables_are_sorted_and_costs_grow():
     ],
 )
 def test_a_plan_says_where_it_comes_from(gpu, ranks, hidden, said):
-    assert said in plans.find_plan(gpu, ranks, hidden, BF16).source
+    assert said in cost_model.find_cost_model(gpu, ranks, hidden, BF16).source
 
 
 def test_costs_between_two_world_sizes_lie_between_theirs():
-    known = {ranks: plans.find_plan(H200, ranks, 8192, BF16) for ranks in (2, 3, 4, 5, 6, 7, 8)}
+    known = {ranks: cost_model.find_cost_model(H200, ranks, 8192, BF16) for ranks in (2, 3, 4, 5, 6, 7, 8)}
     for tokens in (1, 100, 4096, 20000):
-        for variant in (plans.SYMM_TWO_SHOT, plans.NATIVE):
+        for variant in (cost_tables.SYMM_TWO_SHOT, cost_tables.NATIVE):
             costs = {ranks: plan.cost(variant, tokens * 8192 * 2) for ranks, plan in known.items()}
             for below, above in ((2, 4), (4, 8)):
                 inner = [costs[ranks] for ranks in range(below, above + 1)]
                 assert inner in (sorted(set(inner)), sorted(set(inner), reverse=True))
-    rooms = {"symm_mem": Room(4096)}
-    assert label(2048, "symm_mem,native", known[3], ranks=3, rooms=rooms) == plans.SYMM_TWO_SHOT
+    capacities = {"symm_mem": Capacity(4096)}
+    assert label(2048, "symm_mem,native", known[3], ranks=3, capacities=capacities) == cost_tables.SYMM_TWO_SHOT
 
 
 # --- The choice ---------------------------------------------------------------------------------------------
@@ -133,20 +136,22 @@ def test_choice_on_a_gpu_that_was_not_measured(tokens, policy, chosen):
 
 
 def test_eight_gpus_leave_large_inputs_to_nccl():
-    plan = plans.find_plan(H200, 8, 8192, BF16)
+    plan = cost_model.find_cost_model(H200, 8, 8192, BF16)
     assert label(32, "flashinfer,native", plan, ranks=8) == "flashinfer/oneshot"
     assert [label(tokens, "flashinfer,native", plan, ranks=8) for tokens in (256, 1024, 4096)] == ["native"] * 3
 
 
 def test_two_shot_is_not_chosen_where_it_cannot_run():
-    cheap = plans.Plan("made up", {plans.ONE_SHOT: ((1, 9.0),), plans.TWO_SHOT: ((1, 1.0),), "native": ((1, 20.0),)})
+    cheap = cost_model.CostModel(
+        "made up", {cost_tables.ONE_SHOT: ((1, 9.0),), cost_tables.TWO_SHOT: ((1, 1.0),), "native": ((1, 20.0),)}
+    )
     assert label(4, "flashinfer,native", cheap) == "flashinfer/oneshot"
     assert label(5, "flashinfer,native", cheap) == "flashinfer/twoshot"
 
 
 def test_a_refusal_reaches_the_outcome():
     shape, policy = Shape(1, 8192, BF16, 4), Policy(("flashinfer", "native"))
-    found = pick(shape, policy, MEASURED, {"flashinfer": Room(0, "on rank 3: no memory")}, {})
+    found = pick(shape, policy, MEASURED, {"flashinfer": Capacity(0, "on rank 3: no memory")}, {})
     assert (found.candidate.label, str(found.refusals[0])) == ("native", "flashinfer: on rank 3: no memory")
     found = pick(shape, policy, MEASURED, {}, {"flashinfer": "x is float64", "native": "broken"})
     assert found.candidate is None
@@ -178,28 +183,28 @@ def test_the_choice_is_the_same_for_equal_facts():
 @pytest.mark.parametrize("hidden", [576, 4096, 8192])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_a_workspace_of_the_first_call_fits_all_that_comes_to_it(hidden, ranks):
-    keeper, policy = interface.PROVIDERS["flashinfer"], read_policy(op, "flashinfer,native")
-    plan = plans.find_plan(H200, ranks, hidden, BF16)
-    tokens = dispatch.wanted_tokens(keeper, Shape(1, hidden, BF16, ranks), policy, plan)
-    assert keeper.nbytes(hidden, BF16, ranks, tokens) <= dispatch.DEFAULT_WORKSPACE_BYTES
-    rooms = {"flashinfer": Room(tokens)}
-    assert label(tokens, "flashinfer,native", plan, hidden, ranks, rooms).startswith("flashinfer")
-    larger = label(tokens + 1, "flashinfer,native", plan, hidden, ranks, {"flashinfer": Room(tokens + 1)})
-    fits = keeper.nbytes(hidden, BF16, ranks, tokens + 1) <= dispatch.DEFAULT_WORKSPACE_BYTES
+    workspace_provider, policy = interface.PROVIDERS["flashinfer"], read_policy(op, "flashinfer,native")
+    plan = cost_model.find_cost_model(H200, ranks, hidden, BF16)
+    tokens = picking.wanted_tokens(workspace_provider, Shape(1, hidden, BF16, ranks), policy, plan)
+    assert workspace_provider.nbytes(hidden, BF16, ranks, tokens) <= picking.DEFAULT_WORKSPACE_BYTES
+    capacities = {"flashinfer": Capacity(tokens)}
+    assert label(tokens, "flashinfer,native", plan, hidden, ranks, capacities).startswith("flashinfer")
+    larger = label(tokens + 1, "flashinfer,native", plan, hidden, ranks, {"flashinfer": Capacity(tokens + 1)})
+    fits = workspace_provider.nbytes(hidden, BF16, ranks, tokens + 1) <= picking.DEFAULT_WORKSPACE_BYTES
     assert larger == "native" or not fits
 
 
 def test_sizes_that_the_policy_asks_for():
-    keeper, shape = interface.PROVIDERS["flashinfer"], Shape(6000, 8192, BF16, 4)
+    workspace_provider, shape = interface.PROVIDERS["flashinfer"], Shape(6000, 8192, BF16, 4)
 
     def size(policy, plan=MEASURED, shape=shape):
-        return dispatch.wanted_tokens(keeper, shape, read_policy(op, policy), plan)
+        return picking.wanted_tokens(workspace_provider, shape, read_policy(op, policy), plan)
 
     assert size("flashinfer,native;max_size_mb=1") == 64
     assert size("flashinfer,native;max_size_mb=100000") == 16383 == provider.max_tokens(8192, BF16, 4)
     assert size("flashinfer") == 6000
     assert size("flashinfer,native", UNKNOWN) == 32
-    assert size("flashinfer,native", plans.Plan("nothing", limits={})) == 0
+    assert size("flashinfer,native", cost_model.CostModel("nothing", limits={})) == 0
 
 
 # --- The selector -------------------------------------------------------------------------------------------
@@ -321,38 +326,41 @@ def _time_of(args, calls=2000):
 
 
 def test_a_plan_is_explained_in_ranges_without_gaps():
-    rows = explain_plan(4, 8192, BF16, gpu=H200, policy="flashinfer,native")
+    rows = explain_choices(4, 8192, BF16, gpu=H200, policy="flashinfer,native")
     assert [row.provider for row in rows] == ["flashinfer/oneshot", "flashinfer/twoshot", "native"]
     assert rows[0].first == 1
     assert rows[-1].last is None
     assert all(row.last + 1 == after.first for row, after in itertools.pairwise(rows))
     for row in rows:
-        assert label(row.first, "flashinfer,native", rooms={"flashinfer": Room(rows[-1].first - 1)}) == row.provider
+        assert (
+            label(row.first, "flashinfer,native", capacities={"flashinfer": Capacity(rows[-1].first - 1)})
+            == row.provider
+        )
     assert "6.3 us (native 13.9); measured on 4 H200s" in rows[0].reason
     assert "not the fastest" in rows[-1].reason
-    larger = explain_plan(4, 8192, BF16, gpu=H200, policy="symm_mem,native")
+    larger = explain_choices(4, 8192, BF16, gpu=H200, policy="symm_mem,native")
     assert "fusewire.prepare" in larger[-1].reason
 
 
 def test_a_machine_without_a_gpu_is_explained():
     with mock.patch.object(torch.cuda, "is_available", return_value=False):
-        provider._machine_support.cache_clear()
-        rows = explain_plan(4, 8192, BF16)
-        provider._machine_support.cache_clear()
+        provider.machine_support.cache_clear()
+        rows = explain_choices(4, 8192, BF16)
+        provider.machine_support.cache_clear()
     assert [row[:3] for row in rows] == [(1, None, "native")]
     assert "FlashInfer's kernels run on NVIDIA GPUs" in rows[0].reason
 
 
 def test_a_world_size_that_cannot_be_served_is_explained():
-    rows = explain_plan(3, 8192, BF16, gpu=H200, policy="flashinfer,native")
-    assert rows == [PlanRow(1, None, "native", mock.ANY)]
+    rows = explain_choices(3, 8192, BF16, gpu=H200, policy="flashinfer,native")
+    assert rows == [ChoiceRow(1, None, "native", mock.ANY)]
     assert "3 ranks" in rows[0].reason
-    assert "not the fastest" in explain_plan(8, 8192, BF16, gpu=H200, policy="flashinfer,native")[-1].reason
+    assert "not the fastest" in explain_choices(8, 8192, BF16, gpu=H200, policy="flashinfer,native")[-1].reason
 
 
 def test_our_own_kernels_lead_where_they_were_measured():
     for world_size in (2, 4, 8):
-        rows = explain_plan(world_size, 8192, BF16, gpu=H200)
+        rows = explain_choices(world_size, 8192, BF16, gpu=H200)
         assert rows[0].provider == "symm_mem/oneshot"
         assert {row.provider.partition("/")[0] for row in rows if row.first >= 512} <= {"symm_mem", "native"}
 
@@ -360,9 +368,9 @@ def test_our_own_kernels_lead_where_they_were_measured():
 def job_explain():
     group = dist.group.WORLD
     with fake_flashinfer():
-        before = explain_plan(group, 64, BF16)
+        before = explain_choices(group, 64, BF16)
         api.prepare(group, 64, BF16, max_tokens=7)
-        after = explain_plan(group.group_name, 64, BF16, policy="flashinfer,native;max_size_mb=1")
+        after = explain_choices(group.group_name, 64, BF16, policy="flashinfer,native;max_size_mb=1")
         return before[0].provider, [row[:3] for row in after], after[-1].reason
 
 
@@ -379,4 +387,4 @@ def test_capture_is_asked_of_the_current_stream(capturing):
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=capturing),
     ):
-        assert dispatch.capturing() is capturing
+        assert capture.capturing() is capturing

@@ -177,4 +177,4 @@ def test_priorities_are_the_plain_operators():
         PassConfig(ir_op_priority={"all_reduce_sandwich_norm": ("native",)})
     config = PassConfig(ir_op_priority={"all_reduce_rms_norm": ("rank_ordered",)})
     assert config.policy("all_reduce_sandwich_norm") == "rank_ordered"
-    assert get_op("all_reduce_rms_norm_sharded").base is all_reduce_rms_norm
+    assert get_op("all_reduce_rms_norm_sharded").derives_from is all_reduce_rms_norm

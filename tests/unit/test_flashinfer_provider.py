@@ -20,12 +20,13 @@ import torch.distributed as dist
 
 from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
-from fusewire.custom_ops.dispatch.cost_model import ONE_SHOT, TWO_SHOT
+from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.custom_ops.providers.flashinfer import provider
 from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
+from fusewire.custom_ops.workspaces import stream_order
 from fusewire.errors import CaptureError, NoProviderError, PeerTimeoutError, WorkspaceError
 
 from support.distributed import fake_group, shared_pool
@@ -192,10 +193,10 @@ def test_two_shot_in_fp32_on_two_ranks_stops_at_half_the_workspace():
 )
 def test_two_shot_waits_for_the_version_whose_barrier_is_right(monkeypatch, version, ok):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    keeper = interface.PROVIDERS["flashinfer"]
+    workspace_provider = interface.PROVIDERS["flashinfer"]
     with fake_flashinfer(version):
-        assert bool(keeper.token_limit(TWO_SHOT, 8192, BF16, 4, 1024)) == ok
-        assert 1024 in keeper.token_limit(ONE_SHOT, 8192, BF16, 4, 1024)
+        assert bool(workspace_provider.token_limit(TWO_SHOT, 8192, BF16, 4, 1024)) == ok
+        assert 1024 in workspace_provider.token_limit(ONE_SHOT, 8192, BF16, 4, 1024)
         reason = flashinfer_library.two_shot().reason
         assert reason == "" if ok else f"FlashInfer {version}'s two-shot barrier can let a rank pass early" in reason
 
@@ -266,16 +267,16 @@ def test_missing_kernels_without_a_compiler_are_a_reason(monkeypatch):
         fake_flashinfer(kernels="missing") as fake,
         pytest.raises(WorkspaceError, match=r"nvcc in CUDA_HOME=/no/such"),
     ):
-        flashinfer_library.load_kernels(loud=True)
+        flashinfer_library.load_kernels(is_logging_rank=True)
     assert fake.loads == 0
 
 
 def test_compiling_says_what_since_when_and_where(monkeypatch, capsys):
     monkeypatch.setattr(flashinfer_library, "find_nvcc", lambda: "/usr/bin/nvcc")
     with fake_flashinfer(kernels="missing"):
-        flashinfer_library.load_kernels(loud=True)
+        flashinfer_library.load_kernels(is_logging_rank=True)
         said = capsys.readouterr().err
-        flashinfer_library.load_kernels(loud=False)
+        flashinfer_library.load_kernels(is_logging_rank=False)
         assert capsys.readouterr().err == ""
     assert "compiles its all-reduce kernels (trtllm_comm) into /nowhere/trtllm_comm" in said
     assert f", since {time.strftime('%H:')}" in said
@@ -285,7 +286,7 @@ def test_compiling_says_what_since_when_and_where(monkeypatch, capsys):
 
 def test_compiled_kernels_are_loaded_in_silence(capsys):
     with fake_flashinfer(kernels="cached") as fake:
-        flashinfer_library.load_kernels(loud=True)
+        flashinfer_library.load_kernels(is_logging_rank=True)
     assert fake.loads == 1
     assert capsys.readouterr().err == ""
 
@@ -412,7 +413,7 @@ def job_fault(fault, rank_with_fault, policy):
         took = time.monotonic() - start
         all_reduce_rms_norm(x, x, None, group_name=group, policy="flashinfer,native")
         voted = (*workspace.REGISTRY.entries.values(), *workspace.REGISTRY.machines.values())
-        reasons = {entry.reason for entry in voted}
+        reasons = {entry.refusal for entry in voted}
         del os.environ["FUSEWIRE_TIMEOUT_S"]
         return ended, max(reasons, key=len), len(fake.created), fake.destroyed, took
 
@@ -498,7 +499,7 @@ def job_stuck_exchange():
             start = time.monotonic()
             group = dist.group.WORLD.group_name
             _, total = all_reduce_rms_norm(x, x, None, group_name=group, policy="flashinfer,native")
-            reason = max((entry.reason for entry in workspace.REGISTRY.entries.values()), key=len)
+            reason = max((entry.refusal for entry in workspace.REGISTRY.entries.values()), key=len)
             return float(total[0, 0]), reason, time.monotonic() - start
     finally:
         del os.environ["FUSEWIRE_TIMEOUT_S"]
@@ -606,8 +607,8 @@ def job_streams():
     now = {"raw": 1, "capturing": False}
     order = interface.StreamOrder()
     with (
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True) as raw,
-        mock.patch.object(torch.cuda, "is_current_stream_capturing") as capturing,
+        mock.patch.object(stream_order, "current_raw_stream") as raw,
+        mock.patch.object(stream_order, "capturing") as capturing,
         mock.patch.object(torch.cuda, "current_stream") as stream,
     ):
         raw.side_effect = lambda index: now["raw"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusewire.custom_ops.ops import registry as ir
+from fusewire.custom_ops.ops.registration import register_op
 from fusewire.custom_ops.ops.registry import (
     NATIVE,
     YES,
@@ -22,7 +23,6 @@ from fusewire.custom_ops.ops.registry import (
     op_of_target,
     parse_policy,
     parse_priorities,
-    register_op,
 )
 from fusewire.errors import (
     ArgumentError,
@@ -105,6 +105,14 @@ def test_unknown_operator_names_those_that_exist():
         get_op("rmsnorm")
 
 
+def _whole_factor(x: Tensor, factor: int) -> Tensor:
+    return x
+
+
+def _two_results(x: Tensor, factor: float = 2.0) -> tuple[Tensor, Tensor]:
+    return x, x
+
+
 @pytest.mark.parametrize(
     ("impl", "message"),
     [
@@ -113,6 +121,11 @@ def test_unknown_operator_names_those_that_exist():
         (lambda x, scale: x, r"takes \(x, scale\), but native"),
         (lambda x, factor, more=1: x, r"takes \(x, factor, more\), but native"),
         (lambda x, factor=3.0: x, r"'p' of scale_\d+ defaults factor to 3.0, native to 2.0"),
+        (
+            _whole_factor,
+            r"'p' of scale_\d+ is annotated \(Tensor x, SymInt factor\) -> Tensor, native \(Tensor x, float f",
+        ),
+        (_two_results, r"is annotated \(Tensor x, float factor\) -> \(Tensor, Tensor\), native "),
     ],
 )
 def test_a_provider_has_natives_parameters(scale, impl, message):

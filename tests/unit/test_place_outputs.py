@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
+from fusewire.custom_ops.dispatch.policy import Policy, read_policy
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.registry import YES
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
@@ -74,7 +75,7 @@ class Slots(interface.WorkspaceProvider):
     def create(self, request, channel):
         return Buffers(request)
 
-    def prove(self, workspace, stage):
+    def self_test(self, workspace, stage):
         pass
 
     def bind(self, workspace, variant, output=None):
@@ -87,7 +88,7 @@ class Slots(interface.WorkspaceProvider):
 
         return call
 
-    def bind_extended(self, workspace, variant, op_name, args, output=None):
+    def bind_derived(self, workspace, variant, op_name, args, output=None):
         sharded = op_name == all_reduce_rms_norm_sharded.name
         native = (all_reduce_rms_norm_sharded if sharded else all_reduce_sandwich_norm).native
 
@@ -112,7 +113,7 @@ def slots(on_gpu=True):
     )
     with (
         mock.patch.dict(interface.PROVIDERS, {NAME: Slots()}),
-        mock.patch.object(dispatch, "_on_gpu", return_value=on_gpu),
+        mock.patch.object(dispatch, "on_gpu", return_value=on_gpu),
         mock.patch.object(workspace, "check_memory"),
     ):
         try:
@@ -310,17 +311,17 @@ def test_what_is_copied_is_noted(world):
 
 def test_policy_option():
     op = all_reduce_rms_norm
-    assert dispatch.read_policy(op, "native;output=1").output == 1
-    assert dispatch.read_policy(op, "native;max_size_mb=2;output=0") == dispatch.Policy(("native",), 2.0, 0)
-    assert [dispatch.read_policy(op, f"native{text}").slot for text in ("", ";output=-1", ";output=1")] == [
+    assert read_policy(op, "native;output=1").output == 1
+    assert read_policy(op, "native;max_size_mb=2;output=0") == Policy(("native",), 2.0, 0)
+    assert [read_policy(op, f"native{text}").slot for text in ("", ";output=-1", ";output=1")] == [
         None,
         None,
         1,
     ]
     with pytest.raises(ConfigError, match="is not a number"):
-        dispatch.read_policy(op, "native;output=first")
+        read_policy(op, "native;output=first")
     with pytest.raises(ConfigError, match="unknown option 'outputs'; there are max_size_mb, output"):
-        dispatch.read_policy(op, "native;outputs=1")
+        read_policy(op, "native;outputs=1")
 
 
 def _run(name, sharded, protect=True):

@@ -14,8 +14,8 @@ from unittest import mock
 import pytest
 import torch
 
-from fusewire.custom_ops.dispatch import cost_model, table_store
-from fusewire.custom_ops.dispatch.table_store import PlanKey
+from fusewire.custom_ops.dispatch import cost_model, cost_tables, table_store
+from fusewire.custom_ops.dispatch.table_store import TableKey
 
 from support.tables import BF16, HIDDEN, KEY, TABLE
 
@@ -128,7 +128,7 @@ def test_a_process_killed_while_writing_leaves_the_table_before_it():
     assert table_store.load(KEY).table == TABLE
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(PlanKey)])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TableKey)])
 def test_a_table_serves_nothing_but_its_own_key(name):
     value = getattr(KEY, name)
     other = {"torch": "2.14.0"} if name == "versions" else value * 2
@@ -213,11 +213,11 @@ def test_without_nvml_links_are_unknown():
 
 
 def test_a_table_as_a_plan():
-    plan = TABLE.plan()
+    plan = TABLE.cost_model()
     assert plan.cost("native", HIDDEN * 2) == 10.0
-    assert plan.cost(cost_model.ONE_SHOT, 8 * HIDDEN * 2) == 50.0
+    assert plan.cost(cost_tables.ONE_SHOT, 8 * HIDDEN * 2) == 50.0
     assert "tuned on this machine, 2026-11-20" in plan.source
-    assert cost_model.find_plan("any", 2, HIDDEN, BF16, plan) is plan
+    assert cost_model.find_cost_model("any", 2, HIDDEN, BF16, plan) is plan
 
 
 def test_the_floor_is_what_must_leave_a_gpu():

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fusewire.custom_ops import api
-from fusewire.custom_ops.dispatch import cost_model, table_store, table_vote
+from fusewire.custom_ops.dispatch import cost_tables, table_store, table_vote
 from fusewire.custom_ops.dispatch.table_store import Table
 from fusewire.custom_ops.tuning import tuner
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 def job_choose(caches, tokens):
     with on_rank(caches):
-        return chosen(tokens), [info.plan for info in api.workspaces()]
+        return chosen(tokens), [info.table for info in api.workspaces()]
 
 
 def job_key():
@@ -38,14 +38,14 @@ def write(folder, costs):
         return table_store.save(table)
 
 
-NATIVE_WINS = {"native": 1.0, cost_model.ONE_SHOT: 9.0, cost_model.TWO_SHOT: 9.0}
-ONE_SHOT_WINS = {"native": 9.0, cost_model.ONE_SHOT: 1.0, cost_model.TWO_SHOT: 5.0}
-TWO_SHOT_WINS = {"native": 9.0, cost_model.ONE_SHOT: 5.0, cost_model.TWO_SHOT: 1.0}
+NATIVE_WINS = {"native": 1.0, cost_tables.ONE_SHOT: 9.0, cost_tables.TWO_SHOT: 9.0}
+ONE_SHOT_WINS = {"native": 9.0, cost_tables.ONE_SHOT: 1.0, cost_tables.TWO_SHOT: 5.0}
+TWO_SHOT_WINS = {"native": 9.0, cost_tables.ONE_SHOT: 5.0, cost_tables.TWO_SHOT: 1.0}
 
 
 def test_without_a_table_the_shipped_one_serves(cache):
     for served, texts in shared_pool(2).run(job_choose, cache, (1, 8)):
-        assert served == [cost_model.ONE_SHOT] * 2
+        assert served == [cost_tables.ONE_SHOT] * 2
         assert texts == [""]
 
 
@@ -53,18 +53,18 @@ def test_ranks_with_different_tables_take_the_first_ranks(cache):
     write(cache / "a", ONE_SHOT_WINS)
     write(cache / "b", TWO_SHOT_WINS)
     answers = shared_pool(2).run(job_choose, [cache / "a", cache / "b"], (1, 8))
-    assert [served for served, _ in answers] == [[cost_model.ONE_SHOT] * 2] * 2
+    assert [served for served, _ in answers] == [[cost_tables.ONE_SHOT] * 2] * 2
     for _, texts in answers:
         assert "the tuned table of rank 0 is used on every rank: rank(s) 1 had another" in texts[0]
     answers = shared_pool(2).run(job_choose, [cache / "b", cache / "a"], (1, 8))
-    assert [served for served, _ in answers] == [[cost_model.ONE_SHOT, cost_model.TWO_SHOT]] * 2
+    assert [served for served, _ in answers] == [[cost_tables.ONE_SHOT, cost_tables.TWO_SHOT]] * 2
 
 
 def test_a_rank_without_a_table_is_given_one(cache):
     write(cache / "a", TWO_SHOT_WINS)
     for folders, holder, other in (("ab", 0, 1), ("ba", 1, 0)):
         answers = shared_pool(2).run(job_choose, [cache / name for name in folders], (8,))
-        assert [served for served, _ in answers] == [[cost_model.TWO_SHOT]] * 2
+        assert [served for served, _ in answers] == [[cost_tables.TWO_SHOT]] * 2
         for _, texts in answers:
             assert f"table of rank {holder} is used on every rank: rank(s) {other} had none" in texts[0]
 
@@ -73,7 +73,7 @@ def test_a_damaged_file_on_one_rank_is_made_up_for_and_named(cache):
     write(cache / "a", NATIVE_WINS).write_text("not even JSON")
     write(cache / "b", TWO_SHOT_WINS)
     for served, texts in shared_pool(2).run(job_choose, [cache / "a", cache / "b"], (8,)):
-        assert served == [cost_model.TWO_SHOT]
+        assert served == [cost_tables.TWO_SHOT]
         assert "rank(s) 0 had none; rank 0:" in texts[0]
         assert "damaged" in texts[0]
 
@@ -81,7 +81,7 @@ def test_a_damaged_file_on_one_rank_is_made_up_for_and_named(cache):
 def test_damaged_files_on_every_rank_are_ignored_and_named(cache):
     write(cache, NATIVE_WINS).write_text("{}")
     for served, texts in shared_pool(2).run(job_choose, cache, (8,)):
-        assert served == [cost_model.ONE_SHOT]
+        assert served == [cost_tables.ONE_SHOT]
         assert "rank 0: " in texts[0]
         assert "not a table of fusewire's" in texts[0]
 
@@ -104,13 +104,13 @@ def job_opt_in(cache, asking, how):
             api.prepare(None, HIDDEN, BF16, max_tokens=8, tune=asks and how == "prepare")
             served = chosen((1, 8))
         measured = max((t for found in table_store.all_files() for t, _ in found.table.times["native"]), default=0)
-        return served, api.workspaces()[0].plan, measured
+        return served, api.workspaces()[0].table, measured
 
 
 @pytest.mark.parametrize("how", ["prepare", "prepare by environment", "first call"])
 def test_tuning_at_first_use_where_all_ranks_ask(cache, how):
     for served, text, measured in shared_pool(2).run(job_opt_in, cache, (0, 1), how):
-        assert served == ["native", cost_model.TWO_SHOT]
+        assert served == ["native", cost_tables.TWO_SHOT]
         assert "tuned on this machine" in text
         assert measured == 16  # more than this program's 8: the table is for later ones
 
@@ -120,14 +120,14 @@ def test_tuning_at_first_use_where_all_ranks_ask(cache, how):
 def test_nobody_tunes_where_ranks_disagree(cache, how, asking):
     silent = 1 - asking[0]
     for served, text, measured in shared_pool(2).run(job_opt_in, cache, asking, how):
-        assert served == [cost_model.ONE_SHOT] * 2
+        assert served == [cost_tables.ONE_SHOT] * 2
         assert f"nobody tunes: rank(s) {silent} did not ask for it" in text
         assert measured == 0
 
 
 def test_nobody_tunes_unasked(cache):
     for served, text, measured in shared_pool(2).run(job_opt_in, cache, (), "prepare"):
-        assert (served, text, measured) == ([cost_model.ONE_SHOT] * 2, "", 0)
+        assert (served, text, measured) == ([cost_tables.ONE_SHOT] * 2, "", 0)
 
 
 def job_bad_opt_in(cache):
@@ -138,4 +138,4 @@ def job_bad_opt_in(cache):
 def test_an_unclear_opt_in_is_named(cache):
     for info in shared_pool(2).run(job_bad_opt_in, cache):
         assert info.max_tokens == 8
-        assert "on rank 0: ConfigError: FUSEWIRE_TUNE='maybe' is neither 1 nor 0" in info.plan
+        assert "on rank 0: ConfigError: FUSEWIRE_TUNE='maybe' is neither on" in info.table

@@ -384,7 +384,7 @@ class Provider(interface.WorkspaceProvider):
         time.sleep(0.1)
         return {}
 
-    def judge(self, facts):
+    def validate(self, facts):
         return YES
 
     def max_tokens(self, hidden, dtype, world_size):
@@ -398,7 +398,7 @@ class Provider(interface.WorkspaceProvider):
         time.sleep(0.1)
         return Buffers(request.key, request.max_tokens, 0, request.device)
 
-    def prove(self, made, stage):
+    def self_test(self, made, stage):
         pass
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from fusewire.cli import tune as command
-from fusewire.custom_ops.dispatch import cost_model
+from fusewire.custom_ops.dispatch import cost_tables
 from fusewire.custom_ops.dispatch.table_store import Table
 from fusewire.custom_ops.tuning import tuner
 
@@ -17,10 +17,10 @@ SHIPPED = Table(
     dataclasses.replace(KEY, hidden=8192, world_size=4),
     {
         "native": ((1, 15.1), (64, 24.2), (1024, 124.7), (8192, 811.7)),
-        cost_model.ONE_SHOT: ((1, 6.6), (64, 15.9), (1024, 189.6)),
-        cost_model.TWO_SHOT: ((64, 27.0), (1024, 119.5), (8192, 858.1)),
-        cost_model.SYMM_ONE_SHOT: ((1, 3.3), (64, 15.1)),
-        cost_model.SYMM_TWO_SHOT: ((1, 4.5), (64, 10.8), (1024, 87.6), (8192, 601.7)),
+        cost_tables.ONE_SHOT: ((1, 6.6), (64, 15.9), (1024, 189.6)),
+        cost_tables.TWO_SHOT: ((64, 27.0), (1024, 119.5), (8192, 858.1)),
+        cost_tables.SYMM_ONE_SHOT: ((1, 3.3), (64, 15.1)),
+        cost_tables.SYMM_TWO_SHOT: ((1, 4.5), (64, 10.8), (1024, 87.6), (8192, 601.7)),
     },
     measured="then",
     seconds=20.0,

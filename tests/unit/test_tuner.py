@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fusewire.custom_ops import api
-from fusewire.custom_ops.dispatch import cost_model, table_store, table_vote
+from fusewire.custom_ops.dispatch import cost_tables, table_store, table_vote
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.ops.norms import normalize
 from fusewire.custom_ops.tuning import measure, tuner
@@ -52,7 +52,7 @@ def job_tune(cache):
         left = api.workspaces()
         served = chosen((1, 2, 4, 8, 100))
         info = api.workspaces()[0]
-        return tuned, left, served, info.plan, [call["backend"] for call in fake.created]
+        return tuned, left, served, info.table, [call["backend"] for call in fake.created]
 
 
 def test_ranks_measure_one_table_and_choose_by_it(cache):
@@ -63,15 +63,15 @@ def test_ranks_measure_one_table_and_choose_by_it(cache):
     # The slowest rank's time.
     assert table.times == {
         "native": ((1, 11.0), (2, 21.0), (4, 21.0), (8, 21.0)),
-        cost_model.ONE_SHOT: ((1, 21.0), (2, 11.0), (4, 11.0), (8, 21.0)),
-        cost_model.TWO_SHOT: ((4, 21.0), (8, 11.0)),
+        cost_tables.ONE_SHOT: ((1, 21.0), (2, 11.0), (4, 11.0), (8, 21.0)),
+        cost_tables.TWO_SHOT: ((4, 21.0), (8, 11.0)),
     }
     assert "CUDA GPU" in table.absent["symm_mem"]
     assert table.rejected == {}
     assert (table.key.device, table.key.world_size, table.key.driver) == ("cpu", 2, "none")
     assert left == []  # what was made for measuring is gone
-    assert served == ["native", cost_model.ONE_SHOT, cost_model.ONE_SHOT, cost_model.TWO_SHOT, cost_model.TWO_SHOT]
-    assert text == table.plan().source
+    assert served == ["native", cost_tables.ONE_SHOT, cost_tables.ONE_SHOT, cost_tables.TWO_SHOT, cost_tables.TWO_SHOT]
+    assert text == table.cost_model().source
     assert backends == ["trtllm"] * 2
     assert table_store.read(Path(first.path)).table == table
     assert first.problem == ""
@@ -79,22 +79,22 @@ def test_ranks_measure_one_table_and_choose_by_it(cache):
 
 def job_reload(cache, environment):
     with on_rank(cache, **environment), mock.patch.object(tuner, "tune", side_effect=AssertionError):
-        return chosen((1, 8)), api.workspaces()[0].plan
+        return chosen((1, 8)), api.workspaces()[0].table
 
 
 def test_the_next_process_loads_it(cache):
     tuned = shared_pool(2).run(job_tune, cache)[0][0]
     for environment in ({}, {table_vote.TUNE_VARIABLE: "1"}):
         for served, text in shared_pool(2).run(job_reload, cache, environment):
-            assert served == ["native", cost_model.TWO_SHOT]
-            assert text == tuned.table.plan().source
+            assert served == ["native", cost_tables.TWO_SHOT]
+            assert text == tuned.table.cost_model().source
 
 
 def job_capture(cache):
     capturing = {"is_available": lambda: True, "is_current_stream_capturing": lambda: True}
     errors = []
     with on_rank(cache), mock.patch.multiple(torch.cuda, **capturing):
-        for work in (tuner.tune, table_vote.tuned_plan):
+        for work in (tuner.tune, table_vote.tuned_cost_model):
             try:
                 work(dist.group.WORLD, HIDDEN, BF16, torch.device("cpu"))
             except CaptureError as error:
@@ -109,12 +109,12 @@ def test_never_while_a_graph_is_captured(cache):
 def job_failing_tuner(cache):
     failing = mock.patch.object(measure, "draw", side_effect=RuntimeError("no memory"))
     with on_rank(cache, **{table_vote.TUNE_VARIABLE: "1"}), failing:
-        return chosen((1,)), api.workspaces()[0].plan
+        return chosen((1,)), api.workspaces()[0].table
 
 
 def test_a_model_runs_where_tuning_fails(cache):
     for served, text in shared_pool(2).run(job_failing_tuner, cache):
-        assert served == [cost_model.ONE_SHOT]
+        assert served == [cost_tables.ONE_SHOT]
         assert "tuning failed: nothing could be timed" in text
         assert "no memory" in text
 
@@ -132,14 +132,14 @@ def test_workspaces_of_the_program_are_used_and_left(cache):
     for table, made, sizes in shared_pool(2).run(job_existing_workspace, cache):
         assert made == 1
         assert sizes.count(("flashinfer", 4)) == 2
-        assert [tokens for tokens, _ in table.times[cost_model.ONE_SHOT]] == [1, 4]
+        assert [tokens for tokens, _ in table.times[cost_tables.ONE_SHOT]] == [1, 4]
         assert table.notes == ("flashinfer was not measured above its workspace's size (4 tokens, there before)",)
 
 
 def job_no_choice(cache):
     with mock.patch.dict(os.environ, {table_store.CACHE_VARIABLE: str(cache)}):
         infos = api.prepare(None, HIDDEN, BF16, max_tokens=4, tune=True)
-        text = workspace.REGISTRY.plans[dist.group.WORLD.group_name, HIDDEN, BF16].text
+        text = workspace.REGISTRY.tables[dist.group.WORLD.group_name, HIDDEN, BF16].text
         try:
             tuner.tune(dist.group.WORLD, HIDDEN, BF16, tokens=(1,))
         except WorkspaceError as error:
@@ -158,12 +158,12 @@ def test_where_only_native_can_serve_there_is_nothing_to_measure(cache):
 
 def job_wrong(cache, fault):
     """FlashInfer passes its proof and then fails one variant."""
-    keeper, rank = interface.PROVIDERS["flashinfer"], dist.get_rank()
-    bind = keeper.bind
+    workspace_provider, rank = interface.PROVIDERS["flashinfer"], dist.get_rank()
+    bind = workspace_provider.bind
 
     def bound(made, variant, *output):
         call = bind(made, variant, *output)
-        if variant != cost_model.TWO_SHOT:
+        if variant != cost_tables.TWO_SHOT:
             return call
 
         def broken(x, *rest):
@@ -179,10 +179,10 @@ def job_wrong(cache, fault):
         return broken
 
     with (
-        on_rank(cache, lambda label, tokens, _: 1.0 if label == cost_model.TWO_SHOT else 5.0),
+        on_rank(cache, lambda label, tokens, _: 1.0 if label == cost_tables.TWO_SHOT else 5.0),
         contextlib.ExitStack() as s,
     ):
-        s.enter_context(mock.patch.object(keeper, "bind", bound))
+        s.enter_context(mock.patch.object(workspace_provider, "bind", bound))
         said = s.enter_context(mock.patch.object(measure, "log_line"))
         # In the order 4, 16, 8: what was measured before the fault showed is to go, too.
         tuned = tuner.tune(dist.group.WORLD, HIDDEN, BF16, tokens=(4, 8, 16))
@@ -203,19 +203,19 @@ def job_wrong(cache, fault):
 def test_a_candidate_that_is_wrong_on_one_rank_is_left_out_on_all(cache, fault, said):
     answers = shared_pool(2).run(job_wrong, cache, fault)
     for tuned, served, infos, _ in answers:
-        assert set(tuned.table.times) == {"native", cost_model.ONE_SHOT}
-        assert said in tuned.table.rejected[cost_model.TWO_SHOT]
-        assert served != [cost_model.TWO_SHOT]
-        assert all("is left out" in info.plan for info in infos)
+        assert set(tuned.table.times) == {"native", cost_tables.ONE_SHOT}
+        assert said in tuned.table.rejected[cost_tables.TWO_SHOT]
+        assert served != [cost_tables.TWO_SHOT]
+        assert all("is left out" in info.table for info in infos)
         assert table_store.read(Path(tuned.path)).table == tuned.table
     assert len(answers[0][3]) == 1
-    assert cost_model.TWO_SHOT in answers[0][3][0]
+    assert cost_tables.TWO_SHOT in answers[0][3][0]
 
 
 def job_bits(cache):
     """Results right on each rank, with norms that differ in a last bit: not what kernels of one sum may do."""
-    keeper, rank = interface.PROVIDERS["flashinfer"], dist.get_rank()
-    bind = keeper.bind
+    workspace_provider, rank = interface.PROVIDERS["flashinfer"], dist.get_rank()
+    bind = workspace_provider.bind
 
     def bound(made, variant, *output):
         call = bind(made, variant, *output)
@@ -227,14 +227,14 @@ def job_bits(cache):
 
         return nudged
 
-    with on_rank(cache), mock.patch.object(keeper, "bind", bound):
+    with on_rank(cache), mock.patch.object(workspace_provider, "bind", bound):
         return tuner.tune(dist.group.WORLD, HIDDEN, BF16, tokens=(4,)).table.rejected
 
 
 def test_ranks_must_have_the_same_bits(cache):
     for rejected in shared_pool(2).run(job_bits, cache):
-        assert set(rejected) == {cost_model.ONE_SHOT, cost_model.TWO_SHOT}
-        assert rejected[cost_model.ONE_SHOT] == "4 tokens: the ranks' results differ"
+        assert set(rejected) == {cost_tables.ONE_SHOT, cost_tables.TWO_SHOT}
+        assert rejected[cost_tables.ONE_SHOT] == "4 tokens: the ranks' results differ"
 
 
 def job_own_provider(cache):
@@ -259,7 +259,7 @@ def test_a_users_provider_is_measured_and_checked_too(cache):
 def job_unsaved(caches):
     with on_rank(caches, times_of):
         tuned = tuner.tune(dist.group.WORLD, HIDDEN, BF16, tokens=(1, 8))
-        served, text = chosen((1, 8)), api.workspaces()[0].plan
+        served, text = chosen((1, 8)), api.workspaces()[0].table
         api.prepare(None, HIDDEN, BF16, max_tokens=8)  # looks at the disk again, and keeps what it has
         return tuned.problem, served, text, chosen((1, 8))
 
@@ -269,7 +269,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_next_run(cache):
     blocked.write_text("")
     for folders, ranks in (([blocked, blocked], "every rank"), ([cache, blocked], "rank 1")):
         for problem, served, text, again in shared_pool(2).run(job_unsaved, folders):
-            assert served == again == ["native", cost_model.TWO_SHOT]
+            assert served == again == ["native", cost_tables.TWO_SHOT]
             assert "not saved everywhere" in problem
             assert problem in text
             if ranks == "rank 1":

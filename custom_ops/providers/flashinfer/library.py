@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusewire.custom_ops.coordination.log import log_progress
 from fusewire.custom_ops.coordination.vote import describe
 from fusewire.custom_ops.ops.registry import Support
-from fusewire.custom_ops.workspaces.registry import announced
 from fusewire.errors import WorkspaceError
 
 MIN_VERSION = (0, 6, 15)
@@ -201,7 +201,7 @@ def toolkit() -> Iterator[None]:
         del os.environ["CUDA_HOME"]
 
 
-def load_kernels(loud: bool) -> None:
+def load_kernels(is_logging_rank: bool) -> None:
     """Load FlashInfer's module, compiling it if need be, and say so while it takes minutes.
 
     Raises:
@@ -216,7 +216,7 @@ def load_kernels(loud: bool) -> None:
     if not compiled and find_nvcc() is None:
         raise WorkspaceError(f"FlashInfer's all-reduce kernels are not compiled and {no_nvcc()}")
     # What an earlier run compiled is compiled anew where its flags changed: that takes as long.
-    with toolkit(), announcement(state, 5.0 if compiled else 0.0) if loud else contextlib.nullcontext():
+    with toolkit(), announcement(state, 5.0 if compiled else 0.0) if is_logging_rank else contextlib.nullcontext():
         load()
 
 
@@ -226,7 +226,7 @@ _HINT = " (`python -m fusewire prebuild` does it ahead)"
 def announcement(state: Kernels, after_s: float = 0.0, hint: str = _HINT) -> contextlib.AbstractContextManager[None]:
     """Says while FlashInfer compiles what happens, since when, and where the result goes."""
     before = set(state.objects)
-    return announced(
+    return log_progress(
         f"FlashInfer compiles its all-reduce kernels ({MODULE}) into {state.path.parent}: minutes, once for "
         f"each version and GPU architecture{hint}",
         after_s=after_s,

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusewire.custom_ops.coordination.vote import Channel, describe
-from fusewire.custom_ops.dispatch.cost_model import ONE_SHOT, TWO_SHOT
+from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, TWO_SHOT
+from fusewire.custom_ops.environment import env_flag
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
-from fusewire.custom_ops.ops.registry import NATIVE, Support, _machine_support
+from fusewire.custom_ops.ops.registry import Support, machine_support
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.custom_ops.providers.flashinfer.library import CAPABILITIES
+from fusewire.custom_ops.workspaces.known_answer import eighths
 from fusewire.custom_ops.workspaces.provider import PROVIDERS, Request, Workspace, WorkspaceProvider, device_facts
 from fusewire.errors import PeerTimeoutError, ProcessGroupError, WorkspaceError
 
@@ -53,7 +54,7 @@ _PATTERN = 1  # AllReduceFusionPattern.kARResidualRMSNorm
 
 def supported() -> Support:
     """Whether this machine can run the kernels at all, leaving aside whether they are compiled."""
-    if os.environ.get(_BATCH_INVARIANT, "").strip().lower() in ("1", "true", "yes", "on"):
+    if env_flag(_BATCH_INVARIANT):
         return Support.no(
             f"{_BATCH_INVARIANT} is set, and how FlashInfer's kernels sum a row's squares changes with the "
             "number of tokens"
@@ -273,18 +274,18 @@ class FlashInferProvider(WorkspaceProvider):
     machine_s = COMPILE_S
 
     def machine(self, group: dist.ProcessGroup, device: torch.device) -> Mapping[str, Any]:
-        support = _machine_support(all_reduce_rms_norm.providers[PROVIDER])
+        support = machine_support(all_reduce_rms_norm.providers[PROVIDER])
         if not support:
             raise WorkspaceError(support.reason)
-        flashinfer_library.load_kernels(loud=group.rank() == 0)
+        flashinfer_library.load_kernels(is_logging_rank=group.rank() == 0)
         return {**device_facts(device), "flashinfer": flashinfer_library.library().version}
 
-    def judge(self, facts: Sequence[Mapping[str, Any]]) -> Support:
+    def validate(self, facts: Sequence[Mapping[str, Any]]) -> Support:
         versions = sorted({str(fact.get("flashinfer")) for fact in facts})
         same = Support.all_of(
             (len(versions) == 1, f"the ranks have different versions of FlashInfer: {', '.join(versions)}")
         )
-        return super().judge(facts) and same
+        return super().validate(facts) and same
 
     def limits(self, hidden: int, dtype: torch.dtype, world_size: int) -> Support:
         return limits(hidden, dtype, world_size)
@@ -323,7 +324,7 @@ class FlashInferProvider(WorkspaceProvider):
                 torch.cuda.synchronize()
             return made
 
-    def prove(self, workspace: Workspace, stage: str) -> None:
+    def self_test(self, workspace: Workspace, stage: str) -> None:
         assert isinstance(workspace, FlashInferWorkspace)
         if stage == "alone":
             _prove_arguments(workspace)
@@ -406,9 +407,9 @@ def _prove_results(workspace: FlashInferWorkspace, limit_s: float = 60.0) -> Non
     for variant, tokens, weight_bias in ((ONE_SHOT, 1, 1.0), (TWO_SHOT, ranks + 1, 0.0)):
         if tokens not in PROVIDERS[PROVIDER].token_limit(variant, hidden, dtype, ranks, workspace.max_tokens):
             continue
-        # Eighths of small integers: every sum is exact in every dtype.
-        parts = [_eighths(tokens, hidden, 3 * rank + 1, workspace) for rank in range(ranks)]
-        residual, weight = _eighths(tokens, hidden, 50, workspace), _eighths(1, hidden, 51, workspace)[0]
+        of = torch.float64, workspace.device
+        parts = [eighths(tokens, hidden, 3 * rank + 1, *of) for rank in range(ranks)]
+        residual, weight = eighths(tokens, hidden, 50, *of), eighths(1, hidden, 51, *of)[0]
         x = parts[workspace.rank].to(dtype)
         norm, total = workspace.run(variant == ONE_SHOT, x, residual.to(dtype), weight.to(dtype), 0.25, weight_bias)
         exact = sum(parts, residual)
@@ -425,11 +426,6 @@ def _prove_results(workspace: FlashInferWorkspace, limit_s: float = 60.0) -> Non
             "not fit this GPU "
             "or this package: reinstall FlashInfer, or leave it out of the priority list"
         )
-
-
-def _eighths(rows: int, hidden: int, seed: int, workspace: Workspace) -> Tensor:
-    index = torch.arange(rows * hidden, dtype=torch.float64, device=workspace.device).view(rows, hidden)
-    return (torch.remainder(index * (2 * seed + 1) + seed, 9) - 4) / 8
 
 
 def _wait(limit_s: float) -> None:
@@ -467,5 +463,3 @@ def all_reduce_rms_norm_flashinfer(
 
 
 PROVIDERS[PROVIDER] = FlashInferProvider()
-if all_reduce_rms_norm.default_priority == (NATIVE,):
-    all_reduce_rms_norm.set_default_priority((PROVIDER, NATIVE))

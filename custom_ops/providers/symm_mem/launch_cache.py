@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusewire.custom_ops._torch_private import current_raw_stream
 from fusewire.custom_ops.providers.symm_mem.arguments import KINDS
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
 
@@ -41,7 +42,7 @@ class Known:
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             compiled[grid](*pointers, *self.arguments)
             return
-        stream = torch._C._cuda_getCurrentRawStream(device_index)
+        stream = current_raw_stream(device_index)
         function, metadata = compiled.function, compiled.packed_metadata
         compiled.run(*grid, stream, function, metadata, None, None, None, *pointers, *self.arguments)
 

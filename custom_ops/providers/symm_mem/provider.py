@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusewire.custom_ops.coordination.store import log_line
+from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.coordination.timeouts import KERNEL_WAIT_S
 from fusewire.custom_ops.coordination.vote import Channel, vote
-from fusewire.custom_ops.dispatch.cost_model import SYMM_ONE_SHOT, SYMM_TWO_SHOT
+from fusewire.custom_ops.dispatch.cost_tables import SYMM_ONE_SHOT, SYMM_TWO_SHOT
+from fusewire.custom_ops.dispatch.pick import last
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
-from fusewire.custom_ops.ops.registry import NATIVE, YES, Support
+from fusewire.custom_ops.ops.registry import YES, Support
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import self_test as proofs
@@ -39,7 +40,6 @@ from fusewire.errors import ProcessGroupError, WorkspaceError
 
 PROVIDER = "symm_mem"
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_FLASHINFER = "flashinfer"
 # The largest workspace that is made: all of it is mapped by every peer.
 MAX_BYTES = 1 << 30
 # Above so many tokens the one-shot and the data-as-flag protocol lose; their buffers are not made larger.
@@ -117,12 +117,8 @@ def _layout(hidden: int, dtype: torch.dtype, world_size: int, tokens: int) -> La
 @functools.lru_cache(maxsize=256)
 def max_tokens(hidden: int, dtype: torch.dtype, world_size: int) -> int:
     """The largest workspace under MAX_BYTES, in tokens."""
-    low, high = 0, MAX_BYTES // (hidden * dtype.itemsize)
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = _layout(hidden, dtype, world_size, middle).nbytes <= MAX_BYTES
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low
+    end = MAX_BYTES // (hidden * dtype.itemsize)
+    return last(lambda tokens: _layout(hidden, dtype, world_size, tokens).nbytes <= MAX_BYTES, end)
 
 
 class HeldWorkspace(Workspace):
@@ -188,15 +184,19 @@ class HeldWorkspace(Workspace):
     def _prove(self, kind: str) -> str:
         """Make the calls with a known answer and vote: why such calls cannot be made, or nothing."""
         channel = Channel(self._group, f"{self.key} {kind}")
-        verdict = None
+        result = None
         for stage in ("alone", "together"):
-            if verdict is None or verdict.ok:
+            if result is None or result.ok:
                 share = functools.partial(proofs.prove, self.run, self.made, kind, stage)
-                verdict = vote(channel, f"prove {kind} {stage}", share)
-        assert verdict is not None
-        if verdict.reason:
-            log_line(f"{self.key}: no kernel of its own for {kind} calls: {verdict.reason}")
-        return verdict.reason
+                result = vote(channel, f"self-test {kind} {stage}", share)
+        assert result is not None
+        if result.reason:
+            log_line(f"{self.key}: no kernel of its own for {kind} calls: {result.reason}")
+        return result.reason
+
+    def check_errors(self) -> None:
+        if not self.closed:
+            self.made.check()
 
     def release(self) -> None:
         """Free the symmetric buffers."""
@@ -223,7 +223,7 @@ class SymmMemProvider(WorkspaceProvider):
             "protocol": protocol(probe, triton.__version__),
         }
 
-    def judge(self, facts: Sequence[Mapping[str, Any]]) -> Support:
+    def validate(self, facts: Sequence[Mapping[str, Any]]) -> Support:
         different = differences(facts)
         same = Support.all_of(
             (
@@ -232,7 +232,7 @@ class SymmMemProvider(WorkspaceProvider):
                 "every rank",
             )
         )
-        return super().judge(facts) and same
+        return super().validate(facts) and same
 
     def limits(self, hidden: int, dtype: torch.dtype, world_size: int) -> Support:
         reason = unsupported_reason(world_size, hidden, dtype)
@@ -264,7 +264,7 @@ class SymmMemProvider(WorkspaceProvider):
         )
         return HeldWorkspace(request, made)
 
-    def prove(self, workspace: Workspace, stage: str) -> None:
+    def self_test(self, workspace: Workspace, stage: str) -> None:
         assert isinstance(workspace, HeldWorkspace)
         proofs.prove(workspace.run, workspace.made, proofs.PLAIN, stage)
 
@@ -301,11 +301,11 @@ class SymmMemProvider(WorkspaceProvider):
 
         return bound if output is None or one_shot else in_place
 
-    def ahead(self, workspace: Workspace) -> Sequence[Callable[[], object]]:
+    def kernels_to_compile(self, workspace: Workspace) -> Sequence[Callable[[], object]]:
         assert isinstance(workspace, HeldWorkspace)
         return compilations(workspace.made)
 
-    def bind_extended(
+    def bind_derived(
         self, workspace: Workspace, variant: str, op_name: str, args: tuple[Any, ...], output: int | None = None
     ) -> Callable[..., tuple[Tensor, Tensor]] | None:
         x, residual, weights = args[0], args[1], (args[2], args[6])
@@ -372,5 +372,3 @@ def all_reduce_rms_norm_symm_mem(
 
 
 PROVIDERS[PROVIDER] = SymmMemProvider()
-if all_reduce_rms_norm.default_priority == (_FLASHINFER, NATIVE):
-    all_reduce_rms_norm.set_default_priority((PROVIDER, _FLASHINFER, NATIVE))

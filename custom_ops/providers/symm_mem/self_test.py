@@ -13,6 +13,7 @@ from fusewire.custom_ops.ops.sharded_norm import own_rows
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
+from fusewire.custom_ops.workspaces.known_answer import eighths
 from fusewire.errors import WorkspaceError
 
 # Kinds of calls.
@@ -69,18 +70,16 @@ def _make(run: Run, made: SymmMemWorkspace, kind: str, probe: _Probe, turn: int 
     Each turn has other numbers, so that what an earlier one left does not pass for its result.
     """
     tokens, hidden, dtype = probe.tokens, made.hidden, made.dtype
-    index = torch.arange(tokens * hidden, device=made.device).view(tokens, hidden)
 
-    def eighths(seed: int) -> Tensor:
-        seed += turn
-        return (((index * (2 * seed + 1) + seed) % 9 - 4) / 8).to(dtype)
+    def draw(seed: int) -> Tensor:
+        return eighths(tokens, hidden, seed + turn, dtype, made.device)
 
-    parts = [eighths(3 * rank + 1) for rank in range(made.world_size)]
-    residual, weight = eighths(50), eighths(51)[0]
+    parts = [draw(3 * rank + 1) for rank in range(made.world_size)]
+    residual, weight = draw(50), draw(51)[0]
     total = torch.stack(parts).float().sum(0).to(dtype)
     options: dict[str, Any] = {}
     if kind in (SANDWICH, SHARDED_SANDWICH):
-        options["inner"] = InnerNorm(eighths(52)[0], 0.5, 1.0, probe.form)
+        options["inner"] = InnerNorm(draw(52)[0], 0.5, 1.0, probe.form)
         total = normalize(total, options["inner"].weight, 0.5, 1.0, probe.form)
     total = add_residual(total, residual)
     expected = normalize(total, weight, 0.25, 1.0, probe.form)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from fusewire.custom_ops._torch_private import map_peers, symmetric_buffer
 from fusewire.custom_ops.environment import scoped_variable
 from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.providers.symm_mem.launch_config import MAX_SLICES
@@ -252,15 +253,10 @@ class SymmMemWorkspace:
         return least
 
     def _allocate(self) -> list[int]:
-        from torch.distributed import _symmetric_memory as symm_mem
-
         try:
             with torch.cuda.device(self.device), _without_multicast():
-                # Not symm_mem.empty: its memory pool would keep the memory after close().
-                buffer = symm_mem._SymmetricMemory.empty_strided_p2p(  # type: ignore[attr-defined]
-                    (self.layout.nbytes,), (1,), torch.uint8, self.device
-                )
-                handle = symm_mem.rendezvous(buffer, self._group)
+                buffer = symmetric_buffer(self.layout.nbytes, self.device)
+                handle = map_peers(buffer, self._group)
         except RuntimeError as error:
             raise WorkspaceError(
                 f"{self.layout.nbytes / 2**20:.0f} MiB of symmetric memory could not be set up on "

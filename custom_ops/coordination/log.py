@@ -1,0 +1,48 @@
+"""Lines on stderr: what takes long, or what a user must know though nobody asked."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+
+def log_line(text: str) -> None:
+    """Print one line on stderr."""
+    print(f"[fusewire] {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def log_progress(
+    text: str, *, after_s: float = 0.0, every_s: float = 30.0, detail: Callable[[], str] = str
+) -> Iterator[None]:
+    """Log every so often that the block goes on, and at its end how long it took.
+
+    Args:
+        text: what goes on. Lines after the first have it up to the first colon.
+        after_s: log nothing if the block ends within so many seconds.
+        every_s: the seconds between two lines.
+        detail: returns what to add to a line.
+    """
+    start, since, done, logged = time.monotonic(), time.strftime("%H:%M:%S"), threading.Event(), after_s <= 0
+    if logged:
+        log_line(f"{text}, since {since}{detail()}")
+
+    def tick() -> None:
+        nonlocal logged
+        while not done.wait(every_s if logged else after_s):
+            what = text.partition(":")[0] if logged else text
+            logged = True
+            log_line(f"{what}, since {since}, for {time.monotonic() - start:.0f} s{detail()}")
+
+    ticker = threading.Thread(target=tick, name="fusewire progress", daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        ticker.join()
+        if logged:
+            log_line(f"{text.partition(':')[0]}: ended after {time.monotonic() - start:.0f} s")
