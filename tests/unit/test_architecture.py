@@ -17,6 +17,7 @@ from support.layers import LAYERS, ROOT, imports, module_of, sources
 INNER_LAYERS = {
     "custom_ops": (
         "environment",
+        "_triton_private",
         "ops",
         "coordination",
         "workspaces",
@@ -61,7 +62,6 @@ UPWARD_INSIDE: set[tuple[str, str]] = set()
 MOST_COMPLEX = 15
 COMPLEX = {
     "custom_ops/dispatch/dispatcher.py _fastest": 28,
-    "custom_ops/providers/symm_mem/launcher.py two_shot": 28,
     "custom_ops/ops/norms.py check_norm_args": 28,
 }
 
