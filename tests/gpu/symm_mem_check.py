@@ -46,17 +46,16 @@ except ModuleNotFoundError:  # not installed: take the packages from the checkou
     from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 
 # After the fallback above, hence not at the top.
+from fusewire.custom_ops.ops.sharded_norm import rows_per_rank  # noqa: E402
 from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm  # noqa: E402
 from fusewire.custom_ops.providers.symm_mem.launch_config import (  # noqa: E402
-    Plan,
-    check_plan,
-    plan_two_shot_flags,
+    LaunchConfig,
+    check_launch_config,
+    launch_config_two_shot_flags,
 )
-from fusewire.custom_ops.providers.symm_mem.workspace import (  # noqa: E402
-    SymmMemWorkspace,
-    owned_rows,
-    shard_rows,
-)
+from fusewire.custom_ops.providers.symm_mem.layout import owned_rows  # noqa: E402
+from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall  # noqa: E402
+from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace  # noqa: E402
 from fusewire.errors import PeerTimeoutError  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -261,7 +260,7 @@ def call(run: Run, ws: SymmMemWorkspace, case: Case, data: dict):
     options = {**dict(case.options), "inner": data["inner"]}
     residual = data["residual"]
     if case.kind == "two_shot_sharded" and residual is not None:
-        shard = shard_rows(case.tokens, run.world)
+        shard = rows_per_rank(case.tokens, run.world)
         residual = residual[run.rank * shard : (run.rank + 1) * shard].clone()
     if "output" not in options or case.kind == "two_shot":
         options["norm_out"] = torch.full_like(data["x"], torch.nan)
@@ -277,7 +276,7 @@ def compare(run: Run, case: Case, data: dict, norm: torch.Tensor, kept: torch.Te
     rows = slice(None)
     if kept is not None:
         if case.kind == "two_shot_sharded":
-            shard, owned = shard_rows(case.tokens, run.world), owned_rows(case.tokens, run.world, run.rank)
+            shard, owned = rows_per_rank(case.tokens, run.world), owned_rows(case.tokens, run.world, run.rank)
             kept, rows = kept[:owned], slice(run.rank * shard, run.rank * shard + owned)
         total = data["total"][rows]
         wrong = (kept.view(bits) != total.view(bits)) & ~(kept.isnan() & total.isnan())
@@ -362,29 +361,26 @@ def sandwiches(args: argparse.Namespace, every: list) -> list[Case]:
 
 def precompile(run: Run, calls: list) -> None:
     """Compile what the calls launch, each kernel on one rank, into Triton's cache on disk."""
-    from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_data as symm_mem_kernels
-    from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_flags as symm_mem_flags
+    found, original = {}, symm_mem.run
 
-    found, original = {}, symm_mem._run
+    def find(ws, launch) -> None:
+        found.setdefault((launch.kernel, launch.config.warps, *launch.arguments[-13:]), launch)  # the constants
 
-    def find(key, name, ws, plan, args) -> None:
-        found.setdefault((key[0], *key[2:]), (name, plan, args))
-
-    symm_mem._run = find
+    symm_mem.run = find
     try:
         for work in calls:
             work()
     finally:
-        symm_mem._run = original
+        symm_mem.run = original
     start = time.monotonic()
     errors = []
-    for name, plan, args in list(found.values())[run.rank :: run.world]:
-        kernel = getattr(symm_mem_flags, name, None) or getattr(symm_mem_kernels, name)
+    for launch in list(found.values())[run.rank :: run.world]:
+        config, arguments = launch.config, (*launch.tensors, *launch.arguments)
         try:
-            kernel.warmup(*args, grid=(plan.programs,), **plan.options)
+            symm_mem.kernel(launch.kernel).warmup(*arguments, grid=(config.programs,), **config.options)
         except Exception as error:
             run.log.write(traceback.format_exc())
-            errors.append(f"{name} {plan}: {' '.join(str(error).split())[:150]}")
+            errors.append(f"{launch.kernel} {config}: {' '.join(str(error).split())[:150]}")
     run.gather(None)
     run.say(f"compiled {len(found)} kernels in {time.monotonic() - start:.0f} s")
     if errors:
@@ -428,7 +424,7 @@ def several(run: Run, hidden: int, dtype: torch.dtype, cases: list[Case]) -> Non
 def dry(run: Run, case: Case) -> None:
     """The call without inputs worth the name, for `precompile`."""
     x = torch.empty(case.tokens, case.hidden, dtype=case.dtype, device=run.device)
-    rows = shard_rows(case.tokens, run.world) if case.kind == "two_shot_sharded" else case.tokens
+    rows = rows_per_rank(case.tokens, run.world) if case.kind == "two_shot_sharded" else case.tokens
     weight = None if case.weight is None else torch.empty(case.hidden, device=run.device).to(case.weight)
     residual = x.new_empty(rows, case.hidden) if case.residual else None
     inner = None
@@ -585,45 +581,44 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def sweep_plans(kind: str, tokens: int, ws: SymmMemWorkspace, world: int, pdl: bool) -> list[Plan]:
+def sweep_configs(kind: str, tokens: int, ws: SymmMemWorkspace, world: int) -> list[LaunchConfig]:
     """Launch parameters worth a try."""
     packets, sms = ws.layout.packets, ws.multiprocessors
-    rows = tokens if kind == "one_shot" else shard_rows(tokens, world)
-    plans = []
+    rows = tokens if kind == "one_shot" else rows_per_rank(tokens, world)
+    configs = []
     if kind in ("one_shot", "data"):
         for slices, halve, unroll in itertools.product((1, 2, 4, 8), (1, 2), (1, 2, 4, 8)):
             block = max(32, power_of_two(-(-packets // slices)))
             warps = max(1, min(32, block // 32) // halve)
             groups = max(1, min(rows, sms // slices))
             if kind == "one_shot" and unroll == 1:
-                plans.append(Plan(groups * slices, warps, block, slices))
+                configs.append(LaunchConfig(groups * slices, warps, block, slices))
             elif kind == "data" and halve == 1:
-                plans.append(Plan(sms, min(16, warps), block, slices, unroll))
+                configs.append(LaunchConfig(sms, min(16, warps), block, slices, unroll))
     else:
-        base = plan_two_shot_flags(rows, packets, world, sms, True)
+        base = launch_config_two_shot_flags(rows, packets, world, sms, True)
         for warps, per in ((4, 4), (8, 2), (16, 1), (32, 1)):
             strides = -(-rows // (sms * per))
-            for ahead, lag in ((1, 0), (1, 1), (2, 1)):
+            for lookahead, result_lag in ((1, 0), (1, 1), (2, 1)):
                 programs = -(-rows // strides)
-                new = {"programs": programs, "warps": warps, "ahead": max(1, min(ahead, strides)), "lag": lag}
-                plans.append(dataclasses.replace(base, block=max(base.block, 32 * warps), **new))
-    if pdl and kind != "flags":
-        plans += [dataclasses.replace(plan, pdl=True) for plan in plans]
+                new = {"programs": programs, "warps": warps, "lookahead": max(1, min(lookahead, strides))}
+                new["result_lag"] = result_lag
+                configs.append(dataclasses.replace(base, block=max(base.block, 32 * warps), **new))
     rest = 2 if kind == "data" else 1
-    plans = [p for p in dict.fromkeys(plans) if check_plan(p, packets, sms) is None]
-    return [p for p in plans if p.slices * rows <= rest * sms or p.slices == 1]
+    configs = [p for p in dict.fromkeys(configs) if check_launch_config(p, packets, sms) is None]
+    return [p for p in configs if p.slices * rows <= rest * sms or p.slices == 1]
 
 
 def candidates(run: Run, ws: SymmMemWorkspace, tokens: int, sets: list[dict]) -> dict:
-    """Functions to time, by (name, plan or None)."""
+    """Functions to time, by (name, config or None)."""
     found = {}
-    shard = shard_rows(tokens, run.world)
+    shard = rows_per_rank(tokens, run.world)
     own = slice(run.rank * shard, (run.rank + 1) * shard)
 
-    def add(name: str, kind: str, plans: list, **options) -> None:
-        for plan in [None, *plans]:
+    def add(name: str, kind: str, configs: list, **options) -> None:
+        for config in [None, *configs]:
 
-            def function(i: int, plan=plan) -> None:
+            def function(i: int, config=config) -> None:
                 s = sets[i % len(sets)]
                 outs = {"norm_out": s["norm"], "residual_out": s["kept"]}
                 residual = s["residual"]
@@ -632,21 +627,21 @@ def candidates(run: Run, ws: SymmMemWorkspace, tokens: int, sets: list[dict]) ->
                 if "output" in options:
                     outs.pop("norm_out" if kind == "two_shot_sharded" else "residual_out")
                 getattr(symm_mem, kind)(
-                    ws, s["x"], residual, s["weight"], EPS, 0.0, SCALE, **outs, **options, plan=plan
+                    ws, s["x"], residual, s["weight"], EPS, 0.0, SCALE, **outs, **options, config=config
                 )
 
-            found[(name, plan)] = function
+            found[(name, config)] = function
 
-    plans = {kind: [] for kind in ("one_shot", "data", "flags")}
+    configs = {kind: [] for kind in ("one_shot", "data", "flags")}
     if run.args.sweep:
-        plans |= {kind: sweep_plans(kind, tokens, ws, run.world, run.args.pdl) for kind in run.args.sweep}
+        configs |= {kind: sweep_configs(kind, tokens, ws, run.world) for kind in run.args.sweep}
     if tokens <= ws.layout.one_shot_tokens:
-        add("one_shot", "one_shot", plans["one_shot"])
+        add("one_shot", "one_shot", configs["one_shot"])
     if tokens <= ws.layout.data_tokens:
-        add("data sharded", "two_shot_sharded", plans["data"], protocol="data")
-        add("data full", "two_shot", plans["data"], protocol="data")
-    add("flags sharded", "two_shot_sharded", plans["flags"], protocol="flags", output=0)
-    add("flags full", "two_shot", plans["flags"], protocol="flags", output=0)
+        add("data sharded", "two_shot_sharded", configs["data"], protocol="data")
+        add("data full", "two_shot", configs["data"], protocol="data")
+    add("flags sharded", "two_shot_sharded", configs["flags"], protocol="flags", output=0)
+    add("flags full", "two_shot", configs["flags"], protocol="flags", output=0)
     inner = InnerNorm(sets[0]["weight"], EPS, 0.0, SCALE)
     if tokens <= ws.layout.one_shot_tokens:
         add("one_shot inner", "one_shot", [], inner=inner)
@@ -709,7 +704,7 @@ def bench(run: Run) -> None:
     if run.rank == 0:
         with (run.out / "bench.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["world", "hidden", "tokens", "name", "plan", "us"])
+            writer.writerow(["world", "hidden", "tokens", "name", "config", "us"])
             writer.writerows(rows)
 
 
@@ -744,15 +739,15 @@ def bench_one(run: Run, hidden: int, tokens: int, fused_tail) -> list[tuple]:
     everything["p2p copy", None] = peer_copies(run, ws, tokens, sets)
     everything["p2p kernel", None] = peer_pushes(run, ws, tokens, sets)
     rows, best = [], {}
-    for (name, plan), function in everything.items():
+    for (name, config), function in everything.items():
 
-        def work(name: str = name, plan: Plan | None = plan, function=function) -> None:
+        def work(name: str = name, config: LaunchConfig | None = config, function=function) -> None:
             us = timed(run, function, calls, replays)
             ws.check()
-            rows.append((run.world, hidden, tokens, name, str(plan or ""), f"{us:.2f}"))
-            best.setdefault(name, []).append((us, plan))
+            rows.append((run.world, hidden, tokens, name, str(config or ""), f"{us:.2f}"))
+            best.setdefault(name, []).append((us, config))
 
-        if not run.step("timing", f"{tokens}x{hidden} {name} {plan or ''}", work):
+        if not run.step("timing", f"{tokens}x{hidden} {name} {config or ''}", work):
             break
         run.log.write(f"{rows[-1]}\n")
     floor = 2 * (run.world - 1) / run.world * size / 450e9 * 1e6
@@ -762,24 +757,26 @@ def bench_one(run: Run, hidden: int, tokens: int, fused_tail) -> list[tuple]:
 
 
 def best_of(found: list) -> str:
-    us, plan = min(found, key=lambda pair: pair[0])
-    if plan is None or us > 0.98 * found[0][0]:
+    us, config = min(found, key=lambda pair: pair[0])
+    if config is None or us > 0.98 * found[0][0]:
         return ""
-    parts = [f"{k}{v}" for k, v in dataclasses.asdict(plan).items() if k != "block"]
+    parts = [f"{k}{v}" for k, v in dataclasses.asdict(config).items() if k != "block"]
     return f" (best {us:.1f}: {' '.join(parts)})"
 
 
 def host_overhead(run: Run) -> None:
-    """Host time of a call outside CUDA graphs, queue empty before."""
+    """Host time of a prepared call outside CUDA graphs, queue empty before."""
     case = Case("one_shot", 1)
     ws, data = run.workspace(8192, BF16), draw(run, case, 1)
     for kind in KINDS[:2]:
         precompile(run, [lambda kind=kind: dry(run, dataclasses.replace(case, kind=kind))])
-        call(run, ws, dataclasses.replace(case, kind=kind), data)
+        prepared = PreparedCall(ws, getattr(symm_mem, f"{kind}_launch"))
+        for _ in range(2):
+            prepared(data["x"], data["residual"], data["weight"], EPS, 0.0, SCALE)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(200):
-            getattr(symm_mem, kind)(ws, data["x"], data["residual"], data["weight"], EPS, 0.0, SCALE)
+            prepared(data["x"], data["residual"], data["weight"], EPS, 0.0, SCALE)
         took = (time.perf_counter() - start) / 200 * 1e6
         ws.check(synchronize=True)
         run.say(f"host time of {kind}: {max(run.gather(took)):.1f} us a call")
@@ -794,7 +791,6 @@ def main() -> int:
     parser.add_argument(
         "--sweep", nargs="*", choices=kinds, help="with --bench: launch parameters of these kernels too"
     )
-    parser.add_argument("--pdl", action="store_true", help="with --sweep: programmatic dependent launch too")
     parser.add_argument("--quick", action="store_true", help="fewer hidden sizes")
     parser.add_argument("--limit", type=float, default=180.0, help="seconds that one step may take")
     parser.add_argument("--hidden", default=[8192], **numbers)

@@ -6,7 +6,6 @@ on: 16-byte accesses on the data path, one owner per element, fences and barrier
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import subprocess
 
@@ -19,15 +18,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
-from fusewire.custom_ops.providers.symm_mem import workspace as spaces
 from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
 from fusewire.custom_ops.providers.symm_mem.kernels import peer_copy as symm_mem_copy
 from fusewire.custom_ops.providers.symm_mem.kernels.packets import peer_at
-from fusewire.custom_ops.providers.symm_mem.launch_config import check_plan
+from fusewire.custom_ops.providers.symm_mem.launch_config import (
+    check_launch_config,
+    launch_config_one_shot,
+    launch_config_two_shot_data,
+    launch_config_two_shot_flags,
+)
+from fusewire.custom_ops.providers.symm_mem.layout import Layout, owned_rows
 from fusewire.errors import ArgumentError, WorkspaceError
 
-from support.launches import CpuWorkspace, caught_launch, compiled
+from support.launches import CpuWorkspace, compiled
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE, ROUND = "scale_then_round", "round_then_scale"
@@ -37,35 +42,33 @@ SCALE, ROUND = "scale_then_round", "round_then_scale"
 
 
 def call_on_cpu(kind, world, hidden, dtype, tokens, weight=BF16, form=SCALE, residual=True, inner=None, **options):
-    pdl = options.pop("pdl", False)
     if inner is not None:
         scale, inner_form = inner
         options["inner"] = InnerNorm(None if scale is None else torch.zeros(hidden, dtype=scale), 1e-6, 1.0, inner_form)
     ws = CpuWorkspace(1, world, hidden, dtype, tokens=(tokens, tokens, tokens))
     ws.use(torch.empty(ws.layout.nbytes, dtype=torch.uint8))
     x = torch.zeros(tokens, hidden, dtype=dtype)
-    rows = spaces.shard_rows(tokens, world) if kind == "two_shot_sharded" else tokens
+    rows = rows_per_rank(tokens, world) if kind == "two_shot_sharded" else tokens
     args = (
         ws,
         x,
         torch.zeros(rows, hidden, dtype=dtype) if residual else None,
         None if weight is None else torch.zeros(hidden, dtype=weight),
     )
-    launch = caught_launch(lambda: getattr(symm_mem, kind)(*args, 1e-5, 1.0, form, **options))
-    plan = dataclasses.replace(launch[1], pdl=pdl)
-    assert check_plan(plan, ws.layout.packets, ws.multiprocessors) is None
-    return launch[0], plan, (*launch[2][:-1], pdl)
+    launch = getattr(symm_mem, f"{kind}_launch")(*args, 1e-5, 1.0, form, **options)
+    assert check_launch_config(launch.config, ws.layout.packets, ws.multiprocessors) is None
+    return launch
 
 
 VARIANTS = [
     ("one_shot", 2, 8192, BF16, 1, {}),
-    ("one_shot", 4, 8192, BF16, 1, {"pdl": True}),
+    ("one_shot", 4, 8192, BF16, 1, {}),
     ("one_shot", 8, 8192, BF16, 16, {"weight": FP32}),
     ("one_shot", 3, 2880, FP16, 64, {"weight": FP16, "form": ROUND, "residual": False}),
     ("one_shot", 7, 7168, BF16, 128, {"weight": None, "need_residual": False}),
     ("one_shot", 4, 16384, FP32, 4, {"weight": BF16}),
     ("two_shot_sharded", 4, 8192, BF16, 64, {"protocol": "data"}),
-    ("two_shot_sharded", 8, 8192, BF16, 512, {"protocol": "data", "pdl": True}),
+    ("two_shot_sharded", 8, 8192, BF16, 512, {"protocol": "data"}),
     ("two_shot", 4, 8192, BF16, 256, {"protocol": "data", "weight": torch.float64}),
     ("two_shot", 5, 5376, FP32, 33, {"protocol": "data", "weight": FP32, "residual": False}),
     ("two_shot_sharded", 6, 2880, FP16, 100, {"protocol": "data", "need_residual": False}),
@@ -73,7 +76,7 @@ VARIANTS = [
     ("two_shot_sharded", 2, 4096, BF16, 1000, {"protocol": "flags", "weight": None}),
     ("two_shot", 8, 8192, BF16, 8192, {"protocol": "flags", "output": 0}),
     ("two_shot", 3, 7168, FP16, 1025, {"protocol": "flags", "form": ROUND, "weight": FP32}),
-    ("two_shot", 4, 16384, FP32, 64, {"protocol": "flags", "residual": False, "pdl": True}),
+    ("two_shot", 4, 16384, FP32, 64, {"protocol": "flags", "residual": False}),
     ("one_shot", 2, 5376, BF16, 1, {"inner": (BF16, SCALE)}),
     ("one_shot", 8, 16384, FP32, 4, {"inner": (BF16, SCALE), "weight": FP32}),
     ("one_shot", 4, 4096, FP16, 128, {"inner": (FP32, ROUND), "form": ROUND, "need_residual": False}),
@@ -81,7 +84,7 @@ VARIANTS = [
     ("two_shot_sharded", 3, 2880, FP32, 5, {"protocol": "data", "inner": (None, SCALE), "weight": None}),
     ("two_shot", 4, 5376, BF16, 2048, {"protocol": "flags", "inner": (BF16, SCALE), "output": 0}),
     ("two_shot_sharded", 8, 16384, BF16, 8192, {"protocol": "flags", "inner": (FP32, ROUND), "output": 0}),
-    ("two_shot", 2, 16384, FP32, 64, {"protocol": "flags", "inner": (torch.float64, SCALE), "pdl": True}),
+    ("two_shot", 2, 16384, FP32, 64, {"protocol": "flags", "inner": (torch.float64, SCALE)}),
 ]
 
 
@@ -91,15 +94,15 @@ def check_inner_adds_no_traffic(text, kind, world, hidden, dtype, tokens, option
     """
     inner_weight = options["inner"][0]
     plain_options = {name: value for name, value in options.items() if name != "inner"}
-    name, plan, args = call_on_cpu(kind, world, hidden, dtype, tokens, **plain_options)
-    plain = compiled(name, plan, args).asm["ptx"]
+    launch = call_on_cpu(kind, world, hidden, dtype, tokens, **plain_options)
+    plain, config = compiled(launch).asm["ptx"], launch.config
 
     def added(what):
         return text.count(what) - plain.count(what)
 
-    tiles = plan.block // plan.threads
+    tiles = config.block // config.threads
     assert added("st.global.v4.b32") == added("st.relaxed.sys.global.v4.b32") == 0
-    assert added("st.relaxed.sys.global.b64 [%") == (tiles if plan.slices > 1 else 0)
+    assert added("st.relaxed.sys.global.b64 [%") == (tiles if config.slices > 1 else 0)
     size = {None: 0, BF16: 2, FP16: 2}.get(inner_weight, 4) * 16 // dtype.itemsize
     assert added("ld.global.v2.b32") == (tiles if size == 8 else 0)
     assert added("ld.global.v4.b32") == tiles * (size // 16)
@@ -111,15 +114,15 @@ def check_inner_adds_no_traffic(text, kind, world, hidden, dtype, tokens, option
     ids=[f"{v[0]}-{v[1]}x{v[2]}-{str(v[3])[6:]}-{v[4]}" + "".join(f"-{o}" for o in v[5]) for v in VARIANTS],
 )
 def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, options):
-    name, plan, args = call_on_cpu(kind, world, hidden, dtype, tokens, **options)
-    kernel = compiled(name, plan, args)
+    launch = call_on_cpu(kind, world, hidden, dtype, tokens, **options)
+    kernel = compiled(launch)
     text, ir = kernel.asm["ptx"], kernel.asm["ttgir"]
     layouts = re.findall(r"^#\w+ = #ttg\..*", ir, re.MULTILINE)
     # One layout, one element a thread at a time: no packet belongs to two threads.
     assert len(layouts) == 1
     assert "sizePerThread = [1]" in layouts[0]
     assert "convert_layout" not in ir
-    assert min(map(int, re.findall(r"tensor<(\d+)x", ir))) >= plan.threads
+    assert min(map(int, re.findall(r"tensor<(\d+)x", ir))) >= launch.config.threads
     # Data moves 16 bytes at a time; narrower are addresses, flags, tagged words and a narrow weight.
     accesses = re.findall(r"\b(?:ld|st)(?:\.\w+)*\.global(\.[\w.]+)", text)
     weights = [options.get("weight", BF16), *options.get("inner", ())[:1]]
@@ -129,7 +132,7 @@ def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, 
     assert "multimem" not in text
     if "inner" in options:
         check_inner_adds_no_traffic(text, kind, world, hidden, dtype, tokens, options)
-    if name == "two_shot_flags_kernel":
+    if launch.kernel == "two_shot_flags_kernel":
         assert pushes == 0
         assert text.count("fence.acq_rel.sys") == 1
         order = [m.group(1) for m in re.finditer(r"(bar\.sync|fence\.acq_rel|ld\.acquire|st\.global\.v4)", text)]
@@ -139,7 +142,6 @@ def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, 
     else:
         assert pushes >= world - 1
         assert "fence" not in text
-    assert ("griddepcontrol.wait" in text) == plan.pdl
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
@@ -148,9 +150,9 @@ def test_large_inputs_leave_the_registers_in_peace(kind, world, tmp_path):
     """Bytes that a thread keeps in memory for want of registers. With 8 ranks they were 336 to 552, more than the L1
     cache holds of all threads, and a tenth of the time.
     """
-    name, plan, args = call_on_cpu(kind, world, 8192, BF16, 8192, protocol="flags", output=0)
+    launch = call_on_cpu(kind, world, 8192, BF16, 8192, protocol="flags", output=0)
     cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled(name, plan, args).asm["cubin"])
+    cubin.write_bytes(compiled(launch).asm["cubin"])
     said = subprocess.run(
         [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)],
         capture_output=True, text=True, check=True, timeout=60,
@@ -160,18 +162,18 @@ def test_large_inputs_leave_the_registers_in_peace(kind, world, tmp_path):
 
 @pytest.mark.parametrize("hidden", [2880, 4096, 5120, 5376, 7168, 8192, 16384])
 @pytest.mark.parametrize("world", range(2, 9))
-def test_default_plans_fit(world, hidden):
+def test_default_configurations_fit(world, hidden):
     for dtype in (BF16, FP32):
         packets = hidden * dtype.itemsize // 16
         for tokens in (1, 2, 3, 5, 16, 31, 33, 64, 128, 257, 1000, 4096, 8192):
-            shard = spaces.shard_rows(tokens, world)
-            plans = [
-                symm_mem.plan_one_shot(tokens, packets, 132),
-                symm_mem.plan_two_shot_data(shard, packets, world, 132),
-                *(symm_mem.plan_two_shot_flags(shard, packets, world, 132, full) for full in (True, False)),
+            shard = rows_per_rank(tokens, world)
+            configs = [
+                launch_config_one_shot(tokens, packets, 132),
+                launch_config_two_shot_data(shard, packets, world, 132),
+                *(launch_config_two_shot_flags(shard, packets, world, 132, full) for full in (True, False)),
             ]
-            assert [check_plan(plan, packets, 132) for plan in plans] == [None] * 4
-            owned = [spaces.owned_rows(tokens, world, rank) for rank in range(world)]
+            assert [check_launch_config(config, packets, 132) for config in configs] == [None] * 4
+            owned = [owned_rows(tokens, world, rank) for rank in range(world)]
             assert sum(owned) == tokens
             assert max(owned) == owned[0] == shard
 
@@ -212,7 +214,7 @@ def test_results_in_output_buffers_are_no_aliases_of_each_other():
 
 
 def test_areas_of_the_buffer_do_not_overlap():
-    layout = spaces.Layout(8, 8192, 2, 128, 512, 8192, 2)
+    layout = Layout(8, 8192, 2, 128, 512, 8192, 2)
     ends = 0
     for name, start in sorted(layout.offsets.items(), key=lambda item: item[1]):
         assert start >= ends

@@ -1,7 +1,7 @@
 """The `symm_mem` kernels run without a GPU: all blocks of all ranks in one process, in a seeded random order.
 
 `support.simulator` is the machine. Results are held, bit for bit, to a reference that sums ranks in order, and
-squares in the order that the launch's plan gives them.
+squares in the order that the launch configuration gives them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import numpy as np
 
-from fusewire.custom_ops.providers.symm_mem.launch_config import Plan
+from fusewire.custom_ops.providers.symm_mem.launch_config import LaunchConfig
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE, ROUND = "scale_then_round", "round_then_scale"
@@ -30,8 +30,8 @@ SCALE, ROUND = "scale_then_round", "round_then_scale"
 # --- Scenarios ----------------------------------------------------------------------------------------------
 
 
-def _flags(programs, ahead, lag):
-    return Plan(programs, 1, 32, ahead=ahead, lag=lag)
+def _flags(programs, lookahead, result_lag):
+    return LaunchConfig(programs, 1, 32, lookahead=lookahead, result_lag=result_lag)
 
 
 def _racing(protocol, count):
@@ -39,40 +39,40 @@ def _racing(protocol, count):
     return [(kinds[i % 3], 2 + i % 2, {"protocol": protocol}) for i in range(count)]
 
 
-SLICED = Plan(3, 1, 32, slices=3)
+SLICED = LaunchConfig(3, 1, 32, slices=3)
 INNER = {"inner": (BF16, SCALE)}
 SCENARIOS = {
     "one-shot, slices, 3 ranks": (3, 264, FP32, [
-        ("one_shot", 2, {"plan": SLICED, "bias": 1.0}),
-        ("one_shot", 1, {"plan": Plan(2, 1, 64, slices=2), **INNER}),
-        ("one_shot", 4, {"plan": Plan(2, 1, 64, slices=2), "residual": False, "weight": FP32}),
-        ("one_shot", 3, {"plan": SLICED, "inner": (None, ROUND), "form": ROUND}),
+        ("one_shot", 2, {"config": SLICED, "bias": 1.0}),
+        ("one_shot", 1, {"config": LaunchConfig(2, 1, 64, slices=2), **INNER}),
+        ("one_shot", 4, {"config": LaunchConfig(2, 1, 64, slices=2), "residual": False, "weight": FP32}),
+        ("one_shot", 3, {"config": SLICED, "inner": (None, ROUND), "form": ROUND}),
     ]),
     "one-shot, racing, 4 ranks": (4, 64, BF16, [
         ("one_shot", 1 + i % 2, INNER if i % 3 == 1 else {}) for i in range(6)
     ]),
     "two-shot, data, 3 ranks": (3, 72, FP16, [
-        ("two_shot_sharded", 8, {"plan": Plan(3, 1, 32, slices=2, unroll=2), "weight": None}),
+        ("two_shot_sharded", 8, {"config": LaunchConfig(3, 1, 32, slices=2, unroll=2), "weight": None}),
         ("two_shot", 7, {"form": ROUND, "weight": FP16, "inner": (FP32, ROUND)}),
         ("two_shot", 1, {"residual": False, "weight": FP32}),
-        ("two_shot_sharded", 4, {"plan": Plan(3, 1, 32, slices=3, unroll=4), "inner": (FP16, ROUND)}),
+        ("two_shot_sharded", 4, {"config": LaunchConfig(3, 1, 32, slices=3, unroll=4), "inner": (FP16, ROUND)}),
     ]),
     # Each thread adds the slices' squares itself, or has their sum from each slice.
     "two-shot, data, slices, 3 ranks": (3, 264, FP32, [
-        ("two_shot", 4, {"plan": SLICED, "bias": 1.0}),
-        ("two_shot", 5, {"plan": Plan(3, 1, 32, slices=3, unroll=8), **INNER}),
-        ("two_shot", 2, {"plan": Plan(2, 1, 64, slices=2), "inner": (None, ROUND), "form": ROUND}),
-        ("two_shot", 3, {"plan": Plan(3, 1, 32, slices=3, unroll=8), "residual": False}),
+        ("two_shot", 4, {"config": SLICED, "bias": 1.0}),
+        ("two_shot", 5, {"config": LaunchConfig(3, 1, 32, slices=3, unroll=8), **INNER}),
+        ("two_shot", 2, {"config": LaunchConfig(2, 1, 64, slices=2), "inner": (None, ROUND), "form": ROUND}),
+        ("two_shot", 3, {"config": LaunchConfig(3, 1, 32, slices=3, unroll=8), "residual": False}),
         ("two_shot", 4, {}),
     ]),
     # With these orders a single slot would not do.
     **{f"two-shot, data, racing, 2 ranks, order {seed}": (2, 64, BF16, _racing("data", 12), seed) for seed in (4, 8)},
     "two-shot, flags, racing, 2 ranks": (2, 64, BF16, _racing("flags", 8)),
     "two-shot, flags, 3 ranks": (3, 72, FP32, [
-        ("two_shot", 13, {"protocol": "flags", "plan": _flags(2, 1, 0)}),
-        ("two_shot_sharded", 14, {"output": 0, "plan": _flags(1, 3, 2), "inner": (FP32, SCALE)}),
-        ("two_shot", 15, {"output": 0, "plan": _flags(2, 2, 1), "residual": False}),
-        ("two_shot", 9, {"protocol": "flags", "plan": _flags(3, 1, 0), **INNER}),
+        ("two_shot", 13, {"protocol": "flags", "config": _flags(2, 1, 0)}),
+        ("two_shot_sharded", 14, {"output": 0, "config": _flags(1, 3, 2), "inner": (FP32, SCALE)}),
+        ("two_shot", 15, {"output": 0, "config": _flags(2, 2, 1), "residual": False}),
+        ("two_shot", 9, {"protocol": "flags", "config": _flags(3, 1, 0), **INNER}),
         ("two_shot_sharded", 2, {"protocol": "flags"}),
     ]),
     "all in turn, 2 ranks": (2, 64, BF16, [
@@ -118,8 +118,13 @@ def every_scenario():
                 specs = [(kind, tokens, {**options, **norm}) for tokens in range(1, 10) for norm in norms]
                 order.shuffle(specs)
                 if options.get("protocol") != "flags":
-                    plans = [None, None, SLICED, Plan(3, 1, 32, slices=3, unroll=1 if kind == "one_shot" else 8)]
-                    specs = [(k, n, {**o, "plan": order.choice(plans)}) for k, n, o in specs]
+                    configs = [
+                        None,
+                        None,
+                        SLICED,
+                        LaunchConfig(3, 1, 32, slices=3, unroll=1 if kind == "one_shot" else 8),
+                    ]
+                    specs = [(k, n, {**o, "config": order.choice(configs)}) for k, n, o in specs]
                 for part in range(3):
                     key = f"{name}, {world} ranks, {str(dtype)[6:]}, part {part + 1}"
                     found[key] = (world, hidden, dtype, specs[part::3], seed + 10 * part)

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from fusewire.custom_ops import api
 from fusewire.custom_ops.ops.registry import YES
+from fusewire.custom_ops.providers.symm_mem import layout
 from fusewire.custom_ops.providers.symm_mem import protocol as symm_mem_protocol
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem_provider
 from fusewire.custom_ops.providers.symm_mem import workspace as spaces
@@ -82,10 +83,10 @@ def test_a_part_that_a_rank_does_not_know_differs():
 PATCHES = {
     "the most tokens of the one-shot protocol": [(symm_mem_provider, "ONE_SHOT_TOKENS", 64)],
     "the most tokens of the data-as-flag protocol": [(symm_mem_provider, "data_tokens", lambda world_size: 256)],
-    "MAX_SLICES": [(symm_mem_protocol, "MAX_SLICES", 4), (spaces, "MAX_SLICES", 4)],
-    "LINE": [(symm_mem_protocol, "LINE", 64), (spaces, "LINE", 64)],
+    "MAX_SLICES": [(symm_mem_protocol, "MAX_SLICES", 4), (layout, "MAX_SLICES", 4)],
+    "CACHE_LINE_BYTES": [(symm_mem_protocol, "CACHE_LINE_BYTES", 64), (layout, "CACHE_LINE_BYTES", 64)],
     "the digest of symm_mem's sources": [(symm_mem_protocol, "_sources", lambda: "another")],
-    "the digest of the buffers' layout": [(spaces, "_ALIGN", 512)],
+    "the digest of the buffers' layout": [(layout, "_ALIGN", 512)],
 }
 
 
@@ -120,11 +121,11 @@ def test_a_workspace_plans_by_the_number_that_it_is_given():
         counts[:] = [own, 78]
 
     with gpu(132), mock.patch.object(dist, "all_gather_object", gather):
-        assert ws._planned_multiprocessors(100) == 100
-        assert ws._planned_multiprocessors(None) == 78  # the ranks tell each other
+        assert ws._common_multiprocessors(100) == 100
+        assert ws._common_multiprocessors(None) == 78  # the ranks tell each other
         for wrong in (0, 133):
             with pytest.raises(ArgumentError, match="all blocks must fit"):
-                ws._planned_multiprocessors(wrong)
+                ws._common_multiprocessors(wrong)
 
 
 # --- On ranks -----------------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from triton.compiler import ASTSource
 
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import workspace as spaces
-from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_data as kernels
-from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_flags as flags
+from fusewire.custom_ops.providers.symm_mem.layout import CTL_WORDS, Layout
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
 
@@ -26,8 +25,8 @@ class CpuWorkspace(spaces.SymmMemWorkspace):
         self.rank, self.world_size, self.hidden, self.dtype = rank, world, hidden, dtype
         self.group_name, self.timeout_s, self.device = "simulated", 5.0, torch.device("cpu")
         self.multiprocessors = multiprocessors
-        self.layout = spaces.Layout(world, hidden, dtype.itemsize, *tokens, outputs)
-        self.ctl, self.known = torch.zeros(spaces.CTL_WORDS, dtype=torch.int64), {}
+        self.layout = Layout(world, hidden, dtype.itemsize, *tokens, outputs)
+        self.ctl = torch.zeros(CTL_WORDS, dtype=torch.int64)
         self.use(torch.empty(0, dtype=torch.uint8))
 
     def use(self, buffer):
@@ -39,21 +38,22 @@ class CpuWorkspace(spaces.SymmMemWorkspace):
 
 
 def caught_launch(call):
-    """What the host would launch: name, plan and arguments."""
+    """The launch that the host would run."""
     seen = []
-    original, symm_mem._run = symm_mem._run, lambda key, name, ws, plan, args: seen.append((name, plan, args))
+    original, symm_mem.run = symm_mem.run, lambda ws, launch: seen.append(launch)
     try:
         call()
     finally:
-        symm_mem._run = original
+        symm_mem.run = original
     assert len(seen) == 1
     return seen[0]
 
 
-def compiled(name, plan, args):
-    fn = getattr(kernels, name, None) or getattr(flags, name)
+def compiled(launch):
+    """The launch's kernel, compiled for sm_90."""
+    fn = symm_mem.kernel(launch.kernel)
     signature, constants, attributes = {}, {}, {}
-    for i, (param, value) in enumerate(zip(fn.params, args, strict=True)):
+    for i, (param, value) in enumerate(zip(fn.params, (*launch.tensors, *launch.arguments), strict=True)):
         if param.is_constexpr or value is None:
             signature[param.name], constants[param.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
@@ -64,4 +64,4 @@ def compiled(name, plan, args):
             signature[param.name] = param.annotation_type or "fp32"
             assert param.annotation_type in ("i32", "i64", "fp32") or type(value) is float
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=plan.options)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.config.options)

@@ -163,9 +163,6 @@ class Program:
         assert kinds == ["acq_rel", "sys"]
         return lambda r, block, thread: block.fence(thread)
 
-    def op_griddepcontrol(self, kinds, operands):
-        return lambda r, block, thread: None  # launches do not overlap here
-
     def run(self, registers, at, block, thread):
         """Run to the end (None), or to a jump back: a poll was fruitless, and goes on there."""
         while at < len(self.code):

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
-from fusewire.custom_ops.providers.symm_mem import workspace as spaces
 from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -17,12 +17,13 @@ EPS, INNER_EPS = 1e-5, 1e-3
 ONE_SHOT_TOKENS, DATA_TOKENS, MAX_TOKENS = 9, 16, 24
 
 
-def run_host(ws, call, mine):
+def launch_of(ws, call, mine):
+    """A rank's launch of a call."""
     outs = {"norm_out": mine.norm_out, "residual_out": mine.residual_out}
     if call.options.get("output") is not None:
         outs.pop("norm_out" if call.kind == "two_shot_sharded" else "residual_out")
-    function = getattr(symm_mem, call.kind)
-    function(ws, mine.x, mine.residual, call.weight, EPS, call.bias, call.form, **outs, **call.options)
+    make = getattr(symm_mem, f"{call.kind}_launch")
+    return make(ws, mine.x, mine.residual, call.weight, EPS, call.bias, call.form, **outs, **call.options)
 
 
 def make_call(
@@ -46,7 +47,7 @@ def make_call(
         inner_weight, inner_form = inner
         inner_weight = None if inner_weight is None else torch.randn(hidden).to(inner_weight)
         options["inner"] = InnerNorm(inner_weight, INNER_EPS, 1.0 - bias, inner_form)
-    shard, ranks = spaces.shard_rows(tokens, world), []
+    shard, ranks = rows_per_rank(tokens, world), []
     for rank, part in enumerate(parts):
         sharded = kind == "two_shot_sharded"
         rows = slice(rank * shard, (rank + 1) * shard) if sharded else slice(None)
@@ -61,18 +62,18 @@ def make_call(
     )  # fmt: skip
 
 
-def norm_of(rows, weight, eps, bias, form, plan, layout):
+def norm_of(rows, weight, eps, bias, form, config, layout):
     """The norm as the kernels take it: eight (four) numbers a lane, lanes of a slice, slices in order."""
     dtype, packets = rows.dtype, layout.packets
     each = 16 // layout.itemsize
     order = range(each) if each == 4 else (0, 2, 4, 6, 1, 3, 5, 7)
     wide = rows.float().numpy().reshape(len(rows), packets, each)
     lanes = sum(wide[:, :, k] * wide[:, :, k] for k in order)
-    size = -(-packets // plan.slices)
+    size = -(-packets // config.slices)
     squares = None
-    for s in range(plan.slices):
+    for s in range(config.slices):
         part = lanes[:, s * size : (s + 1) * size]
-        padded = np.pad(part, ((0, 0), (0, plan.block - part.shape[1])))
+        padded = np.pad(part, ((0, 0), (0, config.block - part.shape[1])))
         value = np.array([np.sum(row) for row in padded], np.float32)
         squares = value if squares is None else squares + value
     rstd = 1 / np.sqrt(squares / np.float32(layout.hidden) + np.float32(eps))
@@ -84,7 +85,7 @@ def norm_of(rows, weight, eps, bias, form, plan, layout):
     return (normed * (weight.float() + bias)).to(dtype)
 
 
-def refer(call, plan, ws):
+def refer(call, config, ws):
     if call.total is not None:
         return
     total = call.parts[0].float()
@@ -92,11 +93,11 @@ def refer(call, plan, ws):
         total = total + part.float()
     total = total.to(ws.dtype)
     if inner := call.options.get("inner"):
-        total = norm_of(total, inner.weight, inner.eps, inner.weight_bias, inner.form, plan, ws.layout)
+        total = norm_of(total, inner.weight, inner.eps, inner.weight_bias, inner.form, config, ws.layout)
     if call.full is not None:
         total = (total.float() + call.full.float()).to(ws.dtype)
     call.total = total
-    call.norm = norm_of(total, call.weight, EPS, call.bias, call.form, plan, ws.layout)
+    call.norm = norm_of(total, call.weight, EPS, call.bias, call.form, config, ws.layout)
 
 
 def wrong(result, exact, lost):

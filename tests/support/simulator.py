@@ -5,7 +5,7 @@ by instruction, so polls, flags, time limits and error words are those of the re
 block at a time and switches where memory is touched. Stores reach memory late and in any order, word by word,
 unless a fence, a barrier before a fence, or the end of the launch orders them; so a protocol that relies on
 more than it may is found out. Accesses outside the tensors and buffers of a launch are errors. Not modelled:
-stale caches, threads of a block drifting apart, programmatic dependent launch, and the compiler.
+stale caches, threads of a block drifting apart, and the compiler.
 
 Only for a process with TRITON_INTERPRET=1.
 """
@@ -26,16 +26,16 @@ import pytest
 import torch
 import triton.language as tl
 
+from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import protocol as symm_mem_protocol
 from fusewire.custom_ops.providers.symm_mem import workspace as spaces
+from fusewire.custom_ops.providers.symm_mem.kernels import one_shot, two_shot_data, two_shot_flags
 from fusewire.custom_ops.providers.symm_mem.kernels import packets as blocks
 from fusewire.custom_ops.providers.symm_mem.kernels import rows as arithmetic
-from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_data as kernels
-from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_flags as flags
-from fusewire.custom_ops.providers.symm_mem.launch_config import check_plan
+from fusewire.custom_ops.providers.symm_mem.launch_config import check_launch_config
+from fusewire.custom_ops.providers.symm_mem.layout import Layout
 from fusewire.errors import PeerTimeoutError
 
-from .launches import caught_launch
 from .ptx import BITS, assembled
 from .simulated_calls import (
     BF16,
@@ -45,10 +45,10 @@ from .simulated_calls import (
     MAX_TOKENS,
     ONE_SHOT_TOKENS,
     check_call,
+    launch_of,
     make_call,
     protocol_of,
     refer,
-    run_host,
 )
 
 LIMIT_S = 1.0  # of simulated time
@@ -64,7 +64,7 @@ class CpuWorkspace(spaces.SymmMemWorkspace):
         self.group_name, self.timeout_s, self.device = "simulated", LIMIT_S, torch.device("cpu")
         self.layout, self.multiprocessors, self._buffer = layout, multiprocessors, buffers[rank]
         self.own_multiprocessors = multiprocessors
-        self._outputs, self.known = self._output_tensors(), {}
+        self._outputs = self._output_tensors()
         self._host_error = torch.zeros(1, dtype=torch.int64)
         self._error_word = ctypes.c_int64.from_address(self._host_error.data_ptr())
         self.ctl = self._control_block([buffer.data_ptr() for buffer in buffers])
@@ -177,17 +177,14 @@ class Rank:
 
     def begin(self, call):
         try:
-            name, plan, args = caught_launch(lambda: run_host(self.ws, call, call.ranks[self.ws.rank]))
+            launch = launch_of(self.ws, call, call.ranks[self.ws.rank])
         except PeerTimeoutError as error:
             self.error = error
             return
         self.begun += 1
-        assert check_plan(plan, self.ws.layout.packets, self.ws.own_multiprocessors) is None
-        refer(call, plan, self.ws)
-        fn, values = self.machine.bound(name, args)
-        self.blocks = [
-            Block(self.machine, fn, values, plan.programs, pid, plan.threads) for pid in range(plan.programs)
-        ]
+        assert check_launch_config(launch.config, self.ws.layout.packets, self.ws.own_multiprocessors) is None
+        refer(call, launch.config, self.ws)
+        self.blocks = self.machine.blocks_of(launch)
 
     def end(self):
         for block in self.blocks:
@@ -229,17 +226,19 @@ class Machine:
         self.must_hold(at, 8)
         return ctypes.c_uint64.from_address(at)
 
-    def bound(self, name, args):
+    def blocks_of(self, launch):
         from triton.runtime import interpreter
 
-        function = getattr(kernels, name, None) or getattr(flags, name)
+        function, args = symm_mem.kernel(launch.kernel), (*launch.tensors, *launch.arguments)
         fn = function.rewrite()
         grid = interpreter.GridExecutor(fn, function.arg_names, (1, 1, 1))
         for value in args:
             if isinstance(value, torch.Tensor) and value.numel():
                 self.hold(value)
         values = dict(zip(function.arg_names, args, strict=True))
-        return fn, {k: v if k in grid.constexprs else interpreter._implicit_cvt(v) for k, v in values.items()}
+        values = {k: v if k in grid.constexprs else interpreter._implicit_cvt(v) for k, v in values.items()}
+        programs, threads = launch.config.programs, launch.config.threads
+        return [Block(self, fn, values, programs, pid, threads) for pid in range(programs)]
 
     def resume(self, block, rank):
         from triton.runtime.interpreter import interpreter_builder
@@ -359,13 +358,13 @@ def install(machine):
     """Make the interpreter run the kernels on this machine."""
     from triton.runtime import interpreter
 
-    for module in (arithmetic, blocks, kernels, flags):
+    for module in (arithmetic, blocks, one_shot, two_shot_data, two_shot_flags):
         for name, value in list(vars(module).items()):
             if isinstance(value, tl.constexpr):
                 setattr(module, name, value.value)
     arithmetic._bits16, arithmetic.rounded = bits16, rounded
     if interpreter._patch_lang.__name__ == "_patch_lang":
-        for function in (kernels.one_shot_kernel, tl.standard.max):  # once for all, not at every call
+        for function in (one_shot.one_shot_kernel, tl.standard.max):  # once for all, not at every call
             interpreter._patch_lang(function.fn)
         interpreter._patch_lang = lambda fn: None
     # Its scalars are arrays of one element, which NumPy no longer takes for numbers.
@@ -382,7 +381,7 @@ def simulate(world, hidden, dtype, specs, seed=0, multiprocessors=3, missing=Non
     torch.manual_seed(seed)
     machine = Machine(seed)
     install(machine)
-    layout = spaces.Layout(world, hidden, dtype.itemsize, ONE_SHOT_TOKENS, DATA_TOKENS, MAX_TOKENS, 1)
+    layout = Layout(world, hidden, dtype.itemsize, ONE_SHOT_TOKENS, DATA_TOKENS, MAX_TOKENS, 1)
     buffers = [torch.zeros(layout.nbytes + 16, dtype=torch.uint8)[: layout.nbytes] for _ in range(world)]
     areas = [slice(layout.offsets[n], layout.offsets[n] + layout.sizes[n]) for n in layout.ones]
     for buffer in buffers:

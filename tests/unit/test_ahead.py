@@ -31,9 +31,9 @@ def made(world, hidden, dtype, tokens=(128, 512, 8192), outputs=0):
 
 def compiled_as(launch):
     """What decides whether a kernel that is there serves a launch."""
-    name, plan, args = launch
-    kinds = tuple(arg for arg in args[-16:] if type(arg) in (int, bool))
-    return name, plan.warps, plan.block, plan.slices, plan.unroll, kinds
+    config = launch.config
+    kinds = tuple(arg for arg in launch.arguments[-15:] if type(arg) in (int, bool))
+    return launch.kernel, config.warps, config.block, config.slices, config.unroll, kinds
 
 
 @pytest.mark.parametrize(("hidden", "dtype"), [(8192, BF16), (4096, BF16), (2880, torch.float16), (8192, FP32)])
@@ -55,17 +55,15 @@ def test_no_call_compiles_afterwards(world, hidden, dtype):
 
 def test_the_pieces_are_kernels_that_compile():
     for piece in ahead.compilations(made(2, 64, BF16, (4, 8, 16))):
-        assert compiled(*caught_launch(piece)).asm["cubin"]
+        assert compiled(caught_launch(piece)).asm["cubin"]
 
 
 KEYS = """
 import sys
-from fusewire.custom_ops.providers.symm_mem.kernels import peer_copy as symm_mem_copy
-from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_flags as symm_mem_flags
-from fusewire.custom_ops.providers.symm_mem.kernels import two_shot_data as symm_mem_kernels
+from fusewire.custom_ops.providers.symm_mem.kernels import one_shot, peer_copy, two_shot_data, two_shot_flags
 kernels = [
-    symm_mem_kernels.one_shot_kernel, symm_mem_kernels.two_shot_data_kernel,
-    symm_mem_flags.two_shot_flags_kernel, symm_mem_copy.push_to_peers_kernel,
+    one_shot.one_shot_kernel, two_shot_data.two_shot_data_kernel,
+    two_shot_flags.two_shot_flags_kernel, peer_copy.push_to_peers_kernel,
 ]
 for i in map(int, sys.argv[1]):
     kernels[i].cache_key

@@ -793,6 +793,22 @@ def test_symmetric_memory():
     assert list(inspect.signature(symm_mem.rendezvous).parameters)[:2] == ["tensor", "group"]
 
 
+# custom_ops/_triton_private.py
+
+
+def test_how_triton_launches_a_compiled_kernel():
+    """custom_ops/_triton_private.py launches compiled kernels and computes cache keys by these names."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    from triton.compiler.compiler import CompiledKernel
+
+    source = inspect.getsource(CompiledKernel)
+    for name in ("run", "function", "packed_metadata", "__getitem__"):
+        assert name in source
+    assert {"launch_enter_hook", "launch_exit_hook"} <= set(dir(triton.knobs.runtime))
+    assert isinstance(triton.JITFunction.cache_key, property)
+    assert "warmup" in dir(triton.JITFunction)
+
+
 # tests
 
 

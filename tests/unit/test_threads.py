@@ -14,18 +14,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops import api
+from fusewire.custom_ops import _triton_private, api
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch.decisions import Decision, Decisions
 from fusewire.custom_ops.environment import scoped_variable
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.ops.registry import YES
-from fusewire.custom_ops.providers import triton_cache
 from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
-from fusewire.custom_ops.providers.symm_mem import launch_cache as symm_mem_again
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem_provider
 from fusewire.custom_ops.providers.symm_mem import workspace as spaces
+from fusewire.custom_ops.providers.symm_mem.launch_config import Launch, LaunchConfig
 from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.errors import WorkspaceError
@@ -68,24 +67,25 @@ def wait(event):
 
 
 def test_calls_of_other_threads_are_launched_while_one_compiles(monkeypatch):
-    launched = []
+    done = []
 
-    class Compiled:
+    class Kernel:
         def __getitem__(self, grid):
-            return lambda *args: launched.append(threading.current_thread())
+            return lambda *args, **options: done.append(("launched", threading.current_thread())) or "compiled"
 
-    monkeypatch.setitem(symm_mem._compiled, "key", Compiled())
-    ws, plan = SimpleNamespace(device=CPU), SimpleNamespace(programs=1)
+        def warmup(self, *args, **options):
+            done.append(("compiled", threading.current_thread()))
 
-    def call():
-        return symm_mem._run("key", "one_shot_kernel", ws, plan, (torch.empty(1),) * symm_mem._TENSORS)
-
+    monkeypatch.setattr(symm_mem, "kernel", lambda name: Kernel())
+    ws = SimpleNamespace(device=CPU, layout=SimpleNamespace(packets=32), multiprocessors=1)
+    launch = Launch("one_shot_kernel", LaunchConfig(1, 1, 32), (), ())
     with symm_mem.compiling_only():
-        other = Thread(call)
-        assert other.result() is not None
-        assert call() is None
-    assert launched == [other]
-    assert call() is not None
+        other = Thread(symm_mem.run, ws, launch)
+        assert other.result() == "compiled"
+        assert symm_mem.run(ws, launch) is None
+    assert symm_mem.run(ws, launch) == "compiled"
+    own = threading.current_thread()
+    assert done == [("launched", other), ("compiled", own), ("launched", own)]
 
 
 def test_compiling_ends_where_it_began():
@@ -153,7 +153,9 @@ def test_no_multicast_as_long_as_anyone_makes_a_workspace(monkeypatch):
 
 def test_the_cache_is_shared_as_long_as_anyone_compiles(monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "/tmp/someone/triton/3")
-    seen = overlapping(triton_cache.shared_cache, triton_cache.shared_cache, lambda: os.environ["TRITON_CACHE_DIR"])
+    seen = overlapping(
+        _triton_private.shared_cache, _triton_private.shared_cache, lambda: os.environ["TRITON_CACHE_DIR"]
+    )
     assert seen == [*["/tmp/someone/triton"] * 3, "/tmp/someone/triton/3"]
 
 
@@ -337,28 +339,16 @@ def test_a_workspace_is_not_freed_under_a_call_of_another_thread():
     assert log.count("freed") == 1
 
 
-def test_nothing_is_remembered_of_a_closed_workspace(monkeypatch):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    ws = object.__new__(spaces.SymmMemWorkspace)
-    ws.device, ws.known, ws._buffer, ws._handle, ws._outputs = CPU, {}, torch.zeros(1), None, []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    symm_mem_again.remember(ws, "key", None, 1, ())
-    assert "key" in ws.known
-    ws.close()
-    symm_mem_again.remember(ws, "key", None, 1, ())
-    assert ws.known == {}
-
-
 def test_kernels_are_tried_once():
     made, tried = held([]), []
 
-    def prove(self, kind):
+    def self_test(self, kind):
         tried.append(kind)
         time.sleep(0.05)
         return ""
 
-    with mock.patch.object(symm_mem_provider.HeldWorkspace, "_prove", prove):
-        assert [thread.result() for thread in [Thread(made.proven, "sandwich") for _ in range(6)]] == [True] * 6
+    with mock.patch.object(symm_mem_provider.HeldWorkspace, "_self_test", self_test):
+        assert [thread.result() for thread in [Thread(made.passes, "sandwich") for _ in range(6)]] == [True] * 6
     assert tried == ["sandwich"]
 
 

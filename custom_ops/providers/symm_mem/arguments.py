@@ -1,4 +1,4 @@
-"""What the `symm_mem` functions take: checks with clear errors, and tensors as the kernels need them."""
+"""Checks of the arguments of `symm_mem` calls, and tensors as the kernels need them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fusewire.custom_ops.ops.norms import check_norm_args
+from fusewire.custom_ops.providers.alignment import aligned
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
 from fusewire.errors import ArgumentError, WorkspaceError
 
-# The kernels' numbers for dtypes (symm_mem_math.BF16, FP16, FP32).
+# The kernels' numbers for dtypes (kernels.rows.BF16, FP16, FP32).
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -32,7 +33,7 @@ class InnerNorm:
     form: str
 
 
-def prepared(
+def check_call(
     ws: SymmMemWorkspace,
     x: Tensor,
     weight: Tensor | None,
@@ -42,7 +43,20 @@ def prepared(
     capacity: int,
     kind: str,
 ) -> tuple[Tensor, int]:
-    """Check what all forms share; x, contiguous and aligned, and how many rows it has."""
+    """Check what all calls share.
+
+    Args:
+        capacity: the most tokens of such a call.
+        kind: of call, for the message.
+
+    Returns:
+        x, contiguous and aligned, and its number of tokens.
+
+    Raises:
+        ArgumentError: arguments that do not fit each other or the workspace.
+        PeerTimeoutError: an earlier call waited for a peer in vain.
+        WorkspaceError: the workspace is closed.
+    """
     if ws.closed:
         raise WorkspaceError("the workspace is closed; make a new one")
     ws.check()
@@ -74,14 +88,8 @@ def check_inner(inner: InnerNorm | None, residual: Tensor | None, x: Tensor) -> 
         raise ArgumentError(f"inner norm: {error}") from error
 
 
-def aligned(t: Tensor) -> Tensor:
-    """t, contiguous and on a 16-byte boundary; a copy if need be."""
-    t = t.contiguous()
-    return t.clone() if t.data_ptr() % 16 else t
-
-
 def residual_like(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """The complete residual, contiguous and aligned."""
+    """Return the complete residual, contiguous and aligned."""
     if t is None:
         return None
     if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
@@ -93,7 +101,7 @@ def residual_like(t: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def residual_shard(t: Tensor | None, x: Tensor, shard: int, owned: int, ws: SymmMemWorkspace) -> Tensor | None:
-    """This rank's rows of the residual, contiguous and aligned."""
+    """Return this rank's rows of the residual, contiguous and aligned."""
     if t is None:
         return None
     fits = t.dim() == 2 and owned <= t.shape[0] <= shard and t.shape[1] == ws.hidden
@@ -107,7 +115,7 @@ def residual_shard(t: Tensor | None, x: Tensor, shard: int, owned: int, ws: Symm
 
 
 def output_like(t: Tensor | None, like: Tensor, x: Tensor, name: str) -> Tensor:
-    """A place for a result of that shape: t if it will do, a new one if there is none."""
+    """Return where a result of like's shape goes: t if it fits, a new tensor if it is None."""
     if t is None:
         return torch.empty_like(like, memory_format=torch.contiguous_format)
     if t.shape != like.shape or t.dtype != x.dtype or t.device != x.device:
@@ -118,7 +126,7 @@ def output_like(t: Tensor | None, like: Tensor, x: Tensor, name: str) -> Tensor:
 
 
 def weight_for(weight: Tensor | None) -> Tensor | None:
-    """The weight, contiguous, aligned and of a dtype that the kernels read."""
+    """Return the weight, contiguous, aligned and of a dtype that the kernels read."""
     if weight is None:
         return None
     return aligned(weight if weight.dtype in KINDS else weight.float())

@@ -1,7 +1,8 @@
-"""What the ranks of a group must have alike for `symm_mem`'s kernels to understand each other, as facts for their vote.
+"""What must be equal on all ranks of a group for `symm_mem`'s kernels, as facts for their vote.
 
 A kernel finds what a peer has written by computing where that peer put it. So both must have the same layout of the
-buffers, the same limits between protocols, the same sources, and plan their launches by the same numbers.
+buffers, the same limits between protocols, the same sources, and the same number of multiprocessors to compute launch
+configurations by.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from fusewire.custom_ops.providers.symm_mem.launch_config import MAX_PROGRAMS, MAX_SLICES
-from fusewire.custom_ops.providers.symm_mem.workspace import CTL_WORDS, LINE, Layout
+from fusewire.custom_ops.providers.symm_mem.layout import CACHE_LINE_BYTES, CTL_WORDS, Layout
 
 _DIGITS = 12  # of a digest
 
 
 def protocol(probe: Layout, triton_version: str) -> dict[str, Any]:
-    """What must be equal on every rank, by the name under which a refusal speaks of it. JSON types.
+    """Return what must be equal on every rank, by the name that a refusal gives it. JSON types.
 
     Args:
-        probe: a layout with room for the most tokens of each protocol, of sizes that are the same on every rank.
+        probe: a layout for the most tokens of each protocol, of sizes that are the same on every rank.
     """
     return {
         "the version of fusewire": _fusewire_version(),
@@ -33,17 +34,17 @@ def protocol(probe: Layout, triton_version: str) -> dict[str, Any]:
         "the most tokens of the data-as-flag protocol": probe.data_tokens,
         "MAX_SLICES": MAX_SLICES,
         "MAX_PROGRAMS": MAX_PROGRAMS,
-        "LINE": LINE,
+        "CACHE_LINE_BYTES": CACHE_LINE_BYTES,
         "CTL_WORDS": CTL_WORDS,
         "the digest of the buffers' layout": _digest(repr((probe.offsets, probe.sizes, probe.ones)).encode()),
     }
 
 
 def differences(facts: Sequence[Mapping[str, Any]]) -> str:
-    """What of the protocol differs between ranks, and who has what; empty if nothing does. Pure.
+    """Return what of the protocol differs between ranks, and which rank has what; empty if nothing does. Pure.
 
     Args:
-        facts: of each rank, with its `protocol` and its global number `rank`.
+        facts: of each rank, with its `protocol` and its global rank `rank`.
     """
     found = []
     protocols = [fact.get("protocol") or {} for fact in facts]
@@ -58,7 +59,7 @@ def differences(facts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def least_multiprocessors(facts: Sequence[Mapping[str, Any]]) -> int:
-    """The number of multiprocessors by which every rank plans its launches: the least of all ranks' GPUs. Pure."""
+    """Return the number of multiprocessors to compute launches by: the least of all ranks' GPUs. Pure."""
     return min(int(fact["multiprocessors"]) for fact in facts)
 
 
@@ -76,7 +77,7 @@ def _fusewire_version() -> str:
 
 @functools.cache
 def _sources() -> str:
-    """A digest of the kernels' sources and of the host's that launch them, as they are on disk."""
+    """Return a digest of the kernels' sources, and of the host code that launches them, as they are on disk."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return _digest(*(part for file in files for part in (file.name.encode(), file.read_bytes())))
 

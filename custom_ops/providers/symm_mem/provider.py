@@ -1,11 +1,11 @@
-"""Provider `symm_mem` for the dispatcher: our Triton kernels over torch's symmetric memory.
+"""Provider `symm_mem` for the dispatcher: Triton kernels over torch's symmetric memory.
 
-fusewire.custom_ops.providers.symm_mem.launcher has the calls; here is what fusewire.custom_ops.workspaces.registry and
-fusewire.custom_ops.dispatch.dispatcher need to know of them.
+`launcher` has the calls; here is what the registry of workspaces and the dispatcher ask of a provider.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import importlib.util
 import threading
@@ -20,21 +20,17 @@ from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.coordination.timeouts import KERNEL_WAIT_S
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.dispatch.cost_tables import SYMM_ONE_SHOT, SYMM_TWO_SHOT
-from fusewire.custom_ops.dispatch.pick import last
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
 from fusewire.custom_ops.ops.registry import YES, Support
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
-from fusewire.custom_ops.providers.symm_mem import self_test as proofs
+from fusewire.custom_ops.providers.symm_mem import self_test
 from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.layout import MAX_WORLD_SIZE, Layout, unsupported_reason
 from fusewire.custom_ops.providers.symm_mem.precompile import compilations
+from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
 from fusewire.custom_ops.providers.symm_mem.protocol import differences, least_multiprocessors, protocol
-from fusewire.custom_ops.providers.symm_mem.workspace import (
-    MAX_WORLD_SIZE,
-    Layout,
-    SymmMemWorkspace,
-    unsupported_reason,
-)
+from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
 from fusewire.custom_ops.workspaces.provider import PROVIDERS, Request, Workspace, WorkspaceProvider, device_facts
 from fusewire.errors import ProcessGroupError, WorkspaceError
 
@@ -42,15 +38,15 @@ PROVIDER = "symm_mem"
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The largest workspace that is made: all of it is mapped by every peer.
 MAX_BYTES = 1 << 30
-# Above so many tokens the one-shot and the data-as-flag protocol lose; their buffers are not made larger.
+# Above so many tokens the one-shot protocol loses; its buffers are not made larger.
 ONE_SHOT_TOKENS = 128
-# Sizes of the layout by which ranks compare how they would lay out any. They are multiples of no large power of two, so
-# that its alignment shows; and no limit between protocols lies above.
+# Sizes of the layout by which ranks compare how they lay out buffers: multiples of no large power
+# of two, so that alignment shows, and above all limits between protocols.
 _PROBE_HIDDEN, _PROBE_TOKENS = 2888, 8001
 
 
 def supported() -> Support:
-    """Whether this machine can run the kernels at all."""
+    """Return whether this machine can run the kernels at all."""
     if not torch.cuda.is_available():
         return Support.no("torch finds no CUDA GPU; symm_mem's kernels run on NVIDIA GPUs")
     if torch.version.hip is not None:
@@ -74,7 +70,7 @@ def supports_args(
     form: str,
     group_name: str,
 ) -> Support:
-    """Whether the kernels can serve such a call. Everything in here is the same on every rank."""
+    """Return whether the kernels can serve such a call. The same on every rank."""
     try:
         world_size = resolve_group(group_name).size()
     except ProcessGroupError as error:
@@ -98,7 +94,7 @@ def supports_args(
 
 
 def data_tokens(world_size: int) -> int:
-    """The most tokens for the data-as-flag protocol: the more ranks, the longer it wins."""
+    """Return the most tokens of the data-as-flag protocol: the more ranks, the longer it wins."""
     return 1024 if world_size > 4 else 512
 
 
@@ -116,83 +112,77 @@ def _layout(hidden: int, dtype: torch.dtype, world_size: int, tokens: int) -> La
 
 @functools.lru_cache(maxsize=256)
 def max_tokens(hidden: int, dtype: torch.dtype, world_size: int) -> int:
-    """The largest workspace under MAX_BYTES, in tokens."""
-    end = MAX_BYTES // (hidden * dtype.itemsize)
-    return last(lambda tokens: _layout(hidden, dtype, world_size, tokens).nbytes <= MAX_BYTES, end)
+    """Return for how many tokens a workspace of at most MAX_BYTES is."""
+    counts = range(1, MAX_BYTES // (hidden * dtype.itemsize) + 1)
+    return bisect.bisect_right(counts, MAX_BYTES, key=lambda t: _layout(hidden, dtype, world_size, t).nbytes)
 
 
 class HeldWorkspace(Workspace):
-    """The kernels' workspace in the registry's terms."""
+    """The kernels' workspace as the registry knows it."""
 
     def __init__(self, request: Request, made: SymmMemWorkspace) -> None:
         super().__init__(request.key, request.max_tokens, made.nbytes, request.device)
         self.made = made
         self.rank, self.world_size = made.rank, made.world_size
         self._group = request.group
-        self._proofs: dict[str, str] = {}  # per kind of call, why not, or ""
-        self._proving = threading.Lock()
+        self._refusals: dict[str, str] = {}  # by kind of call that was tested; "" where it passed
+        self._testing = threading.Lock()
 
     def run(
         self,
-        call: Callable[..., tuple[Tensor, Tensor | None]],
+        call: PreparedCall,
         x: Tensor,
         residual: Tensor | None,
         weight: Tensor | None,
         eps: float,
         weight_bias: float,
         form: str,
-        **options: Any,
+        inner: InnerNorm | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One call, with native's results (those of the sharded operator for `symm_mem.two_shot_sharded`): a collective.
+        """Make one call, with native's results: a collective.
 
-        Thread-safe: one call is launched after the other, on the streams too. But the ranks' calls must come in one
-        order, and which of two threads is first is not decided here: the caller makes it the same on every rank.
+        Thread-safe: one call is launched after the other, on the streams too. But the ranks' calls
+        must come in one order: which of two threads is first, the caller makes the same on every
+        rank.
 
         Raises:
+            ArgumentError: arguments that do not fit each other or the workspace.
             WorkspaceError: the workspace is closed or too small.
             PeerTimeoutError: an earlier call waited for a peer in vain.
         """
-        if symm_mem.compiles_only():  # nothing is launched, and other threads' calls need not wait for the compiler
-            norm, summed = call(self.made, x, residual, weight, eps, weight_bias, form, **options)
-        else:
-            with self.order.lock:
-                self.check_call(x.numel() // self.key.hidden, x.device)
-                self.order.enter(x.get_device())
-                norm, summed = call(self.made, x, residual, weight, eps, weight_bias, form, **options)
-        assert summed is not None
-        return norm, summed
+        if symm_mem.compiles_only():  # launches nothing, and other threads' calls need not wait for the compiler
+            return call(x, residual, weight, eps, weight_bias, form, inner)
+        with self.order.lock:
+            self.check_call(x.numel() // self.key.hidden, x.device)
+            self.order.enter(x.get_device())
+            return call(x, residual, weight, eps, weight_bias, form, inner)
 
-    def output(self, asked: int | None, tokens: int) -> dict[str, int]:
-        """The option for a call whose result may stay in an output buffer: only the protocol with flags can do so."""
-        layout = self.made.layout
-        return {"output": asked} if asked is not None and layout.outputs > asked and tokens > layout.data_tokens else {}
+    def passes(self, kind: str) -> bool:
+        """Return whether calls of a derived operator come out right.
 
-    def proven(self, kind: str) -> bool:
-        """Whether such calls of an operator that extends the plain one come out right: tried and voted on once, by all
-        ranks together, at the first of them. During the capture of a CUDA graph nothing can be tried. Thread-safe.
+        A collective at the first of each kind: all ranks test and vote once. Nothing can be tested
+        while a CUDA graph is captured. Thread-safe.
         """
-        if kind not in self._proofs:
+        if kind not in self._refusals:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                what = f"{kind} calls were not tried before capture, so two kernels serve"
+                what = f"{kind} calls were not tested before capture, so two kernels serve"
                 log_line(f"{self.key}: {what}; run the model once before capture")
                 return False
-            with self._proving:
-                if kind not in self._proofs:  # another thread may have tried them meanwhile
-                    self._proofs[kind] = self._prove(kind)
-        return not self._proofs[kind]
+            with self._testing:
+                if kind not in self._refusals:  # another thread may have tested them meanwhile
+                    self._refusals[kind] = self._self_test(kind)
+        return not self._refusals[kind]
 
-    def _prove(self, kind: str) -> str:
-        """Make the calls with a known answer and vote: why such calls cannot be made, or nothing."""
+    def _self_test(self, kind: str) -> str:
+        """Test and vote; return why such calls cannot be made, or "". A collective."""
         channel = Channel(self._group, f"{self.key} {kind}")
-        result = None
-        for stage in ("alone", "together"):
-            if result is None or result.ok:
-                share = functools.partial(proofs.prove, self.run, self.made, kind, stage)
-                result = vote(channel, f"self-test {kind} {stage}", share)
-        assert result is not None
-        if result.reason:
-            log_line(f"{self.key}: no kernel of its own for {kind} calls: {result.reason}")
-        return result.reason
+        for step, test in (("compile", self_test.compile_probes), ("execute", self_test.execute_probes)):
+            share = functools.partial(test, self.run, self.made, kind)
+            reason = vote(channel, f"self-test {kind}, {step}", share).reason
+            if reason:
+                log_line(f"{self.key}: no kernel of its own for {kind} calls: {reason}")
+                return reason
+        return ""
 
     def check_errors(self) -> None:
         if not self.closed:
@@ -204,7 +194,7 @@ class HeldWorkspace(Workspace):
 
 
 class SymmMemProvider(WorkspaceProvider):
-    """Our kernels for the dispatcher."""
+    """The kernels for the dispatcher."""
 
     name = PROVIDER
     variants = (SYMM_ONE_SHOT, SYMM_TWO_SHOT)
@@ -266,15 +256,16 @@ class SymmMemProvider(WorkspaceProvider):
 
     def self_test(self, workspace: Workspace, stage: str) -> None:
         assert isinstance(workspace, HeldWorkspace)
-        proofs.prove(workspace.run, workspace.made, proofs.PLAIN, stage)
+        test = self_test.compile_probes if stage == "alone" else self_test.execute_probes
+        test(workspace.run, workspace.made, self_test.PLAIN)
 
     def bind(
         self, workspace: Workspace, variant: str, output: int | None = None
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         assert isinstance(workspace, HeldWorkspace)
-        run, hidden = workspace.run, workspace.key.hidden
-        one_shot = variant == SYMM_ONE_SHOT
-        call = symm_mem.one_shot if one_shot else symm_mem.two_shot
+        run, one_shot = workspace.run, variant == SYMM_ONE_SHOT
+        make = symm_mem.one_shot_launch if one_shot else symm_mem.two_shot_launch
+        call = PreparedCall(workspace.made, make, None if one_shot else output)
 
         def bound(
             x: Tensor,
@@ -287,19 +278,7 @@ class SymmMemProvider(WorkspaceProvider):
         ) -> tuple[Tensor, Tensor]:
             return run(call, x, residual, weight, eps, weight_bias, form)
 
-        def in_place(
-            x: Tensor,
-            residual: Tensor | None,
-            weight: Tensor | None,
-            eps: float,
-            weight_bias: float,
-            form: str,
-            group_name: str,
-        ) -> tuple[Tensor, Tensor]:
-            options = workspace.output(output, x.numel() // hidden)
-            return run(call, x, residual, weight, eps, weight_bias, form, **options)
-
-        return bound if output is None or one_shot else in_place
+        return bound
 
     def kernels_to_compile(self, workspace: Workspace) -> Sequence[Callable[[], object]]:
         assert isinstance(workspace, HeldWorkspace)
@@ -315,22 +294,20 @@ class SymmMemProvider(WorkspaceProvider):
             return None
         assert isinstance(workspace, HeldWorkspace)
         sharded = op_name == all_reduce_rms_norm_sharded.name
-        kind = (proofs.SHARDED_SANDWICH if args[9] else proofs.SHARDED) if sharded else proofs.SANDWICH
-        if not workspace.proven(kind):
+        kind = (self_test.SHARDED_SANDWICH if args[9] else self_test.SHARDED) if sharded else self_test.SANDWICH
+        if not workspace.passes(kind):
             return None
         if sharded:
             # Also for few tokens: in one shot every rank needs the whole residual.
-            return _extended(workspace, symm_mem.two_shot_sharded, output)
+            return _derived(workspace, PreparedCall(workspace.made, symm_mem.two_shot_sharded_launch, output))
         if variant == SYMM_ONE_SHOT:
-            return _extended(workspace, symm_mem.one_shot, None)
-        return _extended(workspace, symm_mem.two_shot, output)
+            return _derived(workspace, PreparedCall(workspace.made, symm_mem.one_shot_launch))
+        return _derived(workspace, PreparedCall(workspace.made, symm_mem.two_shot_launch, output))
 
 
-def _extended(
-    workspace: HeldWorkspace, call: Callable[..., Any], output: int | None
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A call of a kernel with the parameters of the operators that extend `all_reduce_rms_norm`."""
-    run, hidden = workspace.run, workspace.key.hidden
+def _derived(workspace: HeldWorkspace, call: PreparedCall) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return a call with the parameters of the operators derived from `all_reduce_rms_norm`."""
+    run = workspace.run
 
     def bound(
         x: Tensor,
@@ -345,10 +322,8 @@ def _extended(
         inner_form: str,
         group_name: str,
     ) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {} if output is None else workspace.output(output, x.numel() // hidden)
-        if inner_form:
-            options["inner"] = InnerNorm(inner_weight, inner_eps, inner_weight_bias, inner_form)
-        return run(call, x, residual, weight, eps, weight_bias, form, **options)
+        inner = InnerNorm(inner_weight, inner_eps, inner_weight_bias, inner_form) if inner_form else None
+        return run(call, x, residual, weight, eps, weight_bias, form, inner)
 
     return bound
 
@@ -363,7 +338,7 @@ def all_reduce_rms_norm_symm_mem(
     form: str,
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
-    """One call without the dispatcher's table: as `all_reduce_rms_norm` with the policy "symm_mem"."""
+    """Make one call without the dispatcher's table: as `all_reduce_rms_norm` with the policy "symm_mem"."""
     from fusewire.custom_ops.dispatch import dispatcher as dispatch
 
     args = (x, residual, weight, eps, weight_bias, form, group_name)

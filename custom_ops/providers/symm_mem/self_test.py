@@ -1,9 +1,13 @@
-"""Calls of `symm_mem`'s kernels whose answers are known, made before the kernels are trusted with a program's own."""
+"""Calls of the `symm_mem` kernels with known answers, made before the kernels serve a program.
+
+Two steps, with a vote of the ranks after each: compile, on each rank alone, since a rank that
+compiles while others wait in a kernel uses up their time limit; then execute, a collective.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +16,8 @@ from fusewire.custom_ops.ops.norms import FORMS, add_residual, normalize
 from fusewire.custom_ops.ops.sharded_norm import own_rows
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.launch_config import Launch
+from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
 from fusewire.custom_ops.workspaces.known_answer import eighths
 from fusewire.errors import WorkspaceError
@@ -19,76 +25,80 @@ from fusewire.errors import WorkspaceError
 # Kinds of calls.
 PLAIN, SANDWICH, SHARDED, SHARDED_SANDWICH = "plain", "sandwich", "sharded", "sharded sandwich"
 
+# (call, x, residual, weight, eps, weight_bias, form, inner) -> (norm, sum), in the workspace.
 Run = Callable[..., tuple[Tensor, Tensor]]
 
-# A plain call's third time is the first to go straight to the launch (symm_mem_again).
-_TURNS = {PLAIN: 3}
+_TURNS = 2  # the first call prepares the launch of the second
 
 
 class _Probe(NamedTuple):
-    call: Callable[..., Any]
+    call: PreparedCall
     tokens: int
     form: str
 
 
-def prove(run: Run, made: SymmMemWorkspace, kind: str, stage: str) -> None:
-    """Make the calls of a kind. Stage "alone": compile them, without other ranks; "together": a true collective.
+def compile_probes(run: Run, ws: SymmMemWorkspace, kind: str) -> None:
+    """Compile what `execute_probes` launches. No collective."""
+    with symm_mem.compiling_only():
+        for probe in _probes(ws, kind):
+            _make(run, ws, kind, probe)
 
-    Args:
-        run: (call, x, residual, weight, eps, weight_bias, form, **options) -> (norm, sum), in the workspace.
+
+def execute_probes(run: Run, ws: SymmMemWorkspace, kind: str) -> None:
+    """Make the calls of a kind, each with and without a prepared launch. A collective.
 
     Raises:
         WorkspaceError: an answer is wrong on this rank.
+        PeerTimeoutError: a rank did not take part in time.
     """
-    probes = _probes(made, kind)
-    if stage == "alone":
-        # Ranks that compile while others wait in a kernel would use up those others' time limit.
-        with symm_mem.compiling_only():
-            for probe in probes:
-                _make(run, made, kind, probe)
-        return
-    wrong = [_make(run, made, kind, probe, turn) for turn in range(_TURNS.get(kind, 1)) for probe in probes]
-    made.check(synchronize=True)
+    probes = _probes(ws, kind)
+    wrong = [_make(run, ws, kind, probe, turn) for turn in range(_TURNS) for probe in probes]
+    ws.check(synchronize=True)
     if any(bool(flag) for flag in wrong):
         raise WorkspaceError(
             f"a {kind} call with a known answer came out wrong; leave symm_mem out of the priority list, and report it"
         )
 
 
-def _probes(made: SymmMemWorkspace, kind: str) -> list[_Probe]:
+def _probes(ws: SymmMemWorkspace, kind: str) -> list[_Probe]:
     """For each protocol, and for tokens that ranks do and do not share evenly."""
-    layout = made.layout
-    shared = symm_mem.two_shot_sharded if kind in (SHARDED, SHARDED_SANDWICH) else symm_mem.two_shot
-    calls = [] if shared is symm_mem.two_shot_sharded else [(symm_mem.one_shot, 1)]
-    calls += [(shared, made.world_size + 1), (shared, layout.data_tokens + 1)]
-    return [_Probe(c, tokens, form) for c, tokens in calls if tokens <= layout.max_tokens for form in FORMS]
+    sharded = kind in (SHARDED, SHARDED_SANDWICH)
+    two_shot: Callable[..., Launch] = symm_mem.two_shot_sharded_launch if sharded else symm_mem.two_shot_launch
+    calls: list[tuple[Callable[..., Launch], int]] = [] if sharded else [(symm_mem.one_shot_launch, 1)]
+    calls += [(two_shot, ws.world_size + 1), (two_shot, ws.layout.data_tokens + 1)]
+    return [
+        _Probe(PreparedCall(ws, make), tokens, form)
+        for make, tokens in calls
+        if tokens <= ws.layout.max_tokens
+        for form in FORMS
+    ]
 
 
-def _make(run: Run, made: SymmMemWorkspace, kind: str, probe: _Probe, turn: int = 0) -> Tensor:
-    """Make one call whose sums are exact in every dtype; a tensor that says whether it came out wrong.
+def _make(run: Run, ws: SymmMemWorkspace, kind: str, probe: _Probe, turn: int = 0) -> Tensor:
+    """Make one call whose sums are exact in every dtype; return a bool tensor: whether it came out wrong.
 
     Each turn has other numbers, so that what an earlier one left does not pass for its result.
     """
-    tokens, hidden, dtype = probe.tokens, made.hidden, made.dtype
+    tokens, hidden, dtype = probe.tokens, ws.hidden, ws.dtype
 
     def draw(seed: int) -> Tensor:
-        return eighths(tokens, hidden, seed + turn, dtype, made.device)
+        return eighths(tokens, hidden, seed + turn, dtype, ws.device)
 
-    parts = [draw(3 * rank + 1) for rank in range(made.world_size)]
+    parts = [draw(3 * rank + 1) for rank in range(ws.world_size)]
     residual, weight = draw(50), draw(51)[0]
     total = torch.stack(parts).float().sum(0).to(dtype)
-    options: dict[str, Any] = {}
+    inner = None
     if kind in (SANDWICH, SHARDED_SANDWICH):
-        options["inner"] = InnerNorm(draw(52)[0], 0.5, 1.0, probe.form)
-        total = normalize(total, options["inner"].weight, 0.5, 1.0, probe.form)
+        inner = InnerNorm(draw(52)[0], 0.5, 1.0, probe.form)
+        total = normalize(total, inner.weight, 0.5, 1.0, probe.form)
     total = add_residual(total, residual)
     expected = normalize(total, weight, 0.25, 1.0, probe.form)
     given = residual
     if kind in (SHARDED, SHARDED_SANDWICH):
-        given = own_rows(residual, made.rank, made.world_size)
-        total = own_rows(total, made.rank, made.world_size)
-    norm, summed = run(probe.call, parts[made.rank], given, weight, 0.25, 1.0, probe.form, **options)
-    if options:
+        given = own_rows(residual, ws.rank, ws.world_size)
+        total = own_rows(total, ws.rank, ws.world_size)
+    norm, summed = run(probe.call, parts[ws.rank], given, weight, 0.25, 1.0, probe.form, inner)
+    if inner is not None:
         # The inner norm rounds; what its last bit changes is bounded by the largest number of a row.
         return _far(norm, expected, expected.abs().amax(-1, keepdim=True)) | _far(summed, total, total.abs().amax())
     return _far(norm, expected, expected.abs()) | (summed != total).any()

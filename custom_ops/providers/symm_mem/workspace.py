@@ -1,10 +1,8 @@
-"""Symmetric memory of the `symm_mem` provider: buffers that peers write to, and the control block of the
-kernels.
+"""The symmetric memory of the `symm_mem` kernels on one rank: allocated, mapped by the peers, freed.
 
-One allocation per rank, mapped by all peers (peer-to-peer, no multicast), laid out by `Layout`; plus a
-control block in local memory with the launch counters, the peers' addresses and the error word. Kernels count
-their calls there, so a workspace works under CUDA graphs, and the ranks' calls must come in the same order,
-one at a time.
+One allocation for each rank, mapped by all peers (peer-to-peer, no multicast), and a control block in this GPU's own
+memory; `layout` says what lies where. The kernels count their calls in the control block, not on the host, so CUDA
+graphs replay. The ranks must make the same calls in the same order, one at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,23 +20,22 @@ from torch.utils.dlpack import from_dlpack
 from fusewire.custom_ops._torch_private import map_peers, symmetric_buffer
 from fusewire.custom_ops.environment import scoped_variable
 from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
-from fusewire.custom_ops.providers.symm_mem.launch_config import MAX_SLICES
+from fusewire.custom_ops.providers.symm_mem.layout import (
+    CTL_HOST_ERROR,
+    CTL_LIMIT_NS,
+    CTL_PEERS,
+    CTL_WORDS,
+    WAIT_ONE_SHOT,
+    WAIT_PARTIAL_DATA,
+    WAIT_PARTIAL_FLAG,
+    WAIT_RESULT_DATA,
+    WAIT_RESULT_FLAG,
+    WAIT_SLICE,
+    Layout,
+    unsupported_reason,
+)
 from fusewire.errors import ArgumentError, CaptureError, PeerTimeoutError, WorkspaceError
 
-# The control block, in 64-bit words.
-CTL_ONE_SHOT, CTL_DATA, CTL_FLAGS = 0, 1, 2  # launch counters, one per protocol
-CTL_ERROR = 3  # 0, or (what was waited for << 32) + rank + 1
-CTL_HOST_ERROR = 4  # address of a pinned host word that gets the same, or 0
-CTL_LIMIT_NS = 5
-CTL_PEERS = 8  # base address of each rank's buffer, own included
-CTL_ZEROS = 16  # 16 bytes that stay zero: where masked lanes poll
-CTL_WORDS = 32
-
-# Bytes of a cache line. Words that many threads poll lie in lines of their own; two words a slice fit.
-LINE = 128
-
-# What a kernel was waiting for.
-WAIT_ONE_SHOT, WAIT_PARTIAL_DATA, WAIT_RESULT_DATA, WAIT_PARTIAL_FLAG, WAIT_RESULT_FLAG, WAIT_SLICE = range(1, 7)
 _WAITS = {
     WAIT_ONE_SHOT: "one-shot all-reduce + norm: its rows",
     WAIT_PARTIAL_DATA: "two-shot all-reduce + norm (data as flag): its partial rows",
@@ -49,130 +45,30 @@ _WAITS = {
     WAIT_SLICE: "all-reduce + norm: blocks of this GPU itself that share a row",
 }
 
-MAX_WORLD_SIZE = 8
-MAX_HIDDEN = 16384
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_ALIGN = 256
-
-
-def shard_rows(tokens: int, world_size: int) -> int:
-    """Rows per rank, S = ceil(tokens / world_size): rank r owns rows r * S to min((r + 1) * S, tokens)."""
-    return -(-tokens // world_size)
-
-
-def owned_rows(tokens: int, world_size: int, rank: int) -> int:
-    """How many rows a rank owns; 0 for the last ranks if there are few."""
-    shard = shard_rows(tokens, world_size)
-    return min(max(tokens - rank * shard, 0), shard)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Byte offsets into a rank's symmetric buffer. Capacities are in tokens (rows of all ranks together).
-
-    `ones` lists the areas that start as all ones (nothing has arrived); the rest starts as zeros.
-    """
-
-    world_size: int
-    hidden: int
-    itemsize: int
-    one_shot_tokens: int
-    data_tokens: int
-    max_tokens: int
-    outputs: int
-    offsets: dict[str, int] = field(default_factory=dict, compare=False)
-    sizes: dict[str, int] = field(default_factory=dict, compare=False)
-
-    def __post_init__(self) -> None:
-        world, row = self.world_size, self.row_bytes
-        data, flags = self.data_shard * world, self.flags_shard * world
-        sizes = {
-            "one_shot_slots": 2 * world * self.one_shot_tokens * row,
-            "data_slots": 2 * data * row,
-            "data_results": data * row,
-            # A line a row, two words a slice: an inner norm has squares of its own to exchange.
-            "one_shot_slices": LINE * self.one_shot_tokens,
-            "data_slices": LINE * self.data_shard,
-            "data_squares": LINE * MAX_SLICES * data,
-            "flags_rstds": 8 * flags,
-            "partial_flags": 8 * flags,
-            "result_flags": 8 * flags,
-            "inbox": flags * row,
-            "results": flags * row,
-            **{f"output{i}": flags * row for i in range(self.outputs)},
-        }
-        at = 0
-        for name, size in sizes.items():
-            self.offsets[name] = at
-            self.sizes[name] = size
-            at += -(-size // _ALIGN) * _ALIGN
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row of activations."""
-        return self.hidden * self.itemsize
-
-    @property
-    def packets(self) -> int:
-        """16-byte packets of a row."""
-        return self.row_bytes // 16
-
-    @property
-    def data_shard(self) -> int:
-        """Rows per rank that the data-as-flag two-shot has room for."""
-        return shard_rows(self.data_tokens, self.world_size)
-
-    @property
-    def flags_shard(self) -> int:
-        """Rows per rank that the two-shot with flags has room for."""
-        return shard_rows(self.max_tokens, self.world_size)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the buffer."""
-        return max(self.offsets[name] + self.sizes[name] for name in self.offsets)
-
-    @property
-    def ones(self) -> tuple[str, ...]:
-        """The areas where data is its own flag."""
-        return ("one_shot_slots", "data_slots", "data_results")
-
-
-def unsupported_reason(world_size: int, hidden: int, dtype: torch.dtype) -> str | None:
-    """Why the provider cannot serve a group of this size and activations like these, or None. Same answer on
-    all ranks.
-    """
-    if not 2 <= world_size <= MAX_WORLD_SIZE:
-        return f"world size {world_size}: symm_mem serves groups of 2 to {MAX_WORLD_SIZE} GPUs of one host"
-    if hidden % 8 or not 8 <= hidden <= MAX_HIDDEN:
-        return f"hidden size {hidden}: symm_mem needs a multiple of 8, at most {MAX_HIDDEN}"
-    if dtype not in DTYPES:
-        return f"dtype {dtype}: symm_mem takes bfloat16, float16 and float32"
-    return None
-
 
 def _without_multicast() -> AbstractContextManager[None]:
-    """Rendezvous without a multicast object: nothing here uses one, and a broken one can take a host's GPUs
-    down. For the whole process; thread-safe.
+    """Have torch make no multicast object inside: nothing here uses one, and a broken one can take a host's GPUs down.
+
+    For the whole process; thread-safe.
     """
     return scoped_variable("TORCH_SYMM_MEM_DISABLE_MULTICAST", lambda before: "1")
 
 
 class SymmMemWorkspace:
-    """Buffers of one (process group, hidden size, dtype), on this rank. Creation is collective.
+    """The buffers of one process group, hidden size and dtype on this rank. Making one is a collective.
 
     Args:
-        group_name: the process group's name; its ranks are GPUs of one host that can map each other's memory.
+        group_name: of a process group whose ranks are GPUs of one host that can map each other's memory.
         hidden: hidden size, a multiple of 8, at most 16384.
         dtype: of the activations: bfloat16, float16 or float32.
-        max_tokens: most tokens of a call.
-        one_shot_tokens: most tokens of a one-shot call (2 * world size * that many rows of memory).
-        data_tokens: most tokens of a data-as-flag two-shot (three times that many rows of memory).
-        outputs: buffers of (max_tokens, hidden) in which a two-shot can leave its result in place.
-        timeout_s: how long a kernel waits for a peer before it gives up, in seconds.
+        max_tokens: the most tokens of a call.
+        one_shot_tokens: the most tokens of a one-shot call; takes 2 * world size * that many rows of memory.
+        data_tokens: the most tokens of a data-as-flag two-shot; takes three times that many rows of memory.
+        outputs: number of buffers of (max_tokens, hidden) in which a two-shot can leave its result.
+        timeout_s: seconds that a kernel waits for a peer before it gives up.
         device: this rank's GPU; the current one by default.
-        multiprocessors: the least number of multiprocessors of the ranks' GPUs, by which all ranks plan their launches.
-            By default the ranks tell each other theirs, by the group's own communication.
+        multiprocessors: the least number of multiprocessors of the ranks' GPUs, by which every rank computes its launch
+            configurations. By default the ranks exchange theirs, by the group's own communication.
         barrier: returns once every rank of the group has called it; by default the group's own barrier.
 
     Raises:
@@ -225,10 +121,9 @@ class SymmMemWorkspace:
             max_tokens=max_tokens,
             outputs=outputs,
         )
-        self.multiprocessors = self._planned_multiprocessors(multiprocessors)
+        self.multiprocessors = self._common_multiprocessors(multiprocessors)
         self._buffer: Tensor | None = None
         self._handle: Any = None
-        self.known: dict[Any, Any] = {}  # launches, for calls like them (symm_mem_again)
         peers = self._allocate()
         self._outputs = self._output_tensors()
         self._host_error = torch.zeros(1, dtype=torch.int64, pin_memory=True)
@@ -241,8 +136,8 @@ class SymmMemWorkspace:
         else:
             barrier()
 
-    def _planned_multiprocessors(self, least: int | None) -> int:
-        """The number to plan launches by, the same on every rank: how words are laid out follows from it."""
+    def _common_multiprocessors(self, least: int | None) -> int:
+        """Return the number to compute launches by. The same on every rank: which word goes where depends on it."""
         own: int = torch.cuda.get_device_properties(self.device).multi_processor_count
         if least is None:
             counts = [own] * self.world_size
@@ -277,8 +172,9 @@ class SymmMemWorkspace:
         return peers
 
     def _output_tensors(self) -> list[Tensor]:
-        """The output buffers, each as a tensor with a storage of its own: a result in one is then no alias of an
-        argument in another, which torch does not allow of custom operators.
+        """Return the output buffers, each as a tensor (bytes,) with a storage of its own.
+
+        So a result in one is no alias of an argument in another, which torch refuses of custom operators.
         """
         assert self._buffer is not None
         found = []
@@ -296,7 +192,7 @@ class SymmMemWorkspace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of GPU memory held on this rank; 0 once closed."""
+        """Bytes of GPU memory on this rank; 0 once closed."""
         return self.layout.nbytes + 8 * CTL_WORDS if self._buffer is not None else 0
 
     @property
@@ -305,10 +201,14 @@ class SymmMemWorkspace:
         return self._buffer is None
 
     def output(self, slot: int, tokens: int) -> Tensor:
-        """Output buffer `slot` as a (tokens, hidden) tensor.
+        """Return output buffer `slot` as a (tokens, hidden) tensor.
 
-        A two-shot called with `output=slot` leaves its result here. It stays valid until the next call with
-        that slot; all reads of it must be on the stream before that call.
+        A two-shot with `output=slot` leaves its result here. It stays valid until the next call with that slot; all
+        reads of it must be on the stream before that call.
+
+        Raises:
+            WorkspaceError: the workspace is closed.
+            ArgumentError: there is no such buffer, or it is too small.
         """
         if self._buffer is None:
             raise WorkspaceError("the workspace is closed; make a new one")
@@ -324,11 +224,11 @@ class SymmMemWorkspace:
         """Raise if a kernel gave up waiting for a peer; reads one word of host memory.
 
         Args:
-            synchronize: first wait for the GPU, so that all calls made so far are judged.
+            synchronize: first wait for the GPU, so that all calls made so far count.
 
         Raises:
-            PeerTimeoutError: names the operation, the rank waited for and the time; the outputs of that call
-                hold NaN where rows are missing, and the workspace cannot be used any more.
+            PeerTimeoutError: names the operation, the rank waited for and the time. The results of that call are NaN
+                where rows are missing, and the workspace cannot be used any more.
         """
         if synchronize:
             torch.cuda.synchronize(self.device)
@@ -347,14 +247,13 @@ class SymmMemWorkspace:
         )
 
     def close(self) -> None:
-        """Wait for this rank's calls to end and free the memory. Harmless if closed already.
+        """Wait for this rank's calls to end and free the memory. Idempotent.
 
-        Not collective: a rank whose calls have ended has received all that peers send it (every rank makes
-        the same calls). CUDA graphs captured with this workspace must not be replayed afterwards.
+        Not a collective: a rank whose calls have ended has received all that peers send it (every rank makes the same
+        calls). CUDA graphs captured with this workspace must not be replayed afterwards.
         """
         if self._buffer is not None:
             torch.cuda.synchronize(self.device)
             self._buffer = None
             self._handle = None
-            self.known = {}
             self._outputs.clear()

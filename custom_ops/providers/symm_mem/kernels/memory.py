@@ -1,26 +1,27 @@
-"""Memory primitives of the `symm_mem` kernels: 16-byte packets, system-scope flags and bounded waits, in PTX.
+"""Memory accesses of the kernels in PTX: packets of 16 bytes, system-scope flags and bounded waits.
 
-Everything that ranks say to each other goes through this file, in one of three ways:
+Ranks exchange everything in one of three ways:
 
-* **data as flag.** A packet is 16 bytes, four 32-bit words. Its destination holds `SENTINEL` (all ones, a NaN
-  in bf16, fp16 and fp32) in every word before it arrives, and the reader polls until no word is the sentinel.
-  Each word vouches for itself, so nothing is asked of the memory system but that 32-bit stores are not torn.
-  Writers turn the one NaN that equals the sentinel into the NaN next to it (`sanitize`): every value arrives,
-  -0.0 and NaN included.
-* **tagged word.** One 64-bit relaxed store of an fp32 value and a 32-bit tag that names the call. Scalar
-  64-bit accesses are single-copy atomic, and the tag makes clearing needless.
-* **flag.** A 64-bit word that holds the number of the call, written behind a system-scope fence after a
-  barrier of the block and read by ld.acquire.sys before one. A fence is cumulative over the barrier, so it
-  covers the stores of the whole block; an acquire drops what L1 holds, so loads after the barrier cannot be
-  stale.
+* **data as flag.** A packet is 16 bytes, four 32-bit words. Its destination holds `SENTINEL` (all
+  ones, a NaN in bf16, fp16 and fp32) in every word before it arrives, and the reader polls until no
+  word is the sentinel. Each word is its own flag, so nothing is asked of the memory system but that
+  32-bit stores are not torn. Writers turn the one NaN that equals the sentinel into the NaN next to
+  it (`sanitize`): every value arrives, -0.0 and NaN included.
+* **tagged word.** One 64-bit relaxed store of an fp32 value and a 32-bit tag that names the call.
+  Scalar 64-bit accesses are single-copy atomic, and because of the tag nothing need be cleared.
+* **flag.** A 64-bit word that holds the number of the call, written behind a system-scope fence
+  after a barrier of the block, and read by ld.acquire.sys before one. A fence is cumulative over
+  the barrier, so it covers the stores of the whole block. An acquire drops what L1 holds, so loads
+  after the barrier are not stale.
 
-Every tensor operand has at least as many elements as the block has threads, in the default layout (element i
-belongs to thread i modulo the number of threads). So no element belongs to two threads, and a reader may
-reset a packet which it has seen arrive; tests/kernels/test_symm_mem_compile.py holds the compiled layouts to it.
+Every tensor operand has at least as many elements as the block has threads, in the default layout
+(element i belongs to thread i modulo the number of threads). So no element belongs to two threads,
+and a reader may reset a packet that it has seen arrive. tests/kernels/test_symm_mem_compile.py
+checks the compiled layouts for that.
 
-Waits are bounded. After every 256 fruitless polls a wait looks at the error word of the control block and
-gives up at once if another one has; past the control block's time limit it writes there, and to the host's
-copy, which rank it waited for, and ends.
+Waits are bounded. After every 256 fruitless polls a wait looks at the error word of the control
+block and gives up at once if another one has. Past the control block's time limit it writes there,
+and to the host's copy, which rank it waited for, and ends.
 """
 
 # In Triton a tuple grows by addition, and its type with it.
@@ -34,25 +35,25 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fusewire.custom_ops.providers.symm_mem import workspace
-from fusewire.custom_ops.providers.triton_cache import settle_keys
+from fusewire.custom_ops._triton_private import compute_cache_keys
+from fusewire.custom_ops.providers.symm_mem import layout
 
-CTL_ONE_SHOT = tl.constexpr(workspace.CTL_ONE_SHOT)
-CTL_DATA = tl.constexpr(workspace.CTL_DATA)
-CTL_FLAGS = tl.constexpr(workspace.CTL_FLAGS)
-CTL_ERROR = tl.constexpr(workspace.CTL_ERROR)
-CTL_HOST_ERROR = tl.constexpr(workspace.CTL_HOST_ERROR)
-CTL_LIMIT_NS = tl.constexpr(workspace.CTL_LIMIT_NS)
-CTL_PEERS = tl.constexpr(workspace.CTL_PEERS)
-CTL_ZEROS = tl.constexpr(workspace.CTL_ZEROS)
-LINE = tl.constexpr(workspace.LINE)
+CTL_ONE_SHOT = tl.constexpr(layout.CTL_ONE_SHOT)
+CTL_DATA = tl.constexpr(layout.CTL_DATA)
+CTL_FLAGS = tl.constexpr(layout.CTL_FLAGS)
+CTL_ERROR = tl.constexpr(layout.CTL_ERROR)
+CTL_HOST_ERROR = tl.constexpr(layout.CTL_HOST_ERROR)
+CTL_LIMIT_NS = tl.constexpr(layout.CTL_LIMIT_NS)
+CTL_PEERS = tl.constexpr(layout.CTL_PEERS)
+CTL_ZEROS = tl.constexpr(layout.CTL_ZEROS)
+CACHE_LINE_BYTES = tl.constexpr(layout.CACHE_LINE_BYTES)
 
-WAIT_ONE_SHOT = tl.constexpr(workspace.WAIT_ONE_SHOT)
-WAIT_PARTIAL_DATA = tl.constexpr(workspace.WAIT_PARTIAL_DATA)
-WAIT_RESULT_DATA = tl.constexpr(workspace.WAIT_RESULT_DATA)
-WAIT_PARTIAL_FLAG = tl.constexpr(workspace.WAIT_PARTIAL_FLAG)
-WAIT_RESULT_FLAG = tl.constexpr(workspace.WAIT_RESULT_FLAG)
-WAIT_SLICE = tl.constexpr(workspace.WAIT_SLICE)
+WAIT_ONE_SHOT = tl.constexpr(layout.WAIT_ONE_SHOT)
+WAIT_PARTIAL_DATA = tl.constexpr(layout.WAIT_PARTIAL_DATA)
+WAIT_RESULT_DATA = tl.constexpr(layout.WAIT_RESULT_DATA)
+WAIT_PARTIAL_FLAG = tl.constexpr(layout.WAIT_PARTIAL_FLAG)
+WAIT_RESULT_FLAG = tl.constexpr(layout.WAIT_RESULT_FLAG)
+WAIT_SLICE = tl.constexpr(layout.WAIT_SLICE)
 
 SENTINEL = tl.constexpr(-1)
 # What every launch adds to its counter in total; so at most this many programs (as a power of two).
@@ -70,16 +71,17 @@ _BEGIN = [
 
 @triton.constexpr_function
 def _max_of(first: int, count: int) -> list[str]:
-    """PTX that leaves the unsigned maximum of `count` operands from `$first` on in register m."""
+    """Return PTX that leaves the unsigned maximum of `count` operands from `$first` on in register m."""
     return [f"max.u32 m, ${first}, ${first + 1};"] + [f"max.u32 m, m, ${first + k};" for k in range(2, count)]
 
 
 @triton.constexpr_function
 def _slow_path(ctl: str, code: str, late: bool, blame: list[str]) -> list[str]:
-    """PTX run after a fruitless poll: count, and now and then look at the error word and the clock.
+    """Return PTX for after a fruitless poll: count, and at times look at the error word and the clock.
 
-    Goes to label `again`, or to `done` if it gives up. `blame` leaves the rank waited for in register s. A
-    `late` wait allows a quarter more time, so that the wait nearest to the cause is the one that reports.
+    Goes to label `again`, or to `done` if it gives up. `blame` leaves the rank waited for in
+    register s. A `late` wait allows a quarter more time, so that the wait nearest to the cause is
+    the one that reports.
     """
     return [
         "add.u32 n, n, 1;",
@@ -114,10 +116,11 @@ def _slow_path(ctl: str, code: str, late: bool, blame: list[str]) -> list[str]:
 
 @triton.constexpr_function
 def _poll_asm(packets: int, rows: int, words: int, step: int, late: bool) -> str:
-    """Load packets, and rows of tagged words, until no packet holds the sentinel and all words carry the tag.
+    """Return PTX that loads packets and rows of tagged words until all have arrived.
 
-    Operands: 4 words a packet and a sum a row out, the packets' addresses, the rows' addresses, tag, control block,
-    code, rank; without rows no tag.
+    A packet has when no word is the sentinel, a tagged word when it carries the tag. Operands: out 4
+    words a packet and a sum a row; in the packets' addresses, the rows' addresses, tag (only with
+    rows), control block, code, rank.
     """
     sums, at = 4 * packets, 4 * packets + rows
     tag, ctl, code, rank = (f"${at + packets + rows + k - (rows == 0)}" for k in range(4))
@@ -143,8 +146,9 @@ def _poll_asm(packets: int, rows: int, words: int, step: int, late: bool) -> str
 
 @triton.constexpr_function
 def _wait_flag_asm(late: bool) -> str:
-    """Wait until a flag holds a value; $0 is 1 if it gave up. Operands: address, value, mask, control block,
-    code, rank.
+    """Return PTX that waits until a flag holds a value; $0 is 1 if it gave up.
+
+    Operands: address, value, mask, control block, code, rank.
     """
     body = ["mov.b32 $0, 0;", "setp.eq.u32 p, $3, 0;", "@p bra end;", "again:"]
     body += ["ld.acquire.sys.global.b64 u, [$1];", "setp.eq.b64 p, u, $2;", "@p bra end;"]
@@ -171,7 +175,10 @@ def _load_asm(op: str) -> str:
 
 @triton.jit
 def load16(addr: tl.tensor, mask: tl.tensor, COHERENT: tl.constexpr) -> tl.tuple:
-    """16 bytes at each address as four int32 tensors, zeros where masked. COHERENT: written by a peer, never from L1."""
+    """Load 16 bytes at each address as four int32 tensors, zeros where masked.
+
+    COHERENT: a peer writes them, so never from L1.
+    """
     return tl.inline_asm_elementwise(
         _load_asm("ld.relaxed.sys.global" if COHERENT else "ld.global"),
         "=&r,=&r,=&r,=&r,l,r",
@@ -184,7 +191,7 @@ def load16(addr: tl.tensor, mask: tl.tensor, COHERENT: tl.constexpr) -> tl.tuple
 
 @triton.jit
 def prefetch(addr: tl.tensor, mask: tl.tensor) -> None:
-    """Bring what lies at each address to L2, without a register for it."""
+    """Bring the line at each address to L2, without a register for it."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
         "=r,l,r",
@@ -197,7 +204,7 @@ def prefetch(addr: tl.tensor, mask: tl.tensor) -> None:
 
 @triton.jit
 def load8(addr: tl.tensor, mask: tl.tensor) -> tl.tuple:
-    """8 bytes at each address as two int32 tensors, zeros where masked."""
+    """Load 8 bytes at each address as two int32 tensors, zeros where masked."""
     return tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.v2.b32 {$0, $1}, [$2]; }",
         "=&r,=&r,l,r",
@@ -210,7 +217,7 @@ def load8(addr: tl.tensor, mask: tl.tensor) -> tl.tuple:
 
 @triton.jit
 def load_i64(addr: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """The 64-bit word at each address, zero where masked; read where it stands, also if a loop does not change it."""
+    """Load the 64-bit word at each address, zero where masked. Never moved out of a loop."""
     return tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b64 $0, 0; @p ld.global.b64 $0, [$1]; }",
         "=&l,l,r",
@@ -228,7 +235,10 @@ def _store_asm(op: str) -> str:
 
 @triton.jit
 def store16(addr: tl.tensor, words: tl.tuple, mask: tl.tensor, POLLED: tl.constexpr) -> None:
-    """Store four int32 tensors as 16 bytes at each address. POLLED: a peer polls it, so relaxed at system scope."""
+    """Store four int32 tensors as 16 bytes at each address.
+
+    POLLED: a peer polls them, so relaxed at system scope.
+    """
     tl.inline_asm_elementwise(
         _store_asm("st.relaxed.sys.global" if POLLED else "st.global"),
         "=r,l,r,r,r,r,r",
@@ -241,7 +251,7 @@ def store16(addr: tl.tensor, words: tl.tuple, mask: tl.tensor, POLLED: tl.conste
 
 @triton.jit
 def sanitize(words: tl.tuple) -> tl.tuple:
-    """Four words; one that looks like the sentinel becomes the NaN next to it, all others stay."""
+    """Return four words, the sentinel replaced by the NaN next to it."""
     out = ()
     for k in tl.static_range(4):
         word = tl.minimum(words[k].to(tl.uint32, bitcast=True), 0xFFFFFFFE)
@@ -259,10 +269,10 @@ def poll16(
     RANK_STEP: tl.constexpr,
     LATE: tl.constexpr,
 ) -> tl.tuple:
-    """Wait for the packets at N tensors of addresses; their 4N words, packet by packet.
+    """Wait for the packets at N tensors of addresses; return their 4N words, packet by packet.
 
-    A wait that gives up reports rank + j * RANK_STEP, j the first packet missing, and returns what it saw:
-    the sentinel, a NaN.
+    A wait that gives up reports rank + j * RANK_STEP, j the first packet missing, and returns what
+    it saw: the sentinel, a NaN.
     """
     return tl.inline_asm_elementwise(
         _poll_asm(N, 0, 0, RANK_STEP, LATE),
@@ -301,8 +311,10 @@ def poll_sums(
     WORDS: tl.constexpr,
     LATE: tl.constexpr,
 ) -> tl.tuple:
-    """Wait for packets, and for rows of WORDS tagged words, all at once: the packets' words, then the bits of the sum of
-    each row's values, in order; NaN if the wait gave up.
+    """Wait for packets, and for rows of WORDS tagged words, all at once.
+
+    Returns the packets' words, then the bits of the sum of each row's values, in order; NaN if the
+    wait gave up.
     """
     return tl.inline_asm_elementwise(
         _poll_asm(PACKETS, ROWS, WORDS, 0, LATE),
@@ -316,10 +328,10 @@ def poll_sums(
 
 @triton.jit
 def set_flags(a: tl.tensor, at_a: tl.tensor, b: tl.tensor, at_b: tl.tensor, value: tl.tensor) -> None:
-    """Release two flags, each where its mask says: who acquires one sees all that the block stored before its
-    last barrier.
+    """Release two flags, each where its mask says.
 
-    One fence for both: a second one would wait until the peer has confirmed the first flag.
+    Who acquires one sees all that the block stored before its last barrier. One fence for both: a
+    second one would wait until the peer has confirmed the first flag.
     """
     tl.inline_asm_elementwise(
         "{ .reg .pred p, q, r; setp.ne.b32 p, $1, 0; setp.ne.b32 q, $3, 0; or.pred r, p, q; "
@@ -343,7 +355,7 @@ def wait_flag(
     rank: tl.tensor,
     LATE: tl.constexpr,
 ) -> tl.tensor:
-    """Acquire, one flag a lane; an int32 tensor, 1 where the wait gave up. A barrier must follow."""
+    """Acquire one flag a lane; return int32, 1 where the wait gave up. A barrier must follow."""
     return tl.inline_asm_elementwise(
         _wait_flag_asm(LATE),
         "=&r,l,l,r,l,r,r",
@@ -356,7 +368,7 @@ def wait_flag(
 
 @triton.jit
 def read_counter(addr: tl.tensor) -> tl.tensor:
-    """A launch counter, relaxed at GPU scope: never from L1."""
+    """Load a launch counter, relaxed at GPU scope: never from L1."""
     return tl.inline_asm_elementwise(
         "ld.relaxed.gpu.global.b64 $0, [$1];", "=l,l", (addr,), dtype=tl.int64, is_pure=False, pack=1
     )
@@ -364,7 +376,7 @@ def read_counter(addr: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def add_counter(addr: tl.tensor, amount: tl.tensor, mask: tl.tensor) -> None:
-    """Add to a launch counter where mask; nothing comes back, so nobody waits for it."""
+    """Add to a launch counter where mask; nothing is returned, so nothing waits for it."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p red.relaxed.gpu.global.add.u64 [$1], $2; mov.b32 $0, 0; }",
         "=r,l,l,r",
@@ -375,20 +387,4 @@ def add_counter(addr: tl.tensor, amount: tl.tensor, mask: tl.tensor) -> None:
     )
 
 
-@triton.jit
-def grid_dependency_wait() -> None:
-    """Programmatic dependent launch: wait until the kernels before this one have ended, memory included."""
-    tl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", (), dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def grid_dependency_launch() -> None:
-    """Programmatic dependent launch: the next kernel may start once all blocks of this one have come this
-    far.
-    """
-    tl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", (), dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-settle_keys(globals())
+compute_cache_keys(globals())

@@ -1,4 +1,4 @@
-"""What the `symm_mem` kernels share: counting calls, owning rows, summing packets over ranks and slices."""
+"""What the kernels share: counting calls, owning rows, summing packets over ranks and slices."""
 
 # In Triton a tuple grows by addition, and its type with it.
 # ruff: noqa: RUF005
@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusewire.custom_ops._triton_private import compute_cache_keys
 from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
     COUNTER_LOG2,
     SENTINEL,
@@ -27,17 +28,17 @@ from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
     reciprocal_rms,
     sum_of_squares,
 )
-from fusewire.custom_ops.providers.triton_cache import settle_keys
 
 # Not specialised on being 1 or a multiple of 16: one compiled kernel serves all token counts and layouts.
 INTS = (
-    *("tokens", "shard", "rank", "ahead", "lag", "slots", "slot_bytes", "source_bytes", "results", "rstds"),
+    *("tokens", "shard", "rank", "lookahead", "result_lag", "slots", "slot_bytes", "source_bytes", "results", "rstds"),
     *("slices_at", "squares_at", "inbox", "partial_flags", "result_flags", "flag_bytes"),
 )
 
 
 @triton.jit
 def end_call(ctl: tl.tensor, COUNTER: tl.constexpr, THREADS: tl.constexpr) -> None:
+    """Count this block's end of the call: all blocks together add 2**16 to the counter."""
     tl.debug_barrier()  # all threads have read the counter
     first = tl.program_id(0) == 0
     amount = tl.where(first, (1 << COUNTER_LOG2) - tl.num_programs(0) + 1, 1).to(tl.int64)
@@ -46,37 +47,39 @@ def end_call(ctl: tl.tensor, COUNTER: tl.constexpr, THREADS: tl.constexpr) -> No
 
 @triton.jit
 def tag_of(call: tl.tensor) -> tl.tensor:
-    """The call as a tag, never 0."""
+    """Return the call's number as an int32 tag, never 0."""
     return ((call & 0x7FFFFFFF) + 1).to(tl.int32)
 
 
 @triton.jit
 def rows_of(rank: tl.tensor, tokens: tl.tensor, shard: tl.tensor) -> tl.tensor:
+    """Return how many rows a rank owns."""
     return tl.minimum(tl.maximum(tokens - rank * shard, 0), shard)
 
 
 @triton.jit
-def peer_at(rank: tl.tensor, turn: tl.tensor, j: tl.constexpr, WORLD: tl.constexpr) -> tl.tensor:
-    """The j-th peer, 1 <= j < WORLD, that a block of this turn sends to.
+def peer_at(rank: tl.tensor, peer_rotation: tl.tensor, j: tl.constexpr, WORLD: tl.constexpr) -> tl.tensor:
+    """Return the j-th peer, 1 <= j < WORLD, that a block sends to; peer_rotation moves the first.
 
-    Blocks begin with different peers, so that at any time all links carry something for every one: a twentieth
-    more throughput than if all blocks send to the same peer at once.
+    Blocks begin with different peers, so that all links are in use at any time: a twentieth more
+    throughput than if all blocks send to the same peer at once.
     """
-    return (rank + 1 + (turn + j - 1) % (WORLD - 1)) % WORLD
+    return (rank + 1 + (peer_rotation + j - 1) % (WORLD - 1)) % WORLD
 
 
 @triton.jit
 def recomputed(value: tl.tensor) -> tl.tensor:
-    """The 32-bit value, of which the compiler does not know that it is the same each time.
+    """Return the 32-bit value, hidden from the compiler's loop-invariant code motion.
 
-    What follows from it is computed anew where it is used. With 8 ranks there are so many addresses that a loop does
-    not change that keeping them would take more registers than there are.
+    What follows from it is computed anew where it is used. With 8 ranks there are more loop-invariant
+    addresses than registers to keep them in.
     """
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", (value,), dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def packet_of(words: tl.tuple, N: tl.constexpr) -> tl.tuple:
+    """Return the four words of packet N."""
     return (words[4 * N], words[4 * N + 1], words[4 * N + 2], words[4 * N + 3])
 
 
@@ -84,6 +87,7 @@ def packet_of(words: tl.tuple, N: tl.constexpr) -> tl.tuple:
 def load_scale(
     weight: tl.tensor, packet: tl.tensor, mask: tl.tensor, KIND: tl.constexpr, WKIND: tl.constexpr
 ) -> tl.tuple:
+    """Return the weight's words of packets, or a placeholder without a weight."""
     return load_weight(weight.to(tl.int64), packet, mask, KIND, WKIND) if WKIND >= 0 else (mask,)
 
 
@@ -104,7 +108,7 @@ def accumulate(
 
 @triton.jit
 def reduced(sums: tl.tuple, residual: tl.tuple, KIND: tl.constexpr, HAS_RESIDUAL: tl.constexpr) -> tl.tuple:
-    """The sums of a packet, rounded; plus the residual, rounded again."""
+    """Return the sums of a packet, rounded; plus the residual, rounded again."""
     out = ()
     for k in tl.static_range(4):
         word = packed(sums[2 * k], sums[2 * k + 1], KIND)
@@ -124,7 +128,7 @@ def sum_ranks(
     KIND: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ) -> tl.tuple:
-    """Packets of ranks 0, 1, ... summed in that order."""
+    """Sum the packets of ranks 0, 1, ... in that order; round, and add the residual."""
     sums = ()
     for src in tl.static_range(WORLD):
         sums = accumulate(sums, packet_of(sources, src), src, mine, rank, KIND)
@@ -133,7 +137,7 @@ def sum_ranks(
 
 @triton.jit
 def squares_of(words: tl.tuple, mask: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """Sum of squares of a block's numbers where mask."""
+    """Return the sum of squares of a block's numbers where mask (fp32)."""
     return tl.sum(tl.where(mask, sum_of_squares(words, KIND), 0.0), axis=0)
 
 
@@ -150,7 +154,7 @@ def add_normalized(
     WKIND: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
 ) -> tl.tuple:
-    """The inner norm of a packet of sums, rounded; plus the residual, rounded again."""
+    """Return the inner norm of a packet of sums, rounded; plus the residual, rounded again."""
     normed = normalized(words, reciprocal_rms(squares, eps, HIDDEN), scale, bias, KIND, WKIND, ROUND_FIRST)
     out = ()
     for k in tl.static_range(4):
@@ -169,8 +173,9 @@ def slices_sum(
     lane: tl.tensor,
     SLICES: tl.constexpr,
 ) -> tl.tensor:
-    """Sum `value` over the blocks that share a row, in slice order, through tagged words in this GPU's own
-    memory.
+    """Sum an fp32 value over the blocks that share a row, in slice order.
+
+    Through tagged words at `at` in this GPU's memory; `part` is this block's slice.
     """
     if SLICES > 1:
         put_tagged(at + part * 8, value, tag_of(call), lane == 0)
@@ -182,11 +187,11 @@ def slices_sum(
 
 @triton.jit
 def poisoned(words: tl.tuple, bad: tl.tensor) -> tl.tuple:
-    """NaNs if a wait gave up: what was awaited is not there, and old data must not pass for it."""
+    """Return NaNs if a wait gave up (`bad` > 0): old data must not pass for what has not arrived."""
     out = ()
     for k in tl.static_range(4):
         out = out + (tl.where(bad > 0, SENTINEL, words[k]),)
     return out
 
 
-settle_keys(globals())
+compute_cache_keys(globals())

@@ -1,4 +1,4 @@
-"""A plain copy to all peers at once by a kernel: what the links of a GPU carry, for others to be measured by."""
+"""A plain copy to all peers at once by a kernel, to measure what a GPU's links carry."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusewire.custom_ops._triton_private import compute_cache_keys
 from fusewire.custom_ops.providers.symm_mem.kernels.memory import CTL_PEERS, load16, store16
 from fusewire.custom_ops.providers.symm_mem.kernels.packets import peer_at
-from fusewire.custom_ops.providers.triton_cache import settle_keys
 
 if TYPE_CHECKING:
     from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
@@ -28,7 +28,7 @@ def push_to_peers_kernel(
     WORLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Store `packets` packets of 16 bytes from source at `offset` of each peer's buffer, each peer at the same time."""
+    """Store packets of 16 bytes at `offset` (bytes) of each peer's buffer, to all peers at the same time."""
     programs = tl.num_programs(0)
     for tile in range(tl.program_id(0), (packets + BLOCK - 1) // BLOCK, programs):
         packet = tile * BLOCK + tl.arange(0, BLOCK)
@@ -52,4 +52,4 @@ def push_to_peers(ws: SymmMemWorkspace, source: Tensor, offset: int) -> None:
     )
 
 
-settle_keys(globals())
+compute_cache_keys(globals())

@@ -1,8 +1,8 @@
-"""Arithmetic of the `symm_mem` kernels on packed 32-bit words.
+"""Arithmetic of the kernels on packed 32-bit words.
 
-A packet of 16 bytes holds eight bf16 or fp16 numbers, or four fp32 ones, as four int32 tensors. KIND says
-which; of a word, `low` and `high` give the two halves in fp32 (fp32 words have only the low one). Nothing
-here touches memory but `load_weight`.
+A packet of 16 bytes holds eight bf16 or fp16 numbers, or four fp32 ones, as four int32 tensors.
+KIND says which. `low` and `high` return a word's two halves in fp32 (fp32 words have only the low
+one). Only `load_weight` accesses memory.
 """
 
 # In Triton a tuple grows by addition, and its type with it.
@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusewire.custom_ops._triton_private import compute_cache_keys
 from fusewire.custom_ops.providers.symm_mem.kernels.memory import load8, load16
-from fusewire.custom_ops.providers.triton_cache import settle_keys
 
 BF16 = tl.constexpr(0)
 FP16 = tl.constexpr(1)
@@ -25,7 +25,7 @@ NONE = tl.constexpr(-1)  # of a weight: there is none
 
 @triton.jit
 def low(word: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """The first number of a word, in fp32."""
+    """Return the first number of a word, in fp32."""
     if KIND == BF16:
         value = (word << 16).to(tl.float32, bitcast=True)
     elif KIND == FP16:
@@ -37,7 +37,7 @@ def low(word: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def high(word: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """The second number of a word, in fp32; of fp32 words 0, which no result depends on."""
+    """Return the second number of a word, in fp32; 0 for fp32 words, and no result depends on it."""
     if KIND == BF16:
         value = (word & -65536).to(tl.float32, bitcast=True)
     elif KIND == FP16:
@@ -49,7 +49,7 @@ def high(word: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def rounded(value: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """fp32 rounded to KIND (to nearest, ties to even) and back."""
+    """Round fp32 to KIND (to nearest, ties to even) and back."""
     if KIND == BF16:
         value = value.to(tl.bfloat16).to(tl.float32)
     elif KIND == FP16:
@@ -71,7 +71,7 @@ def packed(lo: tl.tensor, hi: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def add_rounded(word: tl.tensor, residual: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """The sum of two words of numbers, taken in fp32 and rounded once."""
+    """Add two words of numbers in fp32 and round once."""
     return packed(
         low(word, KIND) + low(residual, KIND),
         high(word, KIND) + high(residual, KIND),
@@ -81,7 +81,7 @@ def add_rounded(word: tl.tensor, residual: tl.tensor, KIND: tl.constexpr) -> tl.
 
 @triton.jit
 def sum_of_squares(words: tl.tuple, KIND: tl.constexpr) -> tl.tensor:
-    """Sum of squares of a packet's numbers, in fp32, one value per packet."""
+    """Return the sum of squares of a packet's numbers, in fp32, one value per packet."""
     total = low(words[0], KIND) * low(words[0], KIND)
     for k in tl.static_range(1, 4):
         total += low(words[k], KIND) * low(words[k], KIND)
@@ -95,8 +95,9 @@ def sum_of_squares(words: tl.tuple, KIND: tl.constexpr) -> tl.tensor:
 def load_weight(
     base: tl.tensor, packet: tl.tensor, mask: tl.tensor, KIND: tl.constexpr, WKIND: tl.constexpr
 ) -> tl.tuple:
-    """The weight's words that belong to packets of KIND: 4, 8 (16-bit activations, fp32 weight) or 2 (the
-    reverse).
+    """Load the weight's words of packets of KIND.
+
+    4 words; 8 for 16-bit activations with an fp32 weight, 2 for the reverse.
     """
     if WKIND == NONE:
         words = (mask,)
@@ -153,9 +154,7 @@ def normalized(
     WKIND: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
 ) -> tl.tuple:
-    """A packet's numbers times rstd, scaled by the weight and rounded: "scale_then_round", or
-    "round_then_scale".
-    """
+    """Return a packet's numbers times rstd, scaled by the weight and rounded, in either form."""
     out = ()
     for k in tl.static_range(4):
         lo = low(words[k], KIND) * rstd
@@ -170,8 +169,8 @@ def normalized(
 
 @triton.jit
 def reciprocal_rms(sum_squares: tl.tensor, eps: tl.tensor, HIDDEN: tl.constexpr) -> tl.tensor:
-    """1 / sqrt(mean of squares + eps)."""
+    """Return 1 / sqrt(mean of squares + eps)."""
     return tl.math.rsqrt(sum_squares / HIDDEN + eps)
 
 
-settle_keys(globals())
+compute_cache_keys(globals())

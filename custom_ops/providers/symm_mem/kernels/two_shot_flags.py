@@ -1,4 +1,4 @@
-"""Two-shot all-reduce + residual + RMSNorm with one flag a row; `symm_mem_kernels` says why it is safe."""
+"""Two-shot all-reduce + residual + RMSNorm with one flag a row. The package says why it is safe."""
 
 # In Triton a tuple grows by addition, and its type with it.
 # ruff: noqa: RUF005
@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusewire.custom_ops._triton_private import compute_cache_keys
 from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
     COUNTER_LOG2,
     CTL_FLAGS,
@@ -16,7 +17,6 @@ from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
     SENTINEL,
     WAIT_PARTIAL_FLAG,
     WAIT_RESULT_FLAG,
-    grid_dependency_wait,
     load16,
     load_i64,
     prefetch,
@@ -47,12 +47,11 @@ from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
     reciprocal_rms,
     sum_of_squares,
 )
-from fusewire.custom_ops.providers.triton_cache import settle_keys
 
 
 @triton.jit
 def base_of(ctl_at: tl.tensor, peer: tl.tensor) -> tl.tensor:
-    """Where a peer's buffer begins."""
+    """Return the address of a peer's buffer (int64)."""
     return load_i64(ctl_at + 8 * CTL_PEERS + tl.cast(peer, tl.int64) * 8, peer >= 0)
 
 
@@ -62,13 +61,14 @@ def two_shot_flags_kernel(
     x: tl.tensor,
     residual: tl.tensor,
     weight: tl.tensor,
+    inner_weight: tl.tensor,
     norm_out: tl.tensor,
     residual_out: tl.tensor,
     tokens: tl.int32,
     shard: tl.int32,
     rank: tl.int32,
-    ahead: tl.int32,
-    lag: tl.int32,
+    lookahead: tl.int32,
+    result_lag: tl.int32,
     inbox: tl.int64,
     source_bytes: tl.int64,
     results: tl.int64,
@@ -78,7 +78,6 @@ def two_shot_flags_kernel(
     flag_bytes: tl.int64,
     eps: tl.float32,
     bias: tl.float32,
-    inner_weight: tl.tensor,
     inner_eps: tl.tensor,
     inner_bias: tl.tensor,
     WORLD: tl.constexpr,
@@ -91,27 +90,39 @@ def two_shot_flags_kernel(
     INNER_WKIND: tl.constexpr,
     INNER_ROUND_FIRST: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
-    FULL: tl.constexpr,
+    REPLICATE_RESIDUAL: tl.constexpr,
     IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
-    """A block takes row i of every rank's shard at a time: i = its number, then in strides of the grid.
+    """Push partial rows to their owners; sum, add and normalise own rows; push them to the peers; take the peers'.
 
-    In step s it pushes its partial rows of stride s, finishes its own row of stride s - ahead, signals both,
-    and takes the peers' rows of stride s - ahead - lag; ahead >= 1 or there is one stride, lag >= 0. So in
-    the long run partial rows, results and local work share the links and the memory evenly, and partial rows
-    are read while still in L2.
+    A block takes row i of every rank's shard at a time: i = its number, then in strides of the grid. In step s it
+    pushes its partial rows of stride s, finishes its own row of stride s - lookahead, signals both, and takes the
+    peers' rows of stride s - lookahead - result_lag. So partial rows, results and local work share the links and the
+    memory evenly in the long run, and partial rows are read while still in L2.
 
-    `results`: byte offset of the (tokens, hidden) area where peers put their rows; with IN_PLACE it is the
-    output itself (the norm, or the residual if FULL) and nothing is copied. FULL: residual and residual_out
-    are (tokens, hidden); else (shard, hidden), this rank's own rows.
+    Rows are stored weakly. After a barrier of the block, one thread a peer sets its flags: fence.acq_rel.sys, then
+    relaxed stores of the call's number. A reader acquires the flag at system scope before a barrier, and loads rows
+    after it. Flags name their call, so nothing is reset. A block owns whole rows: any number of blocks may be
+    resident. Rows that a wait gave up on become NaN.
+
+    Args (those that the package does not describe):
+        tokens (int32): rows of x and norm_out, (tokens, hidden). With REPLICATE_RESIDUAL also of residual and
+            residual_out; else these are this rank's own rows, (shard, hidden).
+        shard (int32): rows per rank.
+        rank (int32): this rank.
+        lookahead (int32): strides by which partial rows are pushed before their results; at least 1, or there is one
+            stride.
+        result_lag (int32): strides by which the peers' rows are taken after own rows; not negative.
+        inbox (int64): byte offset of partial rows into the symmetric buffer; source_bytes (int64): bytes of a rank's.
+        results (int64): byte offset of the area (tokens, hidden) where peers put their rows. With IN_PLACE it is the
+            output itself (the norm, or the residual with REPLICATE_RESIDUAL) and nothing is copied.
+        rstds (int64): byte offset of the tagged words with 1 / rms of each row.
+        partial_flags, result_flags (int64): byte offsets of the flags; flag_bytes (int64): bytes of one rank's flags.
     """
     PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
     ROW: tl.constexpr = PACKETS * 16
-    if PDL:
-        grid_dependency_wait()
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     packet = tl.arange(0, BLOCK)
@@ -132,36 +143,36 @@ def two_shot_flags_kernel(
     KEEP: tl.constexpr = WKIND >= 0 and BLOCK // THREADS <= 2  # the weight stays in registers
     GROUP: tl.constexpr = max(1, 8 * THREADS // BLOCK)  # rows in flight
     kept_scale = load_scale(weight, packet, mask, KIND, WKIND if KEEP else -1)
-    steps = (shard + programs - 1) // programs + ahead + lag
+    steps = (shard + programs - 1) // programs + lookahead + result_lag
     for s in range(steps):
         # This rank's partial rows, to their owners.
         i = pid + s * programs
         pushed = i < shard
         if pushed:
-            turn = recomputed(pid)
+            peer_rotation = recomputed(pid)
             for g in tl.static_range(1, WORLD, GROUP):
                 partial = ()
                 for j in tl.static_range(g, g + GROUP):
                     if j < WORLD:
-                        peer = peer_at(rank, turn, j, WORLD)
+                        peer = peer_at(rank, peer_rotation, j, WORLD)
                         valid = mask & (i < rows_of(peer, tokens, shard))
                         at = tl.cast(peer * shard + i, tl.int64) * ROW + byte
                         partial = partial + load16(x_at + at, valid, False)
                 for j in tl.static_range(g, g + GROUP):
                     if j < WORLD:
-                        peer = peer_at(rank, turn, j, WORLD)
+                        peer = peer_at(rank, peer_rotation, j, WORLD)
                         valid = mask & (i < rows_of(peer, tokens, shard))
                         base = base_of(ctl_at, peer)
                         at = base + inbox + rank * source_bytes + tl.cast(i, tl.int64) * ROW + byte
                         store16(at, packet_of(partial, j - g), valid, False)
         # This rank's own row.
-        done = i - ahead * programs
+        done = i - lookahead * programs
         finished = (done >= 0) & (done < mine_rows)
         if finished:
             local = tl.cast(done, tl.int64) * ROW + byte
             first_row = tl.cast(rank * shard, tl.int64) * ROW
             at = first_row + local
-            kept = at if FULL else local
+            kept = at if REPLICATE_RESIDUAL else local
             # Into L2 while the flags are awaited; registers are for the peers' parts.
             prefetch(x_at + at, mask)
             if HAS_RESIDUAL:
@@ -197,17 +208,17 @@ def two_shot_flags_kernel(
             squares = squares_of(total, mask, KIND) if INNER else tl.sum(sum_of_squares(total, KIND), axis=0)
             rstd = reciprocal_rms(squares, eps, HIDDEN)
             norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST)
-            turn = recomputed(pid)
+            peer_rotation = recomputed(pid)
             for j in tl.static_range(1, WORLD):
-                base = base_of(ctl_at, peer_at(rank, turn, j, WORLD))
-                store16(base + results + at, total if FULL else norm, mask, False)
-            if FULL:
+                base = base_of(ctl_at, peer_at(rank, peer_rotation, j, WORLD))
+                store16(base + results + at, total if REPLICATE_RESIDUAL else norm, mask, False)
+            if REPLICATE_RESIDUAL:
                 row_at = peer_base + rstds + tl.cast(rank * shard + done, tl.int64) * 8
                 put_tagged(row_at, rstd, tag_of(call), is_peer)
             store16(norm_out.to(tl.int64) + at, norm, mask, False)
             if WRITE_RESIDUAL:
                 store16(residual_out.to(tl.int64) + kept, total, mask, False)
-        if WRITE_RESIDUAL and not FULL:  # noqa: SIM102
+        if WRITE_RESIDUAL and not REPLICATE_RESIDUAL:  # noqa: SIM102
             if (done >= mine_rows) & (done < shard):  # a row of the shard that no token is for
                 zeros = tl.zeros([BLOCK], tl.int32)
                 there = residual_out.to(tl.int64) + tl.cast(done, tl.int64) * ROW + byte
@@ -218,35 +229,35 @@ def two_shot_flags_kernel(
             second = flags_out + result_flags + tl.cast(done, tl.int64) * 8
             set_flags(is_peer & (i < peer_rows), first, is_peer & finished, second, call)
         # The peers' rows.
-        taken = i - (ahead + lag) * programs
+        taken = i - (lookahead + result_lag) * programs
         if (taken >= 0) & (taken < shard):
             flag = flags_in + result_flags + tl.cast(taken, tl.int64) * 8
             late = wait_flag(flag, call, is_peer & (taken < peer_rows), ctl_at, WAIT_RESULT_FLAG, thread, True)
             bad = tl.max(late, axis=0)
             tl.debug_barrier()
-            turn = recomputed(pid)
-            if FULL or not IN_PLACE:
+            peer_rotation = recomputed(pid)
+            if REPLICATE_RESIDUAL or not IN_PLACE:
                 scale = kept_scale if KEEP else load_scale(weight, packet, mask, KIND, WKIND)
                 for g in tl.static_range(1, WORLD, GROUP):
                     arrived = ()
                     rms = ()
                     for j in tl.static_range(g, g + GROUP):
                         if j < WORLD:
-                            peer = peer_at(rank, turn, j, WORLD)
+                            peer = peer_at(rank, peer_rotation, j, WORLD)
                             valid = mask & (taken < rows_of(peer, tokens, shard))
                             row = tl.cast(peer * shard + taken, tl.int64)
                             arrived = arrived + load16(own + results + row * ROW + byte, valid, True)
-                            if FULL:
+                            if REPLICATE_RESIDUAL:
                                 here = taken < rows_of(peer, tokens, shard)
                                 rms = rms + (load_i64(own + rstds + row * 8, here),)
                     for j in tl.static_range(g, g + GROUP):
                         if j < WORLD:
-                            peer = peer_at(rank, turn, j, WORLD)
+                            peer = peer_at(rank, peer_rotation, j, WORLD)
                             here = taken < rows_of(peer, tokens, shard)
                             row = tl.cast(peer * shard + taken, tl.int64)
                             at = row * ROW + byte
                             got = poisoned(packet_of(arrived, j - g), bad)
-                            if FULL:
+                            if REPLICATE_RESIDUAL:
                                 rstd = rms[j - g].to(tl.int32).to(tl.float32, bitcast=True)
                                 norm = normalized(got, rstd, scale, bias, KIND, WKIND, ROUND_FIRST)
                                 store16(norm_out.to(tl.int64) + at, norm, mask & here, False)
@@ -258,11 +269,11 @@ def two_shot_flags_kernel(
                 if bad > 0:
                     nan = tl.full([BLOCK], SENTINEL, tl.int32)
                     for j in tl.static_range(1, WORLD):
-                        peer = peer_at(rank, turn, j, WORLD)
+                        peer = peer_at(rank, peer_rotation, j, WORLD)
                         valid = mask & (taken < rows_of(peer, tokens, shard))
                         at = own + results + tl.cast(peer * shard + taken, tl.int64) * ROW + byte
                         store16(at, (nan, nan, nan, nan), valid, False)
     end_call(ctl, CTL_FLAGS, THREADS)
 
 
-settle_keys(globals())
+compute_cache_keys(globals())

@@ -21,25 +21,21 @@ from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.norms import normalize
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded, own_rows
-from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem_provider
-from fusewire.custom_ops.providers.symm_mem import self_test as symm_mem_proofs
-from fusewire.custom_ops.providers.symm_mem.workspace import Layout
+from fusewire.custom_ops.providers.symm_mem import self_test
+from fusewire.custom_ops.providers.symm_mem.layout import Layout
+from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
 from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.errors import WorkspaceError
 
 from support.distributed import shared_pool
 
 KINDS = (
-    symm_mem_proofs.PLAIN,
-    symm_mem_proofs.SANDWICH,
-    symm_mem_proofs.SHARDED,
-    symm_mem_proofs.SHARDED_SANDWICH,
+    self_test.PLAIN,
+    self_test.SANDWICH,
+    self_test.SHARDED,
+    self_test.SHARDED_SANDWICH,
 )
-
-
-class _Made(Exception):
-    """Ends the first half of a probe, when its launch is known."""
 
 
 def simulate(kind, world, dtype, spoil=None):
@@ -48,13 +44,8 @@ def simulate(kind, world, dtype, spoil=None):
 
     class Rank(sim.Rank):
         def begin(self, call):
-            name, plan, args = call[self.ws.rank]
             self.begun += 1
-            fn, values = self.machine.bound(name, args)
-            threads = plan.threads
-            self.blocks = [
-                sim.Block(self.machine, fn, values, plan.programs, pid, threads) for pid in range(plan.programs)
-            ]
+            self.blocks = self.machine.blocks_of(call[self.ws.rank])
 
         def end(self):
             for block in self.blocks:
@@ -63,7 +54,7 @@ def simulate(kind, world, dtype, spoil=None):
 
     machine = sim.Machine(7)
     sim.install(machine)
-    layout = sim.spaces.Layout(world, 64, dtype.itemsize, sim.ONE_SHOT_TOKENS, sim.DATA_TOKENS, sim.MAX_TOKENS, 0)
+    layout = Layout(world, 64, dtype.itemsize, sim.ONE_SHOT_TOKENS, sim.DATA_TOKENS, sim.MAX_TOKENS, 0)
     buffers = [torch.zeros(layout.nbytes + 16, dtype=torch.uint8)[: layout.nbytes] for _ in range(world)]
     for buffer in buffers:
         machine.hold(buffer)
@@ -73,25 +64,25 @@ def simulate(kind, world, dtype, spoil=None):
     for ws in spaces:
         machine.hold(ws._host_error)
     verdicts = []
-    for probe in symm_mem_proofs._probes(spaces[0], kind):
-        launches, outputs = [], []
+    for probe in self_test._probes(spaces[0], kind):
+        launches = []
         for ws in spaces:
 
-            def first_half(call, *args, ws=ws, launched=launches, made=outputs, **options):
-                launched.append(sim.caught_launch(lambda: made.append(call(ws, *args, **options))))
-                raise _Made
+            def first_half(call, *args, ws=ws, launched=launches):
+                launched.append(call.make(ws, *args[:6], inner=args[6]))
+                return launched[-1].results
 
-            with pytest.raises(_Made):
-                symm_mem_proofs._make(first_half, ws, kind, probe)
+            self_test._make(first_half, ws, kind, probe)
         machine.ranks = [Rank(machine, ws, [launches], None) for ws in spaces]
         machine.run()
+        outputs = [launch.results for launch in launches]
         if spoil is not None:
             outputs[spoil][0][-1, 3] += 0.5
         wrong = [
-            bool(symm_mem_proofs._make(lambda *_, found=found, **__: found, ws, kind, probe))
+            bool(self_test._make(lambda *_, found=found: found, ws, kind, probe))
             for ws, found in zip(spaces, outputs, strict=True)
         ]
-        verdicts.append([str(probe.call.__name__), probe.tokens, wrong])
+        verdicts.append([probe.call.make.__name__, probe.tokens, wrong])
     return verdicts
 
 
@@ -125,25 +116,27 @@ def test_probes_notice_one_wrong_number():
         assert all(wrong == [False, True] for _, _, wrong in verdicts), (case, verdicts)
 
 
-@pytest.mark.parametrize("good", [2, 3])
-def test_a_plain_call_is_tried_until_it_goes_straight_to_the_launch(good):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("good", [1, 2])
+def test_a_call_is_tested_with_its_prepared_launch_too(good, kind):
+    """A call that is right the first time only does not pass."""
     layout = SimpleNamespace(data_tokens=8, max_tokens=64, outputs=0, one_shot_tokens=4)
     made = SimpleNamespace(rank=0, world_size=1, hidden=16, dtype=torch.float32, layout=layout)
     made.device, made.check = torch.device("cpu"), lambda synchronize=False: None
     times, inputs = {}, set()
 
-    def run(call, x, residual, weight, eps, weight_bias, form):
-        key = (call, x.shape, form)
-        times[key] = times.get(key, 0) + 1
-        inputs.add((*key, *x.flatten().tolist()))
-        summed = x + residual
+    def run(call, x, residual, weight, eps, weight_bias, form, inner):
+        times[call] = times.get(call, 0) + 1
+        inputs.add((call, *x.flatten().tolist()))
+        total = x if inner is None else normalize(x, inner.weight, inner.eps, inner.weight_bias, inner.form)
+        summed = total + residual
         norm = normalize(summed, weight, eps, weight_bias, form)
-        return norm + (times[key] > good), summed
+        return norm + (times[call] > good), summed
 
-    with pytest.raises(WorkspaceError, match="known answer") if good < 3 else contextlib.nullcontext():
-        symm_mem_proofs.prove(run, made, symm_mem_proofs.PLAIN, "together")
-    assert set(times.values()) == {3}
-    assert len(inputs) == 3 * len(times) == 18
+    with pytest.raises(WorkspaceError, match="known answer") if good < 2 else contextlib.nullcontext():
+        self_test.execute_probes(run, made, kind)
+    assert set(times.values()) == {2}
+    assert len(inputs) == 2 * len(times) == (12 if kind in (self_test.PLAIN, self_test.SANDWICH) else 8)
 
 
 # --- The vote ---------------------------------------------------------------------------------------------------
@@ -163,34 +156,20 @@ def _held(outputs=0):
         return symm_mem_provider.HeldWorkspace(interface.Request(key, group, torch.device("cpu"), 64), made)
 
 
-def _native(made, x, residual, weight, eps, weight_bias, form, inner=None, **_):
+def _native(call, x, residual, weight, eps, weight_bias, form, inner=None):
+    """What a prepared call computes, by native."""
     name = dist.group.WORLD.group_name
     tail = (None, 0.0, 0.0, "") if inner is None else (inner.weight, inner.eps, inner.weight_bias, inner.form)
-    sharded = residual is not None and residual.shape != x.shape
-    if sharded or _native.sharded:
+    if call.make.__name__ == "two_shot_sharded_launch":
         return all_reduce_rms_norm_sharded.native(x, residual, weight, eps, weight_bias, form, *tail, name)
     if inner is not None:
         return all_reduce_sandwich_norm.native(x, residual, weight, eps, weight_bias, form, *tail, name)
     return all_reduce_rms_norm.native(x, residual, weight, eps, weight_bias, form, name)
 
 
-def _broken(made, *args, **options):
-    norm, summed = _native(made, *args, **options)
+def _broken(*args):
+    norm, summed = _native(*args)
     return norm + (1.0 if dist.get_rank() == 1 else 0.0), summed
-
-
-def _sharded(function):
-    def call(*args, **options):
-        _native.sharded = True
-        try:
-            return function(*args, **options)
-        finally:
-            _native.sharded = False
-
-    return call
-
-
-_native.sharded = False
 
 
 def _votes(good):
@@ -198,16 +177,12 @@ def _votes(good):
     function = _native if good else _broken
     made_calls = []
 
-    def counted(*args, **options):
+    def counted(*args):
         made_calls.append(1)
-        return function(*args, **options)
+        return function(*args)
 
     held, provider, said = _held(), symm_mem_provider.SymmMemProvider(), []
-    with (
-        mock.patch.object(symm_mem, "one_shot", counted),
-        mock.patch.object(symm_mem, "two_shot", counted),
-        mock.patch.object(symm_mem, "two_shot_sharded", _sharded(counted)),
-    ):
+    with mock.patch.object(PreparedCall, "__call__", counted):
         group = dist.group.WORLD
         x = torch.randn(5, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
         residual, w = torch.ones(5, 16), torch.ones(16)
@@ -245,8 +220,7 @@ def _during_capture():
     args = (x, x, None, 1e-6, 0.0, "scale_then_round", None, 1e-6, 0.0, "scale_then_round", dist.group.WORLD.group_name)
     bound = []
     with (
-        mock.patch.object(symm_mem, "one_shot", _native),
-        mock.patch.object(symm_mem, "two_shot", _native),
+        mock.patch.object(PreparedCall, "__call__", _native),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", side_effect=[True, False]),
     ):

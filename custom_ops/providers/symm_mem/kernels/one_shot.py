@@ -1,0 +1,148 @@
+"""One-shot all-reduce + residual + RMSNorm: every rank sums all rows. The package says why it is safe."""
+
+# In Triton a tuple grows by addition, and its type with it.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusewire.custom_ops._triton_private import compute_cache_keys
+from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
+    CACHE_LINE_BYTES,
+    COUNTER_LOG2,
+    CTL_ONE_SHOT,
+    CTL_PEERS,
+    CTL_ZEROS,
+    SENTINEL,
+    WAIT_ONE_SHOT,
+    load16,
+    poll16,
+    read_counter,
+    sanitize,
+    store16,
+)
+from fusewire.custom_ops.providers.symm_mem.kernels.packets import (
+    INTS,
+    add_normalized,
+    end_call,
+    load_scale,
+    peer_at,
+    slices_sum,
+    squares_of,
+    sum_ranks,
+)
+from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
+    FP32,
+    normalized,
+    reciprocal_rms,
+    sum_of_squares,
+)
+
+
+@triton.jit(do_not_specialize=INTS)
+def one_shot_kernel(
+    ctl: tl.tensor,
+    x: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    inner_weight: tl.tensor,
+    norm_out: tl.tensor,
+    residual_out: tl.tensor,
+    tokens: tl.int32,
+    rank: tl.int32,
+    slots: tl.int64,
+    slot_bytes: tl.int64,
+    source_bytes: tl.int64,
+    slices_at: tl.int64,
+    eps: tl.float32,
+    bias: tl.float32,
+    inner_eps: tl.tensor,
+    inner_bias: tl.tensor,
+    WORLD: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    KIND: tl.constexpr,
+    WKIND: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    WRITE_RESIDUAL: tl.constexpr,
+    INNER: tl.constexpr,
+    INNER_WKIND: tl.constexpr,
+    INNER_ROUND_FIRST: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+) -> None:
+    """Push all rows to every peer; sum, add and normalise all rows here.
+
+    SLICES consecutive blocks share a row; the groups of blocks take rows in strides. A block pushes its part of a row
+    to the peers' slots of this call (relaxed stores, data as flag), polls its own slots until every rank's part has
+    arrived, and resets them to the sentinel. Blocks of one row exchange their sums of squares in tagged words of this
+    GPU's memory; they must be resident together.
+
+    Args (those that the package does not describe):
+        tokens (int32): rows of x, residual and both results, all (tokens, hidden).
+        rank (int32): this rank.
+        slots (int64): byte offset of the slots into the symmetric buffer.
+        slot_bytes (int64): bytes of a slot (there are two); source_bytes (int64): bytes of a rank's part of one.
+        slices_at (int64): byte offset of the tagged words, a cache line a row.
+    """
+    PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
+    SLICE: tl.constexpr = (PACKETS + SLICES - 1) // SLICES
+    lane = tl.arange(0, BLOCK)
+    part = tl.program_id(0) % SLICES
+    packet = part * SLICE + lane
+    mask = (lane < SLICE) & (packet < PACKETS)
+    byte = packet.to(tl.int64) * 16
+    start = tl.program_id(0) // SLICES
+    stride = tl.num_programs(0) // SLICES
+    # Instructions issue in order: start all loads before the first use of any.
+    mine = load16(x.to(tl.int64) + tl.cast(start, tl.int64) * (PACKETS * 16) + byte, mask, False)
+    ctl_at = ctl.to(tl.int64)
+    counter = read_counter(ctl_at + 8 * CTL_ONE_SHOT)
+    own = tl.load(ctl + CTL_PEERS + rank)
+    peers = ()
+    for j in tl.static_range(1, WORLD):
+        peers = peers + (tl.load(ctl + CTL_PEERS + peer_at(rank, tl.program_id(0), j, WORLD)),)
+    call = counter >> COUNTER_LOG2
+    slot = slots + (call & 1) * slot_bytes
+    for row in range(start, tokens, stride):
+        at = tl.cast(row, tl.int64) * (PACKETS * 16) + byte
+        clean = sanitize(mine)
+        for j in tl.static_range(1, WORLD):
+            store16(peers[j - 1] + slot + rank * source_bytes + at, clean, mask, True)
+        add = load16(residual.to(tl.int64) + at, mask, False) if HAS_RESIDUAL else mine
+        scale = load_scale(weight, packet, mask, KIND, WKIND)
+        inner_scale = load_scale(inner_weight, packet, mask, KIND, INNER_WKIND) if INNER else scale
+        addrs = ()
+        for src in tl.static_range(WORLD):
+            here = own + slot + src * source_bytes + at
+            addrs = addrs + (tl.where(mask & (rank != src), here, ctl_at + 8 * CTL_ZEROS),)
+        sources = poll16(addrs, ctl_at, WAIT_ONE_SHOT, 0, WORLD, 1, False)
+        total = sum_ranks(sources, mine, rank, add, WORLD, KIND, HAS_RESIDUAL and not INNER)
+        if INNER:
+            inner_at = own + slices_at + tl.cast(row, tl.int64) * CACHE_LINE_BYTES + CACHE_LINE_BYTES // 2
+            squares = squares_of(total, mask, KIND)
+            squares = slices_sum(squares, inner_at, part, call, ctl_at, rank, lane, SLICES)
+            total = add_normalized(
+                total, add, squares, inner_scale, inner_eps, inner_bias, HIDDEN, KIND, INNER_WKIND, INNER_ROUND_FIRST
+            )
+        squares = squares_of(total, mask, KIND) if INNER else tl.sum(sum_of_squares(total, KIND), axis=0)
+        exchange = own + slices_at + tl.cast(row, tl.int64) * CACHE_LINE_BYTES
+        squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, SLICES)
+        norm = normalized(total, reciprocal_rms(squares, eps, HIDDEN), scale, bias, KIND, WKIND, ROUND_FIRST)
+        store16(norm_out.to(tl.int64) + at, norm, mask, False)
+        if WRITE_RESIDUAL:
+            store16(residual_out.to(tl.int64) + at, total, mask, False)
+        empty = tl.full([BLOCK], SENTINEL, tl.int32)
+        for src in tl.static_range(WORLD):
+            here = own + slot + src * source_bytes + at
+            store16(here, (empty, empty, empty, empty), mask & (rank != src), False)
+        following = x.to(tl.int64) + tl.cast(row + stride, tl.int64) * (PACKETS * 16) + byte
+        mine = load16(following, mask & (row + stride < tokens), False)
+    end_call(ctl, CTL_ONE_SHOT, THREADS)
+
+
+compute_cache_keys(globals())

@@ -1,0 +1,133 @@
+"""The layout of the `symm_mem` buffers: what both the host and the kernels compute addresses from.
+
+A rank's symmetric buffer is one allocation, divided into areas (`Layout`). Beside it lies the control block, 256 bytes
+of this GPU's own memory, with the launch counters, the peers' addresses and the error word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
+from fusewire.custom_ops.providers.symm_mem.launch_config import MAX_SLICES
+
+# The control block, by 64-bit words.
+CTL_ONE_SHOT, CTL_DATA, CTL_FLAGS = 0, 1, 2  # launch counters, one for each protocol
+CTL_ERROR = 3  # 0, or (what was waited for << 32) + rank + 1
+CTL_HOST_ERROR = 4  # address of a pinned host word that gets the same, or 0
+CTL_LIMIT_NS = 5  # how long a wait may take
+CTL_PEERS = 8  # base address of each rank's buffer, this rank's included
+CTL_ZEROS = 16  # 16 bytes that stay zero: where masked lanes poll
+CTL_WORDS = 32
+
+# Words that many threads poll lie in cache lines of their own; two words for each slice fit in one.
+CACHE_LINE_BYTES = 128
+
+# What a kernel waits for, as it is written to the error word.
+WAIT_ONE_SHOT, WAIT_PARTIAL_DATA, WAIT_RESULT_DATA, WAIT_PARTIAL_FLAG, WAIT_RESULT_FLAG, WAIT_SLICE = range(1, 7)
+
+MAX_WORLD_SIZE = 8
+MAX_HIDDEN = 16384
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ALIGN = 256
+
+
+def owned_rows(tokens: int, world_size: int, rank: int) -> int:
+    """Return how many rows a rank owns; 0 for the last ranks if there are few tokens.
+
+    Rank r owns rows r * S to min((r + 1) * S, tokens), S = `rows_per_rank(tokens, world_size)`.
+    """
+    shard = rows_per_rank(tokens, world_size)
+    return min(max(tokens - rank * shard, 0), shard)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Byte offsets and sizes of the areas of a rank's symmetric buffer.
+
+    Attributes:
+        world_size: ranks of the group.
+        hidden: hidden size, in elements.
+        itemsize: bytes of an element.
+        one_shot_tokens, data_tokens, max_tokens: the most tokens (rows of all ranks together) of a one-shot call, of a
+            data-as-flag two-shot, and of any call.
+        outputs: output buffers of (max_tokens, hidden).
+        offsets, sizes: bytes, by the area's name.
+    """
+
+    world_size: int
+    hidden: int
+    itemsize: int
+    one_shot_tokens: int
+    data_tokens: int
+    max_tokens: int
+    outputs: int
+    offsets: dict[str, int] = field(default_factory=dict, compare=False)
+    sizes: dict[str, int] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        world, row = self.world_size, self.row_bytes
+        data, flags = self.data_shard * world, self.flags_shard * world
+        sizes = {
+            "one_shot_slots": 2 * world * self.one_shot_tokens * row,
+            "data_slots": 2 * data * row,
+            "data_results": data * row,
+            # Two words for each slice: the blocks of a row exchange an inner norm's squares too.
+            "one_shot_slices": CACHE_LINE_BYTES * self.one_shot_tokens,
+            "data_slices": CACHE_LINE_BYTES * self.data_shard,
+            "data_squares": CACHE_LINE_BYTES * MAX_SLICES * data,
+            "flags_rstds": 8 * flags,
+            "partial_flags": 8 * flags,
+            "result_flags": 8 * flags,
+            "inbox": flags * row,
+            "results": flags * row,
+            **{f"output{i}": flags * row for i in range(self.outputs)},
+        }
+        at = 0
+        for name, size in sizes.items():
+            self.offsets[name] = at
+            self.sizes[name] = size
+            at += -(-size // _ALIGN) * _ALIGN
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of activations."""
+        return self.hidden * self.itemsize
+
+    @property
+    def packets(self) -> int:
+        """Packets of 16 bytes in a row."""
+        return self.row_bytes // 16
+
+    @property
+    def data_shard(self) -> int:
+        """The most rows per rank of a data-as-flag two-shot."""
+        return rows_per_rank(self.data_tokens, self.world_size)
+
+    @property
+    def flags_shard(self) -> int:
+        """The most rows per rank of a two-shot with flags."""
+        return rows_per_rank(self.max_tokens, self.world_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer."""
+        return max(self.offsets[name] + self.sizes[name] for name in self.offsets)
+
+    @property
+    def ones(self) -> tuple[str, ...]:
+        """The areas where data is its own flag. They start as all ones (nothing has arrived), all others as zeros."""
+        return ("one_shot_slots", "data_slots", "data_results")
+
+
+def unsupported_reason(world_size: int, hidden: int, dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot serve such a group and such activations, or None. The same on all ranks."""
+    if not 2 <= world_size <= MAX_WORLD_SIZE:
+        return f"world size {world_size}: symm_mem serves groups of 2 to {MAX_WORLD_SIZE} GPUs of one host"
+    if hidden % 8 or not 8 <= hidden <= MAX_HIDDEN:
+        return f"hidden size {hidden}: symm_mem needs a multiple of 8, at most {MAX_HIDDEN}"
+    if dtype not in DTYPES:
+        return f"dtype {dtype}: symm_mem takes bfloat16, float16 and float32"
+    return None

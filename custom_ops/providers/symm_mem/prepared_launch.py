@@ -1,0 +1,149 @@
+"""Calls whose launch is prepared by the first: later ones cost the host half the time.
+
+A bound operator makes the same call again and again: same shapes, dtypes and numbers, other
+tensors. Its first call is checked and launched by way of Triton. What that found (compiled kernel,
+grid, all arguments but addresses) launches the later ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusewire.custom_ops import _triton_private
+from fusewire.custom_ops._torch_private import current_raw_stream
+from fusewire.custom_ops.providers.symm_mem import launcher
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.launch_config import Launch
+from fusewire.custom_ops.providers.symm_mem.launcher import compiles_only
+from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
+
+
+class PreparedLaunch:
+    """A launch that serves calls which differ from an earlier one in the addresses of tensors only.
+
+    Args:
+        ws: the workspace.
+        launch: the earlier call's.
+        numbers: that call's, all that the launch depends on beside the tensors.
+        compiled: Triton's compiled kernel.
+    """
+
+    def __init__(self, ws: SymmMemWorkspace, launch: Launch, numbers: tuple[Any, ...], compiled: Any) -> None:
+        tensors = launch.tensors
+        # Of the tensors as the kernel gets them: a weight that is converted never fits.
+        given = (tensors.x, tensors.residual, tensors.weight, tensors.inner_weight)
+        self._like = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in given]
+        self._ws, self._numbers, self._compiled = ws, numbers, compiled
+        self._programs, self._arguments, self._outputs = launch.config.programs, launch.arguments, launch.outputs
+        self._shapes = [result.shape for result in launch.results if result is not None]
+        self._results_like_x = launch.outputs == (None, None) and self._shapes == [tensors.x.shape] * 2
+        self._hooks = _triton_private.runtime_hooks()
+
+    def __call__(
+        self,
+        numbers: tuple[Any, ...],
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        inner_weight: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Launch, if this launch serves the call; return the norm and the residual, else None.
+
+        Raises:
+            PeerTimeoutError: an earlier call waited for a peer in vain.
+        """
+        ws, (like_x, like_residual, like_weight, like_inner) = self._ws, self._like
+        device = ws.device
+        if numbers != self._numbers or ws.closed:
+            return None
+        addresses = (
+            _address(x, like_x, device),
+            _address(residual, like_residual, device),
+            _address(weight, like_weight, device),
+            _address(inner_weight, like_inner, device),
+        )
+        if _UNFIT in addresses:
+            return None
+        ws.check()
+        norm, summed = (torch.empty_like(x), torch.empty_like(x)) if self._results_like_x else self._results(x)
+        arguments = (ws.ctl.data_ptr(), *addresses, norm.data_ptr(), summed.data_ptr(), *self._arguments)
+        if torch.cuda.current_device() == device.index:
+            self._launch(device, arguments)
+        else:
+            with torch.cuda.device(device):
+                self._launch(device, arguments)
+        return norm, summed
+
+    def _launch(self, device: torch.device, arguments: tuple[Any, ...]) -> None:
+        stream = current_raw_stream(device.index)
+        _triton_private.launch(self._compiled, self._programs, stream, self._hooks, arguments)
+
+    def _results(self, x: Tensor) -> list[Tensor]:
+        ws = self._ws
+        return [
+            x.new_empty(shape) if output is None else ws.output(output, x.numel() // ws.hidden).view(shape)
+            for shape, output in zip(self._shapes, self._outputs, strict=True)
+        ]
+
+
+_UNFIT = -1
+
+
+def _address(tensor: Tensor | None, like: tuple[torch.Size, torch.dtype] | None, device: torch.device) -> int | None:
+    """Return a tensor's address if the kernel can take it as it is, None for no tensor, else _UNFIT."""
+    if tensor is None or like is None:
+        return None if tensor is None and like is None else _UNFIT
+    address = tensor.data_ptr()
+    fits = tensor.shape == like[0] and tensor.dtype == like[1] and not address % 16
+    return address if fits and tensor.is_contiguous() and tensor.device == device else _UNFIT
+
+
+class PreparedCall:
+    """Calls of one kind on one workspace, with the launch that the first of them prepared.
+
+    A call that is not like it, or whose tensors need a copy, is checked anew and prepares its own.
+    Thread-safe: two threads may prepare the same launch, and either is kept.
+
+    Args:
+        ws: the workspace.
+        make: `one_shot_launch`, `two_shot_launch` or `two_shot_sharded_launch`.
+        output: the output buffer that the result may stay in; only the protocol with flags does that.
+    """
+
+    def __init__(self, ws: SymmMemWorkspace, make: Callable[..., Launch], output: int | None = None) -> None:
+        self.ws, self.make = ws, make
+        self._output = output if output is not None and output < ws.layout.outputs else None
+        self._prepared: PreparedLaunch | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        weight_bias: float,
+        form: str,
+        inner: InnerNorm | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Make the call: a collective. Arguments, results and errors as the launcher's."""
+        numbers: tuple[Any, ...] = (eps, weight_bias, form)
+        if inner is not None:
+            numbers += (inner.eps, inner.weight_bias, inner.form)
+        prepared = self._prepared
+        if prepared is not None and not compiles_only():
+            results = prepared(numbers, x, residual, weight, inner.weight if inner else None)
+            if results is not None:
+                return results
+        placed = self._output is not None and x.numel() // self.ws.hidden > self.ws.layout.data_tokens
+        options = {"output": self._output} if placed else {}
+        launch = self.make(self.ws, x, residual, weight, eps, weight_bias, form, inner=inner, **options)
+        compiled = launcher.run(self.ws, launch)
+        if compiled is not None and _triton_private.can_be_launched(compiled):
+            self._prepared = PreparedLaunch(self.ws, launch, numbers, compiled)
+        norm, summed = launch.results
+        assert summed is not None
+        return norm, summed
