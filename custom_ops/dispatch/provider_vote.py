@@ -160,7 +160,7 @@ def _registration(op: IrOp, name: str) -> str:
     if name in PROVIDERS:
         return _WORKSPACE
     checks = (provider.supported, provider.supports_args, provider.supports_tokens)
-    return _NO_CHECKS if all(map(always, checks)) else _CHECKS
+    return _NO_CHECKS if all(check is always for check in checks) else _CHECKS
 
 
 def _together(op: IrOp, name: str, result: VoteResult) -> str:
