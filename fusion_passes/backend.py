@@ -1,4 +1,4 @@
-"""The ways in: a torch.compile backend, a context manager, and the passes as Inductor calls them.
+"""Define the torch.compile backend, the context manager and the pass that Inductor calls.
 
 torch.compile(model, backend="fusewire", options={"expect_fused": "all", "max_autotune": True})
 
@@ -50,15 +50,15 @@ _DISABLED = f"has set {DISABLE_VARIABLE}"
 
 
 class FusewirePass(CustomGraphPass):
-    """fusewire's passes as a custom pass, which Inductor calls on every post-grad graph. Also callable by hand.
+    """The custom pass that runs fusewire's passes on every post-grad graph of Inductor's.
 
-    Holds nothing but its configuration, since Inductor copies and pickles it.
+    Holds only its arguments, since Inductor copies and pickles it. May also be called directly.
 
     Args:
         config: the options; defaults if None.
-        report_key: `ReportCache.key` of this compilation. It is part of the compile cache's key, so a graph
-            found there always has a report.
-        unfused: process groups whose collectives are left as written, with the reason.
+        report_key: `ReportCache.key` of this compilation. It is part of the compile cache's key, so
+            a graph found there always has a report.
+        unfused: process groups whose collectives stay as written, with the reason.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class ChainedPass(CustomGraphPass):
                 item(graph)
 
     def uuid(self) -> Any:
-        """Return the uuids of all; None, which bypasses the compile cache, if one of them has none."""
+        """Return all uuids; None, which bypasses the compile cache, if a pass has none."""
         keys = [item.uuid() if isinstance(item, CustomGraphPass) else None for item in self.passes]
         return tuple(keys) if all(keys) else None
 
 
 def chained_hook(ours: FusewirePass, existing: Any = None) -> CustomGraphPass:
-    """Return fusewire's passes behind whatever custom pass is set already."""
+    """Return a pass that runs `existing`, without earlier passes of fusewire's, then `ours`."""
     if existing is None:
         return ours
     earlier = existing if isinstance(existing, (list, tuple)) else [existing]
@@ -115,10 +115,10 @@ def chained_hook(ours: FusewirePass, existing: Any = None) -> CustomGraphPass:
 
 
 def split_options(options: Mapping[str, Any] | PassConfig | None) -> tuple[PassConfig, dict[str, Any]]:
-    """Sort torch.compile's `options` into a PassConfig and Inductor's own options.
+    """Split torch.compile's `options` into a PassConfig and Inductor's own options.
 
     Raises:
-        ConfigError: a name is neither (the message suggests the nearest name), or a value is of another type.
+        ConfigError: a name is unknown (the message suggests the nearest), or a value's type is wrong.
     """
     if isinstance(options, PassConfig):
         return options, {}
@@ -175,10 +175,10 @@ fusewire_backend.reset = free_cuda_graphs  # type: ignore[attr-defined]  # torch
 
 @contextlib.contextmanager
 def _compilation(model: GraphModule, example_inputs: Sequence[Any], config: PassConfig) -> Iterator[FusewirePass]:
-    """Give the passes for one compilation; within the block its reports are kept beside the compile cache.
+    """Yield the passes for one compilation; keep its reports beside the compile cache.
 
     Raises:
-        PeerTimeoutError, RankMismatchError: the compile cache may hold the graph, and the ranks cannot agree to run it.
+        PeerTimeoutError, RankMismatchError: ranks cannot agree on a graph that the cache may hold.
     """
     with reports_kept(compilation_name(model, example_inputs, cache_key(config))) as cache:
         # A rank that finds the graph in the cache runs no pass, so it compares with its peers here.
@@ -198,10 +198,10 @@ def _compilation(model: GraphModule, example_inputs: Sequence[Any], config: Pass
 
 @contextlib.contextmanager
 def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConfig]:
-    """Within the block, run fusewire's passes on whatever torch.compile compiles with Inductor in this thread.
+    """Within the block, run fusewire's passes on all that this thread compiles with Inductor.
 
-    Compilation happens at a compiled function's first call, so that call belongs into the block. A custom
-    pass that is set already, in Inductor's configuration or by a torch.compile call's options, runs first.
+    torch.compile compiles a function at its first call, so make that call within the block. Custom
+    passes from Inductor's configuration or from a torch.compile call's options run first.
 
     Args:
         config: the options; or give single fields as keywords.
@@ -224,9 +224,9 @@ def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConf
 
 
 def _around(model: Any, example_inputs: Any, existing: Any) -> AbstractContextManager[Any] | None:
-    """Return the block in which `enable` has a graph compiled, or None where fusewire has no part in it.
+    """Return the block in which `enable` compiles a graph, or None if no passes of fusewire's are set.
 
-    A custom pass that is given with one compilation takes the place of fusewire's; here fusewire's runs behind it.
+    A compilation's own custom passes replace fusewire's in Inductor; the block adds fusewire's.
     """
     ours = _ours_in(existing) or _ours_in(custom_passes())
     if ours is None or CURRENT_CACHE.get() is not None or not isinstance(model, GraphModule):
@@ -243,7 +243,7 @@ def _compilation_behind(
 
 
 def _ours_in(hook: Any) -> FusewirePass | None:
-    """Return fusewire's passes among custom passes, or None."""
+    """Return the FusewirePass among custom passes, or None."""
     if isinstance(hook, ChainedPass):
         hook = hook.passes
     items = hook if isinstance(hook, (list, tuple)) else [hook]
@@ -254,11 +254,11 @@ def _ours_in(hook: Any) -> FusewirePass | None:
 
 
 def specialize_epsilons(model: GraphModule) -> None:
-    """Make Dynamo capture again, with the epsilons and scales of norms as numbers, if dynamic=True made them inputs.
+    """Make Dynamo capture again if dynamic=True made a norm's epsilon or a scale an input.
 
-    A norm whose epsilon is an input cannot be fused, nor an all-reduce that is scaled by one (Granite's
-    residual multiplier): the graph does not know that it is the same on every rank. So floats that reach
-    a root become numbers, and those that are attributes of modules and multiply something.
+    A norm whose epsilon is an input cannot be fused, nor an all-reduce that an input scales
+    (Granite's residual multiplier): the graph does not show that it is equal on every rank. So
+    floats that reach a root become numbers, and module attributes that multiply something.
     """
     capture_again_with_numbers(
         [

@@ -1,4 +1,4 @@
-"""The passes' part of the compile cache's key."""
+"""Compute the passes' part of the compile cache's key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusewire.fusion_passes.registry import registered_passes
 
 @functools.lru_cache(maxsize=1)
 def source_hash() -> str:
-    """Return a hash of fusewire's own source files, and of no other files."""
+    """Return a hash of fusewire's own Python files."""
     digest = hashlib.sha256()
     for package in (fusewire, custom_ops, patterns, fusion_passes):
         folder = Path(package.__path__[0])
@@ -35,14 +35,14 @@ def cache_key(config: PassConfig) -> str:
         parts.append(f"{op.name}={','.join(op.priority)}")
         parts += [f"{p.name}:{p.version}:{p.batch_invariant}" for p in op.providers.values()]
         if op.selector is None:
-            # A graph made where a provider is missing must not be found where the provider is there.
+            # A graph compiled without a provider must not be found where the provider exists.
             names = parse_policy(op, config.policy(op.name))
             parts += [f"{name} here: {machine_support(op.providers[name])}" for name in names]
     return hashlib.sha256("\n".join([*parts, *_groups()]).encode()).hexdigest()
 
 
 def _groups() -> list[str]:
-    """Return the groups of this process with their sizes: the checks read a group's size, graphs hold only its name."""
+    """Return this process's groups with their sizes, which checks read and graphs do not hold."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return []
     known = torch.distributed.distributed_c10d._world.pg_map

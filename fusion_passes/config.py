@@ -18,7 +18,7 @@ BATCH_INVARIANT_VARIABLE = "FUSEWIRE_BATCH_INVARIANT"
 
 
 def disabled_by_environment() -> bool:
-    """Whether FUSEWIRE_DISABLE switches every pass off."""
+    """Return whether FUSEWIRE_DISABLE switches every pass off."""
     return env_flag(DISABLE_VARIABLE)
 
 
@@ -195,8 +195,7 @@ class PassConfig:
     def policy(self, op_name: str) -> str:
         """Return the policy that compiled graphs carry in calls of the operator.
 
-        It lists the providers by priority, then `;` and options (see
-        fusewire.custom_ops.ops.registry).
+        It lists providers by priority, then `;` and options (fusewire.custom_ops.ops.registry).
         """
         op = all_ops()[op_name]
         if op.derives_from is not None:

@@ -37,10 +37,10 @@ class Fused:
 
 @dataclass
 class RunContext:
-    """What one run of the passes is given and what it finds.
+    """The inputs and results of one run of the passes over one graph.
 
     All-reduces are keyed by the names of their nodes in the graph as it arrived. The pipeline runs
-    the passes on copies of the graph and hands what one run refused to the next (`excluded`,
+    the passes on copies of the graph and gives the refusals of one run to the next (`excluded`,
     `unmergeable`, `unfused_second_norms`).
 
     Attributes:
@@ -48,12 +48,12 @@ class RunContext:
         excluded: all-reduces to leave as they are, since an earlier run refused them.
         unmergeable: all-reduces not to merge, since the merged one was not fused.
         unfused_second_norms: second norms of sandwiches to leave, since they were not fused.
-        fused, refused: the verdicts.
+        fused, refused: how each all-reduce was fused, or why it was not.
         origin: for all-reduce nodes that a pass made, the all-reduce they stand for.
-        merged: all-reduces that became one with another, with the text that names the other.
+        merged: all-reduces that were merged into another, with a text that names the other.
         spelling: how the norm of each canonicalized all-reduce was written.
         moved: what was moved across each all-reduce, in texts that are the same on every rank.
-        second_norms: canonicalized second norms, with their nodes' names in the graph as it arrived.
+        second_norms: canonicalized second norms, with the names of their nodes as they arrived.
         notes: further notes for the report.
         changes: the passes that changed the graph.
         assumed: how many values were assumed to be equal on every rank, by option.
@@ -75,7 +75,7 @@ class RunContext:
     assumed: Counter[str] = field(default_factory=Counter)
 
     def merged_in_vain(self) -> set[str]:
-        """Return the all-reduces that others were merged into and that were not fused."""
+        """Return the all-reduces that others were merged into but that were not fused."""
         targets = {text.removeprefix(f"{MERGED} ") for text in self.merged.values()}
         return {name for name in targets if name not in self.fused and name not in self.merged}
 

@@ -1,4 +1,4 @@
-"""Shows the graphs that the passes rewrite to one observer, such as the pictures of `fusewire explain`."""
+"""Show the graphs that the passes rewrite to an observer, as for `fusewire explain`'s pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusewire.fusion_passes.report.model import GraphReport
 
 
 class Observer(Protocol):
-    """What watches the passes over one graph. An observer raises nothing."""
+    """Watches the passes over one graph. Its methods raise nothing."""
 
     def fused(self, graph: Graph) -> None:
         """Look at the graph after a pass that fuses, before operators are lowered."""
@@ -26,9 +26,9 @@ _start: Callable[[Graph], Observer] | None = None
 
 @contextlib.contextmanager
 def observed(start: Callable[[Graph], Observer]) -> Iterator[None]:
-    """Within the block, have `start(graph)` make an observer of each graph that arrives, in all threads.
+    """Within the block, observe each graph in every thread with `start(graph)`'s observer.
 
-    The graph is a copy that nobody changes.
+    `graph` is a copy that nobody changes.
     """
     global _start
     before, _start = _start, start
@@ -39,5 +39,5 @@ def observed(start: Callable[[Graph], Observer]) -> Iterator[None]:
 
 
 def observer_of(copy: Callable[[], Graph]) -> Observer | None:
-    """Return an observer of the graph that `copy` copies; None, and no copy, if nobody observes."""
+    """Return an observer of the graph that `copy` returns; None, without a copy, if none is set."""
     return None if _start is None else _start(copy())

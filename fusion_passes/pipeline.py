@@ -1,7 +1,6 @@
-"""Run the passes over a graph: copy, try on the copy, refuse, rewrite, agree with the other ranks, report.
+"""Run the passes over a graph: try on copies, refuse, rewrite, agree with other ranks, report.
 
-What the passes refuse is never touched: they run on copies first, until a copy shows nothing more to
-refuse, and then on the graph itself.
+The passes run on copies until they refuse nothing new; then on the graph, without the refused.
 """
 
 from __future__ import annotations
@@ -57,23 +56,23 @@ def run_passes(
 ) -> GraphReport:
     """Run all enabled passes over a post-grad graph, in place.
 
-    fusewire's own passes are tried on a copy first: what they refuse, or fail at, leaves this graph as it
-    is. A collective: where collectives with ranks of other processes were rewritten, this waits until
-    those ranks have compiled the graph too.
+    fusewire's own passes run on a copy first: what they refuse, or fail at, stays as it is. If they
+    rewrite collectives with ranks of other processes, this is a collective: it waits until those
+    ranks have compiled the graph too, unless `compile_alone` is on.
 
     Args:
         graph: a functional post-grad torch.fx.Graph whose nodes carry `meta["val"]`.
         config: the options; defaults if None.
-        unfused: names of process groups whose collectives stay as written, with the reason for the report.
+        unfused: names of process groups whose collectives stay as written, with the reasons.
 
     Returns:
         The report of this graph, which `fusewire.report()` includes from now on.
 
     Raises:
-        ConfigError: `disabled_passes` names a pass that does not exist, or an argument is of another kind.
-        ExpectationError: the count of fused all-reduces is not what `expect_fused` asks for.
+        ConfigError: `disabled_passes` names an unknown pass, or an argument has another type.
+        ExpectationError: the number of fused all-reduces is not what `expect_fused` asks for.
         PeerTimeoutError: a rank did not compile the graph in time.
-        RankMismatchError: a rank already runs another graph.
+        RankMismatchError: a rank already waits to run another graph.
     """
     config = config if config is not None else PassConfig()
     _check_arguments(graph, config)
@@ -125,14 +124,14 @@ def _check_expectation(report: GraphReport, config: PassConfig) -> None:
 
 
 class _Run:
-    """One run of the passes over one graph: try on copies, refuse, rewrite, agree with the other ranks."""
+    """One run of the passes over one graph."""
 
     def __init__(self, graph: Graph, config: PassConfig, unfused: Mapping[str, str]) -> None:
         self.graph = graph
         self.config = config
         self.unfused = dict(unfused)
         self.prints: list[GroupFingerprint] = []
-        self.waited_s = self.waited_processor_s = 0.0  # for other ranks, by the clock and in processor time
+        self.waited_s = self.waited_processor_s = 0.0  # for other ranks; wall and processor time
         self.passes = [item for item in registered_passes() if item.is_enabled(config)]
         self.notes: list[str] = []
         self.observer: Observer | None = None
@@ -176,7 +175,7 @@ class _Run:
         return report if self.observer is None else self.observer.complete(report)
 
     def _rewrite_as_agreed(self) -> RunContext:
-        """Rewrite the graph; where the ranks of a group differ, once more without that group's collectives."""
+        """Rewrite the graph; if ranks differ, again without the collectives of their group."""
         record, notes = GraphRecord(self.graph), list(self.notes)
         self.observer = observer_of(record.copy)
         context = self._rewrite(record)
@@ -191,7 +190,7 @@ class _Run:
         return context
 
     def _agree(self, context: RunContext) -> dict[str, str]:
-        """Publish what became of the graph; return the groups whose ranks differ, with the reason."""
+        """Publish the fingerprints; return the groups to leave as written, with the reasons."""
         self.prints = self._fingerprints(context)
         start, processor = time.perf_counter(), time.thread_time()
         try:
@@ -202,7 +201,7 @@ class _Run:
 
     def _fingerprints(self, context: RunContext) -> list[GroupFingerprint]:
         moved: dict[str, list[str]] = {}
-        seen = Counter[str]()  # numbered by group: the peers know nothing of this rank's other groups
+        seen = Counter[str]()  # by group: peers do not know this rank's other groups
         for site in self.sites:
             group = self.entries[site.name].group
             for text in context.moved.get(site.name, ()):
@@ -213,7 +212,7 @@ class _Run:
         return fingerprint_groups(self.program, self.graph, moved, place or "a graph")
 
     def _run_leading(self) -> None:
-        """Run the users' passes that stand before all of fusewire's: these make the graph that is judged."""
+        """Run the users' passes that come before fusewire's; the trials start from their result."""
         while self.passes and self.passes[0].user:
             item = self.passes.pop(0)
             self._dump(self.graph, f"00_before_{item.name}")
@@ -231,10 +230,10 @@ class _Run:
         )
 
     def _rewrite(self, record: GraphRecord) -> RunContext:
-        """Find on copies what has to be refused, then rewrite the graph itself without that."""
+        """Find on copies what to refuse, then rewrite the rest in the graph itself."""
         try:
             tried = self._try_on_copies(record)
-        except Exception as error:  # a defect of fusewire must not cost the user the compilation
+        except Exception as error:  # a bug in fusewire must not fail the compilation
             log.warning("fusewire left a graph as it was, since a pass failed on it", exc_info=True)
             return self._failed(f"a pass of fusewire failed and the graph was left alone: {_describe(error)}")
         context = RunContext(self.config, tried.excluded, tried.unmergeable, tried.unfused_second_norms)
@@ -252,20 +251,20 @@ class _Run:
         return context
 
     def _try_on_copies(self, record: GraphRecord) -> RunContext:
-        """Run the passes on copies until one finds nothing more to refuse; return what to start from then."""
+        """Run the passes on copies until they refuse nothing new; return a context with this."""
         left = (site for site in self.sites if self.entries[site.name].group in self.unfused)
         excluded = {site.name: Refused(MATCH, self.unfused[self.entries[site.name].group]) for site in left}
         unmergeable: set[str] = set()
         unfused_second_norms: set[str] = set()
-        for _ in range(3 * len(self.sites) + 2):  # each round but the last learns of one site at least
+        for _ in range(3 * len(self.sites) + 2):  # each round but the last learns something
             trial = RunContext(self.config, dict(excluded), set(unmergeable), set(unfused_second_norms))
             self._apply(record.copy(), trial, trial_run=True)
             vain = trial.merged_in_vain()
-            # A reason found at a merged all-reduce is not yet its own.
+            # A refusal of a merged all-reduce does not yet apply to the all-reduces by themselves.
             new = {name: why for name, why in trial.refused.items() if name not in excluded and name not in vain}
             excluded.update(new)
             learned = vain - unmergeable or trial.unfused_second_norms - unfused_second_norms
-            # What was refused before it was raised left the copy as it was: another round would do the same.
+            # All-reduces refused before canonicalization change no copy: no new round is needed.
             if not learned and not new.keys() & trial.spelling.keys():
                 return RunContext(self.config, excluded, unmergeable, unfused_second_norms)
             unmergeable |= vain
@@ -280,7 +279,7 @@ class _Run:
         return RunContext(self.config, refused={site.name: Refused(MATCH, reason) for site in self.sites})
 
     def _apply(self, graph: Graph, context: RunContext, *, trial_run: bool) -> None:
-        """Run the passes over a graph; in a trial only those of fusewire's that can refuse something."""
+        """Run the passes over a graph; in a trial only fusewire's, and only if they refuse."""
         for index, item in enumerate(self.passes):
             if trial_run and (item.user or item.name in _REFUSE_NOTHING):
                 continue
@@ -307,7 +306,8 @@ class _Run:
             return
         original = record.copy()
         nodes = {node.name: node for node in original.nodes}
-        fused = [nodes[name] for name in context.fused if name in nodes]  # a user's pass may have added others
+        # A user's pass may have added others.
+        fused = [nodes[name] for name in context.fused if name in nodes]
         fused_sums = {user.name for node in fused for value in node.users for user in value.users}
         norms = {norm.source for norm in find_norms(original)}
         for name in left:

@@ -1,4 +1,4 @@
-"""The passes: their names, their order, and which options switch each off."""
+"""Define the passes: their names, their order, and the options that switch each off."""
 
 from __future__ import annotations
 
@@ -79,9 +79,8 @@ def register_pass(
     Args:
         name: shown in reports and usable in PassConfig.disabled_passes.
         run: called as `run(graph, config)` with the post-grad torch.fx.Graph, which it rewrites in
-            place. It keeps `node.meta["val"]` right for every node it adds. Unlike fusewire's own
-            passes it is not tried on a copy
-            first: an exception that it raises ends the compilation.
+            place. It must set `node.meta["val"]` of every node it adds. It is not tried on a copy
+            first, as fusewire's own passes are: an exception in it ends the compilation.
         before, after: the name of the pass to stand next to; by default it stands just before
             `lower_ops`, where the graph holds the IR operators.
         source: a text that changes whenever the pass does; it enters the compile cache's key. By
@@ -108,7 +107,7 @@ def register_pass(
 
 
 def _source_of(name: str, run: UserPass) -> str:
-    """Return the source code of a pass; ConfigError if the pass depends on more than that."""
+    """Return the source code of a pass; raise ConfigError if the pass depends on more than that."""
     try:
         source = inspect.getsource(run)
     except (OSError, TypeError) as error:

@@ -1,8 +1,8 @@
 """Find whether a graph proves that a node has the same value on every rank of a group.
 
 Some rewrites are right only for such values. A scale that moves before an all-reduce must be equal
-on every rank. So must the residual and the norm's weight where a row's owner adds and multiplies
-its own for all ranks, as kernels may and a sharded residual does.
+on every rank. So must the residual and the norm's weight if the rank that owns a row adds and
+multiplies its own for all ranks, as kernels may do and a sharded residual does.
 
 Every rank runs the same graph, so a deterministic operation gives equal results on every rank if
 its inputs are equal. A verdict is one of three:
@@ -10,8 +10,8 @@ its inputs are equal. A verdict is one of three:
 - PROVED: computed from results of all-reduces and all-gathers over the group, and from numbers;
 - ASSUMED: inputs of the graph, parameters or buffers take part, and the graph does not say where
   they come from;
-- UNKNOWN, with the refusal: random numbers, an operator of which nothing is known, a rank's own
-  rows, a tensor that is written in place, or a result of another group's collective.
+- UNKNOWN, with the refusal: random numbers, an unknown operator, a rank's own rows, a tensor that
+  is written in place, or a result of another group's collective takes part.
 
 Equal means equal bits, on ranks with the same kind of GPU and the same libraries.
 """
@@ -65,12 +65,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a value is computed from.
+    """The sources that a value is computed from.
 
     Attributes:
-        groups: the groups whose collectives' results are among it.
-        assumed: whether inputs of the graph, parameters or buffers are among it.
-        unknown: what among it nothing is known of, or "".
+        groups: the groups whose collectives' results are among the sources.
+        assumed: whether inputs of the graph, parameters or buffers are among them.
+        unknown: the source that makes a verdict UNKNOWN, or "".
     """
 
     groups: frozenset[Any] = frozenset()
@@ -120,7 +120,7 @@ class Replication:
         return worst
 
     def origin(self, node: Node) -> Origin:
-        """Return what a node is computed from."""
+        """Return the sources that a node is computed from."""
         pending = [node]
         while pending:
             current = pending[-1]
@@ -137,7 +137,7 @@ class Replication:
         return self._origins[node]
 
     def _own_origin(self, node: Node) -> tuple[Origin, Sequence[Node]]:
-        """Return what a node adds to its origin, and the nodes whose origins are part of it."""
+        """Return a node's own part of its origin, and the inputs whose origins belong to it too."""
         writer = self._writer(node)
         if writer is not None:
             return Origin(unknown=f"{node.name}, which {writer.name} writes in place"), ()
@@ -199,7 +199,7 @@ def _result_for_all(node: Node) -> Any:
 def _result_of_fused(item: Node, call: Node) -> tuple[Origin, Sequence[Node]]:
     """Return the origin of one result of a fused operator, and the nodes that are part of it.
 
-    The sum is equal on every rank; each may have used its own residual and weight.
+    The all-reduced sum is equal on every rank, but each may have used its own residual and weight.
     """
     if call.target is all_reduce_rms_norm_sharded.torch_op and item.args[1] == 1:
         return Origin(unknown=f"rows that each rank has for itself ({item.name})"), ()
@@ -228,9 +228,9 @@ def _why_unknown(node: Node) -> str:
 
 
 def _writes(user: Node, node: Node) -> bool:
-    """Whether a user of a node writes into its memory.
+    """Return whether a user of a node writes into its memory.
 
-    Except a copy into an input: functionalisation puts it at the graph's end.
+    A copy into an input does not count: functionalisation puts it at the graph's end.
     """
     if not writes_in_place(user) or (user.target is aten.copy_.default and node.op == "placeholder"):
         return False

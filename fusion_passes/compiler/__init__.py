@@ -1,4 +1,4 @@
-"""What fusewire uses of PyTorch's private compiler parts; tests/unit/test_canaries.py has a test for each.
+"""Wrap the private parts of PyTorch's compiler; tests/unit/test_canaries.py tests each.
 
 inductor       pattern matcher, tracing, fake values, lowerings, copies of graphs
 compile_fx     Inductor's entry point, options and hook for custom passes

@@ -1,6 +1,6 @@
-"""The files beside Inductor's cache, as `torch.compiler.save_cache_artifacts` takes them along.
+"""Register files beside Inductor's cache for `torch.compiler.save_cache_artifacts`.
 
-Imported with fusewire itself, so that `torch.compiler.load_cache_artifacts` knows this kind of artifact.
+fusewire imports this at once, so that `torch.compiler.load_cache_artifacts` knows these files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.compiler._cache import CacheArtifact, CacheArtifactFactory
 
 
 def write_file(file: Path, text: str) -> None:
-    """Write a file in one step, so that nobody reads half of it."""
+    """Write a file atomically, so that no process reads half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     temporary.write_text(text)
@@ -29,7 +29,7 @@ def cache_folder() -> Path:
 
 @CacheArtifactFactory.register
 class GraphReportArtifact(CacheArtifact):
-    """One file, by its name."""
+    """One file of `cache_folder()`; its key is the file's name."""
 
     def populate_cache(self) -> None:
         write_file(cache_folder() / Path(self.key).name, self.content.decode())

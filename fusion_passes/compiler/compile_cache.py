@@ -1,4 +1,4 @@
-"""Inductor's compile cache: its hits, its switches, and the files that go along with it."""
+"""Count hits of Inductor's compile cache, switch it off, and save files along with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusewire.fusion_passes.compiler.cache_artifact import GraphReportArtifact
 
 
 def take_along(name: str, text: str) -> None:
-    """Have torch.compiler.save_cache_artifacts take a file of `cache_artifact.cache_folder()` along."""
+    """Have torch.compiler.save_cache_artifacts save `text` as this file of `cache_folder()`."""
     CacheArtifactManager.record_artifact(GraphReportArtifact.type(), name, text.encode())
 
 
@@ -25,7 +25,7 @@ def hits() -> int:
 
 @contextlib.contextmanager
 def switched_off() -> Iterator[None]:
-    """Within the block, take no compiled graph from any cache, and keep none."""
+    """Within the block, take no compiled graph from any cache and store none."""
     inductor = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
     autograd = {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
     with torch._inductor.config.patch(inductor), torch._functorch.config.patch(autograd):

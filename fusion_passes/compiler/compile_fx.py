@@ -1,4 +1,4 @@
-"""Inductor's entry point, its options and its hook for custom passes."""
+"""Wrap Inductor's entry point, its options and its hook for custom passes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 from torch.fx import GraphModule
 
 HOOK = "post_grad_custom_post_pass"
-_INFERENCE_AWARE = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)  # not in torch 2.11
-# Called with the graph that Dynamo captured, its inputs, and the custom passes that are set (or None). Gives the custom
-# passes to set instead, for as long as its block is open; None leaves the compilation alone.
+_INFERENCE_AWARE = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)  # after 2.11
+# Takes the captured graph, its inputs and the custom passes that are set (or None). Returns a block
+# that yields the custom passes to set instead; None leaves the compilation as it is.
 Around = Callable[[Any, Any, Any], "AbstractContextManager[Any] | None"]
 
 
@@ -25,7 +25,7 @@ def compile_graph(model: GraphModule, inputs: Sequence[Any], patches: Mapping[st
     """Compile a graph that Dynamo captured, with these of Inductor's options patched."""
     from torch._inductor.compile_fx import compile_fx
 
-    # Its other kinds of result belong to ahead-of-time modes.
+    # compile_fx returns other types in ahead-of-time modes only.
     compiled: Any = compile_fx(model, list(inputs), config_patches=dict(patches))
     function: Callable[..., Any] = compiled
     return function
@@ -37,7 +37,7 @@ def option_names() -> tuple[str, ...]:
 
 
 def option_type(name: str) -> Any:
-    """Return the type of one of Inductor's options, aliases included, or None if there is no such option."""
+    """Return the type of one of Inductor's options or aliases, or None if there is none."""
     try:
         return config.get_type(name)  # type: ignore[attr-defined]
     except KeyError:
@@ -55,7 +55,7 @@ def custom_passes() -> Any:
 
 
 def with_custom_passes(passes: Any) -> AbstractContextManager[Any]:
-    """Within the block, Inductor calls these passes on every post-grad graph."""
+    """Have Inductor call these passes on every post-grad graph within the block."""
     patched: AbstractContextManager[Any] = config.patch({HOOK: passes})
     return patched
 
@@ -80,11 +80,11 @@ _installed: Callable[..., Any] | None = None  # the wrapper, as long as it may s
 
 @contextmanager
 def compilations_wrapped(around: Around) -> Iterator[None]:
-    """Within the block, put every compilation of Inductor's into the block that `around` gives.
+    """Within the block, run every compilation of Inductor's in the block that `around` returns.
 
-    Other wrappers of Inductor's function stay: those from before the block come back as they were, and
-    under one that is put on within the block ours stays in place, where it does nothing once no block is
-    open. May be nested and used by several threads; `around` has to be the same function each time.
+    Other wrappers of `compile_fx` are kept. If one that was added within the block still wraps ours
+    at its end, ours stays in place, and `around` has to return None from then on. May be nested and
+    used by several threads; `around` has to be the same function each time.
     """
     global _open_blocks, _installed
     from torch._inductor import compile_fx as inductor

@@ -1,4 +1,4 @@
-"""What fusewire uses of Dynamo's private parts: restarts with floats as numbers, counts, the kind of a graph."""
+"""Wrap Dynamo's private parts: restarts with floats as numbers, graph breaks, kinds of graphs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch.fx import GraphModule, Node
 
 
 def graph_kind() -> str:
-    """Return which graph is being compiled: "inference", or "training" (a forward or backward with gradients)."""
+    """Return "training" for a graph with gradients (forward, backward, joint), else "inference"."""
     context = torch._guards.TracingContext.try_get()
     names = (context.aot_graph_name or []) if context is not None else []
     return "training" if any(str(name).endswith(("forward", "backward", "joint")) for name in names) else "inference"
 
 
 def floats_as_numbers() -> AbstractContextManager[Any]:
-    """Have Dynamo, within the block, capture Python floats as numbers and not as inputs of the graph."""
+    """Have Dynamo capture Python floats as numbers, not as inputs, within the block."""
     switched: AbstractContextManager[Any] = torch._dynamo.config.patch(specialize_float=True)
     return switched
 
 
 def float_inputs(model: GraphModule) -> Iterator[tuple[Node, str]]:
-    """Yield each input of a captured graph that is a Python float (dynamic=True), with its symbol's name."""
+    """Yield each input of a graph that is a Python float (dynamic=True), with its symbol's name."""
     for node in model.graph.nodes:
         if node.op != "placeholder":
             continue
@@ -45,7 +45,7 @@ def is_module_attribute(node: Node) -> bool:
 
 
 def capture_again_with_numbers(names: list[str]) -> None:
-    """Have Dynamo capture the graph again with these symbols as numbers; returns if there are none.
+    """Make Dynamo capture the graph again with these symbols as numbers; do nothing without any.
 
     Raises:
         RestartAnalysis: Dynamo catches it; it is no failure.
@@ -57,10 +57,10 @@ def capture_again_with_numbers(names: list[str]) -> None:
 
 
 def graph_breaks() -> dict[str, int]:
-    """Return how often each reason broke a graph in this process."""
+    """Return, by reason, how many graph breaks this process has had."""
     return dict(counters["graph_break"])
 
 
 def forget_graph_breaks() -> None:
-    """Start the counts of `graph_breaks` anew."""
+    """Reset the counts of `graph_breaks`."""
     counters["graph_break"].clear()

@@ -1,4 +1,4 @@
-"""Inductor's pattern matcher, tracing, fake values and lowerings, and copies of graphs."""
+"""Wrap Inductor's pattern matcher, tracing, fake values and lowerings; copy graphs."""
 
 from __future__ import annotations
 
@@ -68,21 +68,21 @@ class FusionMatcher:
 
 
 def trace(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
-    """Return the post-grad graph of a function of these fake values, with Inductor's decompositions."""
+    """Return the post-grad graph of a function on these fake values, decomposed as by Inductor."""
     with torch.no_grad():
         return make_fx(function, decomposition_table=select_decomp_table())(*values)
 
 
 def fresh_fake(value: Any, *, contiguous: bool = False) -> Any:
-    """Return a fake tensor with the metadata of `value` and a storage of its own, row-major if `contiguous`.
+    """Return a fake tensor with the metadata of `value` and a storage of its own.
 
-    Inductor takes a shared storage for an alias. A factory function under the fake mode gives the same in
-    thirty times the time, which made up most of the passes' time.
+    It is row-major if `contiguous`. Inductor takes tensors with a shared storage for aliases. A
+    factory function under the fake mode does the same, but takes thirty times as long.
     """
     mode = getattr(value, "fake_mode", None)
     if mode is not None:
         meta = _fresh_meta(mode, value, contiguous)
-        if type(meta) is torch.Tensor:  # no other mode is active that would change what this creates
+        if type(meta) is torch.Tensor:  # no other active mode changes what this creates
             return mode.fake_tensor_converter.from_meta_and_device(mode, meta, value.device)
     with mode if mode is not None else contextlib.nullcontext():
         if contiguous:
@@ -93,8 +93,8 @@ def fresh_fake(value: Any, *, contiguous: bool = False) -> Any:
 def _fresh_meta(mode: Any, value: Any, contiguous: bool) -> torch.Tensor:
     """Return a meta tensor with the layout of `value`, or row-major.
 
-    `empty` takes 170 us to multiply symbolic sizes, `empty_strided` 280. So the strides and the storage's
-    size in bytes are computed once for each shape, and kept with the fake mode; then it takes 30 us.
+    With symbolic sizes `empty` takes 170 us and `empty_strided` 280 us. So strides and storage size
+    (bytes) are computed once for each shape and kept with the fake mode: 30 us a call.
     """
     shape, dtype = value.shape, value.dtype
     key = (dtype, *(size if isinstance(size, int) else size.node.expr for size in shape))
@@ -113,7 +113,7 @@ def _fresh_meta(mode: Any, value: Any, contiguous: bool) -> torch.Tensor:
 
 
 def _same_number(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    """Return whether two sizes or strides are the same number or the same expression; adds no guard."""
+    """Return whether two sizes or strides are one number or expression; adds no guard."""
     if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
         return bool(a.node.expr == b.node.expr)
     return isinstance(a, int) and isinstance(b, int) and a == b
@@ -125,9 +125,9 @@ def known_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
 
 
 def never_reuse_outputs(op: torch._ops.OpOverload, marked: Callable[[Sequence[Any]], bool]) -> None:
-    """Have Inductor reuse no output of a call of `op` for another buffer if `marked(args)`.
+    """Keep Inductor from reusing the output buffers of calls of `op` with `marked(args)`.
 
-    Otherwise the operator is lowered as Inductor does by itself. Call this before Inductor lowers it.
+    Else Inductor lowers the operator as usual. Call this before Inductor lowers it.
     """
     if getattr(lowering.lowerings.get(op), "_fusewire", False):
         return
@@ -148,9 +148,9 @@ def never_reuse_outputs(op: torch._ops.OpOverload, marked: Callable[[Sequence[An
 
 
 class GraphRecord:
-    """A graph as it is when this is made, of which copies can be made after the graph has been rewritten.
+    """A graph's state at one time, which can be copied after the graph has been rewritten.
 
-    Making it takes a twentieth of the time of a copy.
+    Recording takes a twentieth of the time of a copy.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -159,11 +159,11 @@ class GraphRecord:
         self._nodes = [(node, node.target, node.args, node.kwargs, dict(node.meta)) for node in graph.nodes]
 
     def copy(self) -> Graph:
-        """Return a copy with the same node names, and metadata of its own."""
+        """Return a copy with the same node names and metadata of its own."""
         result = Graph()
         mapping: dict[Node, Node] = {}
         for node, target, args, kwargs, meta in self._nodes:
-            # Arguments are set afterwards: create_node would search each of them for symbols, half of its time.
+            # Set arguments later: create_node searches them for symbols, half of its time.
             new = result.create_node(node.op, target, name=node.name, type_expr=node.type)
             new.args = map_arg(args, mapping.__getitem__)
             if kwargs:

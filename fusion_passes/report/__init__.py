@@ -1,4 +1,4 @@
-"""What became of every all-reduce.
+"""Report how every all-reduce was fused, or why not.
 
 model    the records
 entries  the record of one all-reduce, from its node

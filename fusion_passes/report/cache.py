@@ -1,4 +1,4 @@
-"""Keeps the reports of compiled graphs beside the compile cache: no pass runs on a graph that comes from there."""
+"""Keep reports of graphs beside the compile cache, since no pass runs on a graph from there."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fusewire.fusion_passes.report.store import add_graph_report
 from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint
 
 log = logging.getLogger("fusewire")
-# Above it the reports that were used longest ago are deleted; their graphs are compiled anew. One of 60 all-reduces
-# takes 25 kB.
+# Above this size the least recently used reports are deleted, and their graphs compiled anew. The
+# report of 60 all-reduces takes 25 kB.
 MOST_BYTES = 64 * 2**20
 _NOT_RUN: dict[str, Any] = {
     "cached": True,
@@ -37,8 +37,8 @@ _NOT_RUN: dict[str, Any] = {
 class ReportCache:
     """The reports of one compilation's graphs, in a file beside Inductor's cache.
 
-    The file also holds a random part of the compiled graphs' key in that cache. So whoever finds a graph
-    there has its report, and a graph whose report was lost is compiled anew.
+    The file also holds a random part of the graphs' key in that cache. So a graph that is found
+    there has a report, and a graph whose report was lost is compiled anew.
 
     Args:
         name: identifies the compilation (see `compilation_name`).
@@ -55,14 +55,14 @@ class ReportCache:
 
     @property
     def fingerprints(self) -> list[GroupFingerprint]:
-        """What ranks must have equal to run the graphs that were kept."""
+        """Return the fingerprints of the kept graphs, which all ranks must have to run them."""
         return [item for report in self.kept for item in report.fingerprints]
 
     def save(self, report: GraphReport) -> None:
         """Add a report to those of this compilation, and write them.
 
-        The passes call this before Inductor puts the graph into its cache, where another rank may find it
-        at once. A file that cannot be written is only logged.
+        The passes call this before Inductor puts the graph into its cache, where another rank may
+        find it at once. A file that cannot be written only gives a warning in the log.
         """
         self.made.append(report)
         text = json.dumps({"salt": self.salt, "graphs": graph_reports_to_json(self.made)})
@@ -74,7 +74,7 @@ class ReportCache:
         compile_cache.take_along(self.file.name, text)
 
     def restore(self) -> None:
-        """Report the kept graphs if the compile cache had them, so that no pass ran."""
+        """Report the kept graphs if no pass ran, because the compile cache had them."""
         if self.made or not self.kept:
             return
         for report in self.kept:
@@ -99,7 +99,7 @@ class ReportCache:
 
 
 def _evict(newest: Path) -> None:
-    """Delete the reports that were used longest ago until all take at most `MOST_BYTES`; never the newest.
+    """Delete the least recently used reports, never the newest, down to `MOST_BYTES` in all.
 
     Other processes may delete the same files meanwhile.
     """
@@ -123,7 +123,7 @@ _reported_hits = 0
 
 @contextlib.contextmanager
 def reports_kept(name: str) -> Iterator[ReportCache]:
-    """Within the block, keep the reports of a compilation; restore them after it if the compile cache had the graphs."""
+    """Keep a compilation's reports in the block; restore them if the compile cache had its graphs."""
     global _reported_hits
     cache, before = ReportCache(name), compile_cache.hits()
     token = CURRENT_CACHE.set(cache)
@@ -148,7 +148,7 @@ def hits_noted() -> Iterator[None]:
 
 
 def compilation_name(model: GraphModule, example_inputs: Sequence[Any], passes_key: str) -> str:
-    """Return a name that is equal for equal compilations only: of the graph, its inputs' metadata and the passes' key."""
+    """Return a name that only equal compilations share: of graph, inputs' metadata and passes."""
     parts = [str(model.graph), passes_key, torch.__version__, str(torch.is_grad_enabled())]
     for value in example_inputs:
         if isinstance(value, torch.Tensor):

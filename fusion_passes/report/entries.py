@@ -1,4 +1,4 @@
-"""Makes the report's entry of an all-reduce: what it sends, and where it stands in the model's source."""
+"""Make the report's entry of an all-reduce: its input, and its place in the model's source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusewire.fusion_passes.report.model import ALL_REDUCE, REDUCE_SCATTER, REFU
 from fusewire.patterns.collectives import AllReduce
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
-# Frames of the machinery that issues the collective; the user looks for the call in the model.
+# Frames of libraries that issue the collective; users look for the call in the model.
 _MACHINERY = re.compile(
     r"[/\\](torch|accelerate)[/\\]|(integrations|distributed)[/\\](tensor_parallel|parallel_utils)"
     r"|<eval_with_key>|<string>"
@@ -20,7 +20,7 @@ _MACHINERY = re.compile(
 
 
 def entry_of(site: AllReduce) -> Entry:
-    """Return an entry for an all-reduce, refused without a reason so far."""
+    """Return the entry of an all-reduce: refused, without a reason so far."""
     x = value_of(site.x)
     return Entry(
         graph=-1,

@@ -1,4 +1,4 @@
-"""The records of what became of every all-reduce: fused, or refused and why."""
+"""Define the records of all-reduces (fused, or refused and why) and of graphs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Entry:
         module: the module's path in the model, or "".
         spelling: how the norm was written (see fusewire.patterns.norms).
         fusion: what fused with what.
-        provider: who computes it, where that is known at compile time.
+        provider: the provider that computes it, if it is known at compile time.
         group: the process group's name.
         shape, dtype: of the collective's input.
         picture: which of the graph's pictures shows it; -1 if none does.
@@ -61,13 +61,13 @@ class GraphReport:
         kind: "inference", or "training" for graphs that stay as they are.
         pass_seconds: wall time of fusewire's passes on this graph, in seconds, without waiting for
             other ranks.
-        pass_processor_seconds: processor time of the same.
+        pass_processor_seconds: their processor time.
         waited_seconds: wall time of waiting for other ranks to compile the graph.
-        notes: anything else the user should know (a pass that failed, a graph from the compile cache).
+        notes: anything else to know (a pass that failed, a graph from the compile cache).
         cached: the passes did not run, since the compile cache held the finished graph; this is the
             report of the compilation that made it.
         pictures: the different subgraphs around the all-reduces (fusewire.rendering.pictures), if
-            somebody asked for them.
+            they were recorded.
         fingerprints: what each process group's ranks must have equal to run the graph.
         unfused: the groups whose collectives were left as written because the ranks' graphs differ.
     """

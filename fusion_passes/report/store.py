@@ -1,4 +1,4 @@
-"""The report of this process: all graphs compiled so far."""
+"""Hold the report of this process: all graphs compiled so far."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ class Report:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """Every all-reduce and reduce-scatter, graph by graph."""
+        """Return every all-reduce and reduce-scatter, graph by graph."""
         return tuple(entry for graph in self.graphs for entry in graph.entries)
 
     @property
     def found(self) -> int:
-        """How many there are."""
+        """Return the number of entries."""
         return len(self.entries)
 
     @property
     def fused(self) -> int:
-        """How many of them were fused."""
+        """Return the number of entries that were fused."""
         return sum(entry.status == FUSED for entry in self.entries)
 
     @property
     def refused(self) -> int:
-        """How many were not."""
+        """Return the number of entries that were not fused."""
         return self.found - self.fused
 
     @property
     def pass_seconds(self) -> float:
-        """Wall time of fusewire's passes over all graphs, in seconds."""
+        """Return the wall time of fusewire's passes over all graphs, in seconds."""
         return sum(graph.pass_seconds for graph in self.graphs)
 
     @property
     def summary(self) -> str:
-        """One line."""
+        """Return the counts and the passes' time as one line."""
         graphs = len(self.graphs)
         text = f"fusewire: {describe_counts(self.entries)} fused in {graphs} graph{'s' * (graphs != 1)}"
         if self.refused:
@@ -78,13 +78,13 @@ _lock = threading.Lock()
 
 
 def report() -> Report:
-    """Return the report of every graph compiled in this process since the last `clear_report()`. Thread-safe."""
+    """Return the report of all graphs compiled since the last `clear_report()`. Thread-safe."""
     with _lock:
         return Report(tuple(_graphs))
 
 
 def clear_report() -> None:
-    """Forget the graphs compiled so far."""
+    """Forget the graphs compiled so far. Thread-safe."""
     with _lock:
         _graphs.clear()
 

@@ -1,4 +1,4 @@
-"""Reports as text for people."""
+"""Format reports as text for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PLURALS = {ALL_REDUCE: "all-reduces", REDUCE_SCATTER: "reduce-scatters"}
 
 
 def collectives_in(entries: Sequence[Entry]) -> str:
-    """Return what these are: "all-reduces", "reduce-scatters" or both."""
+    """Return the kinds of these collectives: "all-reduces", "reduce-scatters" or both."""
     kinds = {entry.collective for entry in entries} or {ALL_REDUCE}
     return " and ".join(name for kind, name in _PLURALS.items() if kind in kinds)
 
@@ -27,7 +27,7 @@ def describe_counts(entries: Sequence[Entry]) -> str:
 
 
 def describe_graph(graph: GraphReport) -> Iterator[str]:
-    """Yield the lines on one graph: a head, one line for each kind of fusion, two for each refusal, the notes."""
+    """Yield the lines on one graph: a heading, its fusions, its refusals and its notes."""
     fused = [entry for entry in graph.entries if entry.status == FUSED]
     kind = graph.kind + (", from the compile cache" if graph.cached else "")
     scattered = sum(entry.collective == REDUCE_SCATTER for entry in graph.entries)

@@ -1,7 +1,7 @@
-"""Keeps ranks together that compile each for itself.
+"""Keep ranks together that compile separately.
 
     fingerprint  describes what every rank must have equal in a rewritten graph
-    agreement    compares fingerprints while the ranks compile; where they differ, a group's collectives stay as written
+    agreement    compares fingerprints at compile time; if they differ, collectives stay as written
 
-What the ranks run is compared once more before it runs: fusewire.custom_ops.coordination.rendezvous.
+fusewire.custom_ops.coordination.rendezvous compares again before the ranks run a graph.
 """

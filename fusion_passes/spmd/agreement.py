@@ -1,15 +1,15 @@
-"""Compare the graphs that the ranks of a group compile, and leave the group's collectives as written if they differ.
+"""Compare the graphs that a group's ranks compile; if they differ, leave its collectives as written.
 
-Each rank compiles for itself and sees only its own graph. If the ranks' graphs differ (one reads a
+Each rank compiles for itself and sees only its own graph. If the graphs differ (one rank reads a
 value that the others do not), one rank may fuse or merge collectives that another keeps. So every
-rank publishes in the group's store what it compiled. A rank that rewrote a group's collectives waits
-until every peer has published the same rewriting of the same program, or something else. Then one
-rank writes the decision, once, and every rank obeys it, also one that comes later.
+rank publishes in the group's store what it compiled. A rank that rewrote a group's collectives
+waits until every peer has published the same rewriting of the same program, or something else.
+Then one rank writes the decision, once, and every rank obeys it, later ones too.
 
-This does not make fusing safe: `fusewire::rendezvous` does, before the graph runs. The agreement
-finds ranks that differ early enough to go on unfused instead of raising. Compilations are paired by
-their content, not by counting; once the ranks' histories differ, nothing more is rewritten. No
-decision depends on the clock: past the time limit the rank raises.
+This finds ranks that differ early enough to go on unfused instead of raising. It does not make
+fusing safe: `fusewire::rendezvous` does, before the graph runs. Compilations are paired by content,
+not by counting. Once the ranks' histories differ, nothing more is rewritten. No decision depends
+on the clock: past the time limit the rank raises.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fusewire.errors import PeerTimeoutError, ProcessGroupError, RankMismatchErr
 from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint, has_peers
 
 FUSED = "fused"
-# Begins the `program` of a posting that stands for no graph: the rank compiles nothing that its peers compile.
+# Prefix of the `program` of a posting by a rank that does not compile what its peers do.
 _NONE = "none: "
 
 # What this compilation has published already, from the report kept beside the compile cache.
@@ -53,7 +53,7 @@ class Posting(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str]:
-        """Return what two ranks' postings are compared by."""
+        """Return the fields that are compared between ranks."""
         return self.program, self.rewritten
 
 
@@ -67,7 +67,7 @@ class GraphAgreement:
         self.rank = dist.get_rank()
         self.postings: list[Posting] = []
         self.decided: dict[tuple[str, str], str] = {}
-        # Groups come back with the same name, and stores keep what the one before left.
+        # A new group may reuse a name, and stores keep what the old group wrote.
         self._nonce = uuid.uuid4().hex
         self.store.set(f"graphs/{self.rank}", self._nonce)
 
@@ -77,7 +77,7 @@ class GraphAgreement:
         self.store.set(f"graphs/{self.rank}/{self._nonce}", json.dumps(self.postings))
 
     def read(self, rank: int) -> list[Posting]:
-        """Return what a rank (a global number) has published so far."""
+        """Return what a rank (given by its global number) has published so far."""
         if rank == self.rank:
             return self.postings
         nonce = self.store.get(f"graphs/{rank}")
@@ -91,7 +91,7 @@ class GraphAgreement:
             FUSED, or the reason why this group's collectives stay as written.
 
         Raises:
-            PeerTimeoutError: a rank published nothing that decides, in time.
+            PeerTimeoutError: a rank publishes nothing that decides within the time limit.
             RankMismatchError: a peer already waits for this rank before another graph.
         """
         if posting.key not in self.decided:
@@ -115,7 +115,7 @@ class GraphAgreement:
                 postings = {rank: self.read(rank) for rank in self.ranks}
                 found, missing = compare(postings, self.rank, posting.key)
                 running, elsewhere = rendezvous.waiting_peers(group, posting.rewritten) if missing else ([], [])
-                # A rank that loaded the graph, compiled elsewhere, publishes nothing and waits to run it.
+                # A rank that loaded the graph ready-made publishes nothing and waits to run it.
                 missing = [rank for rank in missing if rank not in running]
                 found = found or (None if missing else FUSED)
                 if found is not None and nonce is not None:
@@ -175,16 +175,16 @@ def compare(postings: Mapping[int, Sequence[Posting]], own: int, key: tuple[str,
 
 
 def _up_to(postings: Sequence[Posting], key: tuple[str, str]) -> list[Posting]:
-    """Return the postings up to and with the one of that key; all of them if there is none."""
+    """Return the postings up to the one with that key, included; all if there is none."""
     keys = [item.key for item in postings]
     return list(postings[: keys.index(key) + 1] if key in keys else postings)
 
 
 def _unmatched(some: Sequence[Posting], others: Sequence[Posting], key: tuple[str, str]) -> Posting | None:
-    """Return a graph among `some` without a counterpart among the others.
+    """Return a graph among `some` without a counterpart among `others`, or None.
 
-    Every compilation of the program `key[0]` counts: a rank that compiles it once more in another way
-    differs. Of other programs it only matters that both ranks compiled them; how was decided then.
+    Every compilation of the program `key[0]` counts: a rank that compiles it again in another way
+    differs. Other programs only need to be compiled by both ranks; they have been decided before.
     """
     program = key[0]
     count = Counter(item.key for item in others)
@@ -224,8 +224,7 @@ def agree(fingerprints: Sequence[GroupFingerprint], *, wait: bool = True) -> dic
         wait: False only publishes.
 
     Returns:
-        The groups whose collectives are to stay as written, with the reason. The same on every rank of
-        a group.
+        The groups whose collectives stay as written, with the reason; equal on a group's ranks.
 
     Raises:
         PeerTimeoutError, RankMismatchError: see `GraphAgreement.await_decision`.
@@ -251,7 +250,7 @@ def agree(fingerprints: Sequence[GroupFingerprint], *, wait: bool = True) -> dic
 
 
 def announce_unfused(reason: str) -> None:
-    """Publish in every group of this process that this rank will not compile what its peers do, so that none waits."""
+    """Publish in every group that this rank will not compile what its peers do, so none waits."""
     if not dist.is_available() or not dist.is_initialized():
         return
     for group in list(dist.distributed_c10d._world.pg_map):

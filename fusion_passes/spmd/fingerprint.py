@@ -1,4 +1,4 @@
-"""Describe in short texts and digests what every rank must have equal in a graph's collectives."""
+"""Describe in texts and digests what every rank must have equal in a graph's collectives."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class GroupFingerprint:
 
     Attributes:
         group: the group's name.
-        program: digest of the collectives before the passes; equal on ranks that compile the same program.
+        program: digest of the collectives before the passes; equal for ranks with the same program.
         rewritten: digest of the collectives after the passes; "" if the passes changed none.
-        label: the same for people: where the graph begins, and what it does.
-        strict: the collectives carry other values than the program's own would.
+        label: a description for messages: where the graph begins, and what it does.
+        strict: whether the collectives carry other values than the program's own would.
     """
 
     group: str
@@ -53,8 +53,7 @@ Collectives = Mapping[str, Sequence[Node]]
 def collectives_of(graph: Graph) -> dict[str, list[Node]]:
     """Return the collectives of a graph by their group's name, in the graph's order.
 
-    Only of groups with peers in other processes: not of a group of one rank or of simulated ranks
-    ("fake").
+    Groups of one rank and of simulated ranks (backend "fake") are left out.
     """
     found: dict[str, list[Node]] = {}
     for node in graph.nodes:
@@ -86,7 +85,7 @@ def _group_of(node: Node) -> str:
 
 @functools.cache
 def _group_position(target: Any) -> int | None:
-    """Return which argument of an operator is the name of a process group."""
+    """Return which argument of an operator is the name of a process group, or None."""
     if not isinstance(target, torch._ops.OpOverload):
         return None
     names = [parameter.name for parameter in target._schema.arguments]
@@ -94,7 +93,7 @@ def _group_position(target: Any) -> int | None:
 
 
 def programs_of(graph: Graph) -> dict[str, tuple[str, list[str]]]:
-    """Return for each group the digest of its collectives with shapes, and their texts without."""
+    """Return by group the digest of its collectives with shapes, and their texts without."""
     return {
         group: (_digest([_text(node, rows=True) for node in nodes]), [_text(node) for node in nodes])
         for group, nodes in collectives_of(graph).items()
@@ -129,10 +128,10 @@ def fingerprint_groups(
 
 
 def insert_rendezvous(graph: Graph, prints: Sequence[GroupFingerprint]) -> None:
-    """Insert `fusewire::rendezvous`, which compares what the ranks run, before each group's first collective.
+    """Insert `fusewire::rendezvous`, which compares ranks, before each group's first collective.
 
-    Of a strict fingerprint also before every collective that needs no other's result: the compiler may
-    schedule one of these first.
+    For a strict fingerprint, insert it also before every collective that needs no other's result:
+    the compiler may schedule one of these first.
     """
     after = collectives_of(graph)
     for item in prints:
@@ -172,7 +171,7 @@ def _first_tensor(node: Node) -> Node | None:
 
 
 def _written_freely(graph: Graph, tensor: Node) -> Node:
-    """Return the tensor, or a copy of it: a CUDA input that an operator declares as written prevents a CUDA graph."""
+    """Return the tensor, or a clone of a CUDA input, as a written input prevents a CUDA graph."""
     value = value_of(tensor)
     if tensor.op == "call_function" or value is None or value.device.type != "cuda":
         return tensor
@@ -180,7 +179,7 @@ def _written_freely(graph: Graph, tensor: Node) -> Node:
 
 
 def scale_text(factor: Any) -> str:
-    """Return a factor that moves across a collective as text for a fingerprint; a constant with its value."""
+    """Return as text a factor that moves across a collective; a constant with its value."""
     if not isinstance(factor, Node):
         return f"times {factor!r}"
     value, owner = value_of(factor), factor.graph.owning_module
@@ -202,8 +201,8 @@ def _text(node: Node, rows: bool = False) -> str:
     """Return a collective in one line: operator, dtypes, hidden size, numbers and strings.
 
     Args:
-        rows: include all other sizes too, if every rank has them equal. Of a sequence that is divided
-            unevenly each rank has its own number of rows.
+        rows: include the other sizes too, but only of all-reduces and reduce-scatters: elsewhere the
+            number of rows may differ between ranks, as of a sequence that is divided unevenly.
     """
     assert isinstance(node.target, torch._ops.OpOverload)
     rows = rows and read_all_reduce(node) is not None
@@ -225,7 +224,7 @@ def _argument_text(value: Any, rows: bool) -> str:
 
 
 def _tensor_text(value: torch.Tensor | None, rows: bool) -> str:
-    """Return dtype and hidden size; the number of rows is the call's, and may be symbolic on one rank only."""
+    """Return dtype and hidden size, or all sizes. One may be symbolic on one rank only."""
     if value is None:
         return "number"
     shape = value.shape if rows else value.shape[-1:]
