@@ -3,8 +3,8 @@
 torch.compile(model, backend="fusewire")
 print(fusewire.report())
 
-Importing this registers the operators and their providers. What needs PyTorch's compiler is imported
-at its first use: the compiler takes longer to import than torch itself.
+Importing this registers the operators and their providers. Whatever needs PyTorch's compiler is
+imported at its first use: the compiler takes longer to import than torch itself.
 """
 
 import importlib as _importlib
@@ -12,7 +12,7 @@ import importlib.util as _importlib_util
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
-# Python started in a clone finds this folder before an installed fusewire, but not the other packages.
+# Python started in a clone finds this folder before an installed fusewire, but no other package.
 if _importlib_util.find_spec("fusewire.custom_ops") is None:
     raise ImportError(
         f"{__file__} belongs to a clone of fusewire that is not installed; run `pip install -e .` in "
@@ -82,7 +82,7 @@ __all__ = [
     "workspaces",
 ]
 
-# Where the names lie that are imported at their first use.
+# The modules of the names that are imported at their first use.
 _LAZY = {
     "PassConfig": "fusion_passes.config",
     "Report": "fusion_passes.report.store",
@@ -94,7 +94,7 @@ _LAZY = {
 }
 
 
-if not TYPE_CHECKING:  # which would take every name for one of fusewire's
+if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> _Any:
         if name not in _LAZY:

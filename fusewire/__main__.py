@@ -13,7 +13,7 @@ from fusewire.errors import FusewireError
 
 
 class Command(NamedTuple):
-    """One command: its module has `add_arguments(parser)` and `run(arguments) -> exit status`."""
+    """A command. Its module has `add_arguments(parser)` and `run(arguments) -> exit status`."""
 
     module: str
     help: str
@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def parser(chosen: str = "") -> argparse.ArgumentParser:
-    """Return the parser of all commands, complete for the chosen one: only its module is imported."""
+    """Return the parser of all commands; only the chosen command's module is imported."""
     top = argparse.ArgumentParser(prog="fusewire", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -42,7 +42,7 @@ def parser(chosen: str = "") -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns its exit status: 0, or 1 after an error of fusewire's own (2: a wrong call)."""
+    """Run a command; return its exit status: 0, 1 after an error of fusewire's, or the command's own."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     for name in ("stdout", "stderr"):  # None where the shell closed them
         if getattr(sys, name) is None:
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Discard what is left in stdout's buffer: the interpreter would fail at it again as it ends."""
+    """Discard what is left in stdout's buffer, at which the interpreter would fail as it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

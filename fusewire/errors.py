@@ -29,7 +29,7 @@ class ProcessGroupError(FusewireError):
 
 
 class CaptureError(FusewireError):
-    """A CUDA graph is being captured, and the call would have to allocate memory or let ranks vote."""
+    """A call cannot run while a CUDA graph is captured: it has to allocate or let ranks vote."""
 
 
 class WorkspaceError(FusewireError):

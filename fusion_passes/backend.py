@@ -118,7 +118,7 @@ def split_options(options: Mapping[str, Any] | PassConfig | None) -> tuple[PassC
     """Split torch.compile's `options` into a PassConfig and Inductor's own options.
 
     Raises:
-        ConfigError: a name is unknown (the message suggests the nearest), or a value's type is wrong.
+        ConfigError: a name is unknown (the message suggests the nearest), or a value has a wrong type.
     """
     if isinstance(options, PassConfig):
         return options, {}
@@ -170,7 +170,7 @@ def fusewire_backend(
         return compile_graph(model, example_inputs, {**patches, HOOK: chained_hook(ours, existing)})
 
 
-fusewire_backend.reset = free_cuda_graphs  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
+fusewire_backend.reset = free_cuda_graphs  # type: ignore[attr-defined]  # for torch._dynamo.reset()
 
 
 @contextlib.contextmanager
@@ -224,7 +224,7 @@ def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConf
 
 
 def _around(model: Any, example_inputs: Any, existing: Any) -> AbstractContextManager[Any] | None:
-    """Return the block in which `enable` compiles a graph, or None if no passes of fusewire's are set.
+    """Return the block in which `enable` compiles a graph, or None if it leaves the graph alone.
 
     A compilation's own custom passes replace fusewire's in Inductor; the block adds fusewire's.
     """

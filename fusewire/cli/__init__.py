@@ -1,1 +1,1 @@
-"""The commands of `python -m fusewire`, one a file."""
+"""The commands of `python -m fusewire`, one in each file."""

@@ -1,4 +1,4 @@
-"""Print what this machine offers: torch, GPUs and links, FlashInfer, providers, the plan by token count."""
+"""Print what this machine offers: torch, GPUs, links, FlashInfer, providers, plan by tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Return all that the command prints, as JSON types. Communicates with nobody and compiles nothing."""
+    """Return all that the command prints, as JSON types. Neither communicates nor compiles."""
     return {
         "versions": _versions(),
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_VARIABLES)},
@@ -83,7 +83,7 @@ def _driver() -> str:
 
 
 def _ask(*command: str) -> str:
-    """Return what a program prints; "" if it is missing, fails or does not answer."""
+    """Return the output of a program; "" if it is missing, fails, or runs longer than 20 s."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -155,7 +155,7 @@ def _operators() -> dict[str, dict[str, Any]]:
 
 
 def _tuned_tables() -> dict[str, Any]:
-    """Return where the tables of `python -m fusewire tune` lie, and which of them serve on this machine."""
+    """Return the tables of `python -m fusewire tune`, and which of them serve on this machine."""
     tables = []
     for found in table_store.all_files():
         entry: dict[str, Any] = {"path": str(found.path), "serves": False, "reason": found.reason}
@@ -179,7 +179,7 @@ def _why_not(key: table_store.TableKey) -> str:
 
 def _plans() -> list[dict[str, Any]]:
     count = _gpu_count()
-    # Without GPUs there is one answer, whatever the world size; with them, that of each group that fits here.
+    # Without GPUs all world sizes have one plan; with them, each group that fits has its own.
     sizes = [size for size in (2, 4, 8, 16) if size <= count] or [2]
     tuned = [found.table.key.hidden for found in table_store.all_files() if found.table is not None]
     return [
@@ -194,7 +194,7 @@ def _plans() -> list[dict[str, Any]]:
     ]
 
 
-# --- As text ------------------------------------------------------------------------------------------------
+# --- As text --------------------------------------------------------------------------------------
 
 
 def as_text(found: Mapping[str, Any]) -> str:

@@ -1,10 +1,10 @@
-"""Run a script and explain what became of every all-reduce that torch.compile saw.
+"""Run a script and explain, for every all-reduce that torch.compile saw, whether it was fused.
 
     python -m fusewire explain [options] script.py [arguments of the script]
     torchrun --nproc-per-node 2 -m fusewire explain [options] script.py [arguments of the script]
 
-All that the script compiles goes through fusewire's passes, as within `fusewire.enable()`. Rank 0 prints the
-report when the script has ended or failed. The exit status is the script's own.
+All that the script compiles goes through fusewire's passes, as within `fusewire.enable()`. Rank 0
+prints the report when the script has ended or failed. The exit status is the script's own.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     """Return options of PassConfig from "name=value" texts.
 
     Raises:
-        ConfigError: a text has no "=", or the value of ir_op_priority is not OPERATOR=PROVIDER[,PROVIDER...].
+        ConfigError: a text has no "=", or an ir_op_priority is not OPERATOR=PROVIDER[,PROVIDER...].
     """
     options: dict[str, Any] = {}
     for text in texts:
@@ -112,7 +112,7 @@ def _value(text: str) -> Any:
 
 
 def _check_writable(file: str) -> None:
-    """Raise ConfigError if a report cannot be written there."""
+    """Raise ConfigError if a report cannot be written to this file."""
     path = Path(file).absolute()
     place = path if path.exists() else path.parent
     if path.is_dir() or not place.exists() or not os.access(place, os.W_OK):
@@ -120,7 +120,7 @@ def _check_writable(file: str) -> None:
 
 
 def _start_ranks(count: int) -> None:
-    """Replace this process by torchrun, with this command on every rank."""
+    """Replace this process by torchrun, which runs this command on every rank."""
     if count < 1:
         raise ConfigError(f"--nproc-per-node is {count}; it must be at least 1")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
@@ -135,7 +135,7 @@ def _rank() -> int:
 
 @contextlib.contextmanager
 def _stdout_for_json(wanted: bool) -> Iterator[TextIO]:
-    """Yield the stream for the report. If that is JSON, all else that is written to stdout goes to stderr."""
+    """Yield the stream for the report. For JSON, send all other output of stdout to stderr."""
     sys.stdout.flush()
     if not wanted:
         yield sys.stdout
@@ -150,11 +150,11 @@ def _stdout_for_json(wanted: bool) -> Iterator[TextIO]:
             os.dup2(output.fileno(), 1)
 
 
-# --- The script ---------------------------------------------------------------------------------------------
+# --- The script -----------------------------------------------------------------------------------
 
 
 def _run_script(arguments: argparse.Namespace, config: PassConfig) -> tuple[int, str]:
-    """Run the script with the passes enabled. Returns its exit status, and its error as text ("" if none)."""
+    """Run the script with the passes; return its exit status, and its error as text ("" if none)."""
     sys.argv = [arguments.script, *arguments.arguments]
     if not getattr(sys.flags, "safe_path", False):  # python -P has no such first entry
         sys.path[0] = os.getcwd() if arguments.module else str(Path(arguments.script).absolute().parent)
@@ -185,7 +185,7 @@ def _run_script(arguments: argparse.Namespace, config: PassConfig) -> tuple[int,
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Within the block SIGTERM ends the script by an exception; afterwards it is ignored, for the report's sake."""
+    """End the script by an exception on SIGTERM; after the block SIGTERM is ignored."""
     owner = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -213,8 +213,8 @@ def _sigterm_restored() -> Iterator[None]:
 def _rank_0_ready(*, wait: bool) -> None:
     """Publish that rank 0 can be stopped without losing its report, or wait until it can.
 
-    Without it a rank that fails early has torchrun end rank 0 while that still starts. Past the limit, or where the
-    launcher offers no store, the ranks go on.
+    Otherwise a rank that fails early would make torchrun end rank 0 while it starts. The ranks go on
+    after the time limit, or if the launcher offers no store.
     """
     try:
         store = _launchers_store()
@@ -228,7 +228,7 @@ def _rank_0_ready(*, wait: bool) -> None:
 
 
 def _launchers_store() -> Any:
-    """Return the store that torchrun keeps for its ranks, or None under other launchers."""
+    """Return a client of torchrun's store for its ranks, or None under other launchers."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -237,7 +237,7 @@ def _launchers_store() -> Any:
 
 
 def _users_part(trace: TracebackType | None) -> TracebackType | None:
-    """Return a traceback without the frames of this command and of runpy at its top."""
+    """Return a traceback without the frames of this command and of runpy at its start."""
     ours = (__file__, runpy.__file__)
     while trace is not None and (
         trace.tb_frame.f_code.co_filename in ours or trace.tb_frame.f_code.co_filename.startswith("<frozen runpy")
@@ -246,11 +246,11 @@ def _users_part(trace: TracebackType | None) -> TracebackType | None:
     return trace
 
 
-# --- The report ---------------------------------------------------------------------------------------------
+# --- The report -----------------------------------------------------------------------------------
 
 
 def _show(arguments: argparse.Namespace, error: str, status: int, output: TextIO) -> int:
-    """Print and write the report. Returns 1 if an expectation is not met, else 0."""
+    """Print and write the report; return 1 if an expectation is not met, else 0."""
     report = fusewire.report()
     breaks = graph_breaks()
     notices = [advice] if (advice := advise()) else []

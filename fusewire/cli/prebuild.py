@@ -1,8 +1,8 @@
-"""Compile FlashInfer's all-reduce kernels ahead of the first run, here or for a machine with other GPUs.
+"""Compile FlashInfer's all-reduce kernels before the first run, here or for other GPUs.
 
-FlashInfer compiles them at the first use, which takes minutes; this does the same work, into the same cache.
-Where there is no GPU, name the architecture: 9.0a (H100, H200), 10.0a (B200), 12.0f (RTX 50). Afterwards copy
-the cache it prints to the same place on the other machine, with the same version of FlashInfer.
+FlashInfer compiles them at their first use, which takes minutes; this does the same, into the same
+cache. Without a GPU, name the architecture: 9.0a (H100, H200), 10.0a (B200), 12.0f (RTX 50). Then
+copy the cache it prints to the same place on the other machine, for the same FlashInfer version.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def choose_architectures(named: Sequence[str]) -> None:
     """Set what FlashInfer compiles for. Must come before FlashInfer is imported.
 
     Raises:
-        ConfigError: nothing was named and there is no GPU, or the kernels are not for what was named.
+        ConfigError: nothing is named and there is no GPU, or there are no kernels for a named one.
     """
     for arch in named:
         match = re.fullmatch(r"(\d+)\.(\d)[af]?", arch)
@@ -79,10 +79,10 @@ def choose_architectures(named: Sequence[str]) -> None:
 
 
 def build() -> None:
-    """Compile and link as FlashInfer does.
+    """Compile and link the kernels as FlashInfer does.
 
     Raises:
-        WorkspaceError: the compiler failed; the message ends with its last words.
+        WorkspaceError: the compiler failed; the message ends with the last lines of its output.
     """
     from flashinfer.jit.comm import gen_trtllm_comm_module
 
@@ -102,9 +102,9 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def cuda_library() -> Iterator[None]:
-    """Within the block, if the driver's libcuda is missing, have the linker find an empty one.
+    """If the driver's libcuda is missing, have the linker find an empty one within the block.
 
-    The kernels are linked against it and use it only when they run, on a machine that has the driver.
+    The kernels need libcuda only when they run, on a machine that has the driver.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
@@ -132,7 +132,7 @@ def cuda_library() -> Iterator[None]:
 
 
 def _links_cuda(compiler: str) -> bool:
-    """Return whether -lcuda links as FlashInfer calls the linker."""
+    """Return whether -lcuda links when the linker is called as by FlashInfer."""
     home = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda")
     folders = [f"-L{home}/lib64", f"-L{home}/lib64/stubs"]
     with tempfile.TemporaryDirectory(prefix="fusewire-link-") as folder:

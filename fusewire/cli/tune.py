@@ -1,7 +1,7 @@
-"""Measure which provider is the fastest for how many tokens, on this machine, and keep the table for later runs.
+"""Measure which provider is fastest for how many tokens on this machine; keep a table of it.
 
-Alone it starts one process for each GPU; under torchrun it measures on the ranks that torchrun started, which may be
-several machines'. Every result is checked before it is timed. `python -m fusewire doctor` says where tables lie.
+Alone it starts one process for each GPU. Under torchrun it measures on torchrun's ranks, of several
+machines too. Results are checked before they are timed. `python -m fusewire doctor` lists tables.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ def _world_size(arguments: argparse.Namespace, under_torchrun: bool) -> int:
     return size
 
 
-# --- The ranks ----------------------------------------------------------------------------------------------
+# --- The ranks ------------------------------------------------------------------------------------
 
 
 def _as_rank(arguments: argparse.Namespace, place: tuple[str, int, int] | None) -> list[tuner.Tuned]:
-    """Join the group and measure.
+    """Join the group and measure. A collective of all ranks.
 
     Args:
         place: a file for the group's store, rank and world size; None under torchrun.
@@ -137,7 +137,7 @@ def _as_rank(arguments: argparse.Namespace, place: tuple[str, int, int] | None) 
 
 
 def _child(rank: int, arguments: argparse.Namespace, world_size: int, folder: str) -> None:
-    """Run one of the processes that `_start_ranks` starts; writes its result, or its error, into the folder."""
+    """Run one process of `_start_ranks`; write its result, or its error, into the folder."""
     try:
         found: Any = _as_rank(arguments, (f"{folder}/store", rank, world_size))
     except FusewireError as error:
@@ -151,7 +151,7 @@ def _child(rank: int, arguments: argparse.Namespace, world_size: int, folder: st
 
 
 def _start_ranks(arguments: argparse.Namespace, world_size: int) -> list[tuner.Tuned]:
-    """Start the ranks, wait for them, and return rank 0's result. Raises what a rank raised."""
+    """Start the ranks, wait for them, and return rank 0's result. Raise what a rank raised."""
     with tempfile.TemporaryDirectory(prefix="fusewire-tune-") as folder:
         context = mp.start_processes(  # type: ignore[attr-defined]
             _child, (arguments, world_size, folder), nprocs=world_size, join=False, start_method="spawn"
@@ -177,7 +177,7 @@ def _answers(folder: str, world_size: int) -> list[Any]:
     return [pickle.loads(path.read_bytes()) for path in paths if path.exists()]
 
 
-# --- What is printed ----------------------------------------------------------------------------------------
+# --- What is printed ------------------------------------------------------------------------------
 
 
 def dry_run(arguments: argparse.Namespace, world_size: int) -> str:
@@ -230,7 +230,7 @@ def _show(arguments: argparse.Namespace, found: Sequence[tuner.Tuned]) -> None:
 
 
 def as_text(tuned: tuner.Tuned) -> str:
-    """Return a table of microseconds by tokens, the fastest marked."""
+    """Return a table of microseconds by tokens, with the fastest marked."""
     table = tuned.table
     key, labels = table.key, list(table.times)
     by_label = {label: dict(points) for label, points in table.times.items()}
@@ -262,9 +262,9 @@ def _cell(us: float | None, best: float) -> str:
     return "" if us is None else f"{us:.1f}" + ("*" if us == best else " ")
 
 
-# --- The picture --------------------------------------------------------------------------------------------
+# --- The picture ----------------------------------------------------------------------------------
 
-# One hue for each provider, one-shot light and two-shot dark; colours and markers stay with their variant.
+# One hue for each provider, one-shot light and two-shot dark. A variant keeps its style.
 _STYLES: Mapping[str, tuple[str, str]] = {
     "native": ("#6b6b6b", "o"),
     "flashinfer/oneshot": ("#e8a33d", "^"),
@@ -285,9 +285,9 @@ def check_plot(path: str) -> None:
 
 
 def draw(tables: Sequence[Table], path: str) -> None:
-    """Plot time against tokens: a panel for each table, a line for each variant, and the links' floor.
+    """Plot time against tokens: a panel for each table, a line for each variant, the links' floor.
 
-    The floor is 2(R-1)/R of x's bytes, which a two-shot all-reduce must send from each GPU, over the rate of its links.
+    The floor is the time to send 2(R-1)/R of x's bytes from each of R GPUs, as two-shot must do.
     """
     from matplotlib.figure import Figure
 

@@ -1,1 +1,1 @@
-"""Pages and pictures of graphs and timings."""
+"""Pages and pictures of graphs."""

@@ -1,4 +1,4 @@
-"""Draws subgraphs as inline SVG: boxes in layers, edges that point down."""
+"""Draw subgraphs as inline SVG: boxes in layers, with edges that point down."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SWEEPS, _STRAIGHT = 12, 6.0
 
 @dataclass(frozen=True)
 class Box:
-    """One box of a drawing: its text, its role (which gives it a colour), and a second line."""
+    """One box of a drawing: its text, its role (which sets its colour), and a second line."""
 
     label: str
     role: str
@@ -22,7 +22,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Boxes, and edges as (from, to, what flows), which give positions in `boxes`."""
+    """Boxes, and edges (from, to, text), where from and to are positions in `boxes`."""
 
     boxes: tuple[Box, ...]
     edges: tuple[tuple[int, int, str], ...]
@@ -30,7 +30,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Picture:
-    """The subgraph around an all-reduce as it arrived, and with the fused operator (None if it stayed)."""
+    """The subgraph around an all-reduce before the passes, and after them (None if not fused)."""
 
     before: Drawing
     after: Drawing | None = None
@@ -38,7 +38,7 @@ class Picture:
 
 @dataclass(eq=False)
 class _Slot:
-    """A place in a layer: of a box, or of an edge on its way past. x and y are its middle."""
+    """A place in a layer, for a box or for an edge that crosses the layer. x, y: its middle."""
 
     layer: int
     box: Box | None = None
@@ -56,7 +56,7 @@ class _Slot:
 
 
 def draw(drawing: Drawing, label: str) -> str:
-    """Return a drawing as inline SVG, its boxes in layers from top to bottom, so that every edge points down."""
+    """Return a drawing as inline SVG, with boxes in layers from top to bottom."""
     slots, chains = _slots(drawing)
     layers = [[slot for slot in slots if slot.layer == n] for n in range(max(slot.layer for slot in slots) + 1)]
     _order(layers)
@@ -75,7 +75,7 @@ def draw(drawing: Drawing, label: str) -> str:
 
 
 def _slots(drawing: Drawing) -> tuple[list[_Slot], list[tuple[list[_Slot], str]]]:
-    """Return all slots, those of the boxes first, and each edge as the slots that it runs through."""
+    """Return all slots, those of the boxes first, and for each edge the slots on its way."""
     slots = [_Slot(layer, box) for layer, box in zip(_layers_of_boxes(drawing), drawing.boxes, strict=True)]
     chains = []
     for start, end, text in drawing.edges:
@@ -90,16 +90,16 @@ def _slots(drawing: Drawing) -> tuple[list[_Slot], list[tuple[list[_Slot], str]]
 
 def _layers_of_boxes(drawing: Drawing) -> list[int]:
     layers = [0] * len(drawing.boxes)
-    for start, end, _ in sorted(drawing.edges, key=lambda edge: edge[1]):  # boxes come after their inputs
+    for start, end, _ in sorted(drawing.edges, key=lambda edge: edge[1]):  # inputs come first
         layers[end] = max(layers[end], layers[start] + 1)
-    for index in reversed(range(len(layers))):  # as late as possible: what joins later is drawn there
+    for index in reversed(range(len(layers))):  # as far down as possible
         below = [layers[end] for start, end, _ in drawing.edges if start == index]
         layers[index] = min(below, default=layers[index] + 1) - 1
     return layers
 
 
 def _order(layers: list[list[_Slot]]) -> None:
-    """Sort each layer by the mean places of its slots' neighbours, so that few edges cross."""
+    """Sort each layer by the mean places of its slots' neighbours, to have few edges cross."""
 
     def wanted(slot: _Slot) -> float:
         places = [other.place for other in slot.linked if other.layer == side]
@@ -122,7 +122,7 @@ def _number(layer: list[_Slot]) -> None:
 
 
 def _set_rows(layers: list[list[_Slot]]) -> float:
-    """Set y of each slot; returns where the last layer ends."""
+    """Set y of each slot; return where the last layer ends."""
     bottom = float(MARGIN - GAP_Y)
     for layer in layers:
         top, height = bottom + GAP_Y, max(slot.height for slot in layer)
@@ -133,7 +133,7 @@ def _set_rows(layers: list[list[_Slot]]) -> float:
 
 
 def _set_columns(layers: list[list[_Slot]]) -> None:
-    """Set x of each slot: as near to its neighbours' as the others in its layer allow."""
+    """Set x of each slot: as near to its neighbours' x as the others in its layer allow."""
     for _ in range(10 * _SWEEPS):
         for layer in layers:
             wanted = list(map(_mean_place, layer))
@@ -142,7 +142,7 @@ def _set_columns(layers: list[list[_Slot]]) -> None:
 
 
 def _mean_place(slot: _Slot) -> float:
-    """Return where a slot would stand by its neighbours; plain chains and edges on their way past stay straight."""
+    """Return the mean x of a slot's neighbours; larger weights keep simple chains straight."""
     if not slot.linked:
         return slot.x
     weights = [_STRAIGHT if len(slot.linked) == len(other.linked) == 2 else 1.0 for other in slot.linked]
@@ -150,11 +150,11 @@ def _mean_place(slot: _Slot) -> float:
 
 
 def _spread(wanted: list[float], widths: list[float]) -> list[float]:
-    """Return positions in this order that keep their distances, nearest to the wanted ones (least squares)."""
+    """Return positions in this order, at their distances, nearest to `wanted` (least squares)."""
     offsets = [0.0]
     for a, b in pairwise(widths):
         offsets.append(offsets[-1] + (a + b) / 2 + GAP_X)
-    # With the distances taken off, the positions must not decrease: merge neighbours that would.
+    # Without the distances, the positions must not decrease: merge neighbours that would.
     blocks: list[tuple[float, int]] = []
     for value in (w - o for w, o in zip(wanted, offsets, strict=True)):
         blocks.append((value, 1))

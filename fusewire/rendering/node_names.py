@@ -1,4 +1,4 @@
-"""The names of a graph's nodes in pictures."""
+"""Name a graph's nodes in pictures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _NAMES = {
 
 
 def name_of(node: Node) -> str:
-    """Return what a node does, in a word or two."""
+    """Return what a node does, in a few words."""
     if node.op != "call_function":
         return "result of the graph" if node.op == "output" else "input"
     site = read_all_reduce(node)
@@ -55,7 +55,7 @@ def name_of(node: Node) -> str:
 
 
 def _arithmetic(node: Node) -> str:
-    """Name a power, a square, or an operation with a number; "" for others."""
+    """Return the name of a power, a square or an operation with a number; "" for others."""
     if node.target is aten.pow.Tensor_Scalar:
         return {"2": "square", "-0.5": "1 / √"}.get(str(node.args[1]), f"power {node.args[1]}")
     factors = plain_mul(node)
@@ -68,12 +68,12 @@ def _arithmetic(node: Node) -> str:
 def _operator(node: Node) -> str:
     name = op_name(node)
     if name == "aten::index_put" and any(source.target is aten.embedding.default for source in node.all_input_nodes):
-        return "embedding lookup"  # by a rank that holds a part of the vocabulary: other tokens' rows become zeros
+        return "embedding lookup"  # of a part of the vocabulary: other tokens' rows become zeros
     return _NAMES.get(name) or name.rpartition("::")[2] or str(getattr(node.target, "__name__", node.target))
 
 
 def names_of_readers(users: list[Node]) -> str:
-    """Name the nodes that read a value, behind views of it: two of them at most."""
+    """Return the names of at most two nodes that read a value, directly or through views."""
     names = sorted({name_of(reader) for user in users for reader in _past_views(user, 4)})
     if {"mean", "subtract"} <= set(names):
         return "LayerNorm"
@@ -81,12 +81,12 @@ def names_of_readers(users: list[Node]) -> str:
 
 
 def passes(node: Node) -> bool:
-    """Return whether a node is one of the steps that may stand between an all-reduce and its norm."""
+    """Return whether a node is a step that may stand between an all-reduce and its norm."""
     return node.target in VIEWS | CASTS or plain_add(node) is not None or plain_mul(node) is not None
 
 
 def label_of_input(node: Node, role: str) -> str:
-    """Name a value from outside the picture; `role` is what its place there says of it, or ""."""
+    """Return the label of a value from outside the picture; `role`: what it is there, or ""."""
     value = value_of(node)
     if value is not None and value.dim() <= 1 and node.op != "call_function":
         scalar = value.dim() == 0 or (isinstance(value.shape[0], int) and value.shape[0] == 1)
@@ -103,7 +103,7 @@ def is_epsilon(node: Node) -> bool:
 
 
 def _past_views(node: Node, steps: int) -> list[Node]:
-    """Return the nodes that read a value, behind views of it."""
+    """Return the nodes that read a value, directly or through views of it."""
     if steps == 0 or not node.users or node.target not in VIEWS | {aten.expand.default}:
         return [node]
     return [reader for user in node.users for reader in _past_views(user, steps - 1)]

@@ -1,6 +1,6 @@
-"""The report as one self-contained HTML page: it loads nothing, and works without a network.
+"""Render the report as one self-contained HTML page, which works without a network.
 
-page.html is its frame, page.css and page.js are put into it.
+page.html is its frame; page.css and page.js are put into it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LEGEND = {
     "obstacle": "what stands in the way",
 }
 _COLUMNS = ("picture", "status", "module", "source line", "gate", "reason", "spelling", "provider", "input")
-_OPTIONAL = {"gate", "reason", "spelling", "provider"}  # left out of a graph's table that has nothing for them
+_OPTIONAL = {"gate", "reason", "spelling", "provider"}  # left out of tables if empty
 
 Kind = tuple["Picture | None", str, str]
 
@@ -44,10 +44,10 @@ def page(
     notices: Sequence[str] = (),
     graph_breaks: Mapping[str, int] | None = None,
 ) -> str:
-    """Return the page.
+    """Return the HTML page of a report.
 
     Args:
-        report: what it shows.
+        report: the report to show.
         title: what was run.
         facts: further lines for the head of the page, as (name, value).
         notices: errors and advice, shown first.
@@ -75,7 +75,7 @@ def page(
 
 
 def _kinds(report: Report) -> dict[Kind, list[tuple[Entry, Picture | None]]]:
-    """Group the all-reduces by what happened to them: the refused first, then the largest groups."""
+    """Group the all-reduces by outcome: the refused first, then the largest groups."""
     found: dict[Kind, list[tuple[Entry, Picture | None]]] = {}
     for graph in report.graphs:
         for entry in graph.entries:
@@ -84,7 +84,7 @@ def _kinds(report: Report) -> dict[Kind, list[tuple[Entry, Picture | None]]]:
 
 
 def _kind(graph: GraphReport, entry: Entry) -> Kind:
-    """Return what is equal for all-reduces that share a card: of refused ones the reason, else the picture."""
+    """Return the key of an all-reduce's card: for a refused one the reason, else the picture."""
     if entry.status != FUSED:
         return None, entry.status, _without_numbers(entry.reason)
     picture = _picture(graph, entry)
@@ -104,7 +104,7 @@ def _letter(index: int) -> str:
     return chr(ord("A") + index) if index < 26 else str(index + 1)
 
 
-# --- The parts of the page ----------------------------------------------------------------------------------
+# --- The parts of the page ------------------------------------------------------------------------
 
 
 def _head(report: Report, title: str, facts: Sequence[tuple[str, str]]) -> str:
@@ -164,7 +164,7 @@ def _card(letter: str, status: str, found: list[tuple[Entry, Picture | None]]) -
 
 
 def _explain(entries: list[Entry]) -> tuple[str, str]:
-    """Return title and explanation of fused all-reduces."""
+    """Return the title and the explanation of fused all-reduces."""
     own = [entry for entry in entries if not entry.fusion.startswith(MERGED)]
     texts = [f"Norm spelled as in {_WHO.get(s, s)}." for s in dict.fromkeys(e.spelling for e in own) if s]
     if len(own) < len(entries):
@@ -224,7 +224,7 @@ def _cells(entry: Entry, letter: str) -> dict[str, str]:
 
 
 def _breakable(text: str, separators: str) -> str:
-    """Escape a text, which may wrap after these characters."""
+    """Escape a text; a line may break after these characters."""
     return re.sub(f"([{re.escape(separators)}])", r"\1<wbr>", escape(text))
 
 

@@ -1,6 +1,6 @@
-"""Pictures of each all-reduce: the subgraph around it, before fusewire's passes and after.
+"""Make pictures of each all-reduce: the subgraph around it, before fusewire's passes and after.
 
-Pictures hold no sizes and no names of layers, so that the same site in every layer gives the same
+Pictures hold no sizes and no names of layers. So the same site in every layer gives the same
 picture, which a graph's report holds once.
 """
 
@@ -44,12 +44,12 @@ _FAR, _FEW = 24, 5
 
 
 def pictures_recorded() -> AbstractContextManager[None]:
-    """Within the block, the reports of graphs hold pictures."""
+    """Have the reports of graphs hold pictures, within the block."""
     return observed(PictureRecorder)
 
 
 class PictureRecorder:
-    """Makes the pictures of one graph. One that cannot be made is missing, with a note in the report.
+    """Makes the pictures of one graph. If one cannot be made, the report has a note instead.
 
     Args:
         original: the graph as it arrived.
@@ -58,7 +58,7 @@ class PictureRecorder:
     def __init__(self, original: Graph) -> None:
         self.problem = ""
         self.seen: dict[str, _Before] = {}
-        self.second: set[str] = set()  # all-reduces that are fused with a second norm, too
+        self.second: set[str] = set()  # all-reduces that are fused with a second norm too
         self.apart: set[str] = set()  # all-reduces that are fused
         self.after: dict[str, Drawing] = {}
         self.numbers: dict[Picture, int] = {}
@@ -92,7 +92,7 @@ class PictureRecorder:
                     self.after[name] = _After(self._before(name), node, self.nodes).drawing
 
     def complete(self, report: GraphReport) -> GraphReport:
-        """Return the report with the pictures, and in each entry the number of its own (-1: none)."""
+        """Return the report with the pictures, and each entry with its picture's number or -1."""
         entries = tuple(dataclasses.replace(entry, picture=self._number(entry)) for entry in report.entries)
         notes = (*report.notes, self.problem) if self.problem else report.notes
         return dataclasses.replace(report, entries=entries, notes=notes, pictures=tuple(self.numbers))
@@ -107,7 +107,7 @@ class PictureRecorder:
         return -1
 
     def _before(self, name: str, reason: str = "") -> _Before:
-        """Draw the site of an all-reduce as it arrived; nodes that the reason of a refusal names are marked."""
+        """Draw an all-reduce's site as it arrived; nodes that the refusal names are marked."""
         if not reason and name in self.seen:
             return self.seen[name]
         site = read_all_reduce(self.nodes[name])
@@ -121,7 +121,7 @@ class PictureRecorder:
 
 
 class _Canvas:
-    """A drawing as it is put together."""
+    """A drawing under construction."""
 
     def __init__(self) -> None:
         self.boxes: list[Box] = []
@@ -142,10 +142,10 @@ class _Canvas:
 
 
 class _Before(_Canvas):
-    """The chain from an all-reduce to its norm, or to what stands where a norm should be.
+    """The chain from an all-reduce to its norm, or to what stands in the norm's place.
 
     Args:
-        norms: by the node that each one normalises.
+        norms: norms by the nodes that they normalise.
         order: the positions of all nodes.
         marked: names of nodes that the reason of a refusal names.
         apart: names of all-reduces that are drawn as residuals, since they are fused by themselves.
@@ -153,8 +153,8 @@ class _Before(_Canvas):
 
     Attributes:
         labels: the labels of nodes outside the chain, by node name.
-        joined: names of the nodes by which other all-reduces join the chain.
-        norm_readers, sum_readers: the labels of what reads the norm, and the value that is normalised.
+        joined: names of other all-reduces that are added to the chain, and of the steps between.
+        norm_readers, sum_readers: the labels of the readers of the norm, and of the value it takes.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class _Before(_Canvas):
         self.sum_readers = self._readers(end, inner) if end is not None else ""
 
     def _chain(self) -> tuple[list[Node], Node | None]:
-        """Return the chain to the nearest norm's input, and that; without a norm, the chain to what stops it."""
+        """Return the chain to the nearest norm's input, and this input; else the chain, and None."""
         start = self.site.value
         came: dict[Node, Node] = {}
         pending, seen, stopped, few = [start], [start], False, 0
@@ -212,7 +212,7 @@ class _Before(_Canvas):
         return seen[: min(few, _FEW)], None
 
     def _find_norms(self, end: Node, second: bool) -> Node:
-        """Find the norm of a value, and the norm behind its residual add; returns what the last one normalises."""
+        """Find a value's norm and the second norm after it; return the last one's input."""
         self._take(self.norms[end])
         assert self.norm is not None
         if second:
@@ -277,7 +277,7 @@ class _Before(_Canvas):
             self.edge(source, self.ids[node])
 
     def _source(self, node: Node, source: Node) -> int:
-        """Return the box of a node's input; a new one if it lies outside."""
+        """Return the box of a node's input; a new one if the input lies outside the chain."""
         if source not in self.ids:
             self.labels[source.name] = self._label_of_input(node, source)
             self.ids[source] = self.box(self.labels[source.name], INPUT)
@@ -292,7 +292,7 @@ class _Before(_Canvas):
         return label_of_input(source, "residual" if last else "")
 
     def _add_readers(self, node: Node, inner: set[Node]) -> None:
-        """Add boxes for what else reads a value, marked where a norm should stand."""
+        """Add boxes for other readers of a value, marked if a norm should stand there."""
         outside = [user for user in node.users if user not in inner]
         stops = [user for user in outside if self.norm is None and not passes(user)]
         if node.name in self.marked:
@@ -306,13 +306,13 @@ class _Before(_Canvas):
 
 
 class _After(_Canvas):
-    """The fused operator with whatever was moved before it."""
+    """The fused operator with the steps that were moved before it."""
 
     def __init__(self, before: _Before, node: Node, known: Mapping[str, Node]) -> None:
         self.before, self.known = before, known
         super().__init__()
         x, residual, weight, *_ = values = positional(node)
-        inner = values[6] if node.target is not _PLAIN else None  # the weight of a norm before the residual add
+        inner = values[6] if node.target is not _PLAIN else None  # the first norm's weight
         roles = ((x, ""), (residual, "residual"), (inner, "weight"), (weight, "weight"))
         inputs = [self._visit(value, role) for value, role in roles if isinstance(value, Node)]
         middle = "" if residual is None else " + add"
@@ -320,7 +320,7 @@ class _After(_Canvas):
         for source in inputs:
             self.edge(source, fused)
         readers_of = [before.norm_readers, before.sum_readers]
-        if node.target is not _PLAIN:  # more was fused than the chain to the first norm, so others read the results
+        if node.target is not _PLAIN:  # more than the first norm was fused: others read the results
             items = list(getitem_users(node))
             readers_of = [
                 names_of_readers([user for i, item in items if i == index for user in item.users]) for index in (0, 1)

@@ -1,4 +1,4 @@
-"""Compare the graphs that a group's ranks compile; if they differ, leave its collectives as written.
+"""Compare the graphs that a group's ranks compile; if they differ, its collectives stay as written.
 
 Each rank compiles for itself and sees only its own graph. If the graphs differ (one rank reads a
 value that the others do not), one rank may fuse or merge collectives that another keeps. So every

@@ -201,7 +201,7 @@ def _text(node: Node, rows: bool = False) -> str:
     """Return a collective in one line: operator, dtypes, hidden size, numbers and strings.
 
     Args:
-        rows: include the other sizes too, but only of all-reduces and reduce-scatters: elsewhere the
+        rows: include the other sizes of all-reduces and reduce-scatters too. For other collectives the
             number of rows may differ between ranks, as of a sequence that is divided unevenly.
     """
     assert isinstance(node.target, torch._ops.OpOverload)
