@@ -42,7 +42,7 @@ def parser(chosen: str = "") -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit status: 0, 1 after an error of fusewire's, or the command's own."""
+    """Run a command; return its exit status, or 1 after an error of fusewire's or of the system."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     for name in ("stdout", "stderr"):  # None where the shell closed them
         if getattr(sys, name) is None:

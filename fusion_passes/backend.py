@@ -118,7 +118,7 @@ def split_options(options: Mapping[str, Any] | PassConfig | None) -> tuple[PassC
     """Split torch.compile's `options` into a PassConfig and Inductor's own options.
 
     Raises:
-        ConfigError: a name is unknown (the message suggests the nearest), or a value has a wrong type.
+        ConfigError: a name is unknown (the message has the nearest), or a value's type is wrong.
     """
     if isinstance(options, PassConfig):
         return options, {}

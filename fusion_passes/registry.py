@@ -44,7 +44,7 @@ class RegisteredPass:
     user: bool = False
 
     def is_enabled(self, config: PassConfig) -> bool:
-        """Whether the options let this pass run."""
+        """Return whether the options let this pass run."""
         return self.name not in config.disabled_passes and all(getattr(config, name) for name in self.options)
 
 

@@ -1,1 +1,1 @@
-"""Spellings as data: collectives, norms, and the patterns that fuse."""
+"""Define spellings as data: collectives, norms, and the patterns that fuse."""

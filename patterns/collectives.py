@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 WAIT = torch.ops._c10d_functional.wait_tensor.default
-# Waits for a list of tensors, as coalesced collectives have it from torch 2.15 on.
+# Waits for a list of tensors; coalesced collectives use it from torch 2.15 on.
 WAIT_ALL = getattr(getattr(torch.ops._c10d_functional, "wait_tensors", None), "default", None)
 ALL_REDUCE = torch.ops._c10d_functional.all_reduce.default
 COALESCED = torch.ops._c10d_functional.all_reduce_coalesced.default
@@ -78,7 +78,7 @@ class AllReduce:
 
     @property
     def name(self) -> str:
-        """The node's name, unique in the graph."""
+        """Return the node's name, which is unique in the graph."""
         return self.node.name
 
 

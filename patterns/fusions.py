@@ -1,6 +1,6 @@
-"""What fuses with what, as data: patterns of the operators that canonicalized graphs have.
+"""Define as data which operators of canonicalized graphs fuse: patterns and their replacements.
 
-A pattern is a tree of calls from the norm (the root) down to the collective.
+A pattern is a tree of calls from the norm, or the all-gather after it, down to the collective.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Fusion:
-    """A pattern and what it becomes.
+    """A pattern and its replacement.
 
     Attributes:
         name: its name in reports.
-        tree: what is matched; its root is the norm.
+        tree: the pattern; its root is the norm, or the wait for the all-gather after it.
         replacement: the fused operator.
-        arguments: what the replacement is called with, in order: captures, or None.
-        returns_sum: whether the root returns (norm, sum); else the all-reduce is the sum.
+        arguments: the arguments of the replacement, in order: captures, or None.
+        returns_sum: whether the norm returns (norm, sum); else the collective's result is the sum.
     """
 
     name: str
@@ -77,7 +77,7 @@ FUSIONS = (
 
 
 def _first(call: Call) -> Call:
-    """Match the first result of a call that returns two."""
+    """Return a pattern of the first result of a call that returns two."""
     return Call(operator.getitem, (call, 0))
 
 
@@ -109,7 +109,7 @@ _SCATTERED = Call(
 
 
 def _gathered(norm: Call) -> Call:
-    """Match the finished all-gather of a norm."""
+    """Return a pattern of the finished all-gather of a norm."""
     return Call(WAIT, (Call(ALL_GATHER, (norm, Capture("gathered_size"), Capture("gathered_group"))),), shared=True)
 
 

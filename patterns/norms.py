@@ -48,7 +48,7 @@ _NAMES = {tail.steps: tail.name for tail in TAILS}
 
 
 def tail_name(steps: tuple[str, ...]) -> str:
-    """Return a tail's name in reports; the steps themselves for a spelling that has none."""
+    """Return a tail's name in reports, or its steps if it has no name."""
     return _NAMES.get(steps, " ".join(steps))
 
 
@@ -70,7 +70,7 @@ class Variant:
     does: str
 
 
-# Above each a program that is read so; `r` stands for `rsqrt(mean(x ** 2) + eps)`.
+# Above each stands an example; `r` is `rsqrt(mean(x ** 2) + eps)`.
 # x * rsqrt(sum(x ** 2) / size + eps)
 SUMMED = Variant("sum over the size", "divides a sum by the hidden size instead of taking a mean")
 # x * (sqrt(size) * rsqrt(sum(x ** 2) + size * eps))

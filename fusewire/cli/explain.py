@@ -154,7 +154,7 @@ def _stdout_for_json(wanted: bool) -> Iterator[TextIO]:
 
 
 def _run_script(arguments: argparse.Namespace, config: PassConfig) -> tuple[int, str]:
-    """Run the script with the passes; return its exit status, and its error as text ("" if none)."""
+    """Run the script with the passes; return its exit status and its error as text ("" if none)."""
     sys.argv = [arguments.script, *arguments.arguments]
     if not getattr(sys.flags, "safe_path", False):  # python -P has no such first entry
         sys.path[0] = os.getcwd() if arguments.module else str(Path(arguments.script).absolute().parent)
@@ -213,8 +213,8 @@ def _sigterm_restored() -> Iterator[None]:
 def _rank_0_ready(*, wait: bool) -> None:
     """Publish that rank 0 can be stopped without losing its report, or wait until it can.
 
-    Otherwise a rank that fails early would make torchrun end rank 0 while it starts. The ranks go on
-    after the time limit, or if the launcher offers no store.
+    Otherwise a rank that fails early would make torchrun end rank 0 while it starts. The ranks go
+    on after the time limit, or if the launcher offers no store.
     """
     try:
         store = _launchers_store()

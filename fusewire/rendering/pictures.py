@@ -190,7 +190,7 @@ class _Before(_Canvas):
         self.sum_readers = self._readers(end, inner) if end is not None else ""
 
     def _chain(self) -> tuple[list[Node], Node | None]:
-        """Return the chain to the nearest norm's input, and this input; else the chain, and None."""
+        """Return the chain to the nearest norm's input, and that input; else the chain and None."""
         start = self.site.value
         came: dict[Node, Node] = {}
         pending, seen, stopped, few = [start], [start], False, 0

@@ -1,1 +1,1 @@
-"""What a graph means: norms by their arithmetic, paths from collectives, proofs."""
+"""Analyse graphs: norms by their arithmetic, paths from collectives, proofs about ranks."""

@@ -46,7 +46,7 @@ def value_of(node: Any) -> Tensor | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a graph argument is a plain number (not a symbol, not a tensor)."""
+    """Return whether a graph argument is a plain number (not a symbol, not a tensor)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -63,13 +63,13 @@ def last_size(node: Any) -> Any:
 
 
 def is_vector(node: Any, size: Any) -> bool:
-    """Whether a node is a one-dimensional tensor of this length."""
+    """Return whether a node is a one-dimensional tensor of this length."""
     value = value_of(node)
     return value is not None and value.dim() == 1 and same_size(value.shape[0], size)
 
 
 def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are known to be equal, without adding a guard."""
+    """Return whether two sizes are known to be equal, without adding a guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr == b.node.expr:
@@ -79,12 +79,12 @@ def same_size(a: Any, b: Any) -> bool:
 
 
 def is_unbacked(size: Any) -> bool:
-    """Whether a size depends on data and is known only when the graph runs."""
+    """Return whether a size depends on data and is known only when the graph runs."""
     return isinstance(size, torch.SymInt) and not size.node.has_hint()
 
 
 def same_shape(a: Any, b: Any) -> bool:
-    """Whether two nodes' tensors are known to have one shape, without adding a guard."""
+    """Return whether two nodes' tensors are known to have one shape, without adding a guard."""
     va, vb = value_of(a), value_of(b)
     return (
         va is not None
@@ -95,7 +95,7 @@ def same_shape(a: Any, b: Any) -> bool:
 
 
 def is_row_major(node: Any) -> bool:
-    """Whether a node's tensor is known to be contiguous, without adding a guard."""
+    """Return whether a node's tensor is known to be contiguous, without adding a guard."""
     value = value_of(node)
     if value is None:
         return False
@@ -111,7 +111,7 @@ def is_row_major(node: Any) -> bool:
 
 
 def cast_source(node: Any) -> Node | None:
-    """Return what a cast converts, or None if the node is no plain cast."""
+    """Return the input of a plain cast, or None for any other node."""
     if not isinstance(node, Node) or node.target not in CASTS:
         return None
     if set(node.kwargs) - {"dtype"}:
@@ -146,7 +146,7 @@ def _operands(node: Any, targets: frozenset[Any]) -> tuple[Any, Any] | None:
 
 
 def other_factor(product: Any, value: Node) -> Any:
-    """Return what `product` multiplies `value` by; None if by itself or not at all."""
+    """Return the factor that multiplies `value` in `product`; None if it is `value` or missing."""
     left, right = plain_mul(product) or (None, None)
     if left is right:
         return None
@@ -154,7 +154,7 @@ def other_factor(product: Any, value: Node) -> Any:
 
 
 def writes_in_place(node: Node) -> bool:
-    """Whether a node changes one of its inputs."""
+    """Return whether a node changes one of its inputs."""
     return node.op == "call_function" and _target_writes(node.target)
 
 
@@ -166,7 +166,7 @@ def _target_writes(target: Any) -> bool:
 
 
 def mutation_regions(graph: Graph) -> dict[Node, int]:
-    """Return how many in-place writes stand before each node; no node may move past one."""
+    """Return the number of in-place writes up to each node; no node may move past one."""
     regions, count = {}, 0
     for node in graph.nodes:
         if writes_in_place(node):
@@ -176,10 +176,10 @@ def mutation_regions(graph: Graph) -> dict[Node, int]:
 
 
 def sort_topologically(graph: Graph) -> None:
-    """Move nodes behind what they use, and change the order no further.
+    """Move nodes after their inputs, and keep the order otherwise.
 
-    No node moves past an in-place write: what is read before a write must not come to stand after
-    it. The output stays last.
+    No node moves past an in-place write, since it could then read other values. The output stays
+    last.
 
     Raises:
         RuntimeError: a node would have to move past an in-place write, or the graph has a cycle.
@@ -220,7 +220,7 @@ def erase_unused(node: Node) -> None:
 
 
 def depends_on(node: Any, ancestor: Node, order: dict[Node, int]) -> bool:
-    """Whether `node` is computed from `ancestor`; `order`: the nodes' positions."""
+    """Return whether `node` is computed from `ancestor`; `order`: the nodes' positions."""
     if not isinstance(node, Node):
         return False
     floor = order.get(ancestor, -1)
@@ -252,14 +252,14 @@ def getitem_users(node: Node) -> Iterator[tuple[int, Node]]:
 
 
 def copy_origin(source: Node, new: Node) -> None:
-    """Copy the metadata that says where in the user's program a node comes from."""
+    """Copy the metadata on a node's place in the user's program."""
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "custom"):
         if key in source.meta:
             new.meta[key] = source.meta[key]
 
 
 def new_call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: Any, origin: Node) -> Node:
-    """Return a new call with its fake value, from where `origin` is in the user's program."""
+    """Return a new call with its fake value and the place of `origin` in the user's program."""
     node = graph.call_function(target, args, dict(kwargs))
     copy_origin(origin, node)
     node.meta["val"] = _infer(node)

@@ -1,4 +1,4 @@
-"""Read the number by which an RMSNorm scales a row, however a program computes it.
+"""Read the number that scales a row in an RMSNorm, however a program computes it.
 
 The number is `rsqrt(mean(x^2) + eps)`. Programs spell it in many ways: a sum divided by the hidden
 size, a vector's length divided by the size's root, the reciprocal of a root. Each of them is the
@@ -56,7 +56,7 @@ class Row:
     Attributes:
         wide: the node whose rows are squared, of shape (..., size).
         eps: a number, a node that holds an unknown number, or None if nothing was added.
-        variants: how it is spelled, besides RMSNorm's own way.
+        variants: how its spelling differs from RMSNorm's own.
         refusal: the step that no RMSNorm has, as a sentence, or "".
     """
 
@@ -70,7 +70,7 @@ class Row:
     refusal: str = ""
 
     def by(self, *variants: Variant) -> Row:
-        """Return this row, spelled in these variants too."""
+        """Return this row with these variants added."""
         return dataclasses.replace(self, variants=self.variants.union(variants))
 
     def times(self, number: float, sizes: int = 0) -> Row | None:
@@ -100,7 +100,7 @@ class Row:
         if not (1e-30 < self.factor < 1e30 and abs(power) <= 4):
             return None
         if self.power != 1 and not (self.eps is None or (is_number(self.eps) and self.eps >= 0)):
-            return None  # a root of a root's square is the square's own only where it is not negative
+            return None  # (b ** p) ** q is b ** (p * q) only if b is not negative
         row = self
         if power == -1:
             row = self.by(RECIPROCAL)
@@ -118,7 +118,7 @@ class Row:
 
     @property
     def divisor(self) -> float | None:
-        """The divisor where this is written as `(S / divisor + eps) ** power`, or None."""
+        """Return the divisor if this is `(S / divisor + eps) ** power`, else None."""
         size = last_size(self.wide)
         sizes = self.sizes
         if not isinstance(size, int):
@@ -130,7 +130,7 @@ class Row:
 
     @property
     def is_mean(self) -> bool:
-        """Whether this is `rsqrt(S / size + eps)` for some eps."""
+        """Return whether this is `rsqrt(S / size + eps)` for some eps."""
         size = last_size(self.wide)
         if self.divisor is None or self.power != -0.5:
             return False
@@ -140,7 +140,7 @@ class Row:
 
     @property
     def epsilon(self) -> Any:
-        """The eps of the RMSNorm that this row is."""
+        """Return the eps of the RMSNorm that this row scales."""
         if self.eps is None:
             return 0.0
         scaled = self.factor != 1 and self.is_mean and is_number(self.eps)
@@ -148,7 +148,7 @@ class Row:
 
     @property
     def norm_refusal(self) -> str:
-        """Why this cannot scale a row as RMSNorm does, or ""."""
+        """Return why this cannot scale a row as RMSNorm does, or ""."""
         if self.refusal or self.is_mean:
             return self.refusal
         size = last_size(self.wide)
@@ -157,14 +157,14 @@ class Row:
 
 
 def is_root(node: Node) -> bool:
-    """Whether a node is a square root, or the reciprocal of one."""
+    """Return whether a node is a square root, or the reciprocal of one."""
     if node.target is aten.pow.Tensor_Scalar:
         return bool(node.args[1] in (0.5, -0.5))
     return node.target is aten.rsqrt.default or node.target is aten.sqrt.default
 
 
 def rows_from(root: Node) -> Iterator[tuple[Node, Row]]:
-    """Yield the nodes from a root up to the next that are a row's number, with their rows."""
+    """Yield a root and the nodes after it, up to the next root, that are rows' numbers, with Rows."""
     pending, seen = [root], {root}
     while pending:
         node = pending.pop(0)
@@ -206,15 +206,15 @@ def rounding_refusal(what: str, dtype: torch.dtype | None, wide: torch.dtype | N
 
 
 def reaches_every_row(node: Any, wide: Node) -> bool:
-    """Whether a product of `wide` and a node with one number a row multiplies row by row."""
+    """Return whether `wide` times a node with one number a row multiplies row by row."""
     value, rows = value_of(node), value_of(wide)
     return value is not None and rows is not None and (value.dim() == rows.dim() or rows.dim() == 1)
 
 
 def same_input(node: Any, wide: Node) -> bool:
-    """Whether a factor is the norm's input, of which `wide` is squared.
+    """Return whether a factor is the norm's input; `wide` is the node that the norm squares.
 
-    That is `wide`, another cast to its dtype, or what it is cast from (which the product widens).
+    The input is `wide`, another cast to its dtype, or the cast's source (which the product widens).
     """
     source = cast_source(wide)
     if node is wide or source is None:
@@ -329,7 +329,7 @@ def _kept(node: Node, read: _Read) -> Row | None:
 
 
 def _is_per_row(node: Node, wide: Node) -> bool:
-    """Whether a node that is computed from one number a row still holds one a row.
+    """Return whether a node that is computed from one number a row still holds one a row.
 
     Views keep the order of elements, so the shape decides: the rows', with or without a last
     dimension of 1, or `wide`'s.

@@ -3,10 +3,10 @@
 A norm is searched from its *root*: a node that computes a square root, or an operator that is a
 norm by itself. A decomposed norm is read forwards from its root r:
 
-    rows        what the root and the steps after it say of a tensor's rows (norm_arithmetic.Row)
+    rows        the formulas that the root and the steps after it compute (norm_arithmetic.Row)
     use         x * r or x / r: the first product of the input with a row's number
-    value       the normalised input; the product with a number first, where the row's number lacks
-    one tail        the rounding to x's dtype and the product with the weight (patterns.norms.Tail)
+    value       the normalised input, after one more product with a number if it is needed
+    tail        the rounding to x's dtype and the product with the weight (patterns.norms.Tail)
 
 The weight may be multiplied in before x and r meet (`_weighted_first`).
 """
@@ -74,9 +74,9 @@ class Norm:
         eps: a number, or a node where the graph does not know the number.
         weight_bias: the number added to the weight (0.0 where none is).
         form: where it rounds (`form` of the IR operators).
-        spelling: the name for the report.
+        spelling: the name of its spelling in the report.
         refusal: why this norm cannot become an IR operator, or "".
-        variants: what it does so that it rounds elsewhere than the IR operator, or "".
+        variants: why it rounds elsewhere than the IR operator, or "".
     """
 
     source: Node
@@ -94,7 +94,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class _Weight:
-    """What a value is multiplied by: a weight, the number added to it, and a step of Tail."""
+    """The factor of a normalised value: a weight, the number added to it, and a step of Tail."""
 
     node: Node
     bias: Any
@@ -164,7 +164,7 @@ def _norms_of_use(node: Node, row: Row, user: Node, other: Any) -> Iterator[Norm
 
 
 def _source_of(wide: Node) -> Node:
-    """Return what is normalised: what `wide` is cast from, if operators cast so too."""
+    """Return the norm's input: the source of the cast `wide`, if operators cast it alike."""
     source = cast_source(wide)
     return wide if source is None or dtype_of(wide) != _computed_in(source) else source
 
@@ -268,7 +268,7 @@ def _weighted_or_not(source: Node, value: Node, eps: Any, steps: tuple[str, ...]
 
 
 def _weighted(source: Node, product: Node, weight: _Weight, eps: Any) -> Norm:
-    """Return the norm of a product with the weight, which may be rounded to x's dtype afterwards."""
+    """Return the norm of a product with the weight, which may be cast to x's dtype afterwards."""
     dtype = dtype_of(source)
     if dtype_of(product) == dtype:
         return _norm(source, product, weight, eps, (weight.step,))
@@ -291,7 +291,7 @@ def _weight_of(user: Node, value: Node, hidden: Any) -> _Weight | None:
 
 
 def _read_weight(vector: Any, dtype: torch.dtype | None, left: bool, hidden: Any) -> _Weight | None:
-    """Return the weight that a vector of hidden size is, or None if it is none.
+    """Return the weight that a vector of hidden size stands for, or None if it is no weight.
 
     Args:
         dtype: the dtype of the value that it multiplies.
@@ -301,7 +301,7 @@ def _read_weight(vector: Any, dtype: torch.dtype | None, left: bool, hidden: Any
         return None
     inner, bias = _split_bias(vector, hidden)
     if bias and dtype_of(inner) != dtype:
-        inner, bias = vector, 0.0  # the sum was rounded, which the IR operators do not do: it is itself the weight
+        inner, bias = vector, 0.0  # the sum was rounded: it is the weight
     raw = cast_source(inner)
     text = "w"
     if raw is not None and is_vector(raw, hidden) and dtype_of(inner) == dtype in _WIDE:
@@ -311,7 +311,7 @@ def _read_weight(vector: Any, dtype: torch.dtype | None, left: bool, hidden: Any
 
 
 def _split_bias(vector: Node, hidden: Any) -> tuple[Node, Any]:
-    """Return the vector and the number that a vector is the sum of, else itself and 0.0."""
+    """Return (vector, number) if a vector is their sum, else itself and 0.0."""
     operands = plain_add(vector)
     for inner, number in (operands, operands[::-1]) if operands is not None else ():
         if is_number(number) and is_vector(inner, hidden):

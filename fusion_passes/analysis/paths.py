@@ -6,8 +6,8 @@ Addends and scales then round elsewhere than in the source, so they move only wi
 PassConfig.allow_reassociation. In float16 a scale above 1 and a whole tensor do not move: a rank's
 part, or the residual, could become too large for the dtype although the sum is not.
 
-A scale may move only if it is equal on every rank. A number in the program is. Of a tensor the
-graph does not say:
+A scale may move only if it is equal on every rank. A number in the program is. For a tensor the
+graph does not show it:
 
 - a one-element parameter, buffer or input (Gemma's embedding scale, a layer scale) is assumed to
   be, unless PassConfig.assume_replicated_scales is off;
@@ -56,7 +56,7 @@ class Step:
     Attributes:
         kind: VIEW, CAST, SCALE or ADDEND.
         value: the factor of a scale, or what an add adds.
-        assumption: the option that lets a scale count as equal on every rank; "" if none has to.
+        assumption: the option that assumes a scale equal on every rank; "" if none is needed.
     """
 
     kind: str
@@ -94,12 +94,12 @@ class Path:
 
     @property
     def other_readers(self) -> int:
-        """How often something off the path reads the all-reduce's value or a step's."""
+        """Return how often nodes off the path read the all-reduce's value or a step's."""
         return _other_readers(self.all_reduce.value, self.steps)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """For each scale that is assumed to be equal on every rank, the option that allows it."""
+        """Return for each scale that is assumed to be equal on every rank the option for it."""
         return tuple(step.assumption for step in self.of_kind(SCALE) if step.assumption)
 
     def refusal(self, allow_reassociation: bool) -> str:
@@ -186,7 +186,7 @@ class PathFinder:
             path = self._walk(source, seen, limit - 1)
             if path is not None:
                 found.append((path[0], [*path[1], step]))
-        # Of several all-reduces the last that nothing else reads, so that they keep their order.
+        # Of several all-reduces the last with the fewest other readers, so that they keep their order.
         return max(found, key=lambda path: (-_other_readers(path[0], path[1]), path[0]), default=None)
 
     def _back(self, node: Node) -> Iterator[tuple[Any, Step]]:
@@ -211,7 +211,7 @@ class PathFinder:
                     yield value, Step(ADDEND, node, addend)
 
     def _may_scale(self, factor: Any, value: Node) -> str | None:
-        """Return the option by which a factor may move, "" if it needs none, None if it may not."""
+        """Return the option that lets a factor move; "" if it needs none, None if it may not move."""
         if is_number(factor):
             return ""
         if self.config.assume_replicated_scales and _is_scale(factor, value):
@@ -222,7 +222,7 @@ class PathFinder:
         return None
 
     def _fits_group(self, factor: Any, site: AllReduce) -> bool:
-        """Whether a factor is equal on the ranks of an all-reduce's group."""
+        """Return whether a factor is equal on the ranks of an all-reduce's group."""
         if not isinstance(factor, Node) or factor.op != "call_function":
             return True
         return self.replication.judge(factor, site.group).kind != UNKNOWN
@@ -233,7 +233,7 @@ def _other_readers(value: Node, steps: Sequence[Step]) -> int:
 
 
 def _is_scale(factor: Any, value: Node) -> bool:
-    """Whether a factor is a one-element parameter, buffer or input that keeps the dtype."""
+    """Return whether a factor is a one-element parameter, buffer or input that keeps the dtype."""
     tensor, scaled = value_of(factor), value_of(value)
     return (
         tensor is not None
@@ -246,7 +246,7 @@ def _is_scale(factor: Any, value: Node) -> bool:
 
 
 def _is_gate(factor: Any, value: Node) -> bool:
-    """Whether a factor is one computed number a token, in the value's dtype."""
+    """Return whether a factor is one computed number a token, in the value's dtype."""
     gate, scaled = value_of(factor), value_of(value)
     if gate is None or scaled is None or gate.dim() == 0 or factor.op != "call_function":
         return False
@@ -256,7 +256,7 @@ def _is_gate(factor: Any, value: Node) -> bool:
 
 
 def _is_addend(addend: Any, value: Any, node: Node) -> bool:
-    """Whether an add adds a vector of the last size or a tensor of the value's shape."""
+    """Return whether an add adds a vector of the last size or a tensor of the value's shape."""
     if dtype_of(addend) is None or not dtype_of(addend) == dtype_of(value) == dtype_of(node):
         return False
     return same_shape(value, node) and (same_shape(addend, node) or is_vector(addend, last_size(node)))

@@ -1,4 +1,4 @@
-"""Find why a norm and the all-reduce that it comes from cannot be rewritten into one operator."""
+"""Find why a norm and the all-reduce before it cannot be rewritten into one operator."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ class Site:
 
     @property
     def scatters(self) -> bool:
-        """Whether the collective is a reduce-scatter."""
+        """Return whether the collective is a reduce-scatter."""
         return self.path.all_reduce.spelling.scatters
 
     @property
     def stays(self) -> bool:
-        """Whether the all-reduce is in its canonical form and nothing has to move before it."""
+        """Return whether the all-reduce is in its canonical form and nothing has to move before it."""
         return not self.path.of_kind(VIEW, SCALE) and self.path.all_reduce.node.target in (ALL_REDUCE, REDUCE_SCATTER)
 
     @property
     def inner(self) -> list[Node]:
-        """The nodes between that nothing else may read, since the fused operator lacks them."""
+        """Return the nodes in between that nothing else may read: the fused operator lacks them."""
         if (not self.path.steps and self.stays) or self.is_viewed:
-            return []  # the check of the fusion sees the readers of an all-reduce that stays where it is
+            return []  # the check of the fusion sees the readers of an all-reduce that stays
         nodes = [self.path.all_reduce.value, *(step.node for step in self.path.steps)]
         return nodes if self.residual is not None else [node for node in nodes if node is not self.path.end]
 
     @property
     def is_viewed(self) -> bool:
-        """Whether only views stand between the all-reduce and the norm."""
+        """Return whether only views stand between the all-reduce and the norm."""
         only = all(step.kind == VIEW for step in self.path.steps) and not self.scatters
         return self.residual is None and bool(self.path.steps) and only
 
@@ -107,7 +107,7 @@ def _scatter_refusals(site: Site) -> Iterator[tuple[bool, str]]:
 
 
 def spans_write(norm: Norm, regions: dict[Node, int]) -> bool:
-    """Whether something is written in place between two nodes of the norm."""
+    """Return whether something is written in place between two nodes of the norm."""
     region, pending = regions.get(norm.out, 0), [norm.out]
     while pending and region > 0:
         node = pending.pop()

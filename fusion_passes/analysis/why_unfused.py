@@ -17,11 +17,11 @@ _STEPS = 24
 
 
 def explain_unfused(site: AllReduce, norms: set[Node], fused_sums: set[str]) -> Refused:
-    """Return why no norm claimed an all-reduce.
+    """Return why an all-reduce was not fused with a norm.
 
     Args:
         site: the all-reduce, in the graph as it arrived.
-        norms: what the norms of that graph normalise.
+        norms: the inputs of that graph's norms.
         fused_sums: names of sums that were fused with another all-reduce.
     """
     return Refused(MATCH, first_refusal(_at_site(site)) or first_refusal(_after(site, norms, fused_sums)))

@@ -13,7 +13,7 @@ from fusewire.patterns.collectives import ALL_REDUCE, COALESCED, WAIT, WAIT_ALL,
 
 
 def drop_taken_tensors(graph: Graph, context: RunContext) -> None:
-    """Reduce only those tensors of each coalesced all-reduce whose sums are still read."""
+    """Drop from each coalesced all-reduce the tensors whose sums nothing reads any more."""
     if WAIT_ALL is not None:
         for node in graph.find_nodes(op="call_function", target=WAIT_ALL):
             _wait_for_less(graph, node)

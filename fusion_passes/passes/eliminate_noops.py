@@ -14,7 +14,7 @@ _RESHAPES = VIEWS | {aten.expand.default}
 
 
 def eliminate_noops(graph: Graph, context: RunContext) -> bool:
-    """Replace nodes that change nothing by their input; returns whether there were any."""
+    """Replace nodes that change nothing by their input; return whether there were any."""
     changed = False
     # Where the graph writes in place, such a cast may be the copy that keeps the old value.
     removable = {WAIT} | (_RESHAPES if any(map(writes_in_place, graph.nodes)) else _RESHAPES | CASTS)
@@ -34,7 +34,7 @@ def eliminate_noops(graph: Graph, context: RunContext) -> bool:
 
 
 def _other_of_size(node: Any, waits: dict[Any, Node]) -> Any:
-    """Return a node of a collective's size to ask instead (which would read it), or None."""
+    """Return a node with the size of a collective, so that a size does not read it; or None."""
     call = node.args[0] if isinstance(node, Node) and node.target is WAIT else node
     if isinstance(call, Node) and call.target is ALL_REDUCE:
         return call.args[0]
@@ -48,7 +48,7 @@ def _changes_nothing(node: Node) -> bool:
     if not isinstance(source, Node) or not _same_layout(node, source):
         return False
     if any(user.op == "output" for user in node.users):
-        return False  # an output must stay a tensor of its own, which another output or an input is not
+        return False  # an output must not become an input or another output
     return node.target not in CASTS or set(node.kwargs) <= {"dtype"}
 
 

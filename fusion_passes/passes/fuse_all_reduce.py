@@ -13,7 +13,7 @@ from fusewire.patterns.fusions import FUSIONS
 
 
 def fuse_all_reduce(graph: Graph, context: RunContext) -> bool:
-    """Fuse every all-reduce that the checks let through; returns whether the graph changed."""
+    """Fuse every all-reduce that the checks let through; return whether the graph changed."""
     return AllReduceFuser.run(graph, context)
 
 

@@ -14,7 +14,7 @@ from fusewire.patterns.fusions import EPILOGUES
 
 
 def fuse_epilogues(graph: Graph, context: RunContext) -> bool:
-    """Fuse every epilogue that the checks let through; returns whether the graph changed."""
+    """Fuse every epilogue that the checks let through; return whether the graph changed."""
     changed = EpilogueFuser.run(graph, context)
     left = {node.name for node in graph.find_nodes(op="call_function", target=fused_add_rms_norm.torch_op)}
     context.unfused_second_norms |= {name for node, name in context.second_norms.items() if node in left}

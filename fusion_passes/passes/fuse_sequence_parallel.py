@@ -1,7 +1,7 @@
 """Fuse sequence parallelism: reduce-scatter, [add,] norm and all-gather become one operator.
 
 The residual holds each rank's own rows, before and after, so it need not be equal on every rank.
-The norm's weight must be for kernels, which lower_ops checks (REPLICATED_ARGUMENTS in
+Kernels need the norm's weight to be equal, which lower_ops checks (REPLICATED_ARGUMENTS in
 fusion_passes/analysis/replication.py).
 """
 
@@ -26,7 +26,7 @@ _NORMS = (rms_norm.torch_op, fused_add_rms_norm.torch_op)
 
 
 def fuse_sequence_parallel(graph: Graph, context: RunContext) -> bool:
-    """Fuse every reduce-scatter that the checks let through; returns whether the graph changed."""
+    """Fuse every reduce-scatter that the checks let through; return whether the graph changed."""
     return SequenceFuser.run(graph, context)
 
 
@@ -108,7 +108,7 @@ class SequenceFuser(Fuser):
                 self.graph.erase_node(node)
 
     def _size(self, x: Node, dim: int, origin: Node) -> Any:
-        """Return a size of x, not the first; a node where it is symbolic."""
+        """Return a size of x other than the first; a node if it is symbolic."""
         size = x.meta["val"].shape[dim]
         return size if isinstance(size, int) else new_call(self.graph, aten.sym_size.int, (x, dim), {}, origin)
 

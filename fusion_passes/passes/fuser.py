@@ -1,4 +1,4 @@
-"""What the fusing passes share: a base class, and the checks on what a pattern captured.
+"""Define the base class of the fusing passes, and the checks of a pattern's captures.
 
 A fusing pass finds its patterns (fusewire.patterns.fusions) by Inductor's matcher. Each match is
 checked. If a check refuses, the graph stays as it is and the refusal is recorded; else one call of
@@ -53,11 +53,11 @@ class Match:
 
 
 class Fuser:
-    """The base of the fusing passes, for one run over one graph. Subclasses give what differs.
+    """The base class of the fusing passes. An instance serves one run over one graph.
 
     Attributes:
         fusions: the patterns.
-        collective: what every match calls once; the node stands for the match.
+        collective: the operator that every match calls once; its node stands for the match.
         what: the collective's name in refusals.
         clauses: the checks of the captures, in order.
         order: the position of each node that was there when the pass began.
@@ -85,7 +85,7 @@ class Fuser:
 
     @classmethod
     def run(cls, graph: Graph, context: RunContext) -> bool:
-        """Fuse every match that the checks let through; returns whether there was one."""
+        """Fuse every match that the checks let through; return whether there was one."""
         if not graph.find_nodes(op="call_function", target=cls.collective, sort=False):
             return False
         fuser = cls(graph, context)
@@ -149,7 +149,7 @@ class Fuser:
         )
 
     def check_order(self, match: Match, last: Node) -> Support:
-        """Check that the collective can move up to `last`, past no other of its group."""
+        """Check that the collective can move to `last` without passing another of its group."""
         node = match.node_of(self.collective)
         for name in ("weight", "residual"):
             if depends_on(match.captures.get(name), node, self.order):
@@ -190,7 +190,7 @@ class Fuser:
             return self.call(match, arguments, tuple(values))
 
 
-# The clauses: checks of the captures. A `Support` that says no has the refusal.
+# The clauses: checks of the captures. A false `Support` has the refusal.
 
 
 def check_reduction(captures: Captures) -> Support:
@@ -295,6 +295,6 @@ def _shape(node: Any) -> str:
     return "unknown" if value is None else str(list(value.shape))
 
 
-# In the order in which they are asked.
+# The checks run in this order.
 SUM_CLAUSES = (check_reduction, check_group)
 NORM_CLAUSES = (check_epsilon, check_weight_bias, check_input, check_weight)

@@ -1,6 +1,6 @@
-"""Lower: give each IR operator that is left in the graph the provider that serves it.
+"""Lower each IR operator in the graph to the provider that serves it.
 
-Native is the operator's meaning in plain PyTorch. It is traced and written into the graph, where
+Native is the operator in plain PyTorch. It is traced and written into the graph, where
 Inductor fuses it with its neighbours. Any other provider stays a call of the operator. Its `policy`
 lists the providers that may serve; the choice by number of tokens is made at run time.
 
@@ -37,7 +37,7 @@ _ONLY_SUM = (NATIVE, "rank_ordered", "rank_ordered_batch_invariant")
 
 
 def lower_ops(graph: Graph, context: RunContext) -> bool:
-    """Lower every IR operator of the graph; returns whether it changed."""
+    """Lower every IR operator of the graph; return whether it changed."""
     return _Lowerer(graph, context).run()
 
 
@@ -50,7 +50,7 @@ class _Lowerer:
 
     def run(self) -> bool:
         changed = False
-        # Before any is replaced: native's arithmetic says less about ranks than the operator.
+        # Before any is replaced: native's arithmetic shows less about ranks than the operator.
         replication = Replication()
         for node in self.graph.nodes:
             if node.op == "call_function" and node.target in REPLICATED_ARGUMENTS:
@@ -68,12 +68,12 @@ class _Lowerer:
         policy, left_out = self._policy(node, op, arguments.pop() or self.context.config.policy(op.name))
         values = [value_of(a) if isinstance(a, Node) else a for a in arguments]
         if any(isinstance(a, Node) and v is None for a, v in zip(arguments, values, strict=True)):
-            # A number of the graph's own: the operator decides at run time.
+            # The graph computes an argument: the operator decides at run time.
             if left_out:
                 self._keep(node, arguments, policy)
             return bool(left_out)
         try:
-            # Where ranks vote at run time, no rank may decide here by what its own machine has.
+            # Where ranks vote at run time, no rank may decide here by its own machine.
             judge, judged = (
                 (op, tuple(values)) if op.derives_from is None else (op.derives_from, op.base_args(tuple(values)))
             )
@@ -96,7 +96,7 @@ class _Lowerer:
             return policy, ""
         names = parse_policy(op.derives_from or op, policy)
         if NATIVE in names:
-            names = names[: names.index(NATIVE) + 1]  # what follows is never reached
+            names = names[: names.index(NATIVE) + 1]  # later ones are never reached
         kept = [name for name in names if name in _ONLY_SUM]
         if len(kept) == len(names):
             return policy, ""

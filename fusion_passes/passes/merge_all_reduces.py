@@ -48,7 +48,7 @@ class _Pair:
 
 
 def merge_all_reduces(graph: Graph, context: RunContext) -> bool:
-    """Merge every sum of two all-reduces that allows it; returns whether the graph changed."""
+    """Merge every sum of two all-reduces that allows it; return whether the graph changed."""
     return _Merger(graph, context).run()
 
 
@@ -113,7 +113,7 @@ class _Merger:
     def _path_to(self, operand: Any) -> Path | None:
         """Return a path of views and scales that nothing else reads, or None.
 
-        So neither a gate nor what another all-reduce sums is computed from this one's result.
+        So neither a gate nor the input of another all-reduce depends on this one's result.
         """
         if not self._may_lead(operand):
             return None
@@ -123,7 +123,7 @@ class _Merger:
         return None if path.refusal(True) else path
 
     def _may_lead(self, node: Any, limit: int = 6) -> bool:
-        """Whether an all-reduce stands behind at most 6 views and products."""
+        """Return whether an all-reduce stands behind at most 6 views and products."""
         if not isinstance(node, Node) or limit == 0:
             return False
         if node in self.values:
@@ -141,7 +141,7 @@ class _Merger:
         return _Pair(first, second, residual)
 
     def _merge(self, node: Node, pair: _Pair) -> Node:
-        """Replace an add of two all-reduces by one all-reduce; returns its node."""
+        """Replace an add of two all-reduces by one all-reduce; return its node."""
         graph, kept, gone = self.graph, pair.first.all_reduce, pair.second.all_reduce
         with graph.inserting_before(max(kept.node, gone.node)):
             inputs = tuple(path.moved_input(functools.partial(new_call, graph)) for path in pair.paths)
@@ -175,7 +175,7 @@ class _Merger:
 
 
 def _same_reduction(a: AllReduce, b: AllReduce) -> bool:
-    """Whether two all-reduces sum over one group in one dtype that the total cannot exceed."""
+    """Return whether two all-reduces sum over one group in one dtype that the total cannot exceed."""
     return bool(
         isinstance(a.group, str)
         and a.group == b.group

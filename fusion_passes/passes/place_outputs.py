@@ -2,7 +2,7 @@
 
 A workspace has a few output buffers ("slots"). A result may stay in one only if everything that
 reads it has run when the next call with that slot writes it again. The order of a graph's nodes
-does not say it: Inductor schedules anew, and computes cheap values again where they are used. Data
+does not show it: Inductor schedules anew, and computes cheap values again where they are used. Data
 dependence holds in every schedule. So a result gets a slot only where each reader
 
 - writes what it computes to memory of its own (a matrix product, an attention, a fused operator).
@@ -86,7 +86,7 @@ _NEED_INPUTS = (
 
 
 def place_outputs(graph: Graph, context: RunContext) -> bool:
-    """Give slots to the results that the graph proves safe; returns whether there are any."""
+    """Give slots to results where the graph proves it safe; return whether there are any."""
     calls = [node for node in graph.nodes if node.op == "call_function" and node.target in _PLACED]
     if not calls:
         return False
@@ -116,7 +116,7 @@ def place_outputs(graph: Graph, context: RunContext) -> bool:
 
 
 def _workspace(call: Node) -> tuple[Any, ...]:
-    """Return what decides which workspace a call works in."""
+    """Return the key of a call's workspace: its group, dtype and hidden size."""
     value = value_of(call.args[0])
     assert value is not None
     return positional(call)[-2], value.dtype, str(value.shape[-1])
@@ -132,7 +132,7 @@ def _mark(call: Node, slot: int) -> None:
 
 
 def _is_marked(args: Sequence[Any]) -> bool:
-    """Whether a call's policy names a slot."""
+    """Return whether a call's policy names a slot."""
     policy = args[-1]
     return isinstance(policy, str) and _SLOT in policy and f"{_SLOT}{_NONE}" not in policy
 
@@ -140,7 +140,7 @@ def _is_marked(args: Sequence[Any]) -> bool:
 def _readers(call: Node) -> list[Node] | None:
     """Return the readers, direct or through cheap values, of the result that could stay in a slot.
 
-    None if the output, or what writes in place, is among them.
+    None if the output or an in-place write is among them.
     """
     wanted = _PLACED[call.target]
     pending = [item for index, item in getitem_users(call) if index == wanted]
@@ -164,7 +164,7 @@ def _materializes(node: Node) -> bool:
 
 
 class _Needs:
-    """The nodes that each node is computed from, as a number with a bit for each."""
+    """The nodes that each node is computed from, as a bit set."""
 
     def __init__(self, graph: Graph) -> None:
         self.bit: dict[Node, int] = {}
@@ -176,7 +176,7 @@ class _Needs:
                 self.needed[node] |= self.needed[source] | self.bit[source]
 
     def all_read(self, before: Node | None, call: Node) -> bool:
-        """Whether all readers of an earlier call's result have run when `call` runs."""
+        """Return whether all readers of an earlier call's result have run when `call` runs."""
         if before is None:
             return True
         readers = _readers(before)

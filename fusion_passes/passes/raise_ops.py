@@ -47,7 +47,7 @@ from fusewire.patterns.collectives import ALL_REDUCE, WAIT, AllReduce, read_all_
 
 
 def raise_ops(graph: Graph, context: RunContext) -> bool:
-    """Canonicalize the all-reduces and norms of a graph in place; returns whether it changed.
+    """Canonicalize the all-reduces and norms of a graph in place; return whether it changed.
 
     The pass is named `raise_ops` in PassConfig.disabled_passes.
     """
@@ -55,7 +55,7 @@ def raise_ops(graph: Graph, context: RunContext) -> bool:
 
 
 def computes_norms_itself(config: PassConfig) -> bool:
-    """Whether a provider other than native comes first for norms."""
+    """Return whether a provider other than native comes first for norms."""
     return any(
         parse_policy(get_op(name), config.policy(name))[0] != NATIVE for name in ("rms_norm", "fused_add_rms_norm")
     )
@@ -97,7 +97,7 @@ class _Canonicalizer:
         if not self.all_reduces and not every_norm:
             return False
         for root in norm_roots(self.graph):
-            # Read one by one: canonicalizing a norm replaces nodes that the next may be built on.
+            # Read one by one: canonicalizing a norm replaces nodes that the next norm may use.
             while any(self._canonicalize(norm, every_norm) for norm in norms_at(root, self.config.allow_reassociation)):
                 changed = True
         if changed:
@@ -138,7 +138,7 @@ class _Canonicalizer:
         return True
 
     def _site_of(self, norm: Norm) -> Site | None:
-        """Return the all-reduce that a norm can be fused with, or None."""
+        """Return the site of a norm and the all-reduce that it can be fused with, or None."""
         if norm.residual is not None:
             path = self.paths.find(norm.source)
             return None if path is None else Site(norm, path, norm.residual)
@@ -189,7 +189,7 @@ class _Canonicalizer:
             elif same_shape(addend, summed):
                 residual = addend
             else:
-                # Shaped like what is reduced, since the sum must have no other reader.
+                # Expanded like the all-reduce's input, since the sum must have no other reader.
                 like = summed.args[0].args[0]  # type: ignore[union-attr]
                 residual = self._call(aten.expand_as.default, (addend, like), {}, step.node)
         return residual
@@ -228,7 +228,7 @@ class _Canonicalizer:
             self._replace(summed, sum_out)
 
     def _view_back(self, site: AllReduce, summed: Node) -> None:
-        """Give the other readers of an all-reduce that a view has moved before a view back."""
+        """Give the other readers of an all-reduce the old shape, if a view moved before it."""
         if not site.value.users:
             return
         with self.graph.inserting_before(summed.next):
@@ -240,7 +240,7 @@ class _Canonicalizer:
         site.value.replace_all_uses_with(viewed)
 
     def _gather_once(self, norm: Node) -> None:
-        """Merge equal all-gathers of one norm (each projection's own) into one."""
+        """Merge equal all-gathers of one norm (one for each projection) into one."""
         first, *others = norm.users
         (value,) = first.users
         for gather in others:
@@ -252,7 +252,7 @@ class _Canonicalizer:
     # The second norm of sandwich norms
 
     def _second(self, norm: Norm) -> bool:
-        """Canonicalize the norm of `residual + norm of an all-reduce`, perhaps an epilogue."""
+        """Canonicalize a norm of `residual + first norm`, which may become an epilogue."""
         name = norm.out.name
         known = name in self.context.unfused_second_norms or name in self.context.second_norms.values()
         if known or not self.config.fuse_sandwich_norms:
@@ -283,7 +283,7 @@ class _Canonicalizer:
         return None
 
     def _is_plain(self, norm: Norm) -> bool:
-        """Whether an IR operator computes exactly what a norm does."""
+        """Return whether an IR operator computes exactly what a norm does."""
         dtype = dtype_of(norm.out)
         return (
             not norm.refusal

@@ -1,7 +1,7 @@
 """Keep the residual sharded by rows between fused operators.
 
-Between the fused operators of a decoder only the next of them reads the residual, so it need not be
-complete on every rank: each rank adds and normalises its own rows, and only normalised rows travel.
+If only the next fused operator of a decoder reads the residual, it need not be complete on every
+rank: each rank adds and normalises its own rows, and only normalised rows are sent.
 Where something else reads a residual (the last hidden state, an auxiliary head), it is gathered,
 which costs about half an all-reduce. A chain of operators is sharded only if it is long enough to
 pay for its gathers.
@@ -49,7 +49,7 @@ _FUSED = (all_reduce_rms_norm.torch_op, all_reduce_sandwich_norm.torch_op)
 
 
 def shard_residual(graph: Graph, context: RunContext) -> bool:
-    """Shard every chain that allows it and is worth it; returns whether the graph changed."""
+    """Shard every chain that allows it and is worth it; return whether the graph changed."""
     changed = False
     replication = Replication()
     for chain in _chains(graph):
@@ -70,7 +70,7 @@ def shard_residual(graph: Graph, context: RunContext) -> bool:
 
 @dataclass
 class _Chain:
-    """Fused operators of which each takes the residual of the one before, in the graph's order.
+    """Fused operators in the graph's order; each takes the residual of the one before.
 
     Attributes:
         gathered: those whose residual something else reads too.
@@ -171,7 +171,7 @@ class _Sharder:
             self.graph.erase_node(op)
 
     def _sharded(self, op: Node, shards: dict[Node, Node]) -> Node:
-        """Return a new sharded operator for a fused one, whose norm it replaces."""
+        """Return a new sharded operator for a fused one, and use its norm instead."""
         x, residual, weight, eps, weight_bias, form, *rest, policy = positional(op)
         inner, group = (rest[:-1] or [None, 0.0, 0.0, NO_INNER]), rest[-1]
         with self.graph.inserting_before(op):
@@ -182,7 +182,7 @@ class _Sharder:
             new = self.graph.call_function(all_reduce_rms_norm_sharded.torch_op, arguments)
             copy_origin(op, new)
             new.meta["val"] = self._values(op, shard)
-            name: str = op.meta.get("fusewire_all_reduce", "")  # a call of the program's own stands for no all-reduce
+            name: str = op.meta.get("fusewire_all_reduce", "")  # "" for the program's own calls
             if name:
                 new.meta["fusewire_all_reduce"] = name
             new.meta[ASSUMPTION_COUNTED] = True

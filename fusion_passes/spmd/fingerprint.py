@@ -201,8 +201,8 @@ def _text(node: Node, rows: bool = False) -> str:
     """Return a collective in one line: operator, dtypes, hidden size, numbers and strings.
 
     Args:
-        rows: include the other sizes of all-reduces and reduce-scatters too. For other collectives the
-            number of rows may differ between ranks, as of a sequence that is divided unevenly.
+        rows: include the other sizes of all-reduces and reduce-scatters too. Other collectives may
+            have another number of rows on each rank, as of a sequence that is divided unevenly.
     """
     assert isinstance(node.target, torch._ops.OpOverload)
     rows = rows and read_all_reduce(node) is not None
