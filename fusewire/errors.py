@@ -5,7 +5,7 @@ Each message names what is wrong and what to do. docs/errors.md lists the classe
 
 
 class FusewireError(RuntimeError):
-    """Base class of all errors of fusewire's."""
+    """Base class of fusewire's errors."""
 
 
 class ConfigError(FusewireError, ValueError):
@@ -37,7 +37,7 @@ class WorkspaceError(FusewireError):
 
 
 class PeerTimeoutError(FusewireError):
-    """A rank does not come within the time limit; the message names the operation and the rank."""
+    """A rank does not arrive within the time limit; the message names the operation and the rank."""
 
 
 class RankMismatchError(FusewireError):

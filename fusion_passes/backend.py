@@ -50,7 +50,7 @@ _DISABLED = f"has set {DISABLE_VARIABLE}"
 
 
 class FusewirePass(CustomGraphPass):
-    """The custom pass that runs fusewire's passes on every post-grad graph of Inductor's.
+    """The custom pass that runs fusewire's passes on every post-grad graph in Inductor.
 
     Holds only its arguments, since Inductor copies and pickles it. May also be called directly.
 
@@ -118,7 +118,7 @@ def split_options(options: Mapping[str, Any] | PassConfig | None) -> tuple[PassC
     """Split torch.compile's `options` into a PassConfig and Inductor's own options.
 
     Raises:
-        ConfigError: a name is unknown (the message has the nearest), or a value's type is wrong.
+        ConfigError: a name is unknown (the nearest is suggested), or a value has another type.
     """
     if isinstance(options, PassConfig):
         return options, {}

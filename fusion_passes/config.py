@@ -1,4 +1,4 @@
-"""The options of the passes. Every field enters the compile cache's key."""
+"""Define the options of the passes. All of them enter the compile cache's key."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class _FrozenMapping(Mapping[str, tuple[str, ...]]):
 
 @dataclass(frozen=True)
 class PassConfig:
-    """The options of the passes. Immutable. Options that vLLM has too are named as there.
+    """The options of the passes. Immutable. Options that vLLM has too have vLLM's names.
 
     `PassConfig.describe()` prints every option with its default and meaning, by group.
 
@@ -246,7 +246,7 @@ class PassConfig:
         return "\n".join(lines)
 
 
-# The types of the options that are not booleans, and what they are in messages.
+# The types of the options that are not booleans, and their description in messages.
 _ACCEPTED: dict[str, tuple[tuple[type, ...], str]] = {
     "fi_allreduce_fusion_max_size_mb": ((int, float, type(None)), "a number >= 0, or None"),
     "expect_fused": ((int, str, type(None)), "a count, 'all' or None"),

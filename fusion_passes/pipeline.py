@@ -1,6 +1,6 @@
 """Run the passes over a graph: try on copies, refuse, rewrite, agree with other ranks, report.
 
-The passes run on copies until they refuse nothing new; then on the graph, without the refused.
+The passes run on copies until they refuse nothing new; then on the graph, except for the refused.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ class _Run:
         return context
 
     def _try_on_copies(self, record: GraphRecord) -> RunContext:
-        """Run the passes on copies until they refuse nothing new; return a context with this."""
+        """Run the passes on copies until they refuse nothing new; return the refusals found."""
         left = (site for site in self.sites if self.entries[site.name].group in self.unfused)
         excluded = {site.name: Refused(MATCH, self.unfused[self.entries[site.name].group]) for site in left}
         unmergeable: set[str] = set()
@@ -279,7 +279,7 @@ class _Run:
         return RunContext(self.config, refused={site.name: Refused(MATCH, reason) for site in self.sites})
 
     def _apply(self, graph: Graph, context: RunContext, *, trial_run: bool) -> None:
-        """Run the passes over a graph; in a trial only fusewire's, and only if they refuse."""
+        """Run the passes over a graph; in a trial, only fusewire's own that can refuse."""
         for index, item in enumerate(self.passes):
             if trial_run and (item.user or item.name in _REFUSE_NOTHING):
                 continue

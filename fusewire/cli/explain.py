@@ -42,7 +42,7 @@ INTERRUPTED, STOPPED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 class _Stopped(BaseException):
-    """SIGTERM came while the script ran: torchrun sends it when another rank has failed."""
+    """Raised by SIGTERM while the script runs; torchrun sends it when another rank has failed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

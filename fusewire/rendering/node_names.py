@@ -86,7 +86,7 @@ def passes(node: Node) -> bool:
 
 
 def label_of_input(node: Node, role: str) -> str:
-    """Return the label of a value from outside the picture; `role`: what it is there, or ""."""
+    """Return the label of a value from outside the picture; `role`: its use there, or ""."""
     value = value_of(node)
     if value is not None and value.dim() <= 1 and node.op != "call_function":
         scalar = value.dim() == 0 or (isinstance(value.shape[0], int) and value.shape[0] == 1)

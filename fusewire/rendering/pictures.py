@@ -149,7 +149,7 @@ class _Before(_Canvas):
         order: the positions of all nodes.
         marked: names of nodes that the reason of a refusal names.
         apart: names of all-reduces that are drawn as residuals, since they are fused by themselves.
-        second: a second norm, after the residual add, is fused too.
+        second: whether a second norm, after the residual add, is fused too.
 
     Attributes:
         labels: the labels of nodes outside the chain, by node name.
@@ -338,7 +338,7 @@ class _After(_Canvas):
         new = node.op == "call_function" and node.name not in self.known
         if node.name in self.before.joined or (new and node.target not in (operator.getitem, WAIT)):
             other = read_all_reduce(node) is not None
-            # Where a sum stands for the residual, the residual itself comes first in it.
+            # If a sum replaces the residual, its first operand is the residual.
             sources = [self._visit(s, role if s is node.args[0] else "") for s in node.all_input_nodes]
             label, kind = (OTHER, COLLECTIVE) if other else (name_of(node), STEP)
             self.ids[node] = self.box(label, kind)

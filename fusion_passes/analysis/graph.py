@@ -1,4 +1,4 @@
-"""Helpers that read and change post-grad graphs, shared by the passes."""
+"""Read and change post-grad graphs: helpers that the passes share."""
 
 from __future__ import annotations
 
@@ -178,8 +178,7 @@ def mutation_regions(graph: Graph) -> dict[Node, int]:
 def sort_topologically(graph: Graph) -> None:
     """Move nodes after their inputs, and keep the order otherwise.
 
-    No node moves past an in-place write, since it could then read other values. The output stays
-    last.
+    No node moves past an in-place write, which could change what it reads. The output stays last.
 
     Raises:
         RuntimeError: a node would have to move past an in-place write, or the graph has a cycle.

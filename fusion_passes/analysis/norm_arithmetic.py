@@ -164,7 +164,7 @@ def is_root(node: Node) -> bool:
 
 
 def rows_from(root: Node) -> Iterator[tuple[Node, Row]]:
-    """Yield a root and the nodes after it, up to the next root, that are rows' numbers, with Rows."""
+    """Yield (node, row) for each node with one number a row, from a root up to the next."""
     pending, seen = [root], {root}
     while pending:
         node = pending.pop(0)

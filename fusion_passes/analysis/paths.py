@@ -186,7 +186,7 @@ class PathFinder:
             path = self._walk(source, seen, limit - 1)
             if path is not None:
                 found.append((path[0], [*path[1], step]))
-        # Of several all-reduces the last with the fewest other readers, so that they keep their order.
+        # Of several all-reduces the last with the fewest other readers, so that their order stays.
         return max(found, key=lambda path: (-_other_readers(path[0], path[1]), path[0]), default=None)
 
     def _back(self, node: Node) -> Iterator[tuple[Any, Step]]:
@@ -211,7 +211,7 @@ class PathFinder:
                     yield value, Step(ADDEND, node, addend)
 
     def _may_scale(self, factor: Any, value: Node) -> str | None:
-        """Return the option that lets a factor move; "" if it needs none, None if it may not move."""
+        """Return the option that lets a factor move: "" if none is needed, None if it may not."""
         if is_number(factor):
             return ""
         if self.config.assume_replicated_scales and _is_scale(factor, value):

@@ -54,7 +54,7 @@ _SHAPED_LIKE = (aten.expand_as.default,)
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a value is equal on every rank of a group: PROVED, ASSUMED or UNKNOWN.
+    """How sure it is that a value is equal on a group's ranks: PROVED, ASSUMED or UNKNOWN.
 
     The reason of ASSUMED and UNKNOWN follows the value's name: "comes from ...".
     """

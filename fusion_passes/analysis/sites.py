@@ -29,7 +29,7 @@ class Site:
 
     @property
     def stays(self) -> bool:
-        """Return whether the all-reduce is in its canonical form and nothing has to move before it."""
+        """Return whether the all-reduce is in canonical form and nothing has to move before it."""
         return not self.path.of_kind(VIEW, SCALE) and self.path.all_reduce.node.target in (ALL_REDUCE, REDUCE_SCATTER)
 
     @property

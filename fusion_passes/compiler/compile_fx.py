@@ -15,7 +15,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 from torch.fx import GraphModule
 
 HOOK = "post_grad_custom_post_pass"
-_INFERENCE_AWARE = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)  # after 2.11
+# torch 2.11 does not have it.
+_INFERENCE_AWARE = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
 # Takes the captured graph, its inputs and the custom passes that are set (or None). Returns a block
 # that yields the custom passes to set instead; None leaves the compilation as it is.
 Around = Callable[[Any, Any, Any], "AbstractContextManager[Any] | None"]
@@ -82,9 +83,8 @@ _installed: Callable[..., Any] | None = None  # the wrapper, as long as it may s
 def compilations_wrapped(around: Around) -> Iterator[None]:
     """Within the block, run every compilation of Inductor's in the block that `around` returns.
 
-    Other wrappers of `compile_fx` are kept. If one that was added within the block still wraps ours
-    at its end, ours stays in place, and `around` has to return None from then on. May be nested and
-    used by several threads; `around` has to be the same function each time.
+    Other wrappers of `compile_fx` stay. If one put on within the block wraps ours, ours stays too;
+    `around` then has to return None. May be nested and used by several threads with one `around`.
     """
     global _open_blocks, _installed
     from torch._inductor import compile_fx as inductor

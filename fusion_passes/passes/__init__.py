@@ -1,1 +1,1 @@
-"""The passes, one a file. Each rewrites a graph and leaves it valid."""
+"""The passes, one in each file. Each rewrites a graph and leaves it valid."""

@@ -34,7 +34,7 @@ def eliminate_noops(graph: Graph, context: RunContext) -> bool:
 
 
 def _other_of_size(node: Any, waits: dict[Any, Node]) -> Any:
-    """Return a node with the size of a collective, so that a size does not read it; or None."""
+    """Return the node to read a size from, so that it is no reader of a collective; or None."""
     call = node.args[0] if isinstance(node, Node) and node.target is WAIT else node
     if isinstance(call, Node) and call.target is ALL_REDUCE:
         return call.args[0]

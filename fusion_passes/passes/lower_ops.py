@@ -1,8 +1,8 @@
 """Lower each IR operator in the graph to the provider that serves it.
 
-Native is the operator in plain PyTorch. It is traced and written into the graph, where
-Inductor fuses it with its neighbours. Any other provider stays a call of the operator. Its `policy`
-lists the providers that may serve; the choice by number of tokens is made at run time.
+Native is the operator in plain PyTorch. It is traced and written into the graph, where Inductor
+fuses it with its neighbours. Any other provider stays a call of the operator, whose `policy` lists
+the providers that may serve; the choice by number of tokens is made at run time.
 
 A kernel may add one rank's residual, and multiply by one rank's weight, for all ranks. Where the
 graph does not prove that these are equal on every rank, PassConfig.assume_replicated_residuals
@@ -115,7 +115,7 @@ class _Lowerer:
         """Keep a call, with its policy."""
         node.args = (*arguments, policy)
         node.kwargs = {}
-        node.meta.pop("eager_input_vals", None)  # of fewer arguments; Inductor pairs the two
+        node.meta.pop("eager_input_vals", None)  # it has fewer arguments; Inductor pairs the two
 
     def _why(self, op: IrOp, choice: Choice) -> str:
         """Return why providers of higher priority do not serve, and what is decided at run time."""

@@ -175,7 +175,7 @@ class _Merger:
 
 
 def _same_reduction(a: AllReduce, b: AllReduce) -> bool:
-    """Return whether two all-reduces sum over one group in one dtype that the total cannot exceed."""
+    """Return whether two all-reduces sum over one group in one dtype, which is not float16."""
     return bool(
         isinstance(a.group, str)
         and a.group == b.group

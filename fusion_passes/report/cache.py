@@ -123,7 +123,7 @@ _reported_hits = 0
 
 @contextlib.contextmanager
 def reports_kept(name: str) -> Iterator[ReportCache]:
-    """Keep a compilation's reports in the block; restore them if the compile cache had its graph."""
+    """Keep a compilation's reports in the block; restore them if the cache had the graph."""
     global _reported_hits
     cache, before = ReportCache(name), compile_cache.hits()
     token = CURRENT_CACHE.set(cache)
