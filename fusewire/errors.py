@@ -37,7 +37,7 @@ class WorkspaceError(FusewireError):
 
 
 class PeerTimeoutError(FusewireError):
-    """A rank does not arrive within the time limit; the message names the operation and the rank."""
+    """A rank does not arrive within the time limit; the message names operation and rank."""
 
 
 class RankMismatchError(FusewireError):

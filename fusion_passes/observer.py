@@ -26,7 +26,7 @@ _start: Callable[[Graph], Observer] | None = None
 
 @contextlib.contextmanager
 def observed(start: Callable[[Graph], Observer]) -> Iterator[None]:
-    """Within the block, observe each graph in every thread with `start(graph)`'s observer.
+    """Within the block, call `start(graph)` for an observer of each graph, in all threads.
 
     `graph` is a copy that nobody changes.
     """

@@ -27,7 +27,7 @@ class Spelling:
         op: the operator's qualified name; an operator of that name need not be registered.
         operands: positions of (input, reduction, group); no reduction means a sum.
         waits: whether its result is ready only after `wait_tensor`.
-        who: who writes it so.
+        who: the programs that write it so.
         in_place: whether it overwrites its input. It is then never fused, only explained.
         scatters: whether each rank gets only its own rows of the sum.
     """

@@ -24,7 +24,7 @@ ROUND = "round"
 
 @dataclass(frozen=True)
 class Tail:
-    """One spelling of a tail: its name in reports, its steps, and who writes it so."""
+    """One spelling of a tail: its name in reports, its steps, and the programs that write it so."""
 
     name: str
     steps: tuple[str, ...]

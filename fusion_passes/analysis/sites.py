@@ -52,7 +52,7 @@ def site_refusals(site: Site, regions: dict[Node, int], order: dict[Node, int]) 
 
     Args:
         site: the site.
-        regions: how many in-place writes stand before each node (see mutation_regions).
+        regions: the number of in-place writes up to each node (see mutation_regions).
         order: each node's position in the graph.
     """
     norm, path, residual, reduce = site.norm, site.path, site.residual, site.path.all_reduce.node

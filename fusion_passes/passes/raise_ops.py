@@ -65,7 +65,7 @@ class _Canonicalizer:
     """One run of the pass.
 
     Attributes:
-        regions: how many in-place writes stand before each node (see mutation_regions).
+        regions: the number of in-place writes up to each node (see mutation_regions).
         order: each node's position in the graph; a new node has that of the node it replaces.
         all_reduces: those of the graph, in order.
         taken: names of the all-reduces that are canonicalized with a norm.
@@ -150,7 +150,7 @@ class _Canonicalizer:
                 if path is not None and isinstance(residual, Node):
                     found.append(Site(norm, path, residual))
         if not any(same_shape(site.residual, norm.source) for site in found):
-            direct = self.paths.find(norm.source)  # what is added may be a bias
+            direct = self.paths.find(norm.source)  # the addend may be a bias
             if direct is not None or not found:
                 return None if direct is None else Site(norm, direct, None)
         # Of two all-reduces, one that only this sum reads is fused, then the nearer one, then the

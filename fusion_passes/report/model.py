@@ -28,7 +28,7 @@ class Entry:
         location: "file:line" in the model's source, or "".
         module: the module's path in the model, or "".
         spelling: how the norm was written (see fusewire.patterns.norms).
-        fusion: what fused with what.
+        fusion: the name of the fusion, or the all-reduce that this one was merged into.
         provider: the provider that computes it, if it is known at compile time.
         group: the process group's name.
         shape, dtype: of the collective's input.
