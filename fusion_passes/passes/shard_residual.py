@@ -137,7 +137,7 @@ def _group(op: Node) -> object:
 
 
 def _other_readers(op: Node) -> Iterator[Node]:
-    """Yield the readers of an operator's residual, except fused operators that take it as theirs."""
+    """Yield the readers of an operator's residual, except fused operators that take it over."""
     residual = _residual_of(op)
     for user in residual.users if residual is not None else ():
         fused = user.target in _FUSED and user.args[1] is residual and _handed_over(user) is op
