@@ -69,7 +69,7 @@ def run_passes(
         The report of this graph, which `fusewire.report()` includes from now on.
 
     Raises:
-        ConfigError: `disabled_passes` names an unknown pass, or an argument has another type.
+        ConfigError: `disabled_passes` names an unknown pass, or an argument cannot be used.
         ExpectationError: the number of fused all-reduces is not what `expect_fused` asks for.
         PeerTimeoutError: a rank did not compile the graph in time.
         RankMismatchError: a rank already waits to run another graph.
@@ -251,7 +251,7 @@ class _Run:
         return context
 
     def _try_on_copies(self, record: GraphRecord) -> RunContext:
-        """Run the passes on copies until they refuse nothing new; return the refusals found."""
+        """Run the passes on copies until they refuse nothing new; return a context of refusals."""
         left = (site for site in self.sites if self.entries[site.name].group in self.unfused)
         excluded = {site.name: Refused(MATCH, self.unfused[self.entries[site.name].group]) for site in left}
         unmergeable: set[str] = set()

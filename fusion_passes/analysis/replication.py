@@ -199,7 +199,7 @@ def _result_for_all(node: Node) -> Any:
 def _result_of_fused(item: Node, call: Node) -> tuple[Origin, Sequence[Node]]:
     """Return the origin of one result of a fused operator, and the nodes that are part of it.
 
-    The all-reduced sum is equal on every rank, but each may have used its own residual and weight.
+    The sum is equal on every rank, but each rank may have used its own residual and weight.
     """
     if call.target is all_reduce_rms_norm_sharded.torch_op and item.args[1] == 1:
         return Origin(unknown=f"rows that each rank has for itself ({item.name})"), ()

@@ -83,8 +83,8 @@ _installed: Callable[..., Any] | None = None  # the wrapper, as long as it may s
 def compilations_wrapped(around: Around) -> Iterator[None]:
     """Within the block, run every compilation of Inductor's in the block that `around` returns.
 
-    Other wrappers of `compile_fx` stay. If one put on within the block wraps ours, ours stays too;
-    `around` then has to return None. May be nested and used by several threads with one `around`.
+    Other wrappers of `compile_fx` stay. If one put on within the block wraps ours, ours stays after
+    the block, where `around` has to return None. Nests, also over threads, with the same `around`.
     """
     global _open_blocks, _installed
     from torch._inductor import compile_fx as inductor
