@@ -1,1 +1,1 @@
-"""Implementations of the operators beside native: batch-invariant norms, FlashInfer, and our own over symmetric memory."""
+"""Providers beside native: batch-invariant norms, FlashInfer, and Triton kernels (symm_mem)."""

@@ -1,4 +1,4 @@
-"""Tensors as kernels with 16-byte accesses need them."""
+"""Contiguous, 16-byte aligned tensors for kernels that load 16 bytes at once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return the tensor contiguous and on a 16-byte boundary; a copy where it is not.
+    """Return the tensor, or a copy of it if it is not contiguous and 16-byte aligned.
 
-    Never a refusal: addresses differ from rank to rank, and all ranks must make the same call.
+    Copying keeps the ranks in step: addresses differ between ranks, so refusing would as well.
     """
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor

@@ -1,6 +1,6 @@
-"""The fused operator in batch-invariant mode: a sum in rank order, then a batch-invariant norm.
+"""Batch-invariant `all_reduce_rms_norm`: a sum in rank order, then a batch-invariant norm.
 
-FlashInfer's fused kernels cannot serve here: their reduction tree changes with the number of tokens.
+FlashInfer's kernels are not batch-invariant: their reduction depends on the number of tokens.
 """
 
 from __future__ import annotations

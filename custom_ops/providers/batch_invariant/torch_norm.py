@@ -1,11 +1,10 @@
 """Batch-invariant norms in plain PyTorch, for any device.
 
-A row's bits must not depend on the rows beside it. Libraries choose how to split a reduction by the shape of
-the whole batch, so here the sum of squares is a fixed tree of elementwise additions, a function of the hidden
-size alone (`fusewire.custom_ops.providers.batch_invariant.triton_norm.reduction_tree`). Up to fp32 every operation used is
-correctly rounded (+, *, 1/x, conversions, and a square root made so), so its result for an element depends
-neither on vector width, thread or position nor on the device: this provider and the Triton kernel agree bit
-for bit (the sign and payload of a NaN aside).
+Libraries choose how to split a reduction by the shape of the whole batch. Here the sum of squares
+is a fixed tree of elementwise additions that depends only on the hidden size
+(`triton_norm.reduction_tree`), so a row's result does not depend on the other rows. For bf16, fp16
+and fp32 every operation is correctly rounded (+, *, 1/x, sqrt, conversions), so results are the same
+on every device and equal the Triton kernel's bit for bit (except a NaN's sign and payload).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ PROVIDER = TORCH_NORM
 
 
 def sum_of_squares(wide: Tensor) -> Tensor:
-    """The sum of squares over the last dimension (kept, of size 1), by the fixed tree, in wide's dtype."""
+    """Return the sum of squares over the last dimension (kept, size 1) in wide's dtype."""
     hidden = wide.shape[-1]
     tree = reduction_tree(hidden)
     total = wide.new_zeros((*wide.shape[:-1], 1))
@@ -39,20 +38,20 @@ def sum_of_squares(wide: Tensor) -> Tensor:
 
 
 def inverse_square_root(v: Tensor) -> Tensor:
-    """1 / sqrt(v), elementwise: for fp32 both steps correctly rounded; for fp64 whatever rsqrt gives."""
+    """Return 1 / sqrt(v): in fp32 with both steps correctly rounded, in fp64 as torch.rsqrt."""
     if v.dtype == torch.float64:
         return torch.rsqrt(v)
-    # With MKL on a CPU, torch.sqrt is one bit off for a fifth of all fp32 numbers. In fp64 such an error does
-    # no harm: the root of a 24-bit number stays 4 units of fp64 away from every tie between fp32 numbers.
+    # torch.sqrt with MKL on a CPU is one bit off for a fifth of all fp32 numbers. In fp64 that error
+    # does not change the rounded fp32 root, which is at least 4 fp64 units away from every tie.
     return torch.reciprocal(torch.sqrt(v.double()).float())
 
 
 def normalize_batch_invariant(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
-    """RMSNorm of x (..., hidden) as `fusewire.custom_ops.ops.norms.normalize`, by operations fixed row by row."""
+    """Return the RMSNorm of x (..., hidden), as `norms.normalize` but batch-invariant."""
     if x.numel() == 0:
         return torch.empty_like(x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # CUDA divides by a number by multiplying with its inverse and the CPU does not: multiply on both.
+    # Division by a number is a multiplication by its inverse on CUDA only: multiply on all devices.
     mean = sum_of_squares(wide) * (1.0 / x.shape[-1])
     normed = wide * inverse_square_root(mean + eps)
     if weight is None:

@@ -1,10 +1,10 @@
 """Batch-invariant RMSNorm and add + RMSNorm on GPUs: one Triton kernel for both.
 
-The kernel writes the sum of squares out as a tree (`reduction_tree`), addition by addition, instead of
-calling a reduction whose order the compiler derives from the layout of the data. So a row's bits depend on
-the row alone: not on the other rows, nor on alignment, the number of warps, the residual's dtype or
-Triton's version. Fused multiply-adds are off for the same reason. The order costs little: the tree's levels
-fall within a thread first, then within a warp, and cross the warps once.
+The kernel spells out the sum of squares as a fixed tree of additions (`reduction_tree`), because the
+order of a compiler's reduction follows the data layout. A row's bits therefore depend on the row
+alone: not on other rows, alignment, number of warps, residual dtype or Triton version. Fused
+multiply-adds are off for the same reason. The tree is cheap: its first levels are within a thread,
+the next within a warp, and the last cross the warps once.
 
 Triton is imported at the first use.
 """
@@ -34,18 +34,18 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
 COMPILE_OPTIONS = {"enable_fp_fusion": False}
 _MAX_TILE = 16384
-_LANES_PER_WARP = 256  # 32 threads, 8 values each: what one warp reads in one 16-byte access per thread
-_TILE_PER_PROGRAM = 1024  # narrower rows share a program, each reduced by itself
+_LANES_PER_WARP = 256  # 32 threads times the 8 values of a 16-byte access
+_TILE_PER_PROGRAM = 1024  # a program takes several narrower rows and reduces each separately
 _LOCK = threading.Lock()
-tl: Any = None  # triton.language, from the first call of `kernel` on
+tl: Any = None  # triton.language, once `kernel` was called
 
 
 class ReductionTree(NamedTuple):
-    """How a row's squares are summed. A row is cut into chunks of `tile`, the last filled up with zeros.
+    """The order in which a row's squares are summed.
 
-    Within a chunk, while it is wider than `lanes`, its upper half is added to its lower half; then neighbours
-    are added, pair by pair, down to one number. Chunks are added from left to right. The shape suits a GPU:
-    halves meet within one thread, the first neighbours too, then the lanes of a warp, and warps last.
+    A row is cut into chunks of `tile` values, the last padded with zeros. In a chunk the upper half is
+    added to the lower half until `lanes` values are left; then neighbours are added pair by pair.
+    Chunks are added from left to right.
     """
 
     tile: int
@@ -53,7 +53,7 @@ class ReductionTree(NamedTuple):
 
 
 def reduction_tree(hidden: int) -> ReductionTree:
-    """The tree for rows of `hidden` values: of the hidden size alone, never of the number of rows."""
+    """Return the tree for rows of `hidden` values; it depends on nothing else."""
     tile = min(1 << max(hidden - 1, 0).bit_length(), _MAX_TILE)
     warps = 8 if tile >= 8192 else 4
     return ReductionTree(tile, min(tile, warps * _LANES_PER_WARP))
@@ -62,13 +62,13 @@ def reduction_tree(hidden: int) -> ReductionTree:
 def _tree_sum(
     v: tl.tensor, ROWS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, GATHER: tl.constexpr
 ) -> tl.tensor:
-    # Sums over axes of two elements only: a + b has no order that a layout could change.
+    # Only sums of two elements: no data layout can change their order.
     if WIDTH > LANES:
         halves = tl.sum(tl.reshape(v, (ROWS, 2, WIDTH // 2)), axis=1)
         v = _tree_sum(halves, ROWS, WIDTH // 2, LANES, GATHER)
     elif (WIDTH > 1) & (WIDTH <= GATHER):
-        # What is left lies in different warps. `split` wants its operands in one thread, so that all
-        # these levels together cost one trip through shared memory instead of one each.
+        # The remaining values are in different warps. `split` needs both operands in one thread, so
+        # all these levels together cost one trip through shared memory instead of one each.
         left, right = tl.split(tl.reshape(v, (ROWS, WIDTH // 2, 2)))
         v = _tree_sum(left + right, ROWS, WIDTH // 2, LANES, GATHER)
     elif WIDTH > 1:
@@ -133,7 +133,7 @@ def _rms_norm_rows(
     if residual_ptr is not None:
         residual_ptr += row * (residual_stride * STRIDE_UNIT)
         summed_ptr += row * HIDDEN
-    # One number per 512 bytes of lanes, which is what a warp reads in one 16-byte access per thread.
+    # One value per 512 bytes of lanes, which is what a warp reads with 16-byte accesses.
     GATHER: tl.constexpr = LANES * x_ptr.dtype.element_ty.primitive_bitwidth // 4096
     in_batch = row < n_rows
     total = tl.zeros((ROWS, 1), tl.float32)
@@ -147,7 +147,7 @@ def _rms_norm_rows(
             tl.store(summed_ptr + at, value, mask=mask)
         wide = value.to(tl.float32)
         total = total + _tree_sum(wide * wide, ROWS, TILE, LANES, GATHER)
-    # Correctly rounded, unlike rsqrt, so that PyTorch gets the same bits on any device.
+    # Correctly rounded, unlike rsqrt, so that the PyTorch provider gets the same bits.
     rstd = tl.div_rn(1.0, tl.sqrt_rn(total * (1.0 / HIDDEN) + eps))
     for start in range(0, HIDDEN, TILE):
         at = start + column
@@ -162,12 +162,12 @@ def _rms_norm_rows(
 
 @functools.cache
 def kernel() -> Any:
-    """The Triton kernel. Raises whatever importing Triton raises where it is missing or broken."""
+    """Return the Triton kernel; raises what importing Triton raises if it is missing or broken."""
     import triton
     import triton.language
 
-    # The functions are decorated here, not above: importing this module must not import Triton. They go
-    # back under their own names, since Triton looks up the names that a kernel uses in its module.
+    # Decorated here because importing this module must not import Triton. They replace the module's
+    # functions because Triton looks up the names that a kernel uses in its module.
     scope = globals()
     with _LOCK:
         if tl is None:
@@ -188,21 +188,21 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _plan(hidden: int) -> _Plan:
-    """How the kernel is cut for a hidden size. The number of rows has no say, so nothing is tuned on it."""
+    """Return the kernel's tiling. It depends only on the hidden size, never on the number of rows."""
     tile, lanes = reduction_tree(hidden)
     return _Plan(tile, lanes, max(1, _TILE_PER_PROGRAM // tile), max(4, lanes // _LANES_PER_WARP))
 
 
 @functools.cache
 def _interpreted() -> bool:
-    """Whether TRITON_INTERPRET made the kernel one that runs on the CPU."""
+    """Return whether the kernel runs in Triton's interpreter (TRITON_INTERPRET), on the CPU."""
     import triton
 
     return not isinstance(kernel(), triton.JITFunction)
 
 
 def availability() -> Support:
-    """Whether this machine can run the kernel."""
+    """Return whether this machine can run the kernel."""
     try:
         interpreted = _interpreted()
     except Exception as error:  # a broken installation raises more than ImportError
@@ -229,7 +229,7 @@ def _supports(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> Supp
 
 
 def _rows(tensor: Tensor, hidden: int) -> Tensor:
-    """The tensor as (rows, hidden) with consecutive values in a row; a copy only where strides demand one."""
+    """Return the tensor as (rows, hidden) with contiguous rows; copies only if strides require it."""
     rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, hidden)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -249,7 +249,7 @@ def _launch(
         residual_stride = residual.stride(0)
     if weight is not None:
         weight = weight.contiguous()
-    # Strides travel in units of 8 values where they can, to tell the compiler that 16-byte accesses are safe.
+    # Strides in units of 8 values let the compiler assume that 16-byte accesses are aligned.
     unit = 8 if x_stride % 8 == 0 and residual_stride % 8 == 0 else 1
     plan = _plan(hidden)
     arguments = (x, residual, weight, norm, summed, x_stride // unit, residual_stride // unit, n_rows)
@@ -258,7 +258,7 @@ def _launch(
         *(weight is not None and weight_bias != 0, weight is not None and form == ROUND_THEN_SCALE),
     )
     launcher = kernel()[(-(-n_rows // plan.rows),)]
-    # Triton launches on the current device, which need not be the tensors'.
+    # Triton launches on the current device, which may differ from the tensors' device.
     with torch.cuda.device_of(x):
         launcher(*arguments, float(eps), float(weight_bias), *options, num_warps=plan.warps, **COMPILE_OPTIONS)
     return norm, summed
@@ -272,26 +272,26 @@ def rms_norm_batch_invariant(
     residual: Tensor | None = None,
     form: str = SCALE_THEN_ROUND,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm over the last dimension, the residual added first if there is one, on a GPU, for inference.
+    """Return the RMSNorm of x, or of x + residual, on a GPU, batch-invariant, for inference.
 
-    A row's bits depend on the row, the weight and the numbers given, on nothing else; with a residual they
-    equal those of the addition followed by the norm. The first call with new dtypes, hidden size or options
-    compiles, so make one before capturing a CUDA graph; later calls only allocate the outputs and launch.
+    A row's bits depend only on the row, the weight and the scalar arguments; with a residual they are
+    those of the addition followed by the norm. The first call with new dtypes, hidden size or options
+    compiles: make it before capturing a CUDA graph. Later calls only allocate and launch.
 
     Args:
-        x: (..., hidden), bfloat16, float16 or float32, any number of rows, 0 included. Rows may be strided; a
-            last dimension that is not contiguous is copied.
-        weight: (hidden,), any of these dtypes, or None: nothing is multiplied.
+        x: (..., hidden), bfloat16, float16 or float32, any number of rows including 0. Rows may be
+            strided; a last dimension that is not contiguous is copied.
+        weight: (hidden,), any of these dtypes, or None for no multiplication.
         eps, weight_bias, form: as in `fusewire.rms_norm`.
-        residual: of x's shape, any of these dtypes: added in fp32 and rounded once to x's dtype.
+        residual: of x's shape, any of these dtypes; added in fp32 and rounded once to x's dtype.
 
     Returns:
-        The norm, contiguous, of x's shape and dtype; with a residual (norm, r), r = x + residual likewise.
+        The norm, contiguous, of x's shape and dtype; with a residual (norm, x + residual).
 
     Raises:
         ArgumentError: shapes, dtypes or devices do not fit together.
-        NoProviderError: the kernel cannot run here or on such tensors; the message says why.
-        TrainingError: a gradient would be needed; `fusewire.rms_norm` has one.
+        NoProviderError: the kernel cannot run on this machine or on these tensors.
+        TrainingError: a gradient is needed; `fusewire.rms_norm` supports that.
     """
     check_norm_args(x, weight, eps, weight_bias, form, residual)
     support = availability() and _supports(x, residual, weight)

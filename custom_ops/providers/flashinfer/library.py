@@ -1,6 +1,6 @@
-"""FlashInfer on this machine: whether it can be imported, which version it is, where its compiled kernels are.
+"""Find FlashInfer on this machine: its module, version and compiled kernels.
 
-FlashInfer is imported at the first use, and only where CUDA is.
+FlashInfer is imported at the first use, and only on machines with CUDA.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Library:
 
 @functools.lru_cache(maxsize=1)
 def library() -> Library:
-    """Import FlashInfer, once. Whatever that raises becomes the reason (AssertionError without CUDA)."""
+    """Import FlashInfer, once; any exception becomes the reason (AssertionError without CUDA)."""
     try:
         package = importlib.import_module("flashinfer")
         version = str(getattr(package, "__version__", "unknown"))
@@ -83,7 +83,10 @@ def library() -> Library:
 
 
 def version_ok(version: str, wanted: tuple[int, int, int] = MIN_VERSION) -> bool:
-    """Whether a version is at least `wanted`; before MIN_VERSION, norms are wrong at hidden size 2688."""
+    """Return whether a version is at least `wanted`. Pre-releases of `wanted` are older than it.
+
+    Versions before MIN_VERSION compute wrong norms at hidden size 2688.
+    """
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?((?:\.?dev|a|b|rc)\d*)?", version)
     if match is None:
         return False
@@ -92,11 +95,11 @@ def version_ok(version: str, wanted: tuple[int, int, int] = MIN_VERSION) -> bool
 
 
 def two_shot() -> Support:
-    """Whether two-shot's results can be relied on.
+    """Return whether two-shot's results are correct in this version.
 
-    Its ranks meet at a barrier with a flag for each thread block. Before 0.7.2 a block signals for the blocks that its
-    launch does not have after it has let its peer go on, so that the next launch with more blocks can find an old flag,
-    pass, and read rows that are not there yet: silently wrong, and rarely enough to escape a test.
+    Its ranks meet at a barrier with one flag per thread block. Before 0.7.2 the flags of blocks that a
+    launch does not have were set too late. A later launch with more blocks could then see an old flag
+    and read rows that had not arrived: wrong results without an error, too rare for a test.
     """
     version = library().version
     wanted = ".".join(map(str, TWO_SHOT_VERSION))
@@ -126,22 +129,21 @@ def _missing_api(comm: Any, version: str) -> str:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Where FlashInfer's compiled all-reduce kernels are: "prebuilt", "cached" by an earlier compilation, "
-    ""missing"."""
+    """The state of the compiled all-reduce kernels: "prebuilt", "cached" or "missing"; their path."""
 
     state: str
     path: Path
 
     @property
     def objects(self) -> list[tuple[str, float]]:
-        """The module's object files compiled so far, with the times they were written."""
+        """The object files compiled so far, each with its modification time."""
         return [(path.name, path.stat().st_mtime) for path in self.path.parent.glob("*.o")]
 
 
 def kernels() -> Kernels:
-    """Where the kernels are, for the architectures FlashInfer compiles for here. Imports FlashInfer."""
+    """Locate the kernels for this machine's GPU architectures. Imports FlashInfer."""
     env = importlib.import_module("flashinfer.jit").env
-    find = getattr(env, "get_aot_path", None)  # since 0.7: they may come in several packages, by architecture
+    find = getattr(env, "get_aot_path", None)  # since 0.7, which has packages per architecture
     ahead = Path(find(MODULE)) if find else Path(env.FLASHINFER_AOT_DIR) / MODULE / f"{MODULE}.so"
     cached = Path(env.FLASHINFER_JIT_DIR) / MODULE / f"{MODULE}.so"
     if ahead.exists():
@@ -150,7 +152,7 @@ def kernels() -> Kernels:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler that FlashInfer would call, or None."""
+    """Return the path of the CUDA compiler that FlashInfer would call, or None."""
     if os.environ.get("FLASHINFER_NVCC"):
         return shutil.which(os.environ["FLASHINFER_NVCC"])
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -169,7 +171,7 @@ def no_nvcc() -> str:
 
 
 def cuda_home(nvcc: str) -> Path | None:
-    """The toolkit that a compiler belongs to, also where what is on PATH is a script that calls it."""
+    """Return the CUDA toolkit of a compiler, even if `nvcc` is a script that calls the compiler."""
     nearby = [Path(nvcc).parent.parent, Path(os.path.realpath(nvcc)).parent.parent]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, timeout=30)
@@ -179,10 +181,10 @@ def cuda_home(nvcc: str) -> Path | None:
 
 @contextlib.contextmanager
 def toolkit() -> Iterator[None]:
-    """Let FlashInfer find the whole CUDA toolkit: it takes the folder above what `which nvcc` prints for it.
+    """Set CUDA_HOME inside, unless the user did: FlashInfer would use the folder above `which nvcc`.
 
     Raises:
-        WorkspaceError: there is no compiler.
+        WorkspaceError: there is no CUDA compiler.
     """
     nvcc = find_nvcc()
     if nvcc is None:
@@ -202,10 +204,10 @@ def toolkit() -> Iterator[None]:
 
 
 def load_kernels(is_logging_rank: bool) -> None:
-    """Load FlashInfer's module, compiling it if need be, and say so while it takes minutes.
+    """Load FlashInfer's module; compile it if needed (minutes) and log the progress on one rank.
 
     Raises:
-        WorkspaceError: it would have to be compiled and there is no compiler.
+        WorkspaceError: the module must be compiled and there is no CUDA compiler.
     """
     state = kernels()
     load = importlib.import_module("flashinfer.comm.trtllm_ar").get_trtllm_comm_module
@@ -215,7 +217,7 @@ def load_kernels(is_logging_rank: bool) -> None:
         return
     if not compiled and find_nvcc() is None:
         raise WorkspaceError(f"FlashInfer's all-reduce kernels are not compiled and {no_nvcc()}")
-    # What an earlier run compiled is compiled anew where its flags changed: that takes as long.
+    # A cached module is compiled again if its flags changed, which takes just as long.
     with toolkit(), announcement(state, 5.0 if compiled else 0.0) if is_logging_rank else contextlib.nullcontext():
         load()
 
@@ -224,7 +226,7 @@ _HINT = " (`python -m fusewire prebuild` does it ahead)"
 
 
 def announcement(state: Kernels, after_s: float = 0.0, hint: str = _HINT) -> contextlib.AbstractContextManager[None]:
-    """Says while FlashInfer compiles what happens, since when, and where the result goes."""
+    """Return a context that logs the compilation's progress and where its result goes."""
     before = set(state.objects)
     return log_progress(
         f"FlashInfer compiles its all-reduce kernels ({MODULE}) into {state.path.parent}: minutes, once for "

@@ -1,16 +1,15 @@
 """FlashInfer's fused all-reduce + residual + RMSNorm kernels as a provider of `all_reduce_rms_norm`.
 
-The workspace is FlashInfer's `trtllm` one: peer-to-peer memory, no NVLink multicast ("auto" and "mnnvl" may
-use multicast and are never asked for). One-shot has every rank push its rows to every other and sum all of
-them: least latency. Two-shot has every rank sum a share of the rows and hand the sums out: least traffic.
+The workspace is FlashInfer's `trtllm` one: peer-to-peer memory without NVLink multicast ("auto" and
+"mnnvl" may use multicast and are never requested). One-shot: every rank pushes its rows to every
+other rank and sums all rows (lowest latency). Two-shot: every rank sums a share of the rows and
+pushes the sums to the others (least traffic).
 
-Numerics: ranks are summed in order in fp32 and rounded once, the residual is added and rounded, the norm is
-computed from that and rounded once, so `form="round_then_scale"` gets one rounding less than native's.
-One-shot turns -0.0 into +0.0, and the kernels are built with fast math: values below fp32's normal range
-(2**-126; bf16's subnormals too) become zero. Not batch-invariant: how a row's squares are summed depends on
-the number of tokens.
-
-Whether FlashInfer is there, and its compiled kernels, is the business of `flashinfer_library`.
+Numerics: the sum over ranks is in rank order, in fp32, and rounded once; so are the sum with the
+residual and the norm. `form="round_then_scale"` therefore rounds once less than native. One-shot
+turns -0.0 into +0.0. The kernels use fast math: magnitudes below 2**-126 become zero, bf16
+subnormals included. Not batch-invariant: how a row's squares are summed depends on the number of
+tokens.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ PROVIDER = "flashinfer"
 WORLD_SIZES = (2, 4, 8, 16)
 COMPILE_S = 1800.0
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# The offset of the third Lamport buffer is an int32 product that passes 2**31 from here on: it hangs.
+# The kernels compute the third Lamport buffer's offset in int32. At this size it overflows: a hang.
 _COMM_BYTES_LIMIT = 1 << 30
-# Kernels take up to 126 registers a thread; more threads than this in a block may not launch.
+# Kernels use up to 126 registers per thread, so larger blocks may fail to launch.
 _MAX_BLOCK = 512
 _BATCH_INVARIANT = "FUSEWIRE_BATCH_INVARIANT"
 _PATTERN = 1  # AllReduceFusionPattern.kARResidualRMSNorm
@@ -53,7 +52,7 @@ _PATTERN = 1  # AllReduceFusionPattern.kARResidualRMSNorm
 
 
 def supported() -> Support:
-    """Whether this machine can run the kernels at all, leaving aside whether they are compiled."""
+    """Return whether this machine can run the kernels; compiled or not does not matter."""
     if env_flag(_BATCH_INVARIANT):
         return Support.no(
             f"{_BATCH_INVARIANT} is set, and how FlashInfer's kernels sum a row's squares changes with the "
@@ -77,7 +76,7 @@ def supported() -> Support:
 
 
 def limits(hidden: int, dtype: torch.dtype, world_size: int) -> Support:
-    """Whether the kernels take this hidden size, dtype and world size, for some number of tokens."""
+    """Return whether the kernels support this hidden size, dtype and world size."""
     if dtype not in _DTYPES:
         return Support.no(f"x is {_name(dtype)}; FlashInfer's kernels take bfloat16, float16 and float32")
     vector = 16 // dtype.itemsize
@@ -104,7 +103,7 @@ def limits(hidden: int, dtype: torch.dtype, world_size: int) -> Support:
 
 
 def block_threads(hidden: int, dtype: torch.dtype) -> int:
-    """Threads in a block as the kernels' launcher lays one token out over a cluster of up to 8 blocks."""
+    """Return the threads per block: the kernels split a token over a cluster of up to 8 blocks."""
     per_token = max(1, hidden * dtype.itemsize // 16)
     cluster = 8
     while per_token % cluster and cluster > 1:
@@ -116,14 +115,14 @@ def block_threads(hidden: int, dtype: torch.dtype) -> int:
 
 
 def max_tokens(hidden: int, dtype: torch.dtype, world_size: int) -> int:
-    """The most tokens a workspace can be for: world size * tokens * hidden size * element size < 1 GiB."""
+    """Return the largest workspace in tokens; world size * tokens * row bytes must be < 1 GiB."""
     return (_COMM_BYTES_LIMIT - 1) // (world_size * max(hidden, 1) * dtype.itemsize)
 
 
 def workspace_bytes(hidden: int, dtype: torch.dtype, world_size: int, tokens: int) -> int:
-    """GPU memory of a workspace on each rank: 3 Lamport buffers, one to exchange, a residual of zeros."""
+    """Return a workspace's bytes per rank: Lamport and exchange buffers, flags, residual, weight."""
     elements = world_size * tokens * hidden
-    # The second is of 2-byte elements whatever the dtype before FlashInfer 0.7.2.
+    # An upper bound before FlashInfer 0.7.2, whose exchange buffer always has 2-byte elements.
     exact = (3 * elements * dtype.itemsize, elements * dtype.itemsize, world_size * 1024)
     granularity = 2 << 20
     symmetric = sum(-(-(size + 2048) // granularity) * granularity for size in exact)
@@ -131,13 +130,12 @@ def workspace_bytes(hidden: int, dtype: torch.dtype, world_size: int, tokens: in
 
 
 def token_limit(variant: str, hidden: int, dtype: torch.dtype, world_size: int, tokens: int) -> range:
-    """The numbers of tokens that one variant's kernel takes on a workspace for so many tokens."""
+    """Return the token counts that a variant takes on a workspace for `tokens` tokens."""
     if variant == ONE_SHOT:
         return range(tokens + 1)
     if block_threads(hidden, dtype) < world_size:
         return range(0)
-    # Two-shot wants more tokens than ranks, and room for input and sums in a buffer sized for 2-byte
-    # elements.
+    # Two-shot needs more tokens than ranks, and a buffer of 2-byte elements must hold input and sums.
     return range(world_size + 1, min(tokens, world_size * tokens // dtype.itemsize) + 1)
 
 
@@ -150,7 +148,7 @@ def supports_args(
     form: str,
     group_name: str,
 ) -> Support:
-    """Whether FlashInfer can serve such a call. Everything in here is the same on every rank."""
+    """Return whether FlashInfer supports such a call. Every rank gets the same answer."""
     try:
         world_size = resolve_group(group_name).size()
     except ProcessGroupError as error:
@@ -187,7 +185,7 @@ def _name(value: Tensor | torch.dtype | None) -> str:
 
 
 class FlashInferWorkspace(Workspace):
-    """FlashInfer's workspace with what our calls need beside it."""
+    """FlashInfer's workspace, with a residual and a weight for calls that have none."""
 
     def __init__(self, request: Request, handle: Any, comm: Any) -> None:
         hidden, dtype = request.key.hidden, request.key.dtype
@@ -196,7 +194,7 @@ class FlashInferWorkspace(Workspace):
         self.handle = handle
         self._fused = comm.allreduce_fusion
         self.world_size, self.rank = request.group.size(), request.group.rank()
-        # The kernels always add a residual. -0.0 is the one value that adds nothing, not even to -0.0.
+        # The kernels always add a residual. Adding -0.0 changes no value, not even -0.0.
         self._no_residual = torch.full((request.max_tokens, hidden), -0.0, dtype=dtype, device=request.device)
         self._no_weight = torch.zeros(hidden, dtype=dtype, device=request.device)
 
@@ -209,9 +207,9 @@ class FlashInferWorkspace(Workspace):
         eps: float,
         weight_bias: float,
     ) -> tuple[Tensor, Tensor]:
-        """One call, with native's results: a collective.
+        """Run one call, with native's results. A collective.
 
-        Thread-safe, but the ranks' calls must come in one order, so that of several threads is the caller's to keep.
+        Thread-safe on one rank; the caller must give all ranks the same order of calls.
 
         Raises:
             WorkspaceError: the workspace is closed or too small.
@@ -222,7 +220,7 @@ class FlashInferWorkspace(Workspace):
         with self.order.lock:
             self.check_call(tokens, x.device)
             norm, residual_out = torch.empty_like(flat), torch.empty_like(flat)
-            if tokens:  # none is a launch of no blocks, which is an error
+            if tokens:  # a launch without blocks is an error
                 if weight is None:
                     weight, weight_bias = self._no_weight, 1.0
                 before = self._no_residual[:tokens] if residual is None else dense(residual).view(-1, hidden)
@@ -232,9 +230,9 @@ class FlashInferWorkspace(Workspace):
                     input=flat,
                     workspace=self.handle,
                     pattern=_PATTERN,
-                    launch_with_pdl=False,  # gamma and residual are read before the wait for the kernel before
+                    launch_with_pdl=False,  # PDL could read weight and residual before they are written
                     trigger_completion_at_end=True,
-                    output=norm,  # not written by this pattern, but allocated for every call if left out
+                    output=norm,  # unused by this pattern, but allocated on every call if not given
                     residual_in=before,
                     rms_gamma=dense(weight),
                     rms_eps=eps,
@@ -247,7 +245,7 @@ class FlashInferWorkspace(Workspace):
         return norm.view(shape), residual_out.view(shape)
 
     def release(self) -> None:
-        """Free FlashInfer's buffers, with what its own destroy() leaves behind."""
+        """Free FlashInfer's buffers, including those that its own destroy() does not free."""
         handle, self.handle = self.handle, None
         del self._no_residual, self._no_weight
         pointers = getattr(handle, "ipc_handles", None)
@@ -261,13 +259,16 @@ class FlashInferWorkspace(Workspace):
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The tensor contiguous and 16-byte aligned. A copy, not a refusal: pointers differ from rank to rank."""
+    """Return the tensor, or a copy if it is not contiguous and 16-byte aligned.
+
+    Copying keeps the ranks in step: addresses differ between ranks, so refusing would as well.
+    """
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 class FlashInferProvider(WorkspaceProvider):
-    """FlashInfer for the dispatcher."""
+    """FlashInfer as a provider with workspaces."""
 
     name = PROVIDER
     variants = (ONE_SHOT, TWO_SHOT)
@@ -296,7 +297,7 @@ class FlashInferProvider(WorkspaceProvider):
         return token_limit(variant, hidden, dtype, world_size, max_tokens)
 
     def left_out(self, variant: str) -> str:
-        # Without a GPU the question is about some other machine's plan.
+        # Without a GPU, the plan is for another machine, whose FlashInfer version is unknown.
         return flashinfer_library.two_shot().reason if variant == TWO_SHOT and torch.cuda.is_available() else ""
 
     def max_tokens(self, hidden: int, dtype: torch.dtype, world_size: int) -> int:
@@ -320,7 +321,7 @@ class FlashInferProvider(WorkspaceProvider):
                 group=request.group,
             )
             made = FlashInferWorkspace(request, handle, comm)
-            if request.device.type == "cuda":  # our buffers are filled on this thread's stream, not the caller's
+            if request.device.type == "cuda":  # buffers were filled on this thread's stream
                 torch.cuda.synchronize()
             return made
 
@@ -352,7 +353,7 @@ class FlashInferProvider(WorkspaceProvider):
 
 
 def _check_peers(request: Request) -> None:
-    """Raise WorkspaceError if a peer's GPU is visible from here and its memory cannot be reached."""
+    """Raise WorkspaceError if the memory of a visible peer GPU cannot be accessed."""
     if request.device.type != "cuda":
         return
     visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
@@ -367,12 +368,11 @@ def _check_peers(request: Request) -> None:
 
 
 def _prove_arguments(workspace: FlashInferWorkspace) -> None:
-    """Raise WorkspaceError if Python package and compiled kernels disagree on the arguments. Launches
-    nothing.
+    """Raise WorkspaceError if the Python package and the compiled kernels disagree on arguments.
 
-    The kernels refuse hidden size 3 after they took the arguments and before they launch; a TypeError comes
-    before. Found out by each rank alone, since a rank that cannot call leaves the others waiting in a kernel
-    without an end.
+    Launches nothing: the kernels reject hidden size 3 after they parse the arguments, and a mismatch
+    raises TypeError before that. No collective: a rank that failed in one would leave its peers
+    waiting in a kernel for ever.
     """
     odd = torch.zeros(1, 3, dtype=workspace.key.dtype, device=workspace.device)
     try:
@@ -396,12 +396,17 @@ def _prove_arguments(workspace: FlashInferWorkspace) -> None:
             "one version, or "
             f"delete the cache that `python -m fusewire doctor` names): {describe(error)}"
         ) from error
-    except Exception:  # the refusal
+    except Exception:  # hidden size 3 was rejected, as expected
         return
 
 
 def _prove_results(workspace: FlashInferWorkspace, limit_s: float = 60.0) -> None:
-    """Raise WorkspaceError unless both variants give known answers, PeerTimeoutError if they never return."""
+    """Check both variants against known answers. A collective.
+
+    Raises:
+        WorkspaceError: a result is wrong.
+        PeerTimeoutError: the calls did not end within limit_s seconds.
+    """
     hidden, dtype, ranks = workspace.key.hidden, workspace.key.dtype, workspace.world_size
     wrong: list[tuple[str, Tensor]] = []
     for variant, tokens, weight_bias in ((ONE_SHOT, 1, 1.0), (TWO_SHOT, ranks + 1, 0.0)):
@@ -429,7 +434,7 @@ def _prove_results(workspace: FlashInferWorkspace, limit_s: float = 60.0) -> Non
 
 
 def _wait(limit_s: float) -> None:
-    """Wait for the current stream, but not for ever: a kernel whose peer never comes does not end."""
+    """Wait for the current stream; raise PeerTimeoutError after limit_s seconds."""
     event = torch.cuda.Event()
     event.record()
     start = time.monotonic()
@@ -454,7 +459,7 @@ def all_reduce_rms_norm_flashinfer(
     form: str,
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
-    """One call without the dispatcher's table: as `all_reduce_rms_norm` with the policy "flashinfer"."""
+    """Run one call with the policy "flashinfer", without the dispatcher's table. A collective."""
     from fusewire.custom_ops.dispatch import dispatcher as dispatch
 
     args = (x, residual, weight, eps, weight_bias, form, group_name)
