@@ -1,4 +1,4 @@
-"""FlashInfer's fused all-reduce + residual + RMSNorm kernels as a provider of `all_reduce_rms_norm`.
+"""FlashInfer's fused all-reduce + residual + RMSNorm kernels, a provider of `all_reduce_rms_norm`.
 
 The workspace is FlashInfer's `trtllm` one: peer-to-peer memory without NVLink multicast ("auto" and
 "mnnvl" may use multicast and are never requested). One-shot: every rank pushes its rows to every
@@ -120,7 +120,7 @@ def max_tokens(hidden: int, dtype: torch.dtype, world_size: int) -> int:
 
 
 def workspace_bytes(hidden: int, dtype: torch.dtype, world_size: int, tokens: int) -> int:
-    """Return a workspace's bytes per rank: Lamport and exchange buffers, flags, residual, weight."""
+    """Return a workspace's bytes per rank: Lamport and exchange buffers, flags, defaults."""
     elements = world_size * tokens * hidden
     # An upper bound before FlashInfer 0.7.2, whose exchange buffer always has 2-byte elements.
     exact = (3 * elements * dtype.itemsize, elements * dtype.itemsize, world_size * 1024)
@@ -135,7 +135,7 @@ def token_limit(variant: str, hidden: int, dtype: torch.dtype, world_size: int, 
         return range(tokens + 1)
     if block_threads(hidden, dtype) < world_size:
         return range(0)
-    # Two-shot needs more tokens than ranks, and a buffer of 2-byte elements must hold input and sums.
+    # Two-shot needs more tokens than ranks; a buffer of 2-byte elements must hold input and sums.
     return range(world_size + 1, min(tokens, world_size * tokens // dtype.itemsize) + 1)
 
 
@@ -230,7 +230,7 @@ class FlashInferWorkspace(Workspace):
                     input=flat,
                     workspace=self.handle,
                     pattern=_PATTERN,
-                    launch_with_pdl=False,  # PDL could read weight and residual before they are written
+                    launch_with_pdl=False,  # PDL may read weight and residual too early
                     trigger_completion_at_end=True,
                     output=norm,  # unused by this pattern, but allocated on every call if not given
                     residual_in=before,

@@ -1,1 +1,1 @@
-"""Our own kernels: all-reduce, residual add and RMSNorm in one, over symmetric memory."""
+"""All-reduce, residual add and RMSNorm in one Triton kernel over symmetric memory."""

@@ -1,4 +1,4 @@
-"""Checks of the arguments of `symm_mem` calls, and tensors as the kernels need them."""
+"""Check the arguments of `symm_mem` calls and convert tensors to what the kernels read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 @dataclass(frozen=True)
 class InnerNorm:
-    """An RMSNorm of the sum over ranks, before the residual is added: Gemma 2 and 3 and GLM-4 norm twice.
+    """The arguments of an RMSNorm of the sum before the residual add (Gemma 2 and 3, GLM-4).
 
     Attributes:
         weight: (hidden,), any floating dtype, or None.
@@ -43,18 +43,18 @@ def check_call(
     capacity: int,
     kind: str,
 ) -> tuple[Tensor, int]:
-    """Check what all calls share.
+    """Check the arguments that all kinds of calls share.
 
     Args:
         capacity: the most tokens of such a call.
-        kind: of call, for the message.
+        kind: the kind of call, for error messages.
 
     Returns:
         x, contiguous and aligned, and its number of tokens.
 
     Raises:
-        ArgumentError: arguments that do not fit each other or the workspace.
-        PeerTimeoutError: an earlier call waited for a peer in vain.
+        ArgumentError: the arguments do not fit each other or the workspace.
+        PeerTimeoutError: a peer did not take part in an earlier call.
         WorkspaceError: the workspace is closed.
     """
     if ws.closed:
@@ -75,7 +75,7 @@ def check_call(
 
 
 def check_inner(inner: InnerNorm | None, residual: Tensor | None, x: Tensor) -> None:
-    """Raise ArgumentError if an inner norm does not fit x, or has no residual to be added to."""
+    """Raise ArgumentError if an inner norm does not fit x, or if there is no residual."""
     if inner is None:
         return
     if residual is None:
@@ -115,7 +115,7 @@ def residual_shard(t: Tensor | None, x: Tensor, shard: int, owned: int, ws: Symm
 
 
 def output_like(t: Tensor | None, like: Tensor, x: Tensor, name: str) -> Tensor:
-    """Return where a result of like's shape goes: t if it fits, a new tensor if it is None."""
+    """Return t as a result tensor of like's shape, or a new tensor if t is None."""
     if t is None:
         return torch.empty_like(like, memory_format=torch.contiguous_format)
     if t.shape != like.shape or t.dtype != x.dtype or t.device != x.device:

@@ -1,8 +1,8 @@
-"""Launches of the `symm_mem` kernels, and their configurations: grid, warps and tiles.
+"""Compute launch configurations of the `symm_mem` kernels: grid, warps and tiles.
 
-Configurations are pure arithmetic, and the same on all ranks. The protocols need `slices` and
-`block` to be equal on every rank; results depend on a configuration only by the
-order in which a row's squares are added.
+Configurations are pure arithmetic and the same on all ranks. The protocols need equal `slices` and
+`block` on every rank. A configuration changes results only through the order in which a row's
+squares are added.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-MAX_SLICES = 8  # blocks that may share a row
+MAX_SLICES = 8  # the most blocks that share a row
 MAX_PROGRAMS = 1 << 16
 _REGISTERS = 65536
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a kernel is launched.
+    """The grid, warps and tiles of a kernel launch.
 
     Attributes:
         programs: blocks in the grid; all must fit on the GPU at once.
-        warps: per block, a power of two. So many blocks go to a multiprocessor that it has 16 warps.
-        block: packets of 16 bytes that a block takes of a row, a power of two, at least 32 * warps.
+        warps: warps per block, a power of two. A multiprocessor holds 16 warps in all.
+        block: packets of 16 bytes per block and row, a power of two, at least 32 * warps.
         slices: blocks that share a row (one-shot and data-as-flag two-shot).
         unroll: packets per thread and tile of the flat copies (data-as-flag two-shot).
-        lookahead: strides by which partial rows are pushed before their results, at least 1 (two-shot with flags).
-        result_lag: strides by which a rank takes its peers' results after its own (two-shot with flags).
+        lookahead: strides between partial rows and their results, at least 1 (two-shot with flags).
+        result_lag: strides between own results and the peers' results (two-shot with flags).
     """
 
     programs: int
@@ -47,12 +47,12 @@ class LaunchConfig:
 
     @property
     def registers(self) -> int:
-        """The most registers per thread: 128 leave a multiprocessor two blocks of 256 threads, or one of 512."""
+        """The most registers per thread: 128 allow 512 threads per multiprocessor."""
         return min(128, _REGISTERS // self.threads)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that Triton compiles with."""
+        """The options that Triton compiles the kernel with."""
         return {
             "num_warps": self.warps,
             "maxnreg": self.registers,
@@ -61,7 +61,7 @@ class LaunchConfig:
 
 
 class KernelTensors(NamedTuple):
-    """The first arguments of every kernel: contiguous, on 16-byte boundaries, on the workspace's device."""
+    """The first arguments of every kernel: contiguous, 16-byte aligned, on the workspace's GPU."""
 
     ctl: Tensor
     x: Tensor
@@ -74,14 +74,14 @@ class KernelTensors(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch of a kernel.
+    """One launch of a kernel.
 
     Attributes:
         kernel: the kernel's name.
-        config: grid, warps and tiles; no programs for a call without tokens.
+        config: grid, warps and tiles; `programs` is 0 for a call without tokens.
         tensors: the kernel's first arguments.
-        arguments: the others: numbers (int or float), then compile-time constants.
-        outputs: the output buffers that the norm and the residual lie in, where they do.
+        arguments: the other arguments: numbers, then compile-time constants.
+        outputs: the output buffers of the norm and the residual; None for other memory.
     """
 
     kernel: str
@@ -92,7 +92,7 @@ class Launch:
 
     @property
     def results(self) -> tuple[Tensor, Tensor | None]:
-        """The norm and the residual."""
+        """The norm and the residual, if it is written."""
         return self.tensors.norm_out, self.tensors.residual_out
 
 
@@ -106,7 +106,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 def check_launch_config(config: LaunchConfig, packets: int, multiprocessors: int) -> str | None:
     """Return why a configuration cannot be launched for rows of `packets` packets, or None."""
-    per_multiprocessor = max(1, 16 // config.warps)  # at the most registers
+    per_multiprocessor = max(1, 16 // config.warps)  # with the most registers per thread
     if config.warps not in (1, 2, 4, 8, 16, 32):
         return f"warps is {config.warps}; it must be a power of two, at most 32"
     if config.block != _power_of_two(config.block) or config.block < config.threads:
@@ -127,7 +127,7 @@ def check_launch_config(config: LaunchConfig, packets: int, multiprocessors: int
 
 
 def _slices(rows: int, packets: int, multiprocessors: int) -> int:
-    """As many blocks a row as there are idle multiprocessors, while each has 96 packets or more to do."""
+    """Return the blocks per row: as idle multiprocessors allow, with 96 packets or more per block."""
     slices = MAX_SLICES
     while slices > 1 and (rows * slices > multiprocessors or packets < 96 * slices):
         slices //= 2
@@ -136,7 +136,7 @@ def _slices(rows: int, packets: int, multiprocessors: int) -> int:
 
 @functools.lru_cache(maxsize=16384)
 def launch_config_one_shot(tokens: int, packets: int, multiprocessors: int) -> LaunchConfig:
-    """One packet a thread if the row allows, several blocks a row while multiprocessors are idle."""
+    """Return one-shot's: a packet per thread if possible; idle multiprocessors share rows."""
     slices = _slices(tokens, packets, multiprocessors)
     block = max(32, _power_of_two(_ceil_div(packets, slices)))
     groups = max(1, min(tokens, multiprocessors // slices))
@@ -145,7 +145,7 @@ def launch_config_one_shot(tokens: int, packets: int, multiprocessors: int) -> L
 
 @functools.lru_cache(maxsize=16384)
 def launch_config_two_shot_data(shard: int, packets: int, world_size: int, multiprocessors: int) -> LaunchConfig:
-    """Flat copies over all multiprocessors; rows as in one-shot. `shard`: rows per rank."""
+    """Return the data-as-flag two-shot's for `shard` rows per rank; copies use the whole GPU."""
     slices = _slices(shard, packets, multiprocessors)
     block = max(32, _power_of_two(_ceil_div(packets, slices)))
     warps = min(16, block // 32)
@@ -162,12 +162,13 @@ def launch_config_two_shot_data(shard: int, packets: int, world_size: int, multi
 def launch_config_two_shot_flags(
     shard: int, packets: int, world_size: int, multiprocessors: int, replicate_residual: bool
 ) -> LaunchConfig:
-    """A row at a time; as few blocks as make equally many strides, so that none idles. `shard`: rows per rank.
+    """Return the two-shot with flags' configuration for `shard` rows per rank.
 
-    Many rows: as many blocks a multiprocessor as leave 4 packets to a thread, so that one transfers while others wait
-    for a fence or a flag. Fewer rows: fewer blocks, so that there are several strides, which overlap. With the residual
-    on every rank, where each also normalises its peers' rows, it helps to take those at once; and above 4 ranks one
-    block a multiprocessor is the faster.
+    The grid has the fewest blocks that give the same number of strides, so that none idles. With
+    many rows, a thread has 4 packets, so that blocks transfer while others wait for a fence or
+    flag. With fewer rows there are fewer blocks, so that several strides overlap. With
+    replicate_residual each rank also normalises its peers' rows: taking them at once is faster, and
+    so is one block per multiprocessor above 4 ranks.
     """
     block = max(32, _power_of_two(packets))
     most = min(16 if packets <= 2048 else 32, max(1, block // 32))

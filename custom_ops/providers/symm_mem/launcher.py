@@ -7,18 +7,17 @@
 
 For x of shape (..., hidden) on each rank of the workspace's group (T tokens, R ranks): s is the sum
 over ranks, in rank order in fp32, rounded to x's dtype; r = round(s + residual), or s without a
-residual; norm = RMSNorm(r) (Zhang and Sennrich, 2019, arXiv:1910.07467) in one of the forms of
-`fusewire.custom_ops.ops.norms`. With an inner norm, as in Gemma 2 and 3 and GLM-4, r =
-round(residual + n), n = RMSNorm(s) in the inner form. Results are deterministic and equal bit for
-bit across ranks.
+residual; norm = RMSNorm(r) in one of the forms of `fusewire.custom_ops.ops.norms`. With an inner
+norm, as in Gemma 2 and 3 and GLM-4, r = round(residual + n), n = RMSNorm(s) in the inner form.
+Results are deterministic and equal bit for bit across ranks.
 
 Every call is a collective: all ranks make the same calls in the same order, with equal shapes,
 dtypes and options, one call at a time (not on two streams at once).
 
-Each function has two halves. `..._launch` checks the arguments and returns a `Launch`; `run`
-launches it. `prepared_launch` keeps what the first half found for calls that differ in addresses
-only. Triton is imported and kernels are compiled at the first call of their kind (see
-`compiling_only`), so call once before capturing a CUDA graph.
+Each function has two halves: `..._launch` checks the arguments and returns a `Launch`; `run`
+launches it. `prepared_launch` reuses launches for calls that differ only in addresses. The first
+call of a kind imports Triton and compiles (see `compiling_only`): make it before capturing a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ from fusewire.errors import ArgumentError
 DATA = "data"  # data as flag: lower latency
 FLAGS = "flags"  # one flag a row: more throughput
 _NO_WEIGHT = -1
-_NOTHING = LaunchConfig(programs=0, warps=1, block=32)  # of a call without tokens
+_NOTHING = LaunchConfig(programs=0, warps=1, block=32)  # a call without tokens
 
 P = ParamSpec("P")
 
@@ -72,11 +71,10 @@ compiles_only: Callable[[], bool] = _compile_only.get
 
 @contextmanager
 def compiling_only() -> Iterator[None]:
-    """Have calls inside compile what they would launch and launch nothing; their results are uninitialised.
+    """Make calls inside compile their kernels and launch nothing; results are uninitialised.
 
-    A rank that compiles while its peers already wait in the kernel makes them wait for the
-    compiler, perhaps past the time limit. So compile on all ranks, then vote, then call. Holds for
-    this thread (and context) only: calls of other threads are launched meanwhile.
+    If a rank compiles while its peers already wait in the kernel, their wait may time out. So
+    compile on all ranks, then vote, then call. Applies to this thread (and context) only.
     """
     token = _compile_only.set(True)
     try:
@@ -101,7 +99,7 @@ def one_shot_launch(
     inner: InnerNorm | None = None,
     config: LaunchConfig | None = None,
 ) -> Launch:
-    """All ranks push all rows to all peers, in one hop: lowest latency, (R - 1) T H numbers out of each rank.
+    """Return the launch of a one-shot, which sends (R - 1) T H numbers from each rank in one hop.
 
     Args:
         ws: the workspace, of x's hidden size and dtype.
@@ -111,18 +109,18 @@ def one_shot_launch(
         eps: added to the mean square.
         weight_bias: added to the weight (Gemma: 1.0). Ignored without a weight.
         form: "scale_then_round" or "round_then_scale".
-        norm_out: where the norm goes, of x's shape and dtype, contiguous and not x itself; made if None.
+        norm_out: memory for the norm, of x's shape and dtype, contiguous, not x; new if None.
         residual_out: likewise for r; may be `residual` itself.
-        need_residual: False leaves r out; the second result is then None.
-        inner: an RMSNorm of s before the residual is added, which must then be given.
+        need_residual: False does not write r; the second result is then None.
+        inner: an RMSNorm of s before the residual add; needs a residual.
         config: equal on all ranks; by default `launch_config_one_shot`. For tests and sweeps.
 
     Returns:
         The launch; its results are the norm and r, of x's shape and dtype.
 
     Raises:
-        ArgumentError: arguments that do not fit each other or the workspace.
-        PeerTimeoutError: an earlier call waited for a peer in vain.
+        ArgumentError: the arguments do not fit each other or the workspace.
+        PeerTimeoutError: a peer did not take part in an earlier call.
         WorkspaceError: the workspace is closed.
     """
     rows, tokens = check_call(ws, x, weight, eps, weight_bias, form, ws.layout.one_shot_tokens, "one-shot")
@@ -164,15 +162,16 @@ def two_shot_launch(
     output: int | None = None,
     config: LaunchConfig | None = None,
 ) -> Launch:
-    """Rows are summed by their owner, who pushes r and its squares; every rank normalises all rows.
+    """Return the launch of a two-shot: owners sum rows and push r; all ranks normalise all rows.
 
-    2 (R - 1) / R T H numbers out of each rank, in two hops. Arguments, results and errors as
-    `one_shot_launch`, but up to `ws.layout.max_tokens` rows, and
+    Each rank sends 2 (R - 1) / R T H numbers in two hops. Arguments, results and errors are those
+    of `one_shot_launch`, but for up to `ws.layout.max_tokens` rows, and with
 
     Args:
-        protocol: "data" (up to `ws.layout.data_tokens` rows) or "flags"; by default "data" while it fits.
-        output: the number of an output buffer of the workspace: r is left there, without a copy, and
-            residual_out must be None. Only with "flags". `SymmMemWorkspace.output` says how long it lives.
+        protocol: "data" (up to `ws.layout.data_tokens` rows) or "flags"; "data" if it fits by
+            default.
+        output: the number of a workspace's output buffer that receives r without a copy. Needs
+            "flags" and no residual_out. `SymmMemWorkspace.output` documents its lifetime.
     """
     if output is not None and (residual_out is not None or not need_residual):
         raise ArgumentError("output names the buffer of the residual: leave residual_out None and need_residual True")
@@ -206,17 +205,18 @@ def two_shot_sharded_launch(
     output: int | None = None,
     config: LaunchConfig | None = None,
 ) -> Launch:
-    """As `two_shot_launch`, but each rank adds and normalises its own rows only; the residual stays sharded.
+    """Return the launch of a two-shot with a sharded residual: ranks add and normalise own rows.
 
-    The owner pushes its normalised rows; few rows are pushed as in `two_shot_launch`, with their
-    squares. Rank r owns rows r * S to min((r + 1) * S, T) of the flattened x, S = ceil(T / R).
+    Owners push normalised rows, or, if there are few, rows and squares as in `two_shot_launch`,
+    whose arguments apply. Rank r owns rows r * S to min((r + 1) * S, T) of the flattened x, S =
+    ceil(T / R).
 
     Args:
         residual: this rank's rows, (S, hidden) or only the `owned_rows(T, R, rank)` first of them;
             rows past the owned ones are not read.
         norm_out: the complete norm, of x's shape.
         residual_out: (S, hidden), made if None; rows past the owned ones become zeros.
-        output: the norm is left in that output buffer, without a copy; norm_out must then be None.
+        output: the output buffer that receives the norm without a copy; needs no norm_out.
 
     Returns:
         The launch; its results are the norm, of x's shape, complete on every rank, and this rank's
@@ -256,7 +256,7 @@ def _two_shot(
     outputs: tuple[int | None, int | None],
     config: LaunchConfig | None,
 ) -> Launch:
-    """The launch of a two-shot. `outputs`: the output buffers of the norm and of the residual."""
+    """Return the launch of a two-shot. `outputs`: the output buffers of norm and residual."""
     layout, at = ws.layout, ws.layout.offsets
     output = outputs[0] if outputs[1] is None else outputs[1]
     shard = rows_per_rank(tokens, ws.world_size)
@@ -284,7 +284,7 @@ def _two_shot(
 
 
 def _protocol(ws: SymmMemWorkspace, tokens: int, protocol: str | None, output: int | None) -> str:
-    """Return the protocol of a two-shot: the one asked for, if it can serve, or the faster one."""
+    """Return the two-shot protocol: the requested one if it can serve, or the faster one."""
     fits = tokens <= ws.layout.data_tokens and output is None
     protocol = protocol or (DATA if fits else FLAGS)
     if protocol not in (DATA, FLAGS):
@@ -308,7 +308,7 @@ def _launch(
     tiles: tuple[Any, ...],
     outputs: tuple[int | None, int | None] = (None, None),
 ) -> Launch:
-    """The launch of a kernel, its arguments in the order that all kernels share.
+    """Return the launch of a kernel, with the arguments in the order that all kernels share.
 
     Args:
         numbers: counts and byte offsets.
@@ -316,7 +316,7 @@ def _launch(
     """
     (x, residual, norm_out, residual_out), (norm, inner) = tensors, norms
     weight, inner_weight = weight_for(norm.weight), weight_for(inner.weight if inner else None)
-    # Floats, since Triton takes the types of these two from their values.
+    # Floats, because Triton derives the types of these two from their values.
     inner_numbers = (None, None) if inner is None else (float(inner.eps), float(inner.weight_bias))
     constants = (
         *(ws.world_size, ws.hidden, KINDS[ws.dtype], _kind(weight)),
@@ -347,7 +347,7 @@ def kernel(name: str) -> Any:
 
 
 def run(ws: SymmMemWorkspace, launch: Launch) -> Any:
-    """Launch on the current stream of the workspace's device; inside `compiling_only` compile instead.
+    """Launch on the current stream of the workspace's GPU; in `compiling_only` only compile.
 
     Returns:
         Triton's compiled kernel, or None if nothing was launched.
@@ -374,7 +374,7 @@ def run(ws: SymmMemWorkspace, launch: Launch) -> Any:
 def _direct(
     make: Callable[Concatenate[SymmMemWorkspace, P], Launch],
 ) -> Callable[Concatenate[SymmMemWorkspace, P], tuple[Tensor, Tensor | None]]:
-    """Return the function that makes the launch, runs it and returns its results."""
+    """Return a function that makes the launch, runs it and returns its results."""
 
     @functools.wraps(make)
     def call(ws: SymmMemWorkspace, /, *args: P.args, **options: P.kwargs) -> tuple[Tensor, Tensor | None]:

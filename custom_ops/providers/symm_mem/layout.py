@@ -1,7 +1,7 @@
-"""The layout of the `symm_mem` buffers: what both the host and the kernels compute addresses from.
+"""The layout of the `symm_mem` buffers, from which host and kernels compute addresses.
 
-A rank's symmetric buffer is one allocation, divided into areas (`Layout`). Beside it lies the control block, 256 bytes
-of this GPU's own memory, with the launch counters, the peers' addresses and the error word.
+A rank's symmetric buffer is one allocation, divided into areas (`Layout`). The control block is 256
+bytes of the GPU's own memory: launch counters, the peers' addresses and the error word.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from fusewire.custom_ops.providers.symm_mem.launch_config import MAX_SLICES
 
 # The control block, by 64-bit words.
 CTL_ONE_SHOT, CTL_DATA, CTL_FLAGS = 0, 1, 2  # launch counters, one for each protocol
-CTL_ERROR = 3  # 0, or (what was waited for << 32) + rank + 1
-CTL_HOST_ERROR = 4  # address of a pinned host word that gets the same, or 0
-CTL_LIMIT_NS = 5  # how long a wait may take
+CTL_ERROR = 3  # 0, or (kind of wait << 32) + rank + 1
+CTL_HOST_ERROR = 4  # address of a pinned host word with a copy of the error, or 0
+CTL_LIMIT_NS = 5  # time limit of a wait, in nanoseconds
 CTL_PEERS = 8  # base address of each rank's buffer, this rank's included
-CTL_ZEROS = 16  # 16 bytes that stay zero: where masked lanes poll
+CTL_ZEROS = 16  # 16 bytes that stay zero, polled by masked lanes
 CTL_WORDS = 32
 
-# Words that many threads poll lie in cache lines of their own; two words for each slice fit in one.
+# Words that many threads poll have separate cache lines; a line holds two words for each slice.
 CACHE_LINE_BYTES = 128
 
-# What a kernel waits for, as it is written to the error word.
+# Kinds of waits, as written to the error word.
 WAIT_ONE_SHOT, WAIT_PARTIAL_DATA, WAIT_RESULT_DATA, WAIT_PARTIAL_FLAG, WAIT_RESULT_FLAG, WAIT_SLICE = range(1, 7)
 
 MAX_WORLD_SIZE = 8
@@ -35,7 +35,7 @@ _ALIGN = 256
 
 
 def owned_rows(tokens: int, world_size: int, rank: int) -> int:
-    """Return how many rows a rank owns; 0 for the last ranks if there are few tokens.
+    """Return the number of rows that a rank owns; the last ranks may own none.
 
     Rank r owns rows r * S to min((r + 1) * S, tokens), S = `rows_per_rank(tokens, world_size)`.
     """
@@ -51,9 +51,9 @@ class Layout:
         world_size: ranks of the group.
         hidden: hidden size, in elements.
         itemsize: bytes of an element.
-        one_shot_tokens, data_tokens, max_tokens: the most tokens (rows of all ranks together) of a one-shot call, of a
-            data-as-flag two-shot, and of any call.
-        outputs: output buffers of (max_tokens, hidden).
+        one_shot_tokens, data_tokens, max_tokens: the most tokens (rows of all ranks together) of a
+            one-shot, of a data-as-flag two-shot, and of any call.
+        outputs: number of output buffers of (max_tokens, hidden).
         offsets, sizes: bytes, by the area's name.
     """
 
@@ -74,7 +74,7 @@ class Layout:
             "one_shot_slots": 2 * world * self.one_shot_tokens * row,
             "data_slots": 2 * data * row,
             "data_results": data * row,
-            # Two words for each slice: the blocks of a row exchange an inner norm's squares too.
+            # Two words per slice: the second is for the inner norm's squares.
             "one_shot_slices": CACHE_LINE_BYTES * self.one_shot_tokens,
             "data_slices": CACHE_LINE_BYTES * self.data_shard,
             "data_squares": CACHE_LINE_BYTES * MAX_SLICES * data,
@@ -118,12 +118,12 @@ class Layout:
 
     @property
     def ones(self) -> tuple[str, ...]:
-        """The areas where data is its own flag. They start as all ones (nothing has arrived), all others as zeros."""
+        """The areas where data is its own flag, initially all ones; other areas start as zeros."""
         return ("one_shot_slots", "data_slots", "data_results")
 
 
 def unsupported_reason(world_size: int, hidden: int, dtype: torch.dtype) -> str | None:
-    """Return why the kernels cannot serve such a group and such activations, or None. The same on all ranks."""
+    """Return why the kernels cannot serve the arguments, or None. The same on all ranks."""
     if not 2 <= world_size <= MAX_WORLD_SIZE:
         return f"world size {world_size}: symm_mem serves groups of 2 to {MAX_WORLD_SIZE} GPUs of one host"
     if hidden % 8 or not 8 <= hidden <= MAX_HIDDEN:

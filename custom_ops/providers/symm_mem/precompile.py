@@ -1,4 +1,4 @@
-"""The kernels that the calls of a workspace need, whatever their number of tokens."""
+"""List the kernels that a workspace's calls need, for any number of tokens."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fusewire.custom_ops.providers.symm_mem.launch_config import (
 )
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
 
-# Above the data-as-flag limit configurations change seldom: token counts in steps of a sixteenth.
+# Above the data-as-flag limit configurations change rarely: check token counts in steps of 1/16.
 _STEP = 16
 
 
 def compilations(ws: SymmMemWorkspace) -> list[Callable[[], None]]:
-    """Return, for each kernel that calls with a residual and a weight of x's dtype launch, what compiles it.
+    """Return functions that each compile a kernel of calls with a residual and a weight.
 
-    Other calls (no residual, another weight's dtype, sandwich norms, a sharded residual) compile at
-    their first time.
+    The weight is of x's dtype. Other calls (no residual, another weight dtype, sandwich norms, a
+    sharded residual) compile when they are first made.
     """
     return [
         functools.partial(_compile, ws, call, tokens, form, options)
@@ -43,7 +43,7 @@ def _compile(ws: SymmMemWorkspace, call: Callable[..., Any], tokens: int, form: 
 
 
 def _calls(ws: SymmMemWorkspace) -> Iterator[tuple[Callable[..., Any], int, dict[str, Any]]]:
-    """The smallest call with each compiled form."""
+    """Yield the smallest call for each compiled form."""
     layout, count, world, packets = ws.layout, ws.multiprocessors, ws.world_size, ws.layout.packets
 
     def one_shot(tokens: int) -> LaunchConfig:
@@ -66,7 +66,7 @@ def _calls(ws: SymmMemWorkspace) -> Iterator[tuple[Callable[..., Any], int, dict
 
 
 def _first(config_of: Callable[[int], LaunchConfig], counts: Iterator[int] | range) -> list[int]:
-    """The first number of tokens with each compiled form: grids and strides are no part of it."""
+    """Return the first token count of each compiled form; grid and strides do not matter."""
     found: dict[tuple[int, ...], int] = {}
     for tokens in counts:
         config = config_of(tokens)

@@ -1,8 +1,8 @@
-"""Calls whose launch is prepared by the first: later ones cost the host half the time.
+"""Reuse the launch of a bound operator's first call, which halves the host time of later calls.
 
-A bound operator makes the same call again and again: same shapes, dtypes and numbers, other
-tensors. Its first call is checked and launched by way of Triton. What that found (compiled kernel,
-grid, all arguments but addresses) launches the later ones.
+A bound operator repeats the same call with other tensors: same shapes, dtypes and numbers. The
+first call is checked and launched through Triton; its compiled kernel, grid and arguments (except
+addresses) launch the later ones.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
 
 
 class PreparedLaunch:
-    """A launch that serves calls which differ from an earlier one in the addresses of tensors only.
+    """A launch for calls that differ from an earlier call only in tensors' addresses.
 
     Args:
         ws: the workspace.
-        launch: the earlier call's.
-        numbers: that call's, all that the launch depends on beside the tensors.
+        launch: the earlier call's launch.
+        numbers: the earlier call's other inputs on which the launch depends.
         compiled: Triton's compiled kernel.
     """
 
     def __init__(self, ws: SymmMemWorkspace, launch: Launch, numbers: tuple[Any, ...], compiled: Any) -> None:
         tensors = launch.tensors
-        # Of the tensors as the kernel gets them: a weight that is converted never fits.
+        # The tensors that the kernel gets: a call whose weight must be converted never matches.
         given = (tensors.x, tensors.residual, tensors.weight, tensors.inner_weight)
         self._like = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in given]
         self._ws, self._numbers, self._compiled = ws, numbers, compiled
@@ -51,10 +51,10 @@ class PreparedLaunch:
         weight: Tensor | None,
         inner_weight: Tensor | None,
     ) -> tuple[Tensor, Tensor] | None:
-        """Launch, if this launch serves the call; return the norm and the residual, else None.
+        """Launch if the call matches; return the norm and the residual, or None if it does not.
 
         Raises:
-            PeerTimeoutError: an earlier call waited for a peer in vain.
+            PeerTimeoutError: a peer did not take part in an earlier call.
         """
         ws, (like_x, like_residual, like_weight, like_inner) = self._ws, self._like
         device = ws.device
@@ -94,7 +94,7 @@ _UNFIT = -1
 
 
 def _address(tensor: Tensor | None, like: tuple[torch.Size, torch.dtype] | None, device: torch.device) -> int | None:
-    """Return a tensor's address if the kernel can take it as it is, None for no tensor, else _UNFIT."""
+    """Return a tensor's address, None for no tensor, or _UNFIT if the kernel needs a copy."""
     if tensor is None or like is None:
         return None if tensor is None and like is None else _UNFIT
     address = tensor.data_ptr()
@@ -103,15 +103,15 @@ def _address(tensor: Tensor | None, like: tuple[torch.Size, torch.dtype] | None,
 
 
 class PreparedCall:
-    """Calls of one kind on one workspace, with the launch that the first of them prepared.
+    """Calls of one kind on one workspace, with the launch that the last full call prepared.
 
-    A call that is not like it, or whose tensors need a copy, is checked anew and prepares its own.
-    Thread-safe: two threads may prepare the same launch, and either is kept.
+    A call that does not match it, or whose tensors need a copy, is checked in full and prepares a
+    new launch. Thread-safe: two threads may prepare the same launch, and one of them is kept.
 
     Args:
         ws: the workspace.
         make: `one_shot_launch`, `two_shot_launch` or `two_shot_sharded_launch`.
-        output: the output buffer that the result may stay in; only the protocol with flags does that.
+        output: the output buffer for the result; used by the protocol with flags only.
     """
 
     def __init__(self, ws: SymmMemWorkspace, make: Callable[..., Launch], output: int | None = None) -> None:
@@ -129,7 +129,7 @@ class PreparedCall:
         form: str,
         inner: InnerNorm | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Make the call: a collective. Arguments, results and errors as the launcher's."""
+        """Make the call. A collective. Arguments, results and errors are those of `make`."""
         numbers: tuple[Any, ...] = (eps, weight_bias, form)
         if inner is not None:
             numbers += (inner.eps, inner.weight_bias, inner.form)

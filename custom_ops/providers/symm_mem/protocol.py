@@ -1,8 +1,8 @@
-"""What must be equal on all ranks of a group for `symm_mem`'s kernels, as facts for their vote.
+"""Facts that must be equal on all ranks of a group for `symm_mem`'s kernels, for their vote.
 
-A kernel finds what a peer has written by computing where that peer put it. So both must have the same layout of the
-buffers, the same limits between protocols, the same sources, and the same number of multiprocessors to compute launch
-configurations by.
+A kernel computes where a peer put its data. So all ranks need the same buffer layout, the same
+limits between protocols, the same sources, and the same number of multiprocessors in launch
+configurations.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 from fusewire.custom_ops.providers.symm_mem.launch_config import MAX_PROGRAMS, MAX_SLICES
 from fusewire.custom_ops.providers.symm_mem.layout import CACHE_LINE_BYTES, CTL_WORDS, Layout
 
-_DIGITS = 12  # of a digest
+_DIGITS = 12  # hexadecimal digits of a digest
 
 
 def protocol(probe: Layout, triton_version: str) -> dict[str, Any]:
-    """Return what must be equal on every rank, by the name that a refusal gives it. JSON types.
+    """Return the facts that must be equal on every rank, by their names in refusals. JSON types.
 
     Args:
-        probe: a layout for the most tokens of each protocol, of sizes that are the same on every rank.
+        probe: a layout of the same sizes on every rank, with each protocol's most tokens.
     """
     return {
         "the version of fusewire": _fusewire_version(),
@@ -41,7 +41,7 @@ def protocol(probe: Layout, triton_version: str) -> dict[str, Any]:
 
 
 def differences(facts: Sequence[Mapping[str, Any]]) -> str:
-    """Return what of the protocol differs between ranks, and which rank has what; empty if nothing does. Pure.
+    """Return a text of the facts that differ between ranks, with the ranks; empty if none do.
 
     Args:
         facts: of each rank, with its `protocol` and its global rank `rank`.
@@ -59,7 +59,7 @@ def differences(facts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def least_multiprocessors(facts: Sequence[Mapping[str, Any]]) -> int:
-    """Return the number of multiprocessors to compute launches by: the least of all ranks' GPUs. Pure."""
+    """Return the least number of multiprocessors of all ranks' GPUs."""
     return min(int(fact["multiprocessors"]) for fact in facts)
 
 
@@ -77,7 +77,7 @@ def _fusewire_version() -> str:
 
 @functools.cache
 def _sources() -> str:
-    """Return a digest of the kernels' sources, and of the host code that launches them, as they are on disk."""
+    """Return a digest of the sources on disk of the kernels and of their host code."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return _digest(*(part for file in files for part in (file.name.encode(), file.read_bytes())))
 

@@ -1,7 +1,4 @@
-"""Provider `symm_mem` for the dispatcher: Triton kernels over torch's symmetric memory.
-
-`launcher` has the calls; here is what the registry of workspaces and the dispatcher ask of a provider.
-"""
+"""The provider `symm_mem`: its supported calls, limits, workspaces and bound calls."""
 
 from __future__ import annotations
 
@@ -36,17 +33,17 @@ from fusewire.errors import ProcessGroupError, WorkspaceError
 
 PROVIDER = "symm_mem"
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# The largest workspace that is made: all of it is mapped by every peer.
+# The largest workspace in bytes: every peer maps all of it.
 MAX_BYTES = 1 << 30
-# Above so many tokens the one-shot protocol loses; its buffers are not made larger.
+# Above this number of tokens one-shot is slower, so its buffers are not made larger.
 ONE_SHOT_TOKENS = 128
-# Sizes of the layout by which ranks compare how they lay out buffers: multiples of no large power
-# of two, so that alignment shows, and above all limits between protocols.
+# Sizes of the layout that ranks compare: not multiples of large powers of two, so that differences
+# in alignment show, and above all limits between protocols.
 _PROBE_HIDDEN, _PROBE_TOKENS = 2888, 8001
 
 
 def supported() -> Support:
-    """Return whether this machine can run the kernels at all."""
+    """Return whether this machine can run the kernels."""
     if not torch.cuda.is_available():
         return Support.no("torch finds no CUDA GPU; symm_mem's kernels run on NVIDIA GPUs")
     if torch.version.hip is not None:
@@ -70,7 +67,7 @@ def supports_args(
     form: str,
     group_name: str,
 ) -> Support:
-    """Return whether the kernels can serve such a call. The same on every rank."""
+    """Return whether the kernels support such a call. Every rank gets the same answer."""
     try:
         world_size = resolve_group(group_name).size()
     except ProcessGroupError as error:
@@ -94,7 +91,7 @@ def supports_args(
 
 
 def data_tokens(world_size: int) -> int:
-    """Return the most tokens of the data-as-flag protocol: the more ranks, the longer it wins."""
+    """Return the most tokens of the data-as-flag protocol, which grow with the number of ranks."""
     return 1024 if world_size > 4 else 512
 
 
@@ -112,20 +109,20 @@ def _layout(hidden: int, dtype: torch.dtype, world_size: int, tokens: int) -> La
 
 @functools.lru_cache(maxsize=256)
 def max_tokens(hidden: int, dtype: torch.dtype, world_size: int) -> int:
-    """Return for how many tokens a workspace of at most MAX_BYTES is."""
+    """Return the most tokens of a workspace of at most MAX_BYTES."""
     counts = range(1, MAX_BYTES // (hidden * dtype.itemsize) + 1)
     return bisect.bisect_right(counts, MAX_BYTES, key=lambda t: _layout(hidden, dtype, world_size, t).nbytes)
 
 
 class HeldWorkspace(Workspace):
-    """The kernels' workspace as the registry knows it."""
+    """The kernels' workspace, as an entry of the registry."""
 
     def __init__(self, request: Request, made: SymmMemWorkspace) -> None:
         super().__init__(request.key, request.max_tokens, made.nbytes, request.device)
         self.made = made
         self.rank, self.world_size = made.rank, made.world_size
         self._group = request.group
-        self._refusals: dict[str, str] = {}  # by kind of call that was tested; "" where it passed
+        self._refusals: dict[str, str] = {}  # by tested kind of call; "" if it passed
         self._testing = threading.Lock()
 
     def run(
@@ -139,18 +136,17 @@ class HeldWorkspace(Workspace):
         form: str,
         inner: InnerNorm | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Make one call, with native's results: a collective.
+        """Run one call, with native's results. A collective.
 
-        Thread-safe: one call is launched after the other, on the streams too. But the ranks' calls
-        must come in one order: which of two threads is first, the caller makes the same on every
-        rank.
+        Thread-safe on one rank: calls are launched one after another, on all streams. The caller
+        must give all ranks the same order of calls.
 
         Raises:
-            ArgumentError: arguments that do not fit each other or the workspace.
+            ArgumentError: the arguments do not fit each other or the workspace.
             WorkspaceError: the workspace is closed or too small.
-            PeerTimeoutError: an earlier call waited for a peer in vain.
+            PeerTimeoutError: a peer did not take part in an earlier call.
         """
-        if symm_mem.compiles_only():  # launches nothing, and other threads' calls need not wait for the compiler
+        if symm_mem.compiles_only():  # launches nothing, so other threads need not wait
             return call(x, residual, weight, eps, weight_bias, form, inner)
         with self.order.lock:
             self.check_call(x.numel() // self.key.hidden, x.device)
@@ -158,10 +154,10 @@ class HeldWorkspace(Workspace):
             return call(x, residual, weight, eps, weight_bias, form, inner)
 
     def passes(self, kind: str) -> bool:
-        """Return whether calls of a derived operator come out right.
+        """Return whether calls of a derived op give right results.
 
-        A collective at the first of each kind: all ranks test and vote once. Nothing can be tested
-        while a CUDA graph is captured. Thread-safe.
+        The first call of each kind is a collective: all ranks test and vote. Not possible while a
+        CUDA graph is captured. Thread-safe.
         """
         if kind not in self._refusals:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -169,12 +165,12 @@ class HeldWorkspace(Workspace):
                 log_line(f"{self.key}: {what}; run the model once before capture")
                 return False
             with self._testing:
-                if kind not in self._refusals:  # another thread may have tested them meanwhile
+                if kind not in self._refusals:  # another thread may have tested it meanwhile
                     self._refusals[kind] = self._self_test(kind)
         return not self._refusals[kind]
 
     def _self_test(self, kind: str) -> str:
-        """Test and vote; return why such calls cannot be made, or "". A collective."""
+        """Test and vote; return why such calls cannot be made, or "" if they can. A collective."""
         channel = Channel(self._group, f"{self.key} {kind}")
         for step, test in (("compile", self_test.compile_probes), ("execute", self_test.execute_probes)):
             share = functools.partial(test, self.run, self.made, kind)
@@ -194,7 +190,7 @@ class HeldWorkspace(Workspace):
 
 
 class SymmMemProvider(WorkspaceProvider):
-    """The kernels for the dispatcher."""
+    """The kernels as a provider with workspaces."""
 
     name = PROVIDER
     variants = (SYMM_ONE_SHOT, SYMM_TWO_SHOT)
@@ -298,7 +294,7 @@ class SymmMemProvider(WorkspaceProvider):
         if not workspace.passes(kind):
             return None
         if sharded:
-            # Also for few tokens: in one shot every rank needs the whole residual.
+            # Not one-shot, even for few tokens: every rank would need the whole residual.
             return _derived(workspace, PreparedCall(workspace.made, symm_mem.two_shot_sharded_launch, output))
         if variant == SYMM_ONE_SHOT:
             return _derived(workspace, PreparedCall(workspace.made, symm_mem.one_shot_launch))
@@ -338,7 +334,7 @@ def all_reduce_rms_norm_symm_mem(
     form: str,
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
-    """Make one call without the dispatcher's table: as `all_reduce_rms_norm` with the policy "symm_mem"."""
+    """Run one call with the policy "symm_mem", without the dispatcher's table. A collective."""
     from fusewire.custom_ops.dispatch import dispatcher as dispatch
 
     args = (x, residual, weight, eps, weight_bias, form, group_name)

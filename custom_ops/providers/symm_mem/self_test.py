@@ -1,7 +1,7 @@
-"""Calls of the `symm_mem` kernels with known answers, made before the kernels serve a program.
+"""Test the `symm_mem` kernels with known answers, before a program uses them.
 
-Two steps, with a vote of the ranks after each: compile, on each rank alone, since a rank that
-compiles while others wait in a kernel uses up their time limit; then execute, a collective.
+Two steps, each followed by a vote: compile (on each rank alone, since peers that wait in a kernel
+for a rank that compiles may time out), then execute (a collective).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Probe(NamedTuple):
 
 
 def compile_probes(run: Run, ws: SymmMemWorkspace, kind: str) -> None:
-    """Compile what `execute_probes` launches. No collective."""
+    """Compile the kernels that `execute_probes` launches. Not a collective."""
     with symm_mem.compiling_only():
         for probe in _probes(ws, kind):
             _make(run, ws, kind, probe)
@@ -61,7 +61,7 @@ def execute_probes(run: Run, ws: SymmMemWorkspace, kind: str) -> None:
 
 
 def _probes(ws: SymmMemWorkspace, kind: str) -> list[_Probe]:
-    """For each protocol, and for tokens that ranks do and do not share evenly."""
+    """Return a probe per protocol and form, with token counts that ranks share evenly and not."""
     sharded = kind in (SHARDED, SHARDED_SANDWICH)
     two_shot: Callable[..., Launch] = symm_mem.two_shot_sharded_launch if sharded else symm_mem.two_shot_launch
     calls: list[tuple[Callable[..., Launch], int]] = [] if sharded else [(symm_mem.one_shot_launch, 1)]
@@ -75,9 +75,9 @@ def _probes(ws: SymmMemWorkspace, kind: str) -> list[_Probe]:
 
 
 def _make(run: Run, ws: SymmMemWorkspace, kind: str, probe: _Probe, turn: int = 0) -> Tensor:
-    """Make one call whose sums are exact in every dtype; return a bool tensor: whether it came out wrong.
+    """Make one call whose sums are exact in every dtype; return a bool tensor, true if wrong.
 
-    Each turn has other numbers, so that what an earlier one left does not pass for its result.
+    Each turn has other numbers, so that an earlier turn's results do not pass for its own.
     """
     tokens, hidden, dtype = probe.tokens, ws.hidden, ws.dtype
 
@@ -99,7 +99,7 @@ def _make(run: Run, ws: SymmMemWorkspace, kind: str, probe: _Probe, turn: int = 
         total = own_rows(total, ws.rank, ws.world_size)
     norm, summed = run(probe.call, parts[ws.rank], given, weight, 0.25, 1.0, probe.form, inner)
     if inner is not None:
-        # The inner norm rounds; what its last bit changes is bounded by the largest number of a row.
+        # The inner norm rounds; its last bit's effect is bounded by the row's largest number.
         return _far(norm, expected, expected.abs().amax(-1, keepdim=True)) | _far(summed, total, total.abs().amax())
     return _far(norm, expected, expected.abs()) | (summed != total).any()
 

@@ -1,8 +1,9 @@
-"""The symmetric memory of the `symm_mem` kernels on one rank: allocated, mapped by the peers, freed.
+"""Allocate, map and free the symmetric memory of the `symm_mem` kernels on one rank.
 
-One allocation for each rank, mapped by all peers (peer-to-peer, no multicast), and a control block in this GPU's own
-memory; `layout` says what lies where. The kernels count their calls in the control block, not on the host, so CUDA
-graphs replay. The ranks must make the same calls in the same order, one at a time.
+Each rank has one allocation that all peers map (peer-to-peer, no multicast) and a control block in
+its GPU's own memory; see `layout`. The kernels count their calls in the control block, not on the
+host, so CUDA graphs can replay. The ranks must make the same calls in the same order, one at a
+time.
 """
 
 from __future__ import annotations
@@ -47,34 +48,34 @@ _WAITS = {
 
 
 def _without_multicast() -> AbstractContextManager[None]:
-    """Have torch make no multicast object inside: nothing here uses one, and a broken one can take a host's GPUs down.
+    """Make torch create no multicast object inside: it is unused, and a broken one can hang GPUs.
 
-    For the whole process; thread-safe.
+    Applies to the whole process; thread-safe.
     """
     return scoped_variable("TORCH_SYMM_MEM_DISABLE_MULTICAST", lambda before: "1")
 
 
 class SymmMemWorkspace:
-    """The buffers of one process group, hidden size and dtype on this rank. Making one is a collective.
+    """One rank's buffers for a group, hidden size and dtype. Making one is a collective.
 
     Args:
-        group_name: of a process group whose ranks are GPUs of one host that can map each other's memory.
+        group_name: a process group whose ranks are GPUs of one host with peer access to each other.
         hidden: hidden size, a multiple of 8, at most 16384.
         dtype: of the activations: bfloat16, float16 or float32.
         max_tokens: the most tokens of a call.
-        one_shot_tokens: the most tokens of a one-shot call; takes 2 * world size * that many rows of memory.
-        data_tokens: the most tokens of a data-as-flag two-shot; takes three times that many rows of memory.
+        one_shot_tokens: the most tokens of a one-shot; takes 2 * world size rows of memory each.
+        data_tokens: the most tokens of a data-as-flag two-shot; takes three rows of memory each.
         outputs: number of buffers of (max_tokens, hidden) in which a two-shot can leave its result.
         timeout_s: seconds that a kernel waits for a peer before it gives up.
         device: this rank's GPU; the current one by default.
-        multiprocessors: the least number of multiprocessors of the ranks' GPUs, by which every rank computes its launch
-            configurations. By default the ranks exchange theirs, by the group's own communication.
-        barrier: returns once every rank of the group has called it; by default the group's own barrier.
+        multiprocessors: the least number of multiprocessors of the ranks' GPUs, from which launch
+            configurations are computed. By default the ranks exchange theirs over the group.
+        barrier: returns once every rank of the group has called it; by default the group's barrier.
 
     Raises:
-        ArgumentError: a size, dtype or time that cannot be used.
+        ArgumentError: a size, dtype or time cannot be used.
         CaptureError: a CUDA graph is being captured; make the workspace before.
-        ProcessGroupError: no such group.
+        ProcessGroupError: there is no such group.
         WorkspaceError: the memory could not be allocated or mapped by the peers.
     """
 
@@ -137,7 +138,7 @@ class SymmMemWorkspace:
             barrier()
 
     def _common_multiprocessors(self, least: int | None) -> int:
-        """Return the number to compute launches by. The same on every rank: which word goes where depends on it."""
+        """Return the multiprocessors for launch configurations: addresses depend on it on all ranks."""
         own: int = torch.cuda.get_device_properties(self.device).multi_processor_count
         if least is None:
             counts = [own] * self.world_size
@@ -172,9 +173,9 @@ class SymmMemWorkspace:
         return peers
 
     def _output_tensors(self) -> list[Tensor]:
-        """Return the output buffers, each as a tensor (bytes,) with a storage of its own.
+        """Return the output buffers, each as a tensor (bytes,) with separate storage.
 
-        So a result in one is no alias of an argument in another, which torch refuses of custom operators.
+        Otherwise a result could alias an argument in another buffer, which torch forbids.
         """
         assert self._buffer is not None
         found = []
@@ -203,8 +204,8 @@ class SymmMemWorkspace:
     def output(self, slot: int, tokens: int) -> Tensor:
         """Return output buffer `slot` as a (tokens, hidden) tensor.
 
-        A two-shot with `output=slot` leaves its result here. It stays valid until the next call with that slot; all
-        reads of it must be on the stream before that call.
+        A two-shot with `output=slot` leaves its result here. It stays valid until the next call
+        with that slot; all reads of it must be on the stream before that call.
 
         Raises:
             WorkspaceError: the workspace is closed.
@@ -221,14 +222,14 @@ class SymmMemWorkspace:
         return flat.view(self.dtype).view(tokens, self.hidden)
 
     def check(self, synchronize: bool = False) -> None:
-        """Raise if a kernel gave up waiting for a peer; reads one word of host memory.
+        """Raise if a kernel gave up waiting for a peer. Reads one word of host memory.
 
         Args:
-            synchronize: first wait for the GPU, so that all calls made so far count.
+            synchronize: wait for the GPU first, so that all earlier calls are covered.
 
         Raises:
-            PeerTimeoutError: names the operation, the rank waited for and the time. The results of that call are NaN
-                where rows are missing, and the workspace cannot be used any more.
+            PeerTimeoutError: has the operation, the rank waited for and the time. Missing rows of
+                that call's results are NaN, and the workspace cannot be used any more.
         """
         if synchronize:
             torch.cuda.synchronize(self.device)
@@ -249,8 +250,8 @@ class SymmMemWorkspace:
     def close(self) -> None:
         """Wait for this rank's calls to end and free the memory. Idempotent.
 
-        Not a collective: a rank whose calls have ended has received all that peers send it (every rank makes the same
-        calls). CUDA graphs captured with this workspace must not be replayed afterwards.
+        Not a collective: a rank whose calls have ended has received everything that peers send it.
+        CUDA graphs captured with this workspace must not be replayed afterwards.
         """
         if self._buffer is not None:
             torch.cuda.synchronize(self.device)

@@ -1,27 +1,27 @@
 """Memory accesses of the kernels in PTX: packets of 16 bytes, system-scope flags and bounded waits.
 
-Ranks exchange everything in one of three ways:
+Ranks exchange data in one of three ways:
 
-* **data as flag.** A packet is 16 bytes, four 32-bit words. Its destination holds `SENTINEL` (all
-  ones, a NaN in bf16, fp16 and fp32) in every word before it arrives, and the reader polls until no
-  word is the sentinel. Each word is its own flag, so nothing is asked of the memory system but that
-  32-bit stores are not torn. Writers turn the one NaN that equals the sentinel into the NaN next to
-  it (`sanitize`): every value arrives, -0.0 and NaN included.
-* **tagged word.** One 64-bit relaxed store of an fp32 value and a 32-bit tag that names the call.
-  Scalar 64-bit accesses are single-copy atomic, and because of the tag nothing need be cleared.
-* **flag.** A 64-bit word that holds the number of the call, written behind a system-scope fence
-  after a barrier of the block, and read by ld.acquire.sys before one. A fence is cumulative over
-  the barrier, so it covers the stores of the whole block. An acquire drops what L1 holds, so loads
-  after the barrier are not stale.
+* **data as flag.** A packet is 16 bytes, four 32-bit words. Until it arrives, its destination has
+  `SENTINEL` (all ones, a NaN in bf16, fp16 and fp32) in every word. The reader polls until no word
+  is the sentinel. Each word is its own flag, so the only requirement is that 32-bit stores are not
+  torn. Writers replace the one NaN that equals the sentinel by the NaN next to it (`sanitize`), so
+  every value arrives, including -0.0 and NaN.
+* **tagged word.** One 64-bit relaxed store of an fp32 value and a 32-bit tag, the call's number.
+  Scalar 64-bit accesses are single-copy atomic. Because of the tag, nothing needs a reset.
+* **flag.** A 64-bit word with the call's number, written after a barrier of the block and a
+  system-scope fence, and read by ld.acquire.sys before a barrier. The fence is cumulative over the
+  barrier, so it covers the stores of the whole block. The acquire invalidates L1, so loads after
+  the barrier are not stale.
 
 Every tensor operand has at least as many elements as the block has threads, in the default layout
 (element i belongs to thread i modulo the number of threads). So no element belongs to two threads,
-and a reader may reset a packet that it has seen arrive. tests/kernels/test_symm_mem_compile.py
-checks the compiled layouts for that.
+and a reader may reset a packet that it has seen. tests/kernels/test_symm_mem_compile.py checks the
+compiled layouts for that.
 
-Waits are bounded. After every 256 fruitless polls a wait looks at the error word of the control
-block and gives up at once if another one has. Past the control block's time limit it writes there,
-and to the host's copy, which rank it waited for, and ends.
+Waits are bounded. After every 256 failed polls, a wait reads the control block's error word and
+gives up if another wait has. Past the control block's time limit it writes the rank that it waited
+for to that word and to the host's copy, and gives up.
 """
 
 # In Triton a tuple grows by addition, and its type with it.
@@ -56,7 +56,7 @@ WAIT_RESULT_FLAG = tl.constexpr(layout.WAIT_RESULT_FLAG)
 WAIT_SLICE = tl.constexpr(layout.WAIT_SLICE)
 
 SENTINEL = tl.constexpr(-1)
-# What every launch adds to its counter in total; so at most this many programs (as a power of two).
+# The total that every launch adds to its counter, as a power of two; also the most blocks.
 COUNTER_LOG2 = tl.constexpr(16)
 
 _BEGIN = [
@@ -71,17 +71,16 @@ _BEGIN = [
 
 @triton.constexpr_function
 def _max_of(first: int, count: int) -> list[str]:
-    """Return PTX that leaves the unsigned maximum of `count` operands from `$first` on in register m."""
+    """Return PTX that puts the unsigned maximum of `count` operands from `$first` in register m."""
     return [f"max.u32 m, ${first}, ${first + 1};"] + [f"max.u32 m, m, ${first + k};" for k in range(2, count)]
 
 
 @triton.constexpr_function
 def _slow_path(ctl: str, code: str, late: bool, blame: list[str]) -> list[str]:
-    """Return PTX for after a fruitless poll: count, and at times look at the error word and the clock.
+    """Return PTX to run after a failed poll: count, and at times check error word and clock.
 
-    Goes to label `again`, or to `done` if it gives up. `blame` leaves the rank waited for in
-    register s. A `late` wait allows a quarter more time, so that the wait nearest to the cause is
-    the one that reports.
+    Jumps to label `again`, or to `done` if it gives up. `blame` puts the awaited rank in register
+    s. A `late` wait has a quarter more time, so that the wait nearest to the cause reports first.
     """
     return [
         "add.u32 n, n, 1;",
@@ -118,9 +117,9 @@ def _slow_path(ctl: str, code: str, late: bool, blame: list[str]) -> list[str]:
 def _poll_asm(packets: int, rows: int, words: int, step: int, late: bool) -> str:
     """Return PTX that loads packets and rows of tagged words until all have arrived.
 
-    A packet has when no word is the sentinel, a tagged word when it carries the tag. Operands: out 4
-    words a packet and a sum a row; in the packets' addresses, the rows' addresses, tag (only with
-    rows), control block, code, rank.
+    A packet has arrived when no word is the sentinel, a tagged word when it has the tag. Operands:
+    out, 4 words per packet and a sum per row; in, the packets' addresses, the rows' addresses, tag
+    (only with rows), control block, code, rank.
     """
     sums, at = 4 * packets, 4 * packets + rows
     tag, ctl, code, rank = (f"${at + packets + rows + k - (rows == 0)}" for k in range(4))
@@ -130,7 +129,7 @@ def _poll_asm(packets: int, rows: int, words: int, step: int, late: bool) -> str
         body.append(f"ld.relaxed.sys.global.v4.b32 {{{to}}}, [${at + j}];")
     for j, s in [(j, s) for j in range(rows) for s in range(words)]:
         to, row = f"${sums + j}", f"[${at + packets + j}+{8 * s}]"
-        if s % 2 == 0:  # two at once, if there are two
+        if s % 2 == 0:  # one load reads two words
             load = f"v2.b64 {{u, v}}, {row}" if s + 1 < words else f"b64 u, {row}"
             body.append(f"ld.relaxed.sys.global.{load};")
         body += [f"mov.b64 {{{'f' if s else to}, g}}, {'v' if s % 2 else 'u'};", f"xor.b32 g, g, {tag};"]
@@ -146,7 +145,7 @@ def _poll_asm(packets: int, rows: int, words: int, step: int, late: bool) -> str
 
 @triton.constexpr_function
 def _wait_flag_asm(late: bool) -> str:
-    """Return PTX that waits until a flag holds a value; $0 is 1 if it gave up.
+    """Return PTX that waits until a flag holds a value; $0 is 1 if the wait gave up.
 
     Operands: address, value, mask, control block, code, rank.
     """
@@ -158,7 +157,7 @@ def _wait_flag_asm(late: bool) -> str:
 
 @triton.constexpr_function
 def _constraints(outs: int, addresses: int, rest: str) -> str:
-    # Outputs are written before the last input is read, hence early clobber.
+    # Early clobber, because outputs are written before the last input is read.
     return ",".join(["=&r"] * outs + ["l"] * addresses + [rest])
 
 
@@ -177,7 +176,7 @@ def _load_asm(op: str) -> str:
 def load16(addr: tl.tensor, mask: tl.tensor, COHERENT: tl.constexpr) -> tl.tuple:
     """Load 16 bytes at each address as four int32 tensors, zeros where masked.
 
-    COHERENT: a peer writes them, so never from L1.
+    COHERENT: a peer writes them, so bypass L1.
     """
     return tl.inline_asm_elementwise(
         _load_asm("ld.relaxed.sys.global" if COHERENT else "ld.global"),
@@ -191,7 +190,7 @@ def load16(addr: tl.tensor, mask: tl.tensor, COHERENT: tl.constexpr) -> tl.tuple
 
 @triton.jit
 def prefetch(addr: tl.tensor, mask: tl.tensor) -> None:
-    """Bring the line at each address to L2, without a register for it."""
+    """Load the cache line at each address into L2, without using registers."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
         "=r,l,r",
@@ -217,7 +216,7 @@ def load8(addr: tl.tensor, mask: tl.tensor) -> tl.tuple:
 
 @triton.jit
 def load_i64(addr: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Load the 64-bit word at each address, zero where masked. Never moved out of a loop."""
+    """Load the 64-bit word at each address, zero where masked. Is not moved out of loops."""
     return tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b64 $0, 0; @p ld.global.b64 $0, [$1]; }",
         "=&l,l,r",
@@ -237,7 +236,7 @@ def _store_asm(op: str) -> str:
 def store16(addr: tl.tensor, words: tl.tuple, mask: tl.tensor, POLLED: tl.constexpr) -> None:
     """Store four int32 tensors as 16 bytes at each address.
 
-    POLLED: a peer polls them, so relaxed at system scope.
+    POLLED: a peer polls them, so store relaxed at system scope.
     """
     tl.inline_asm_elementwise(
         _store_asm("st.relaxed.sys.global" if POLLED else "st.global"),
@@ -251,7 +250,7 @@ def store16(addr: tl.tensor, words: tl.tuple, mask: tl.tensor, POLLED: tl.conste
 
 @triton.jit
 def sanitize(words: tl.tuple) -> tl.tuple:
-    """Return four words, the sentinel replaced by the NaN next to it."""
+    """Return the four words with the sentinel replaced by the NaN next to it."""
     out = ()
     for k in tl.static_range(4):
         word = tl.minimum(words[k].to(tl.uint32, bitcast=True), 0xFFFFFFFE)
@@ -271,8 +270,8 @@ def poll16(
 ) -> tl.tuple:
     """Wait for the packets at N tensors of addresses; return their 4N words, packet by packet.
 
-    A wait that gives up reports rank + j * RANK_STEP, j the first packet missing, and returns what
-    it saw: the sentinel, a NaN.
+    A wait that gives up reports rank + j * RANK_STEP, where j is the first missing packet, and
+    returns the words that it read: sentinels, which are NaNs.
     """
     return tl.inline_asm_elementwise(
         _poll_asm(N, 0, 0, RANK_STEP, LATE),
@@ -311,10 +310,9 @@ def poll_sums(
     WORDS: tl.constexpr,
     LATE: tl.constexpr,
 ) -> tl.tuple:
-    """Wait for packets, and for rows of WORDS tagged words, all at once.
+    """Wait for packets, and for rows of WORDS tagged words, in one loop.
 
-    Returns the packets' words, then the bits of the sum of each row's values, in order; NaN if the
-    wait gave up.
+    Returns the packets' words, then the bits of each row's sum of values; NaN if the wait gave up.
     """
     return tl.inline_asm_elementwise(
         _poll_asm(PACKETS, ROWS, WORDS, 0, LATE),
@@ -328,10 +326,10 @@ def poll_sums(
 
 @triton.jit
 def set_flags(a: tl.tensor, at_a: tl.tensor, b: tl.tensor, at_b: tl.tensor, value: tl.tensor) -> None:
-    """Release two flags, each where its mask says.
+    """Release two flags, each where its mask is set.
 
-    Who acquires one sees all that the block stored before its last barrier. One fence for both: a
-    second one would wait until the peer has confirmed the first flag.
+    A reader that acquires one sees all stores of the block before its last barrier. Both share one
+    fence: a second fence would wait until the peer has confirmed the first flag.
     """
     tl.inline_asm_elementwise(
         "{ .reg .pred p, q, r; setp.ne.b32 p, $1, 0; setp.ne.b32 q, $3, 0; or.pred r, p, q; "
@@ -355,7 +353,7 @@ def wait_flag(
     rank: tl.tensor,
     LATE: tl.constexpr,
 ) -> tl.tensor:
-    """Acquire one flag a lane; return int32, 1 where the wait gave up. A barrier must follow."""
+    """Acquire one flag per lane; return int32, 1 where the wait gave up. A barrier must follow."""
     return tl.inline_asm_elementwise(
         _wait_flag_asm(LATE),
         "=&r,l,l,r,l,r,r",
@@ -368,7 +366,7 @@ def wait_flag(
 
 @triton.jit
 def read_counter(addr: tl.tensor) -> tl.tensor:
-    """Load a launch counter, relaxed at GPU scope: never from L1."""
+    """Load a launch counter, relaxed at GPU scope, bypassing L1."""
     return tl.inline_asm_elementwise(
         "ld.relaxed.gpu.global.b64 $0, [$1];", "=l,l", (addr,), dtype=tl.int64, is_pure=False, pack=1
     )
@@ -376,7 +374,7 @@ def read_counter(addr: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def add_counter(addr: tl.tensor, amount: tl.tensor, mask: tl.tensor) -> None:
-    """Add to a launch counter where mask; nothing is returned, so nothing waits for it."""
+    """Add to a launch counter where mask; returns nothing, so nothing waits for the addition."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p red.relaxed.gpu.global.add.u64 [$1], $2; mov.b32 $0, 0; }",
         "=r,l,l,r",

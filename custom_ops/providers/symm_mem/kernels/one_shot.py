@@ -1,4 +1,4 @@
-"""One-shot all-reduce + residual + RMSNorm: every rank sums all rows. The package says why it is safe."""
+"""One-shot all-reduce + residual + RMSNorm: every rank sums all rows (proof: kernels/__init__)."""
 
 # In Triton a tuple grows by addition, and its type with it.
 # ruff: noqa: RUF005
@@ -77,17 +77,18 @@ def one_shot_kernel(
 ) -> None:
     """Push all rows to every peer; sum, add and normalise all rows here.
 
-    SLICES consecutive blocks share a row; the groups of blocks take rows in strides. A block pushes its part of a row
-    to the peers' slots of this call (relaxed stores, data as flag), polls its own slots until every rank's part has
-    arrived, and resets them to the sentinel. Blocks of one row exchange their sums of squares in tagged words of this
-    GPU's memory; they must be resident together.
+    SLICES consecutive blocks share a row, and each group of blocks takes rows in strides. A block
+    pushes its part of a row to the peers' slots of this call (relaxed stores, data as flag), polls
+    its own slots until every rank's part has arrived, and resets them to the sentinel. Blocks of
+    one row exchange their sums of squares in tagged words of this GPU's memory; they must be
+    resident together.
 
-    Args (those that the package does not describe):
-        tokens (int32): rows of x, residual and both results, all (tokens, hidden).
-        rank (int32): this rank.
-        slots (int64): byte offset of the slots into the symmetric buffer.
-        slot_bytes (int64): bytes of a slot (there are two); source_bytes (int64): bytes of a rank's part of one.
-        slices_at (int64): byte offset of the tagged words, a cache line a row.
+    Args (the others are in the package's docstring):
+        tokens: rows of x, residual and both results, all (tokens, hidden).
+        rank: this rank.
+        slots, slot_bytes: byte offset of the two slots in the symmetric buffer; bytes of a slot.
+        source_bytes: bytes of one rank's part of a slot.
+        slices_at: byte offset of the tagged words, a cache line per row.
     """
     PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
     SLICE: tl.constexpr = (PACKETS + SLICES - 1) // SLICES

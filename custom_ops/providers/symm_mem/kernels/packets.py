@@ -1,4 +1,4 @@
-"""What the kernels share: counting calls, owning rows, summing packets over ranks and slices."""
+"""Functions that the kernels share: counting calls, owning rows, summing over ranks and slices."""
 
 # In Triton a tuple grows by addition, and its type with it.
 # ruff: noqa: RUF005
@@ -29,7 +29,7 @@ from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
     sum_of_squares,
 )
 
-# Not specialised on being 1 or a multiple of 16: one compiled kernel serves all token counts and layouts.
+# Not specialised on 1 or on multiples of 16: one compiled kernel serves all sizes and layouts.
 INTS = (
     *("tokens", "shard", "rank", "lookahead", "result_lag", "slots", "slot_bytes", "source_bytes", "results", "rstds"),
     *("slices_at", "squares_at", "inbox", "partial_flags", "result_flags", "flag_bytes"),
@@ -38,7 +38,7 @@ INTS = (
 
 @triton.jit
 def end_call(ctl: tl.tensor, COUNTER: tl.constexpr, THREADS: tl.constexpr) -> None:
-    """Count this block's end of the call: all blocks together add 2**16 to the counter."""
+    """Count the end of this block's call: together all blocks add 2**16 to the counter."""
     tl.debug_barrier()  # all threads have read the counter
     first = tl.program_id(0) == 0
     amount = tl.where(first, (1 << COUNTER_LOG2) - tl.num_programs(0) + 1, 1).to(tl.int64)
@@ -59,10 +59,10 @@ def rows_of(rank: tl.tensor, tokens: tl.tensor, shard: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def peer_at(rank: tl.tensor, peer_rotation: tl.tensor, j: tl.constexpr, WORLD: tl.constexpr) -> tl.tensor:
-    """Return the j-th peer, 1 <= j < WORLD, that a block sends to; peer_rotation moves the first.
+    """Return the j-th peer, 1 <= j < WORLD, that a block sends to, starting at peer_rotation.
 
-    Blocks begin with different peers, so that all links are in use at any time: a twentieth more
-    throughput than if all blocks send to the same peer at once.
+    Blocks start with different peers, so that all links are in use at any time: 5% more throughput
+    than if all blocks send to the same peer at once.
     """
     return (rank + 1 + (peer_rotation + j - 1) % (WORLD - 1)) % WORLD
 
@@ -71,8 +71,8 @@ def peer_at(rank: tl.tensor, peer_rotation: tl.tensor, j: tl.constexpr, WORLD: t
 def recomputed(value: tl.tensor) -> tl.tensor:
     """Return the 32-bit value, hidden from the compiler's loop-invariant code motion.
 
-    What follows from it is computed anew where it is used. With 8 ranks there are more loop-invariant
-    addresses than registers to keep them in.
+    Values derived from it are recomputed where they are used: with 8 ranks there are more
+    loop-invariant addresses than registers.
     """
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", (value,), dtype=tl.int32, is_pure=False, pack=1)
 
@@ -87,7 +87,7 @@ def packet_of(words: tl.tuple, N: tl.constexpr) -> tl.tuple:
 def load_scale(
     weight: tl.tensor, packet: tl.tensor, mask: tl.tensor, KIND: tl.constexpr, WKIND: tl.constexpr
 ) -> tl.tuple:
-    """Return the weight's words of packets, or a placeholder without a weight."""
+    """Return the weight's words of packets, or a placeholder if there is no weight."""
     return load_weight(weight.to(tl.int64), packet, mask, KIND, WKIND) if WKIND >= 0 else (mask,)
 
 
@@ -108,7 +108,7 @@ def accumulate(
 
 @triton.jit
 def reduced(sums: tl.tuple, residual: tl.tuple, KIND: tl.constexpr, HAS_RESIDUAL: tl.constexpr) -> tl.tuple:
-    """Return the sums of a packet, rounded; plus the residual, rounded again."""
+    """Return the sums of a packet, rounded; then plus the residual, rounded again."""
     out = ()
     for k in tl.static_range(4):
         word = packed(sums[2 * k], sums[2 * k + 1], KIND)
@@ -154,7 +154,7 @@ def add_normalized(
     WKIND: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
 ) -> tl.tuple:
-    """Return the inner norm of a packet of sums, rounded; plus the residual, rounded again."""
+    """Return the inner norm of a packet of sums, rounded; then plus the residual, rounded again."""
     normed = normalized(words, reciprocal_rms(squares, eps, HIDDEN), scale, bias, KIND, WKIND, ROUND_FIRST)
     out = ()
     for k in tl.static_range(4):
@@ -175,7 +175,7 @@ def slices_sum(
 ) -> tl.tensor:
     """Sum an fp32 value over the blocks that share a row, in slice order.
 
-    Through tagged words at `at` in this GPU's memory; `part` is this block's slice.
+    The blocks exchange tagged words at `at` in this GPU's memory; `part` is this block's slice.
     """
     if SLICES > 1:
         put_tagged(at + part * 8, value, tag_of(call), lane == 0)
@@ -187,7 +187,7 @@ def slices_sum(
 
 @triton.jit
 def poisoned(words: tl.tuple, bad: tl.tensor) -> tl.tuple:
-    """Return NaNs if a wait gave up (`bad` > 0): old data must not pass for what has not arrived."""
+    """Return the words, or NaNs where a wait gave up (`bad` > 0), so that old data is not used."""
     out = ()
     for k in tl.static_range(4):
         out = out + (tl.where(bad > 0, SENTINEL, words[k]),)

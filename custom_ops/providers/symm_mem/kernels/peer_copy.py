@@ -1,4 +1,4 @@
-"""A plain copy to all peers at once by a kernel, to measure what a GPU's links carry."""
+"""A kernel that copies to all peers at once, to measure the bandwidth of a GPU's links."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def push_to_peers_kernel(
     WORLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Store packets of 16 bytes at `offset` (bytes) of each peer's buffer, to all peers at the same time."""
+    """Store packets of 16 bytes at byte `offset` of each peer's buffer, to all peers at once."""
     programs = tl.num_programs(0)
     for tile in range(tl.program_id(0), (packets + BLOCK - 1) // BLOCK, programs):
         packet = tile * BLOCK + tl.arange(0, BLOCK)
@@ -41,9 +41,9 @@ def push_to_peers_kernel(
 
 
 def push_to_peers(ws: SymmMemWorkspace, source: Tensor, offset: int) -> None:
-    """Copy `source` (uint8, a multiple of 16 bytes) to byte `offset` of every peer's symmetric buffer.
+    """Copy `source` (uint8, a multiple of 16 bytes) to byte `offset` of every peer's buffer.
 
-    No flags and no waits: only for measuring, while nothing uses that part of the buffers.
+    Has no flags and no waits: use it only to measure, while nothing uses that part of the buffers.
     """
     grid = (2 * ws.multiprocessors,)
     packets = source.numel() // 16

@@ -20,7 +20,7 @@ from fusewire.custom_ops.providers.symm_mem.kernels.memory import load8, load16
 BF16 = tl.constexpr(0)
 FP16 = tl.constexpr(1)
 FP32 = tl.constexpr(2)
-NONE = tl.constexpr(-1)  # of a weight: there is none
+NONE = tl.constexpr(-1)  # there is no weight
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def low(word: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def high(word: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """Return the second number of a word, in fp32; 0 for fp32 words, and no result depends on it."""
+    """Return the second number of a word, in fp32; 0 for fp32 words, whose results ignore it."""
     if KIND == BF16:
         value = (word & -65536).to(tl.float32, bitcast=True)
     elif KIND == FP16:
@@ -97,7 +97,7 @@ def load_weight(
 ) -> tl.tuple:
     """Load the weight's words of packets of KIND.
 
-    4 words; 8 for 16-bit activations with an fp32 weight, 2 for the reverse.
+    Returns 4 words per packet; 8 for 16-bit activations with an fp32 weight, 2 for the reverse.
     """
     if WKIND == NONE:
         words = (mask,)
@@ -138,7 +138,7 @@ def _scaled(
 ) -> tl.tensor:
     scale = bias + weight
     if ROUND_FIRST:
-        # This form takes place in the source's own dtypes: bias + weight is a number of the weight's.
+        # The source computes in its own dtypes: bias + weight is rounded to the weight's dtype.
         scale = rounded(scale, WKIND)
         value = rounded(value, KIND)
     return value * scale

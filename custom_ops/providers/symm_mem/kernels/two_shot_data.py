@@ -1,4 +1,4 @@
-"""Two-shot all-reduce + residual + RMSNorm with data as its own flag. The package says why it is safe."""
+"""Two-shot all-reduce + residual + RMSNorm, data as its own flag (proof: kernels/__init__)."""
 
 # In Triton a tuple grows by addition, and its type with it.
 # ruff: noqa: RUF005
@@ -59,7 +59,7 @@ def _load_tile(
     PACKETS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tl.tuple:
-    """Packets of a tile of this rank's partial rows, zeros past the end."""
+    """Load a tile of packets of this rank's partial rows, zeros past the end."""
     owner = peer_at(rank, tile, 1, WORLD)
     q = tile // (WORLD - 1) * TILE + tl.arange(0, TILE)
     at = tl.cast(owner * shard, tl.int64) * (PACKETS * 16) + q.to(tl.int64) * 16
@@ -104,36 +104,37 @@ def two_shot_data_kernel(
     UNROLL: tl.constexpr,
     THREADS: tl.constexpr,
 ) -> None:
-    """Push partial rows to their owners; sum, add and normalise own rows; push them to the peers; take the peers'.
+    """Push partial rows to their owners, compute own rows and push them, take the peers' rows.
 
-    Partial rows go out as a flat copy in tiles of THREADS * UNROLL packets. Then SLICES consecutive blocks share an own
-    row: they poll the partial rows, reset them, and push the result (with the row's squares in tagged words, if it goes
-    out unnormalised). Last, the peers' rows are polled in tiles, written to the results and reset. All stores to peers
-    are relaxed, without fences: each packet is its own flag. Blocks that work on one row must be resident together.
+    Partial rows go out as a flat copy in tiles of THREADS * UNROLL packets. Then SLICES consecutive
+    blocks share an own row: they poll the partial rows, reset them, and push the result (if it is
+    not normalised, with the row's squares in tagged words). Last, the peers' rows are polled in
+    tiles, written to the results and reset. Stores to peers are relaxed, without fences: each
+    packet is its own flag. Blocks that work on one row must be resident together.
 
-    Args (those that the package does not describe):
-        tokens (int32): rows of x and norm_out, (tokens, hidden). With REPLICATE_RESIDUAL also of residual and
-            residual_out; else these are this rank's own rows, (shard, hidden).
-        shard (int32): rows per rank.
-        rank (int32): this rank.
-        slots (int64): byte offset of the two slots for partial rows into the symmetric buffer.
-        slot_bytes (int64): bytes of a slot; source_bytes (int64): bytes of a rank's part of one.
-        results (int64): byte offset of the peers' rows, (tokens, hidden).
-        squares_at (int64): byte offset of the rows' squares, cache lines of tagged words.
-        slices_at (int64): byte offset of the words that the blocks of a row exchange, a cache line a row.
+    Args (the others are in the package's docstring):
+        tokens: rows of x and norm_out, (tokens, hidden). With REPLICATE_RESIDUAL also of residual
+            and residual_out; else these are this rank's own rows, (shard, hidden).
+        shard: rows per rank.
+        rank: this rank.
+        slots, slot_bytes: byte offset of the two slots for partial rows; bytes of a slot.
+        source_bytes: bytes of one rank's part of a slot.
+        results: byte offset of the peers' rows, (tokens, hidden).
+        squares_at: byte offset of the rows' squares, cache lines of tagged words.
+        slices_at: byte offset of the words that a row's blocks exchange, a cache line per row.
     """
     PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
     SLICE: tl.constexpr = (PACKETS + SLICES - 1) // SLICES
     ROW: tl.constexpr = PACKETS * 16
     TILE: tl.constexpr = THREADS * UNROLL
-    # Words with squares that a thread reads for a row: one of each slice while those are few, else one with their sum.
-    # With the former the owner need not wait for its slices, so rows go out before they are normalised.
+    # Words with squares that a thread reads per row: one per slice while those are few, else one
+    # sum. With one per slice, the owner pushes rows without waiting for its other slices.
     SQUARES_PER_ROW: tl.constexpr = SLICES if SLICES * UNROLL <= 16 else 1
     SEND_UNNORMALIZED: tl.constexpr = REPLICATE_RESIDUAL or SQUARES_PER_ROW > 1
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    # Partial rows to their owners: a flat copy to all peers at once, one tile ahead. Instructions issue in
-    # order: start the first loads before the first use of any.
+    # Push partial rows to their owners: a flat copy to all peers at once, one tile ahead.
+    # Instructions issue in order, so start the first loads before the first use of any.
     tiles = (shard * PACKETS + TILE - 1) // TILE * (WORLD - 1)
     words = _load_tile(x, pid, rank, tokens, shard, WORLD, PACKETS, TILE)
     ctl_at = ctl.to(tl.int64)
@@ -180,7 +181,8 @@ def two_shot_data_kernel(
         if SEND_UNNORMALIZED:
             clean = sanitize(total)
             for j in tl.static_range(1, WORLD):
-                # By rows, so that all blocks of a row send to a peer at the same time, which needs all of it.
+                # By rows: all blocks of a row send to one peer at the same time, which needs them
+                # all.
                 peer = tl.load(ctl + CTL_PEERS + peer_at(rank, i, j, WORLD))
                 store16(peer + results + at, clean, mask, True)
         squares = squares_of(total, mask, KIND) if INNER else tl.sum(sum_of_squares(total, KIND), axis=0)
@@ -207,7 +209,7 @@ def two_shot_data_kernel(
         for src in tl.static_range(WORLD):
             here = own + slot + src * source_bytes + local
             store16(here, (empty, empty, empty, empty), mask & (rank != src), False)
-    if WRITE_RESIDUAL and not REPLICATE_RESIDUAL:  # rows of the shard that no token is for
+    if WRITE_RESIDUAL and not REPLICATE_RESIDUAL:  # rows of the shard without a token
         zeros = tl.zeros([BLOCK], tl.int32)
         for i in range(tl.where(pid < groups * SLICES, mine_rows + pid // SLICES, shard), shard, groups):
             there = residual_out.to(tl.int64) + tl.cast(i, tl.int64) * ROW + byte

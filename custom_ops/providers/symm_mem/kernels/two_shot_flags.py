@@ -1,4 +1,4 @@
-"""Two-shot all-reduce + residual + RMSNorm with one flag a row. The package says why it is safe."""
+"""Two-shot all-reduce + residual + RMSNorm with one flag per row (proof: kernels/__init__)."""
 
 # In Triton a tuple grows by addition, and its type with it.
 # ruff: noqa: RUF005
@@ -95,31 +95,32 @@ def two_shot_flags_kernel(
     BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
 ) -> None:
-    """Push partial rows to their owners; sum, add and normalise own rows; push them to the peers; take the peers'.
+    """Push partial rows to their owners, compute own rows and push them, take the peers' rows.
 
-    A block takes row i of every rank's shard at a time: i = its number, then in strides of the grid. In step s it
-    pushes its partial rows of stride s, finishes its own row of stride s - lookahead, signals both, and takes the
-    peers' rows of stride s - lookahead - result_lag. So partial rows, results and local work share the links and the
-    memory evenly in the long run, and partial rows are read while still in L2.
+    A block takes row i of every rank's shard at a time: i starts at its number and advances by the
+    grid's size (a stride). In step s it pushes its partial rows of stride s, finishes its own row
+    of stride s - lookahead, signals both, and takes the peers' rows of stride s - lookahead -
+    result_lag. This overlaps partial rows, results and local work, and partial rows are still in
+    L2.
 
-    Rows are stored weakly. After a barrier of the block, one thread a peer sets its flags: fence.acq_rel.sys, then
-    relaxed stores of the call's number. A reader acquires the flag at system scope before a barrier, and loads rows
-    after it. Flags name their call, so nothing is reset. A block owns whole rows: any number of blocks may be
-    resident. Rows that a wait gave up on become NaN.
+    Row stores are weak. After a barrier of the block, one thread per peer sets its flags:
+    fence.acq_rel.sys, then relaxed stores of the call's number. A reader acquires the flag at
+    system scope before a barrier and loads rows after it. Flags contain their call's number, so
+    nothing is reset. A block owns whole rows, so any number of blocks may be resident. Rows whose
+    wait gave up become NaN.
 
-    Args (those that the package does not describe):
-        tokens (int32): rows of x and norm_out, (tokens, hidden). With REPLICATE_RESIDUAL also of residual and
-            residual_out; else these are this rank's own rows, (shard, hidden).
-        shard (int32): rows per rank.
-        rank (int32): this rank.
-        lookahead (int32): strides by which partial rows are pushed before their results; at least 1, or there is one
-            stride.
-        result_lag (int32): strides by which the peers' rows are taken after own rows; not negative.
-        inbox (int64): byte offset of partial rows into the symmetric buffer; source_bytes (int64): bytes of a rank's.
-        results (int64): byte offset of the area (tokens, hidden) where peers put their rows. With IN_PLACE it is the
-            output itself (the norm, or the residual with REPLICATE_RESIDUAL) and nothing is copied.
-        rstds (int64): byte offset of the tagged words with 1 / rms of each row.
-        partial_flags, result_flags (int64): byte offsets of the flags; flag_bytes (int64): bytes of one rank's flags.
+    Args (the others are in the package's docstring):
+        tokens: rows of x and norm_out, (tokens, hidden). With REPLICATE_RESIDUAL also of residual
+            and residual_out; else these are this rank's own rows, (shard, hidden).
+        shard: rows per rank.
+        rank: this rank.
+        lookahead: strides between partial rows and their results; at least 1 if there are several.
+        result_lag: strides between own rows and the peers' rows; not negative.
+        inbox, source_bytes: byte offset of the partial rows; bytes of one rank's.
+        results: byte offset of the peers' rows (tokens, hidden). With IN_PLACE it is the output
+            itself (the norm, or the residual with REPLICATE_RESIDUAL), and nothing is copied.
+        rstds: byte offset of the tagged words with 1 / rms of each row.
+        partial_flags, result_flags, flag_bytes: byte offsets of the flags; bytes of one rank's.
     """
     PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
     ROW: tl.constexpr = PACKETS * 16
@@ -137,7 +138,7 @@ def two_shot_flags_kernel(
     peer_base = load_i64(ctl_at + 8 * CTL_PEERS + thread.to(tl.int64) * 8, is_peer)
     peer_rows = rows_of(thread, tokens, shard)
     mine_rows = rows_of(rank, tokens, shard)
-    # Flags that others write here, by who writes; and those that this rank writes there.
+    # Flags that peers write here, by writer; then flags that this rank writes there.
     flags_in = own + thread.to(tl.int64) * flag_bytes
     flags_out = peer_base + rank * flag_bytes
     KEEP: tl.constexpr = WKIND >= 0 and BLOCK // THREADS <= 2  # the weight stays in registers
@@ -145,7 +146,7 @@ def two_shot_flags_kernel(
     kept_scale = load_scale(weight, packet, mask, KIND, WKIND if KEEP else -1)
     steps = (shard + programs - 1) // programs + lookahead + result_lag
     for s in range(steps):
-        # This rank's partial rows, to their owners.
+        # Push this rank's partial rows to their owners.
         i = pid + s * programs
         pushed = i < shard
         if pushed:
@@ -165,7 +166,7 @@ def two_shot_flags_kernel(
                         base = base_of(ctl_at, peer)
                         at = base + inbox + rank * source_bytes + tl.cast(i, tl.int64) * ROW + byte
                         store16(at, packet_of(partial, j - g), valid, False)
-        # This rank's own row.
+        # Finish this rank's own row.
         done = i - lookahead * programs
         finished = (done >= 0) & (done < mine_rows)
         if finished:
@@ -173,7 +174,7 @@ def two_shot_flags_kernel(
             first_row = tl.cast(rank * shard, tl.int64) * ROW
             at = first_row + local
             kept = at if REPLICATE_RESIDUAL else local
-            # Into L2 while the flags are awaited; registers are for the peers' parts.
+            # Load into L2 while waiting for flags; the registers are for the peers' parts.
             prefetch(x_at + at, mask)
             if HAS_RESIDUAL:
                 prefetch(residual.to(tl.int64) + kept, mask)
@@ -184,7 +185,7 @@ def two_shot_flags_kernel(
             sums = ()
             none = recomputed(0)
             for src in tl.static_range(WORLD):
-                # This rank's own part lies in x.
+                # This rank's own part is in x.
                 part_at = tl.where(rank == src, x_at + first_row, own + inbox + (none + src) * source_bytes)
                 words = load16(part_at + local, mask, True)
                 sums = accumulate(sums, words, src, words, rank, KIND)
@@ -219,7 +220,7 @@ def two_shot_flags_kernel(
             if WRITE_RESIDUAL:
                 store16(residual_out.to(tl.int64) + kept, total, mask, False)
         if WRITE_RESIDUAL and not REPLICATE_RESIDUAL:  # noqa: SIM102
-            if (done >= mine_rows) & (done < shard):  # a row of the shard that no token is for
+            if (done >= mine_rows) & (done < shard):  # a row of the shard without a token
                 zeros = tl.zeros([BLOCK], tl.int32)
                 there = residual_out.to(tl.int64) + tl.cast(done, tl.int64) * ROW + byte
                 store16(there, (zeros, zeros, zeros, zeros), mask, False)
@@ -228,7 +229,7 @@ def two_shot_flags_kernel(
             first = flags_out + partial_flags + tl.cast(i, tl.int64) * 8
             second = flags_out + result_flags + tl.cast(done, tl.int64) * 8
             set_flags(is_peer & (i < peer_rows), first, is_peer & finished, second, call)
-        # The peers' rows.
+        # Take the peers' rows.
         taken = i - (lookahead + result_lag) * programs
         if (taken >= 0) & (taken < shard):
             flag = flags_in + result_flags + tl.cast(taken, tl.int64) * 8
