@@ -1,1 +1,1 @@
-"""The choice of a provider for each call: costs by size, the policy, and what the ranks voted on."""
+"""The choice of a provider for each call, from costs by size, the policy and the ranks' votes."""

@@ -1,8 +1,7 @@
-"""The cost model: what one call takes, by variant and size, from the tuned table or the shipped
-ones.
+"""Estimate the time of a call by variant and size, from the tuned table or the shipped tables.
 
-A cost is microseconds per call by bytes of x (tokens x hidden x element size): the work is moving
-bytes, so one hidden size stands for its neighbours.
+A cost is microseconds per call by bytes of x (tokens * hidden size * element size). The time
+depends on the bytes moved, so the costs of one hidden size serve for similar ones.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ class CostModel:
     """Costs of the variants on one kind of GPU, for one world size, hidden size and dtype.
 
     Attributes:
-        source: where the costs come from, for people.
-        points: (bytes of x, microseconds per call) of each variant that was measured, by growing
-            size.
-        limits: where nothing was measured, up to how many bytes of x a variant serves.
+        source: the origin of the costs, for people.
+        points: (bytes of x, microseconds per call) of each measured variant, by growing size.
+        limits: the most bytes of x that each unmeasured variant serves.
     """
 
     source: str
@@ -38,12 +36,12 @@ class CostModel:
     def of_times(
         source: str, times: Mapping[str, Sequence[tuple[int, float]]], hidden: int, dtype: torch.dtype
     ) -> CostModel:
-        """Make one of microseconds per call by number of tokens."""
+        """Return a cost model from microseconds per call by number of tokens."""
         row = hidden * dtype.itemsize
         return CostModel(source, {v: tuple((tokens * row, us) for tokens, us in found) for v, found in times.items()})
 
     def cost(self, variant: str, nbytes: int) -> float | None:
-        """Return microseconds per call, linear between measured points; None if unmeasured."""
+        """Return microseconds per call, interpolated linearly; None for an unmeasured variant."""
         points = self.points.get(variant)
         if not points:
             return None
@@ -57,18 +55,18 @@ class CostModel:
         return cost + (above - cost) * (nbytes - low) / (high - low)
 
 
-# Unmeasured GPUs and world sizes: where latency dominates everywhere, nothing else.
+# Limits for unmeasured GPUs and world sizes: only sizes where latency dominates.
 _CAUTIOUS_LIMITS = {2: 1 << 20, 3: 512 << 10, 4: 512 << 10, **dict.fromkeys((5, 6, 7, 8), 256 << 10), 16: 128 << 10}
 
 
 def find_cost_model(
     gpu: str, world_size: int, hidden: int, dtype: torch.dtype, tuned: CostModel | None = None
 ) -> CostModel:
-    """Return the costs on a GPU, by CUDA's name for it: of the nearest measured hidden size, or a
-    cautious default.
+    """Return the costs on a GPU: tuned, or of the nearest measured hidden size, or a default.
 
-    `tuned`, the costs that all ranks of the group hold (fusewire.custom_ops.dispatch.table_vote),
-    go before all of these.
+    Args:
+        gpu: CUDA's name of the GPU.
+        tuned: the tuned costs that all ranks agreed on (`table_vote`), preferred to all others.
     """
     if tuned is not None:
         return tuned
@@ -89,7 +87,7 @@ def find_cost_model(
 
 
 def _nearest(tables: Sequence[ShippedTable], gpu: str, hidden: int, dtype: torch.dtype) -> CostModel:
-    """Return the costs of the table whose hidden size is the nearest."""
+    """Return the costs of the table with the nearest hidden size."""
     nearest = min(
         tables, key=lambda table: (max(table.hidden, hidden) / min(table.hidden, hidden), table.dtype != dtype)
     )
@@ -100,7 +98,7 @@ def _nearest(tables: Sequence[ShippedTable], gpu: str, hidden: int, dtype: torch
 
 
 def _between(below: CostModel, above: CostModel, share: float) -> CostModel:
-    """Return costs between those of two world sizes, `share` of the way to `above`."""
+    """Return costs interpolated between two world sizes, `share` of the way to `above`."""
     costs: dict[str, Points] = {}
     for label, points in below.points.items():
         pairs = ((size, cost, above.cost(label, size)) for size, cost in points)

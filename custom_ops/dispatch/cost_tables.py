@@ -1,8 +1,7 @@
-"""The shipped tables: what one call costs, by provider and number of tokens, on GPUs that were
-measured.
+"""The shipped tables: microseconds per call by provider and number of tokens, on measured GPUs.
 
-Measured with CUDA-graph replay, the slowest rank, NCCL without NVLink multicast. "native" is NCCL's
-all-reduce and Inductor's add + RMSNorm in one kernel.
+Measured with CUDA-graph replay, on the slowest rank, with NCCL without NVLink multicast. "native"
+is NCCL's all-reduce and Inductor's add + RMSNorm in one kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 
 from fusewire.custom_ops.ops.registry import NATIVE
 
-# The variants, by their names in cost models and tables.
+# The variants' names in cost models and tables.
 ONE_SHOT = "flashinfer/oneshot"
 TWO_SHOT = "flashinfer/twoshot"
 SYMM_ONE_SHOT = "symm_mem/oneshot"
@@ -87,9 +86,8 @@ TABLES = (
             ),
         },
     ),
-    # In the next two, symm_mem's costs up to 256 tokens were measured with an earlier kernel, and
-    # multiplied by what the present one takes of its time at as many bytes of hidden size 4096,
-    # where both were measured side by side.
+    # In the next two, symm_mem's costs up to 256 tokens are of an earlier kernel, scaled by the
+    # ratio of the present to the earlier kernel's time at as many bytes of hidden size 4096.
     ShippedTable(
         _H200,
         4,

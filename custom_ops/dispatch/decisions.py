@@ -1,4 +1,4 @@
-"""Keep the dispatcher's decisions until what they depend on changes."""
+"""Store the dispatcher's decisions until something that they depend on changes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Decision(NamedTuple):
     """The provider of a call.
 
     Attributes:
-        bound: name, workspace, variant and output buffer, where it works in a workspace.
-        derived: what fusewire.custom_ops.dispatch.derived_ops made of it, by operator.
+        bound: name, workspace, variant and output buffer, if it uses a workspace.
+        derived: the functions that `derived_ops` built from it, by operator.
     """
 
     provider: Provider
@@ -28,11 +28,10 @@ class Decision(NamedTuple):
 
 
 class Decisions:
-    """Decisions by what they depend on, all made at one version of the workspaces' registry.
-    Thread-safe.
+    """Decisions by key, all made at one version of the workspace registry. Thread-safe.
 
-    The version and its decisions are replaced together, as one tuple. So nobody finds a decision of
-    another version, and what a slow thread decided by an old one is not taken for one of now.
+    The version and its decisions are replaced together, as one tuple, so that no thread uses a
+    decision of another version.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -41,12 +40,12 @@ class Decisions:
         self._state: tuple[int, dict[Any, Decision]] = (0, {})
 
     def get(self, key: Any, version: int) -> Decision | None:
-        """Return the decision kept under a key, if it was made at that version."""
+        """Return the decision stored under a key if it was made at that version, else None."""
         made_at, found = self._state
         return found.get(key) if made_at == version else None
 
     def keep(self, key: Any, decision: Decision, version: int) -> None:
-        """Keep a decision made at that version, unless there are some of a later one."""
+        """Store a decision made at that version, unless a later version's are stored."""
         with self._lock:
             made_at, found = self._state
             if made_at > version:

@@ -1,9 +1,9 @@
-"""Choose who computes a derived op of `all_reduce_rms_norm` (sandwich norms, a sharded residual).
+"""Choose the provider of a derived op of `all_reduce_rms_norm` (sandwich norm, sharded residual).
 
-Derived ops have no costs and no vote of their own. The provider that would serve the plain operator
-at this size serves; where it has one kernel for the whole (`WorkspaceProvider.bind_derived`), that
-runs, else the provider's own all-reduce with the rest after it. All of this follows from what is
-the same on every rank.
+Derived ops have no costs and no vote of their own: the provider that would serve the plain operator
+at this size serves them. If it has one kernel for the whole op (`WorkspaceProvider.bind_derived`),
+that runs, else the provider's all-reduce followed by the rest. The choice depends only on data that
+is the same on every rank.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fusewire.custom_ops.workspaces.provider import PROVIDERS
 
 
 def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
-    """Return the provider for a call of a derived op, its `fn` with that operator's parameters.
+    """Return the provider for a call of a derived op, with an `fn` that has the op's parameters.
 
     Raises: as `fusewire.custom_ops.dispatch.dispatcher.select`.
     """
@@ -51,7 +51,7 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
     found = decision.derived.get(key)
     if found is None:
         found = dataclasses.replace(decision.provider, fn=_function(op, decision, args))
-        if not capturing():  # in which a provider may not have been able to try its kernel
+        if not capturing():  # during capture a provider may not have been able to test its kernel
             decision.derived[key] = found
     return found
 
@@ -66,15 +66,14 @@ def _function(op: IrOp, decision: Decision, args: tuple[Any, ...]) -> Callable[.
     add_norm = _add_norm_for(provider, args[0])
     if op is all_reduce_sandwich_norm:
         return op.native if add_norm is plain_add_norm and provider.name == NATIVE else _sandwich(provider, add_norm)
-    # Where the plain operator would take FlashInfer's kernel, a reduce-scatter and an all-gather
-    # move as much.
+    # FlashInfer has no sharded kernel; a reduce-scatter and an all-gather move as many bytes.
     if provider.name == NATIVE or provider.name in PROVIDERS:
         return _sharded_native(add_norm)
     return _sharded_by_full_sum(provider, add_norm)
 
 
 def _by_policy(policy: str) -> AddNorm:
-    """Return add + norm by the norms' own providers."""
+    """Return add + norm computed by the norms' own providers."""
 
     def add_norm(
         x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_bias: float, form: str
@@ -100,12 +99,11 @@ def _add_norm_for(provider: Provider, x: Tensor) -> AddNorm:
 
 
 # The functions below return functions of the parameters (x, residual, weight, eps, weight_bias,
-# form, inner_weight, inner_eps, inner_weight_bias, inner_form, group_name): two `NormSpec`s, one
-# after the other.
+# form, inner_weight, inner_eps, inner_weight_bias, inner_form, group_name).
 
 
 def _sandwich(provider: Provider, add_norm: AddNorm) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the sandwich by the provider's all-reduce + norm, then add + norm."""
+    """Return the sandwich norm as the provider's all-reduce + norm, then add + norm."""
 
     def run(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         inner, _ = provider.fn(x, None, *rest[4:])
@@ -125,7 +123,7 @@ def _sharded_native(add_norm: AddNorm) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _sharded_by_full_sum(provider: Provider, add_norm: AddNorm) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the sharded op by a user's provider, which sums all rows on every rank."""
+    """Return the sharded op from a user's provider, which sums all rows on every rank."""
 
     def run(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
         norm_spec, inner_spec, group_name = rest[:4], rest[4:8], rest[8]

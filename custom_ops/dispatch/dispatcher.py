@@ -1,9 +1,8 @@
 """Choose the provider of each call of `all_reduce_rms_norm`, by its number of tokens, at run time.
 
-Ranks that chose differently would wait for each other for ever. So a choice follows from nothing
-but the shapes and dtypes of the call, the policy, and what the ranks voted on once
-(fusewire.custom_ops.workspaces.registry); never from a pointer or from one rank's memory. It is
-made once for each shape and then looked up.
+If ranks chose differently, they would wait for each other for ever. So a choice depends only on the
+call's shapes and dtypes, the policy, and the ranks' votes (see `workspaces.registry`); never on a
+pointer or on one rank's memory. It is made once per shape and then looked up.
 """
 
 from __future__ import annotations
@@ -32,13 +31,12 @@ from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
 from fusewire.errors import ConfigError, NoProviderError
 
 _MAX_DECISIONS = 1 << 15
-_TRIES = 3  # to decide while nothing changes
+_TRIES = 3  # attempts to decide without a concurrent change
 _decisions = Decisions(_MAX_DECISIONS)
 
 
 def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
-    """Return the provider for a call, its `fn` bound to the workspace and the variant. The op's
-    selector.
+    """Return the provider for a call, its `fn` bound to workspace and variant (a selector).
 
     Raises: as `decide`.
     """
@@ -48,14 +46,13 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
 def decide(op: IrOp, args: tuple[Any, ...], policy: str) -> Decision:
     """Return the decision for a call: made once, then looked up. Thread-safe.
 
-    A collective the first time, where ranks have to vote: every rank of the group makes the same
-        calls in the same order.
+    The first call is a collective if the ranks must vote: every rank of the group makes the same
+    calls in the same order.
 
     Raises:
-        NoProviderError: the policy names nothing that can serve; the message has each one's reason.
+        NoProviderError: no provider of the policy can serve; the message has each one's reason.
         ConfigError: the policy names an unknown provider or option.
-        CaptureError: the ranks have not yet agreed on a workspace and a CUDA graph is being
-            captured.
+        CaptureError: the ranks must still vote, and a CUDA graph is being captured.
         PeerTimeoutError: a rank did not take part in the vote.
     """
     x, residual, weight, eps, weight_bias, form, group_name = args
@@ -82,8 +79,8 @@ def decide(op: IrOp, args: tuple[Any, ...], policy: str) -> Decision:
         if REGISTRY.version == version:
             _decisions.keep(key, decision, version)
             break
-        # What it follows from has changed meanwhile, by the votes that it took or by another
-        # thread. What was voted on is known by now, so to decide again asks nobody.
+        # Votes or another thread changed the registry meanwhile. Deciding again needs no new vote,
+        # because the outcomes are known now.
     return decision
 
 
@@ -93,12 +90,12 @@ def _holds(decision: Decision, op: IrOp, group_name: str) -> bool:
             return False
     try:
         return decision.group is None or decision.group() is process_group(group_name)
-    except (RuntimeError, ValueError):  # the group is gone; deciding again says so
+    except (RuntimeError, ValueError):  # the group is gone; deciding again raises the right error
         return False
 
 
 def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[Decision, bool]:
-    """Return the decision, and whether it may be kept."""
+    """Return the decision, and whether it may be stored."""
     read = read_policy(op, policy)
     agreed = agree_on_providers(op, read.names, args)
     for name in read.names:
@@ -153,10 +150,9 @@ def native_with_norm_kernel(
     form: str,
     group_name: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute native's all-reduce, then the rest in one kernel, where native called operator by
-    operator takes ten.
+    """Compute native's all-reduce, then add + norm in one kernel instead of native's ten.
 
-    Each rank may decide this by itself: the collective is the same.
+    Ranks need not agree on this: the collective is the same.
     """
     summed = all_reduce_sum(x, group_name)
     if residual is None:
@@ -176,23 +172,22 @@ def _look(
     group: dist.ProcessGroup,
     agreed: Mapping[str, Support],
 ) -> tuple[Pick, dict[str, Entry], bool]:
-    """Ask every provider that was not voted on, with the votes that this takes, and pick."""
+    """Pick a provider, after any votes; return pick, workspaces, and whether to store the pick."""
     reasons: dict[str, str] = {}
     capacities: dict[str, Capacity] = {}
     entries: dict[str, Entry] = {}
     gpu, keep = "", True
     for name in policy.names:
         provider = op.providers[name]
-        # A provider with a workspace is not asked about this machine here: that is for the ranks to
-        # vote on.
+        # The ranks vote on the machine of a provider with workspaces, so it is not checked here.
         check = provider.supports_args if name in PROVIDERS else provider.check
         support = agreed[name] if name in agreed else check(*args)
         if not support:
             reasons[name] = support.reason
         elif name in PROVIDERS:
             if capturing() and not provider.check_static(*args):
-                # This rank will vote "no" outside capture; ranks that could serve raise
-                # CaptureError here.
+                # Outside capture this rank will vote "no"; ranks that could serve raise
+                # CaptureError.
                 reasons[name], keep = provider.check_static(*args).reason, False
                 continue
             entry = _open(PROVIDERS[name], policy, shape, group, args[0].device)
@@ -224,7 +219,7 @@ def _open(
 
 
 def common_gpu(facts: Sequence[Mapping[str, Any]]) -> str:
-    """Return the GPUs' name if all ranks have the same, else a name that no table is for."""
+    """Return the GPUs' common name, or a name without a table if the ranks' GPUs differ."""
     names = sorted({str(fact.get("gpu")) for fact in facts})
     return names[0] if len(names) == 1 else " + ".join(names)
 

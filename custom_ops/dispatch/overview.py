@@ -1,4 +1,4 @@
-"""List which provider serves how many tokens, and why, for people."""
+"""List for people which provider serves which numbers of tokens, and why."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fusewire.errors import ConfigError
 
 
 class ChoiceRow(NamedTuple):
-    """From `first` to `last` tokens (None: without an end) `provider` serves, and why."""
+    """A range of tokens with its provider and the reason; `last` is None for no upper end."""
 
     first: int
     last: int | None
@@ -37,8 +37,7 @@ def explain_choices(
     policy: str = "",
     gpu: str | None = None,
 ) -> list[ChoiceRow]:
-    """Return which provider serves how many tokens. Asks no other rank: where there was no vote
-    yet, what it would bring.
+    """Return the provider of each range of tokens. Not a collective: expects open votes' outcomes.
 
     Args:
         group: a process group, its name, or a world size to answer for.
@@ -101,7 +100,7 @@ def _gpu_name(device: torch.device | None) -> str:
 
 
 def _rows(at: Callable[[int], tuple[str, str]], last: int) -> list[ChoiceRow]:
-    """Return the ranges of tokens with one answer: each octave is halved where its ends differ."""
+    """Return the ranges of tokens with one answer, by bisection between powers of two."""
     starts = [1]
 
     def split(low: int, high: int) -> None:

@@ -1,7 +1,7 @@
-"""Pick the provider for one shape from costs and capacities. Free of side effects.
+"""Pick the provider for one shape from costs and capacities, without side effects.
 
-Of the providers of a policy before `native`, the one with the least cost at this size serves. A
-provider of which no cost is known serves wherever it comes first.
+Of a policy's providers before `native`, the one with the least cost at this size serves. A provider
+without a known cost serves only if it comes first.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from fusewire.custom_ops.dispatch.policy import Policy
 from fusewire.custom_ops.ops.registry import NATIVE, Refusal
 from fusewire.custom_ops.workspaces.provider import PROVIDERS, WorkspaceProvider
 
-# Memory that a workspace may take on each GPU, in bytes, where nobody said how many tokens it is
-# for.
+# Bytes that a workspace may take on each GPU if no number of tokens was given.
 DEFAULT_WORKSPACE_BYTES = 512 << 20
 
 
 class Shape(NamedTuple):
-    """What a choice depends on, beside the policy."""
+    """The properties of a call that a choice depends on, besides the policy."""
 
     tokens: int
     hidden: int
@@ -47,7 +46,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pick:
-    """The outcome for one shape. `candidate` is None where nothing can serve."""
+    """The outcome for one shape. `candidate` is None if nothing can serve."""
 
     candidate: Candidate | None
     reason: str
@@ -56,7 +55,7 @@ class Pick:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the ranks agreed on for one workspace: its tokens, or why there is none."""
+    """The agreed capacity of one workspace in tokens, or why there is none."""
 
     max_tokens: int = 0
     refusal: str = ""
@@ -68,8 +67,8 @@ def pick(
     """Return the choice for one shape.
 
     Args:
-        capacities: for each provider with a workspace, what was agreed.
-        reasons: for each provider that cannot serve such a call, why.
+        capacities: the agreed capacity of each provider with a workspace.
+        reasons: why a provider cannot serve such a call, by provider.
     """
     refusals: list[Refusal] = []
     known: list[Candidate] = []
@@ -124,7 +123,7 @@ def _variants(provider: WorkspaceProvider, shape: Shape, max_tokens: int) -> lis
 
 
 def _too_small(provider: WorkspaceProvider, shape: Shape, policy: Policy, costs: CostModel, capacity: Capacity) -> str:
-    """Say why a workspace does not take a call: not meant to, too small, or impossible."""
+    """Return why a workspace does not take a call: by policy, too small, or impossible."""
     cap = provider.max_tokens(shape.hidden, shape.dtype, shape.world_size)
     larger = _variants(provider, shape, cap)
     if not larger:
@@ -140,7 +139,7 @@ def _too_small(provider: WorkspaceProvider, shape: Shape, policy: Policy, costs:
 
 
 def _by_time(found: Sequence[Candidate], shape: Shape, costs: CostModel) -> tuple[Candidate, str] | None:
-    """Return the fastest of those with a known cost, and why; None if there are none."""
+    """Return the fastest candidate with a known cost, and why; None if there is none."""
     pairs = [(candidate, costs.cost(candidate.label, shape.nbytes)) for candidate in found]
     timed = [(cost, candidate) for candidate, cost in pairs if cost is not None]
     if not timed:
@@ -151,7 +150,7 @@ def _by_time(found: Sequence[Candidate], shape: Shape, costs: CostModel) -> tupl
 
 
 def _by_limits(found: Sequence[Candidate], shape: Shape, costs: CostModel, policy: Policy) -> tuple[Candidate, str]:
-    """Return the first by priority of those that serve this size unmeasured, and why."""
+    """Return the first unmeasured candidate that may serve this size, and why."""
     within = [c for c in found if shape.nbytes <= costs.limits.get(c.label, 0)]
     others = [c for c in found if c.name not in PROVIDERS]
     if others and not within:
@@ -162,7 +161,7 @@ def _by_limits(found: Sequence[Candidate], shape: Shape, costs: CostModel, polic
 
 
 def wanted_tokens(provider: WorkspaceProvider, shape: Shape, policy: Policy, costs: CostModel) -> int:
-    """Return how many tokens a workspace made at the first call should take; 0 for none."""
+    """Return the number of tokens for a workspace made at the first call; 0 for none."""
     hidden, dtype, world_size = shape.hidden, shape.dtype, shape.world_size
     cap = provider.max_tokens(hidden, dtype, world_size)
     limit = policy.max_bytes(provider.name)
@@ -181,14 +180,14 @@ def wanted_tokens(provider: WorkspaceProvider, shape: Shape, policy: Policy, cos
 
 
 def why_no_workspace(policy: Policy, costs: CostModel) -> str:
-    """Say why `wanted_tokens` is 0."""
+    """Return why `wanted_tokens` is 0."""
     if policy.max_size_mb is not None:
         return f"max_size_mb={policy.max_size_mb:g} is less than one token"
     return f"not the fastest at any size ({costs.source})"
 
 
 def last(holds: Callable[[int], bool], end: int, start: int = 0) -> int:
-    """Return the last number in (start, end] for which `holds` does; 0 if for none."""
+    """Return the last number in (start, end] for which `holds` is true; 0 if there is none."""
     low, high = start, end
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,15 +1,12 @@
-"""Read a policy: which providers may serve a call of `all_reduce_rms_norm`, by priority, and with
-which options.
+"""Read a policy: the providers for a call of `all_reduce_rms_norm`, by priority, and options.
 
 A policy is a text such as "flashinfer,native;max_size_mb=4":
 
-- Providers after `native` are never reached, since native serves everything. A policy of one
-  provider forces it.
-- `output` is the number of the workspace's output buffer in which a result may stay, without a copy
-  (see fusewire.fusion_passes.passes.place_outputs). -1 is none, of a workspace that has such
-  buffers for other calls.
-- `max_size_mb` replaces the measured costs of FlashInfer: it serves inputs up to so many MiB and
-  none above.
+- Providers after `native` are never used, since native serves everything. A policy of one provider
+  forces it.
+- `output` is the number of the workspace's output buffer for a result without a copy (see
+  fusewire.fusion_passes.passes.place_outputs). -1: none, on a workspace that has such buffers.
+- `max_size_mb` replaces FlashInfer's measured costs: it serves inputs up to that many MiB.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ _OPTIONS: dict[str, Callable[[str], float]] = {"max_size_mb": float, "output": i
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy, read. `names` ends where nothing after it could be reached."""
+    """A parsed policy. `names` ends with the first provider that serves everything."""
 
     names: tuple[str, ...]
     max_size_mb: float | None = None
@@ -34,16 +31,16 @@ class Policy:
 
     @property
     def slot(self) -> int | None:
-        """The output buffer for the call's result, if it may stay in one."""
+        """The output buffer for the call's result, or None."""
         return None if self.output is None or self.output < 0 else self.output
 
     @property
     def forced(self) -> bool:
-        """Whether one provider alone may serve."""
+        """Whether the policy forces one provider."""
         return len(self.names) == 1
 
     def max_bytes(self, provider: str) -> float | None:
-        """Return the most bytes of input that the options let a provider serve, if limited."""
+        """Return the most bytes of x that the options allow a provider, or None."""
         limited = self.max_size_mb is not None and provider == _LIMITED_BY_SIZE
         return self.max_size_mb * 2**20 if limited and self.max_size_mb is not None else None
 

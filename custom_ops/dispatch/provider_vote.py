@@ -1,13 +1,13 @@
 """Vote on which providers that a user has registered serve a call on every rank of its group.
 
-Such a provider may be registered on one rank only, or its checks may answer differently. Ranks that
-each went by their own answer would run different collectives. So the ranks of a group vote, once
-for each set of providers on how they are registered, and once for each shape and dtype on their
-checks; one refusal counts for all.
+Such a provider may be registered on one rank only, or its checks may answer differently. If each
+rank used its own answer, ranks would run different collectives. So the ranks of a group vote: once
+for each set of providers on their registration, and once for each shape and dtype on their checks.
+One refusal counts for all.
 
-Fusewire's own providers need no vote here: they are registered on every rank. The ranks vote on
-their workspaces in `custom_ops/workspaces/registry.py`, and their `supports_args` checks only what
-is equal on every rank.
+Fusewire's own providers are registered on every rank and need no vote here. The ranks vote on their
+workspaces in `custom_ops/workspaces/registry.py`, and their `supports_args` checks only properties
+that are equal on every rank.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from fusewire.errors import ConfigError, PeerTimeoutError, SchemaError
 # The providers of collective operators that fusewire registers itself, on every rank.
 OWN = frozenset({NATIVE, "rank_ordered", "rank_ordered_batch_invariant", "flashinfer", "symm_mem"})
 
-# How a rank has a provider registered.
+# Ways in which a rank has a provider registered.
 _MISSING = "not registered"
 _WORKSPACE = "with a workspace"
 _NO_CHECKS = "without checks"
 _CHECKS = "with checks"
-_MAX_OUTCOMES = 1 << 15  # of a group
+_MAX_OUTCOMES = 1 << 15  # stored per group
 
 
 class Agreed(NamedTuple):
-    """What the ranks of a group agreed on.
+    """The outcome of a group's votes on providers.
 
     Attributes:
-        support: for each provider that was voted on, what all ranks answer together.
-        group: the group that it holds for; None if nobody had to be asked.
+        support: the ranks' combined answer for each provider that was voted on.
+        group: the group that voted; None if no vote was needed.
     """
 
     support: Mapping[str, Support]
@@ -72,7 +72,7 @@ class _Outcomes:
     logged: set[str] = field(default_factory=set)
 
     def once(self, key: Any, ask: Callable[[], Any]) -> Any:
-        """Return what is known under a key; else one thread asks and others wait for it."""
+        """Return the outcome under a key; if unknown, one thread asks while others wait."""
         if (outcome := self.found.get(key)) is not None:
             return outcome
         with self.turns.setdefault(key, threading.Lock()):
@@ -92,11 +92,10 @@ _outcomes_lock = threading.Lock()
 
 
 def agree_on_providers(op: IrOp, names: Sequence[str], args: tuple[Any, ...]) -> Agreed:
-    """Return what all ranks of a call's group answer together about the providers that a user has
-    registered.
+    """Return the combined answer of a call's ranks about the providers that a user has registered.
 
-    A collective at the first call of its kind in a group; then looked up. No collective with
-    fusewire's own providers alone, in a group of one rank, or with torch's "fake" backend.
+    The first call of its kind in a group is a collective; later calls look it up. Not a collective
+    with fusewire's own providers only, in a group of one rank, or with torch's "fake" backend.
     Thread-safe.
 
     Args:
@@ -105,10 +104,9 @@ def agree_on_providers(op: IrOp, names: Sequence[str], args: tuple[Any, ...]) ->
         args: native's arguments; the last is the group's name.
 
     Raises:
-        ConfigError: on every rank, if one of them has a provider not registered, or in a way that
-            does not fit.
-        SchemaError: on every rank, if a check says no without a reason.
-        CaptureError: the ranks have not voted yet, and a CUDA graph is being captured.
+        ConfigError: on every rank, if a rank lacks a provider or has it registered differently.
+        SchemaError: on every rank, if a check refuses without a reason.
+        CaptureError: the ranks must still vote, and a CUDA graph is being captured.
         PeerTimeoutError: a rank did not take part in the vote.
     """
     asked = tuple(name for name in names if name not in OWN)
@@ -128,7 +126,7 @@ def agree_on_providers(op: IrOp, names: Sequence[str], args: tuple[Any, ...]) ->
 
 
 def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
-    """Return the provider for a call of a collective that is chosen by its providers' checks alone.
+    """Return the provider for a call of a collective without costs, by its providers' checks.
 
     Raises: as `agree_on_providers` and `IrOp.choose`.
     """
@@ -137,7 +135,7 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
 
 
 def _voters(group_name: str) -> dist.ProcessGroup | None:
-    """Return the group whose ranks have to agree, or None."""
+    """Return the group whose ranks must agree, or None."""
     if not dist.is_initialized():
         return None
     group = resolve_group(group_name)
@@ -145,7 +143,7 @@ def _voters(group_name: str) -> dist.ProcessGroup | None:
 
 
 def _vote_on_registration(op: IrOp, names: tuple[str, ...], group: dist.ProcessGroup) -> dict[str, str]:
-    """Return how the ranks together have each provider registered."""
+    """Return how the ranks together have each provider registered. A collective."""
     listed = ", ".join(names)
     channel = _channel(op, listed, group)
     result = vote(channel, f"registration of {listed}", lambda: {name: _registration(op, name) for name in names})
@@ -164,7 +162,7 @@ def _registration(op: IrOp, name: str) -> str:
 
 
 def _together(op: IrOp, name: str, result: VoteResult) -> str:
-    """Return how all ranks have a provider registered: with checks if one of them has any."""
+    """Return how all ranks have a provider registered: with checks if any rank has checks."""
     found = [str(fact[name]) for fact in result.facts]
     if set(found) == {_MISSING}:
         raise ConfigError(unknown_provider(op, name))
@@ -180,7 +178,7 @@ def _together(op: IrOp, name: str, result: VoteResult) -> str:
 def _vote_on_call(
     op: IrOp, names: tuple[str, ...], args: tuple[Any, ...], group: dist.ProcessGroup, outcomes: _Outcomes
 ) -> dict[str, Support]:
-    """Return what the ranks' checks answer together."""
+    """Return the combined answer of the ranks' checks. A collective."""
     listed = ", ".join(names)
     channel = _channel(op, listed, group)
     result = vote(channel, f"{listed} for {_kind_of(args)}", lambda: {name: _reason(op, name, args) for name in names})
@@ -199,7 +197,7 @@ def _vote_on_call(
 
 
 def _reason(op: IrOp, name: str, args: tuple[Any, ...]) -> str:
-    """Return why a provider cannot serve a call on this rank, or nothing."""
+    """Return why a provider cannot serve a call on this rank, or ""."""
     try:
         support = op.providers[name].check(*args)
     except PeerTimeoutError:
@@ -214,7 +212,7 @@ def _reason(op: IrOp, name: str, args: tuple[Any, ...]) -> str:
 
 
 def _kind_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what a provider's checks may depend on, the same on every rank."""
+    """Return the properties that a provider's checks may depend on, the same on every rank."""
     return tuple(
         (tuple(arg.shape), str(arg.dtype), arg.device.type) if isinstance(arg, Tensor) else arg for arg in args
     )

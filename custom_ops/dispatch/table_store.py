@@ -1,8 +1,8 @@
-"""Read and write tuned tables: what `python -m fusewire tune` measured on this machine.
+"""Read and write the tuned tables that `python -m fusewire tune` measures on this machine.
 
-A table is for one kind of machine, group and activation (`TableKey`). It is one JSON file in
-`folder()`. A file that is damaged, foreign or about something else is ignored, with a reason, and
-never fails a program.
+A table is for one kind of machine, group and activation (`TableKey`), in one JSON file in
+`folder()`. A file that is damaged, unknown or for another key is ignored with a reason; it never
+raises.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ Times = Mapping[str, tuple[tuple[int, float], ...]]
 
 
 class TableError(FusewireError):
-    """A file is not a table that can be used; the message says why."""
+    """A file is not a usable table; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class TableKey:
-    """What a table is for. Texts that several GPUs of a group do not share are joined by " + "."""
+    """The machine, group and activation of a table. GPUs' differing texts are joined by " + "."""
 
-    device: str  # "cuda", or "cpu": times of CPU ranks say nothing about GPUs
+    device: str  # "cuda" or "cpu"
     gpu: str
     driver: str
     links: str
@@ -60,7 +60,7 @@ class TableKey:
         return f"{gpu}-{self.world_size}-ranks-hidden-{self.hidden}-{self.dtype}-{_digest(asdict(self))[:12]}.json"
 
     def differences(self, other: TableKey) -> str:
-        """Return what differs in `other`, for people; empty if the keys are equal."""
+        """Return a text of the fields that differ in `other`; empty if the keys are equal."""
         mine, theirs = _flat(self), _flat(other)
         names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         return "; ".join(f"{name} {mine.get(name, 'none')}, here {theirs.get(name, 'none')}" for name in names)
@@ -73,16 +73,15 @@ def _flat(key: TableKey) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured: for each variant, microseconds per call by number of tokens, the slowest
-    rank's.
+    """The slowest rank's microseconds per call by number of tokens, for each variant.
 
     Attributes:
-        measured: when, in UTC.
-        seconds: how long measuring took.
-        rejected: variants left out because a result was wrong, and how.
-        absent: providers that could not serve, and why.
-        link_rate: bytes per second that leave one GPU over all its links at once, or None.
-        notes: what else a reader should know.
+        measured: the time of the measurement, in UTC.
+        seconds: the duration of the measurement.
+        rejected: variants that were left out because a result was wrong, with details.
+        absent: providers that could not serve, with reasons.
+        link_rate: bytes per second that one GPU sends over all its links at once, or None.
+        notes: further remarks for a reader.
     """
 
     key: TableKey
@@ -95,12 +94,12 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def cost_model(self) -> CostModel:
-        """Return the table in the dispatcher's terms."""
+        """Return the table as a cost model."""
         source = f"tuned on this machine, {self.measured}"
         return CostModel.of_times(source, self.times, self.key.hidden, getattr(torch, self.key.dtype))
 
     def floor(self, tokens: int) -> float | None:
-        """Return the least microseconds of a two-shot: 2(R-1)/R of x's bytes leave each GPU."""
+        """Return a two-shot's least microseconds: 2(R-1)/R of x's bytes leave each GPU."""
         if not self.link_rate:
             return None
         key = self.key
@@ -120,7 +119,7 @@ def _digest(value: Any) -> str:
 
 
 def table_from_json(found: Any) -> Table:
-    """Return the table in a file's content. Raises TableError if it is none."""
+    """Return the table from a file's JSON content; raises TableError if it is not one."""
     if not isinstance(found, dict) or _MARK not in found:
         raise TableError("it is not a table of fusewire's")
     if found[_MARK] != SCHEMA:
@@ -164,18 +163,18 @@ def _is_positive(value: Any) -> bool:
 
 
 def folder() -> Path:
-    """Return the tables' folder: in FUSEWIRE_CACHE_DIR, else in the user's cache folder."""
+    """Return the tables' folder: FUSEWIRE_CACHE_DIR's, or in the user's cache folder."""
     named = os.environ.get(CACHE_VARIABLE)
     if named:
         return Path(named).expanduser() / "tables"
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG rules: a relative path there is to be ignored.
+    # The XDG specification ignores relative paths.
     home = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~/.cache"))
     return home / "fusewire" / "tables"
 
 
 class Found(NamedTuple):
-    """What lies at a path: a table, or why it is not used. Both empty: nothing lies there."""
+    """The table at a path, or why it is not used; both empty if there is no file."""
 
     path: Path
     table: Table | None = None
@@ -197,7 +196,7 @@ def read(path: Path) -> Found:
 
 
 def load(key: TableKey) -> Found:
-    """Return the table for a key, if there is one on this disk. Never raises."""
+    """Return the table for a key from this disk, if there is one. Never raises."""
     found = read(folder() / key.file_name)
     if found.table is not None and found.table.key != key:
         differs = found.table.key.differences(key)
@@ -206,7 +205,7 @@ def load(key: TableKey) -> Found:
 
 
 def save(table: Table) -> Path:
-    """Write a table, whole or not at all, in place of one for the same key. Raises OSError."""
+    """Write a table atomically, replacing one for the same key. Raises OSError."""
     path = folder() / table.key.file_name
     if read(path).table == table:
         return path
@@ -235,7 +234,7 @@ def all_files() -> list[Found]:
 
 # --- This machine -------------------------------------------------------------------------------------------
 
-# What of NCCL's settings changes its speed.
+# NCCL's settings that change its speed.
 _NCCL_VARIABLES: tuple[str, ...] = (
     "ALGO",
     "PROTO",
@@ -267,7 +266,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """Return the versions of all whose kernels are timed; fusewire's with its sources' hash."""
+    """Return the versions of libraries with timed kernels; fusewire's includes a source hash."""
     found = {"torch": str(torch.__version__)}
     for name, package in (("triton", "triton"), ("flashinfer", "flashinfer-python"), ("fusewire", "fusewire")):
         try:
@@ -293,7 +292,7 @@ def _nccl() -> str:
 @functools.cache
 def _driver_and_links(device: torch.device) -> tuple[str, str]:
     driver = links = "unknown"
-    with contextlib.suppress(Exception):  # a container may hide any of it
+    with contextlib.suppress(Exception):  # a container may hide any of these
         pynvml = importlib.import_module("pynvml")
         pynvml.nvmlInit()
         try:
@@ -314,7 +313,7 @@ def _text(value: str | bytes) -> str:
 
 
 def _links(nvml: Any, gpu: Any) -> str:
-    """Return the NVLinks' number and kind, and whether to a switch; else PCIe's kind."""
+    """Return the NVLinks' number, version and whether they reach a switch; else PCIe's version."""
     active, kinds, versions = 0, set(), set()
     for link in range(nvml.NVML_NVLINK_MAX_LINKS):
         try:
@@ -344,8 +343,7 @@ def key_of(facts: Sequence[Mapping[str, Any]], hidden: int, dtype: torch.dtype) 
     links = common([fact["links"] for fact in facts])
     hosts = len({fact["host"] for fact in facts})
     if any(_SWITCH not in fact["links"] for fact in facts) and facts[0]["device"] == "cuda":
-        # Without a switch some pairs of GPUs are closer than others, so it matters which ones they
-        # are.
+        # Without a switch some pairs of GPUs have faster links, so the choice of GPUs matters.
         links += f", GPUs {_digest(sorted(str(fact['uuid']) for fact in facts))[:8]}"
     names = {name for fact in facts for name in fact["versions"]}
     return TableKey(

@@ -1,8 +1,8 @@
 """Vote on the tuned table that the ranks of a group use.
 
-Every rank reads its own disk, and ranks that chose by different tables would wait for each other
-for ever. So they vote, once for each group, hidden size and dtype: all take the table of the first
-rank that has one, and log where the others' differ. They vote on whether to tune at first use, too.
+Every rank reads its own disk. Ranks that chose by different tables would wait for each other for
+ever. So they vote once for each group, hidden size and dtype: all use the table of the first rank
+that has one, and log where others differ. They also vote on whether to tune at first use.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from fusewire.custom_ops.workspaces.registry import REGISTRY
 from fusewire.errors import WorkspaceError
 
 TUNE_VARIABLE = "FUSEWIRE_TUNE"
-# Measures a table for a group, hidden size, dtype, device and number of tokens, and keeps it. Set
+# Measures a table for a group, hidden size, dtype, device and number of tokens, and stores it. Set
 # by fusewire.custom_ops.tuning.tuner, which imports this module.
 run_tuner: Callable[[dist.ProcessGroup, int, torch.dtype, torch.device, int], object] | None = None
 
 
 @dataclass(frozen=True)
 class AgreedTable:
-    """What the ranks of a group agreed on for a hidden size and dtype: the same on each."""
+    """A group's agreed table for a hidden size and dtype, the same on every rank."""
 
     group: weakref.ref[dist.ProcessGroup]
     costs: CostModel | None = None
     note: str = ""
-    tune: bool = False  # every rank asks for a table, and there is none
+    tune: bool = False  # every rank asks for tuning, and there is no table
 
     @property
     def text(self) -> str:
-        """What `fusewire.workspaces()` reports."""
+        """The text that `fusewire.workspaces()` reports."""
         return "; ".join(part for part in (self.costs.source if self.costs else "", self.note) if part)
 
 
 def agreed_cost_model(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype) -> CostModel | None:
-    """Return the costs of the tuned table that the ranks agreed on before, if any. No collective."""
+    """Return the tuned costs that the ranks agreed on, or None. Not a collective."""
     found: AgreedTable | None = REGISTRY.tables.get((group.group_name, hidden, dtype))
     return found.costs if found is not None and found.group() is group else None
 
@@ -55,7 +55,7 @@ def agreed_cost_model(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype)
 def expected_cost_model(
     world_size: int, hidden: int, dtype: torch.dtype, device: torch.device | None = None
 ) -> CostModel | None:
-    """Return the costs that ranks with this disk's table would agree on. No collective."""
+    """Return the costs that ranks with this disk's table would agree on. Not a collective."""
     key = local_key(world_size, hidden, dtype, device)
     found = None if key is None else load(key).table
     return None if found is None else found.cost_model()
@@ -74,13 +74,12 @@ def tuned_cost_model(
     """Return the costs of a group's tuned table, if there is one. A collective at the first call.
 
     Args:
-        tune: measure one if there is none; FUSEWIRE_TUNE=1 asks for the same. If not all ranks ask,
-            nobody measures.
-        fresh: vote again, and look at the disks again.
-        max_tokens: the largest number of tokens that there will be, if known.
+        tune: measure a table if there is none and all ranks ask (FUSEWIRE_TUNE=1 also asks).
+        fresh: read the disks and vote again.
+        max_tokens: the largest number of tokens of later calls, if known.
 
     Raises:
-        CaptureError: there was no vote yet, and a CUDA graph is being captured.
+        CaptureError: the ranks must still vote, and a CUDA graph is being captured.
         PeerTimeoutError: a rank did not take part.
     """
     with REGISTRY.lock:
@@ -92,7 +91,7 @@ def tuned_cost_model(
         refuse_capture("fusewire", f"group {group.group_name}, hidden size {hidden}")
         agreed = _agree(group, hidden, dtype, device, tune)
         if agreed.costs is None and known is not None and known.costs is not None:
-            return known.costs  # measured before, and not on disk because it could not be written
+            return known.costs  # measured before, but could not be written to disk
         _keep(group, hidden, dtype, agreed)
         if agreed.note and group.rank() == 0:
             log_line(f"hidden size {hidden}, {str(dtype).removeprefix('torch.')}: {agreed.note}")
@@ -112,20 +111,20 @@ def _tune(
     assert run_tuner is not None
     try:
         run_tuner(group, hidden, dtype, device, max_tokens)
-    except WorkspaceError as error:  # the same on every rank; a model need not fail for want of a table
+    except WorkspaceError as error:  # the same on every rank; the model can run without a table
         agreed = dataclasses.replace(agreed, tune=False, note=f"tuning failed: {error}")
         _keep(group, hidden, dtype, agreed)
         log_line(agreed.note)
 
 
 def keep(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, table: Table, note: str = "") -> None:
-    """Use a table that every rank of the group has just been given."""
+    """Use a table that every rank of the group has just received. Not a collective."""
     _keep(group, hidden, dtype, AgreedTable(weakref.ref(group), table.cost_model(), _with_rejected(table, note)))
 
 
 def _keep(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, agreed: AgreedTable) -> None:
     REGISTRY.tables[group.group_name, hidden, dtype] = agreed
-    REGISTRY.changed()  # decisions made before are void
+    REGISTRY.changed()  # invalidates earlier decisions
 
 
 def _with_rejected(table: Table, note: str) -> str:
@@ -167,7 +166,7 @@ def _agree(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, device: to
 
 
 def _chosen(result: VoteResult) -> tuple[Table | None, str]:
-    """Return the table of the first rank that has one, and what to say about the others."""
+    """Return the table of the first rank that has one, and a text about the other ranks."""
     holders = [i for i, fact in enumerate(result.facts) if fact["digest"]]
     reasons = [f"rank {r}: {f['reason']}" for r, f in zip(result.ranks, result.facts, strict=True) if f["reason"]]
     if not holders:

@@ -259,10 +259,7 @@ class FlashInferWorkspace(Workspace):
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Return the tensor, or a copy if it is not contiguous and 16-byte aligned.
-
-    Copying keeps the ranks in step: addresses differ between ranks, so refusing would as well.
-    """
+    """Return the tensor or, since addresses differ between ranks, an aligned contiguous copy."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -401,12 +398,7 @@ def _prove_arguments(workspace: FlashInferWorkspace) -> None:
 
 
 def _prove_results(workspace: FlashInferWorkspace, limit_s: float = 60.0) -> None:
-    """Check both variants against known answers. A collective.
-
-    Raises:
-        WorkspaceError: a result is wrong.
-        PeerTimeoutError: the calls did not end within limit_s seconds.
-    """
+    """Raise WorkspaceError if a variant's results are wrong, PeerTimeoutError after limit_s s."""
     hidden, dtype, ranks = workspace.key.hidden, workspace.key.dtype, workspace.world_size
     wrong: list[tuple[str, Tensor]] = []
     for variant, tokens, weight_bias in ((ONE_SHOT, 1, 1.0), (TWO_SHOT, ranks + 1, 0.0)):

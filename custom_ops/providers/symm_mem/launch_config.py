@@ -127,7 +127,7 @@ def check_launch_config(config: LaunchConfig, packets: int, multiprocessors: int
 
 
 def _slices(rows: int, packets: int, multiprocessors: int) -> int:
-    """Return the blocks per row: as idle multiprocessors allow, with 96 packets or more per block."""
+    """Return the blocks per row: as idle multiprocessors allow, with at least 96 packets each."""
     slices = MAX_SLICES
     while slices > 1 and (rows * slices > multiprocessors or packets < 96 * slices):
         slices //= 2
@@ -164,11 +164,11 @@ def launch_config_two_shot_flags(
 ) -> LaunchConfig:
     """Return the two-shot with flags' configuration for `shard` rows per rank.
 
-    The grid has the fewest blocks that give the same number of strides, so that none idles. With
-    many rows, a thread has 4 packets, so that blocks transfer while others wait for a fence or
-    flag. With fewer rows there are fewer blocks, so that several strides overlap. With
-    replicate_residual each rank also normalises its peers' rows: taking them at once is faster, and
-    so is one block per multiprocessor above 4 ranks.
+    The grid is the smallest with its number of strides, so that no block idles. With many rows a
+    thread takes 4 packets: several blocks share a multiprocessor, and one transfers while others
+    wait. With fewer rows there are fewer blocks, so that several strides overlap.
+    replicate_residual is faster without result_lag and, above 4 ranks, with one block per
+    multiprocessor.
     """
     block = max(32, _power_of_two(packets))
     most = min(16 if packets <= 2048 else 32, max(1, block // 32))

@@ -48,7 +48,7 @@ _WAITS = {
 
 
 def _without_multicast() -> AbstractContextManager[None]:
-    """Make torch create no multicast object inside: it is unused, and a broken one can hang GPUs.
+    """Make torch create no multicast object inside: unused, and a broken one can disable GPUs.
 
     Applies to the whole process; thread-safe.
     """

@@ -84,8 +84,7 @@ def one_shot_kernel(
     resident together.
 
     Args (the others are in the package's docstring):
-        tokens: rows of x, residual and both results, all (tokens, hidden).
-        rank: this rank.
+        tokens, rank: rows of x, residual and both results, all (tokens, hidden); this rank.
         slots, slot_bytes: byte offset of the two slots in the symmetric buffer; bytes of a slot.
         source_bytes: bytes of one rank's part of a slot.
         slices_at: byte offset of the tagged words, a cache line per row.

@@ -116,8 +116,7 @@ def two_shot_data_kernel(
         tokens: rows of x and norm_out, (tokens, hidden). With REPLICATE_RESIDUAL also of residual
             and residual_out; else these are this rank's own rows, (shard, hidden).
         shard: rows per rank.
-        rank: this rank.
-        slots, slot_bytes: byte offset of the two slots for partial rows; bytes of a slot.
+        shard, rank: rows per rank; this rank.
         source_bytes: bytes of one rank's part of a slot.
         results: byte offset of the peers' rows, (tokens, hidden).
         squares_at: byte offset of the rows' squares, cache lines of tagged words.

@@ -112,8 +112,7 @@ def two_shot_flags_kernel(
     Args (the others are in the package's docstring):
         tokens: rows of x and norm_out, (tokens, hidden). With REPLICATE_RESIDUAL also of residual
             and residual_out; else these are this rank's own rows, (shard, hidden).
-        shard: rows per rank.
-        rank: this rank.
+        shard, rank: rows per rank; this rank.
         lookahead: strides between partial rows and their results; at least 1 if there are several.
         result_lag: strides between own rows and the peers' rows; not negative.
         inbox, source_bytes: byte offset of the partial rows; bytes of one rank's.
