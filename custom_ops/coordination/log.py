@@ -1,4 +1,4 @@
-"""Lines on stderr: what takes long, or what a user must know though nobody asked."""
+"""Print lines on stderr: progress of slow steps, and messages for the user."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def log_line(text: str) -> None:
 def log_progress(
     text: str, *, after_s: float = 0.0, every_s: float = 30.0, detail: Callable[[], str] = str
 ) -> Iterator[None]:
-    """Log every so often that the block goes on, and at its end how long it took.
+    """Log regularly while the block runs, and log its duration at the end.
 
     Args:
-        text: what goes on. Lines after the first have it up to the first colon.
-        after_s: log nothing if the block ends within so many seconds.
+        text: the first line; later lines have it up to the first colon.
+        after_s: log nothing if the block ends within this many seconds.
         every_s: the seconds between two lines.
-        detail: returns what to add to a line.
+        detail: returns a text to append to a line.
     """
     start, since, done, logged = time.monotonic(), time.strftime("%H:%M:%S"), threading.Event(), after_s <= 0
     if logged:

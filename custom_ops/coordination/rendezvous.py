@@ -1,19 +1,19 @@
-"""Compare what the ranks of a group are about to run, before they run it.
+"""Compare the graphs that the ranks of a group are about to run, before they run.
 
-The passes put a call of `fusewire::rendezvous` before the first collective of every graph. It
-carries the graph's fingerprint, so that whoever runs the graph brings it along: a cached, copied or
-shipped graph too. As long as a rank runs graphs of one fingerprint, a call is one comparison.
-Before the first collective of a graph with another fingerprint the ranks meet: each publishes its
-fingerprint and waits for the others'. If they differ, or a rank does not come, every rank that
-waits raises.
+The passes put a call of `fusewire::rendezvous` before the first collective of every graph. It has
+the graph's fingerprint, so the fingerprint is part of cached, copied and shipped graphs too. While
+a rank runs graphs of one fingerprint, a call is one comparison. Before the first collective of a
+graph
+with another fingerprint the ranks meet: each publishes its fingerprint and waits for the others'.
+If they differ, or a rank does not come, every rank that waits raises.
 
-Graphs whose collectives are the program's own, as written, all have the empty fingerprint: they fit
-together however they were compiled, and with what a rank runs without compiling. So a process that
-rewrites nothing never waits.
+Graphs whose collectives are the program's own, as written, all have the empty fingerprint: they are
+compatible however they were compiled, and also with uncompiled code. So a process that rewrites
+nothing never waits.
 
-The collectives of a graph that carry something else than the program's (a moved scale, a merged
-sum) would mix unnoticed with those of a rank that runs the program as written. Before such a graph
-the ranks meet at every call ("strict"). Replays of CUDA graphs meet nobody: they repeat what was
+If a graph's collectives carry other data than the program's (a moved scale, a merged sum), they
+could mix unnoticed with those of a rank that runs the program as written. Before such a graph the
+ranks meet at every call ("strict"). Replays of CUDA graphs do not meet: their collectives were
 compared at capture.
 
 Ranks of one host meet in a page of shared memory; others in the group's store.
@@ -50,11 +50,10 @@ _SHARED_MEMORY = "/dev/shm"
 
 
 class _Board:
-    """A page that the ranks of one host share: one 64-bit word a rank, written by that rank alone.
+    """A page that the ranks of one host share, with a 64-bit word per rank, which it alone writes.
 
-    A word holds the number of the rank's last meeting (16 bits) and the digest of its fingerprint
-    there (48 bits; 0: the rank has given up). Ranks are at most one meeting apart, so the number
-    may wrap around.
+    A word holds the number of the rank's last meeting (16 bits) and its fingerprint's digest (48
+    bits; 0: the rank has given up). Ranks are at most one meeting apart, so the number may wrap.
     """
 
     def __init__(self, path: str, rank: int, size: int) -> None:
@@ -64,7 +63,7 @@ class _Board:
 
     @staticmethod
     def make(size: int) -> str:
-        """Make the file, full of zeros; its path."""
+        """Create the file, filled with zeros; return its path."""
         folder = _SHARED_MEMORY if os.path.isdir(_SHARED_MEMORY) else None
         handle, path = tempfile.mkstemp(prefix="fusewire-", dir=folder)
         os.write(handle, bytes(8 * _LINE_WORDS * size))
@@ -75,7 +74,7 @@ class _Board:
         self._words[self._rank * _LINE_WORDS] = (number & 0xFFFF) << 48 | digest
 
     def look(self, number: int, digest: int) -> tuple[list[int], list[int]]:
-        """Return the absent ranks, and those with another digest or that have given up."""
+        """Return the absent ranks, and the ranks with another digest or that have given up."""
         absent, differing = [], []
         for peer in self._others:
             word = self._words[peer * _LINE_WORDS]
@@ -90,7 +89,7 @@ class _Board:
         return absent, differing
 
     def ahead(self, number: int) -> dict[int, int]:
-        """Return the ranks that wait at a later meeting than this number, with their digests."""
+        """Return the ranks that wait at a later meeting, with their digests."""
         words = ((peer, self._words[peer * _LINE_WORDS]) for peer in self._others)
         return {peer: word & 0xFFFFFFFFFFFF for peer, word in words if 0 < ((word >> 48) - number & 0xFFFF) < 0x8000}
 
@@ -100,17 +99,17 @@ class _Meetings:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = weakref.ref(group)
-        self.last = AS_WRITTEN  # the fingerprint that this rank ran last
+        self.last = AS_WRITTEN  # the fingerprint of this rank's last graph
         self.failure = ""  # why no graph may run any more
         self.lock = threading.Lock()
         self.ranks = dist.get_process_group_ranks(group)
         self._rank = group.rank()
         self._number = 0
         self._board: _Board | None = None
-        self._name = ""  # of the page, for the store; the same on every rank
+        self._name = ""  # the page's name in the store, the same on every rank
 
     def meet(self, group: dist.ProcessGroup, fingerprint: str, label: str) -> None:
-        """Compare a fingerprint with the peers'. A collective of its own; waits for every rank.
+        """Compare a fingerprint with the peers'. A collective that waits for every rank.
 
         Raises:
             RankMismatchError: a peer is about to run another graph, or an earlier meeting failed.
@@ -132,7 +131,7 @@ class _Meetings:
         self.last = fingerprint
 
     def fail(self, group: dist.ProcessGroup, reason: str) -> None:
-        """Let no graph of this group run any more, here and on ranks that wait for this one."""
+        """Stop this group's graphs, here and on ranks that wait for this one."""
         self.failure, self.last = reason, _NEVER
         if self._board is not None:
             self._explain(group, f"gave up: {reason}")
@@ -148,11 +147,11 @@ class _Meetings:
 
     @property
     def at_board(self) -> bool:
-        """Whether the ranks meet in shared memory by now."""
+        """Whether the ranks meet in shared memory already."""
         return self._board is not None
 
     def answer(self, group: dist.ProcessGroup, label: str) -> None:
-        """Come to a meeting in the store, so that the ranks that wait there raise."""
+        """Answer a meeting in the store, so that the ranks that wait there raise."""
         self._in_store(group, _NEVER, label)
 
     def _first(self, group: dist.ProcessGroup, fingerprint: str, label: str) -> None:
@@ -217,7 +216,7 @@ class _Meetings:
             raise RankMismatchError(_difference(group, self._explanations(group, label)))
 
     def _explanations(self, group: dist.ProcessGroup, label: str) -> dict[int, str]:
-        """Return what each rank is about to run, if published in time; for the message."""
+        """Return the texts that other ranks have published in time, for the error message."""
         assert self._board is not None
         self._explain(group, label)
         self._board.publish(self._number + 1, 0)
@@ -234,7 +233,7 @@ class _Meetings:
         return found
 
     def _explain(self, group: dist.ProcessGroup, text: str) -> None:
-        """Publish, for the others' messages, what this rank is about to run, or why it does not."""
+        """Publish for the others' messages which graph this rank runs, or why it runs none."""
         GroupStore(group).set_once(f"running/{self._name}/{self._rank}", text)
 
 
@@ -244,16 +243,14 @@ _lock = threading.Lock()
 
 
 def rendezvous(x: torch.Tensor, group_name: str, fingerprint: str, label: str, strict: bool) -> None:
-    """Compare the fingerprint of the graph that is about to run with those of the group's other
-    ranks.
+    """Compare the fingerprint of the graph that is about to run with the group's other ranks'.
 
     Args:
-        x: what the graph's first collective sends, of any shape, dtype and device. It is declared
-            as written so that the compiler keeps the call before that collective; nothing touches
-            it.
+        x: the input of the graph's first collective. It is declared as mutated so that the compiler
+            keeps the call before that collective; it is not changed.
         fingerprint: of the graph's collectives over the group; "" if they are the program's own.
-        label: the same for people.
-        strict: meet at every call, and not only after a graph with another fingerprint.
+        label: a description of the graph for people.
+        strict: meet at every call, not only when the fingerprint changes.
 
     Raises:
         RankMismatchError, PeerTimeoutError: see `_Meetings.meet`.
@@ -270,7 +267,7 @@ def rendezvous(x: torch.Tensor, group_name: str, fingerprint: str, label: str, s
 
 
 def _meetings_of(name: str, group: dist.ProcessGroup) -> _Meetings:
-    """Return the meetings of a group, by any of its names; new ones for another group."""
+    """Return a group's meetings under any of its names; a new group gets new meetings."""
     with _lock:
         found = _meetings.get(name)
         if found is None or found.group() is not group:
@@ -282,17 +279,16 @@ def _meetings_of(name: str, group: dist.ProcessGroup) -> _Meetings:
 
 
 def waiting_peers(group: dist.ProcessGroup, fingerprint: str) -> tuple[list[int], list[int]]:
-    """Return the global ranks that wait for this one: before this graph, before another."""
+    """Return the global ranks that wait for this rank before this graph, and before another."""
     waiting = _meetings_of(group.group_name, group).waiting(group)
     same = [rank for rank, digest in waiting.items() if digest == _digest(fingerprint)]
     return same, [rank for rank in waiting if rank not in same]
 
 
 def fail(group: dist.ProcessGroup, reason: str) -> None:
-    """Let no rewritten graph run over a group any more; ranks that wait for this one raise.
+    """Stop all rewritten graphs over a group; ranks that wait for this one raise.
 
-    Waits for other ranks only where those that wait are at the group's first meeting, and not all
-    have come to it.
+    Waits for other ranks only if some wait at the group's first meeting and not all have come.
     """
     meetings = _meetings_of(group.group_name, group)
     meetings.fail(group, reason)
@@ -302,7 +298,7 @@ def fail(group: dist.ProcessGroup, reason: str) -> None:
 
 
 def host() -> str:
-    """Name the machine: the same for all containers of one, where host names differ."""
+    """Return an identifier of the machine, the same for all its containers."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip()

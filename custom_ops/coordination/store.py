@@ -1,4 +1,4 @@
-"""The key-value store of a process group, and the one loop that waits for something in it."""
+"""Access the key-value store of a process group, and poll it with a time limit."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05
 
 
 class GroupStore:
-    """The store that a process group was made with, under keys of fusewire's own.
+    """The store of a process group, with a prefix for fusewire's keys.
 
-    Thread-safe as far as torch's stores are. Nothing in here waits.
+    Thread-safe if torch's store is. No method waits.
 
     Raises:
-        ProcessGroupError: torch.distributed has not made the group itself and knows no store of it.
+        ProcessGroupError: torch.distributed did not make the group and knows no store of it.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -39,26 +39,25 @@ class GroupStore:
             ) from None
 
     def set(self, key: str, value: str) -> None:
-        """Write a value over whatever is there."""
+        """Write a value, replacing any earlier one."""
         self._store.set(_PREFIX + key, value)
 
     def get(self, key: str) -> str | None:
         """Return the value of a key; None if there is none."""
-        # A store's own get waits for a key, also for one that is removed between a check and the
-        # get.
+        # The store's own get would wait for a missing key, even if it is removed just before.
         value = self._store.compare_set(_PREFIX + key, _NO_VALUE, _NO_VALUE).decode()
         return None if value == _NO_VALUE else value
 
     def set_once(self, key: str, value: str) -> str:
-        """Write a value unless there is one, atomically; the value that is there afterwards."""
+        """Write a value if there is none, atomically; return the value in the store afterwards."""
         return self._store.compare_set(_PREFIX + key, "", value).decode()
 
     def replace(self, key: str, old: str, new: str) -> bool:
-        """Write `new` over a key that holds `old`, atomically; return whether it did."""
+        """Replace the value `old` by `new`, atomically; return whether the key had `old`."""
         return self._store.compare_set(_PREFIX + key, old, new).decode() == new
 
     def delete(self, key: str) -> None:
-        """Remove a key. Harmless if it is not there."""
+        """Remove a key if it exists."""
         self._store.delete_key(_PREFIX + key)
 
 
@@ -70,16 +69,14 @@ def poll(
     progress: Callable[[], object] | None = None,
     spin_s: float = 0.0,
 ) -> T | None:
-    """Call `look` until it returns something.
+    """Call `look` until it returns a value other than None.
 
     Args:
-        look: returns None as long as the wait goes on. What it raises ends the wait.
-        limit_s: how long to wait, in seconds.
-        waiting_for: says in words what is waited for; logged once if it takes long.
-        progress: the limit begins anew whenever this returns something else than before.
-        spin_s: look without a pause for so long, in seconds, where a look costs less than a
-            microsecond.
-
+        look: returns None to continue. Its exceptions end the wait.
+        limit_s: the time limit in seconds.
+        waiting_for: returns a text that is logged once if the wait is long.
+        progress: the time limit restarts when its return value changes.
+        spin_s: poll without pauses for this many seconds, if a look takes less than a microsecond.
     Returns:
         What `look` returned, or None if the limit has passed.
     """

@@ -1,6 +1,6 @@
 """The time limits of coordination between ranks, all in seconds.
 
-A limit only ever ends in an error. No limit decides what a rank runs.
+A limit only ends in an error. No limit decides which code a rank runs.
 """
 
 from __future__ import annotations
@@ -14,24 +14,22 @@ from fusewire.errors import ConfigError
 
 TIMEOUT_VARIABLE = "FUSEWIRE_TIMEOUT_S"
 DEFAULT_TIMEOUT_S = 600.0
-# A wait that takes longer is announced on stderr, once.
+# Waits that take longer are logged on stderr, once.
 ANNOUNCE_AFTER_S = 15.0
-# Compiling kernels ahead is announced on stderr if it takes longer.
+# Ahead-of-time compilation that takes longer is logged on stderr.
 ANNOUNCE_COMPILING_AFTER_S = 3.0
-# How long a provider may take to find out whether it can serve on this machine, unless it says
-# otherwise.
+# Limit of a provider's check of the machine, unless the provider sets another.
 MACHINE_CHECK_S = 120.0
-# How long a kernel waits for a peer: long enough for a peer that compiles its kernels first.
+# Limit of a kernel's wait for a peer: long enough for a peer that still compiles its kernels.
 KERNEL_WAIT_S = 120.0
-# How long a rank waits for the outcome once the first rank has taken its vote: the first rank
-# writes it next.
+# Limit of the wait for an outcome after the first rank has taken the ballot: it writes it next.
 PUBLISH_S = 10.0
-# How long a rank that raises waits for the others' side of the story, for its message.
+# Limit of the wait for other ranks' explanations, for an error message.
 EXPLANATION_S = 3.0
 
 
 def timeout_s() -> float:
-    """Return how long a rank waits for its peers: FUSEWIRE_TIMEOUT_S, 600 s by default.
+    """Return the limit of a wait for peers in seconds: FUSEWIRE_TIMEOUT_S, 600 by default.
 
     Raises:
         ConfigError: the variable is not a positive number.
@@ -47,19 +45,16 @@ def timeout_s() -> float:
 
 
 def outcome_timeout_s(wait_s: float) -> float:
-    """Return how long a rank waits for the outcome of a vote for which the first rank waits
-    `wait_s` for each vote.
+    """Return the limit of a wait for a vote's outcome, if the first rank waits `wait_s` per ballot.
 
-    It is longer, so that a rank that comes before the first one still hears from it who was
-    missing.
+    It is longer, so that a rank that votes before the first one still learns which rank is missing.
     """
     return wait_s * 1.25 + PUBLISH_S
 
 
 def group_timeout_s(group: dist.ProcessGroup) -> float:
-    """Return the shorter of `timeout_s()` and the time after which the group's own collectives
-    fail.
+    """Return the shorter of `timeout_s()` and the timeout of the group's own collectives.
 
-    A peer that this rank waits for may itself be inside such a collective, waiting for this rank.
+    The awaited peer may be inside such a collective, waiting for this rank.
     """
     return min([timeout_s(), *collective_timeouts_s(group)])

@@ -1,15 +1,15 @@
 """Votes: a question that every rank of a group answers, with one outcome for all of them.
 
-A vote is an exchange over the group's store, one text from each rank to all:
+A vote is an exchange over the group's store of one text from each rank:
 
-1. Every rank but the group's first posts its ballot, with a random nonce, under a key of its own.
-2. The first rank waits for all ballots, marks each as taken, and then writes the outcome, all
-ballots, over the marks. 3. Every other rank reads the outcome from its key and removes the key.
+1. Every rank but the group's first posts its ballot, with a random nonce, under its own key.
+2. The first rank waits for all ballots, marks each as taken, and then replaces the marks by the
+   outcome, which has all ballots.
+3. Every other rank reads the outcome from its key and removes the key.
 
-The first rank writes over nothing but what it has read, so what it writes for one try never meets
-another. A rank that gives up removes its ballot unless that is taken; then the outcome follows. So
-all ranks get the outcome or each an error, unless the first rank dies between its writes. Nothing
-counts calls: ranks fit again after one has come once more.
+The first rank replaces only values that it has read, so an outcome never reaches another attempt. A
+rank that gives up removes its ballot unless it is taken; then the outcome follows. So all ranks get
+the outcome or each gets an error, unless the first rank dies between its writes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fusewire.custom_ops.coordination.timeouts import PUBLISH_S, TIMEOUT_VARIABL
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
 T = TypeVar("T")
-# What the value of a rank's key begins with.
+# The prefixes of values under a rank's key.
 _BALLOT, _TAKEN, _OUTCOME, _WITHDRAWN = "ballot ", "taken ", "outcome ", "withdrawn"
 _NO_SESSION = "first"
 _BYTES = "bytes in hex"
@@ -41,19 +41,18 @@ _locks_guard = threading.Lock()
 
 
 class Channel:
-    """The ranks of a group, talking over the group's store, on the CPU, with bounded waits.
+    """Communication of a group's ranks over the group's store, on the CPU, with bounded waits.
 
-    Also fits where FlashInfer asks for a `CommBackend` (Get_rank, Get_size, allgather, bcast,
-    barrier).
+    Also implements FlashInfer's `CommBackend` (Get_rank, Get_size, allgather, bcast, barrier).
 
-    The keys of all exchanges but a channel's first hold the first one's nonce: a thread that an
-    earlier try has given up, with a channel of its own, meets nobody. After an error make a new
-    channel. Not thread-safe; but threads may use channels of their own with the same label:
-    exchanges of one topic wait for each other.
+    The keys of later exchanges contain the first one's nonce, so an abandoned thread of an earlier
+    attempt, with its own channel, reaches no other. After an error make a new channel. Not
+    thread-safe; but threads may use separate channels with the same label, because exchanges of one
+    topic wait for each other.
 
     Args:
-        label: names what the channel is for, the same on every rank.
-        wait_s: how long to wait for a rank, in seconds; by default `timeout_s()`.
+        label: a name for the channel's purpose, the same on every rank.
+        wait_s: the limit of a wait for a rank in seconds; by default `timeout_s()`.
     """
 
     def __init__(self, group: dist.ProcessGroup, label: str, wait_s: float | None = None) -> None:
@@ -69,33 +68,32 @@ class Channel:
         self._written: set[str] = set()
 
     def beat(self) -> None:
-        """Restart the time limit of ranks that wait for this one's vote."""
+        """Restart the time limit of ranks that wait for this rank's vote."""
         self._written.add(key := f"{self.label}/beat/{self.rank}")
         self._store.set(key, uuid.uuid4().hex)
 
     def abort(self, reason: str) -> None:
-        """Make `allgather` raise WorkspaceError: here for good, on the others until `clear`. The
-        first reason counts.
+        """Make `allgather` raise WorkspaceError: here for good, on other ranks until `clear`.
 
-        For use after the channel's first exchange, so that it does not meet other tries.
+        The first reason counts. Call it after the channel's first exchange, so that other attempts
+        are not affected.
         """
         self._abort_reason = reason
         self._written.add(key := f"{self.label}/{self._session}/abort")
         self._store.set_once(key, reason)
 
     def clear(self) -> None:
-        """Remove what `beat` and `abort` wrote."""
+        """Remove the keys that `beat` and `abort` wrote."""
         while self._written:
             self._store.delete(self._written.pop())
 
     def allgather(self, data: Any) -> tuple[Any, ...]:
-        """Send an object to all ranks and return every rank's. A collective. Tuples arrive as
-        lists.
+        """Return the objects of all ranks. A collective. Tuples arrive as lists.
 
         Raises:
-            PeerTimeoutError: on every rank, if one did not come within wait_s.
+            PeerTimeoutError: on every rank, if a rank did not come within wait_s.
             WorkspaceError: a rank has called `abort`.
-            TypeError: there is something else in the object than JSON types and bytes.
+            TypeError: the object has types other than JSON's and bytes.
         """
         return tuple(self._exchange("allgather", data, abortable=True))
 
@@ -104,7 +102,7 @@ class Channel:
         return self.allgather(data if self.rank == root else None)[root]
 
     def barrier(self) -> None:
-        """Return once every rank has come here. Otherwise as `allgather`."""
+        """Wait for every rank. Otherwise as `allgather`."""
         self.allgather(None)
 
     def Get_rank(self) -> int:
@@ -114,7 +112,7 @@ class Channel:
         return self.size
 
     def _exchange(self, topic: str, payload: Any, abortable: bool = False) -> list[Any]:
-        """Send a payload to all ranks and return every rank's. If abortable, beats do not count."""
+        """Return the payloads of all ranks; if abortable, without restarts of the time limit."""
         ballot = _BALLOT + _encode({"nonce": uuid.uuid4().hex, "payload": payload})
         key = f"{self.label}/{self._session}/{topic}"
         with _turn(f"{self._group_name} {key}/{self.rank}"):
@@ -131,7 +129,7 @@ class Channel:
         return [found["payload"] for found in ballots]
 
     def _lead(self, key: str, topic: str, ballot: str, abortable: bool) -> str:
-        """Collect the ballots as the first rank and publish them; null for an absent rank's."""
+        """Collect the ballots as the first rank and publish them; null for absent ranks."""
         texts, absent = {0: ballot}, list[int]()
 
         def look() -> bool | None:
@@ -179,7 +177,7 @@ class Channel:
     def _wait(
         self, look: Callable[[], T | None], limit_s: float, abortable: bool, awaited: Callable[[], str] | None = None
     ) -> T | None:
-        """Poll `look`; an abort ends it if abortable, else beats prolong it."""
+        """Poll `look`; if abortable an abort ends it, else beats restart the time limit."""
 
         def look_out() -> T | None:
             reason = abortable and (self._abort_reason or self._store.get(f"{self.label}/{self._session}/abort"))
@@ -195,9 +193,9 @@ class Channel:
 
 @dataclass(frozen=True)
 class VoteResult:
-    """What the ranks of a group found together: the same on each of them."""
+    """The outcome of a vote, the same on every rank."""
 
-    reasons: tuple[str, ...]  # why a rank cannot, or ""
+    reasons: tuple[str, ...]  # why a rank refuses, or ""
     facts: tuple[Mapping[str, Any], ...]
     ranks: tuple[int, ...]  # global
 
@@ -207,7 +205,7 @@ class VoteResult:
 
     @property
     def reason(self) -> str:
-        """Who cannot and why; ranks with the same reason are named together."""
+        """The ranks that refuse and why; ranks with the same reason are listed together."""
         by_reason: dict[str, list[int]] = {}
         for rank, reason in zip(self.ranks, self.reasons, strict=True):
             if reason:
@@ -228,28 +226,25 @@ def vote(
     work_s: float | None = None,
     release_peers: bool = False,
 ) -> VoteResult:
-    """Do this rank's share of something and vote on it. A collective: every rank of the group calls
-    it alike.
+    """Run this rank's work and vote on whether it succeeded. A collective of the whole group.
 
     Args:
-        topic: names the vote; the same on every rank.
-        work: this rank's share. What it returns are facts for the others (JSON types); what it
-            raises is a "no".
-        work_s: run the work in a thread and give it up after so many seconds (None: wait for it, in
-            this thread).
-        release_peers: the work talks over the channel itself: if it fails here, peers that wait in
-            it are freed.
+        topic: the name of the vote, the same on every rank.
+        work: returns facts for the other ranks (JSON types); an exception is a "no".
+        work_s: run the work in a thread and give up after this many seconds; None runs it in this
+            thread without a limit.
+        release_peers: if the work fails here, free the peers that wait in theirs over the channel.
 
     Raises:
-        PeerTimeoutError: on every rank, if one did not vote in time or its work ran out of time on
-            the GPU.
+        PeerTimeoutError: on every rank, if one did not vote in time or its work on the GPU did not
+            end in time.
     """
     if release_peers and channel._session == _NO_SESSION:
         channel.barrier()
     answer: dict[str, Any] = {"reason": "", "facts": {}, "fatal": False}
     try:
         found = work() if work_s is None else in_thread(work, work_s, topic, channel)
-        answer["facts"] = json.loads(_encode(dict(found or {})))  # what cannot be sent is a "no", too
+        answer["facts"] = json.loads(_encode(dict(found or {})))  # raises for other types: a "no"
     except Exception as error:
         answer["reason"] = describe(error)
         answer["fatal"] = isinstance(error, PeerTimeoutError) and not release_peers
@@ -267,14 +262,14 @@ def vote(
 
 
 def in_thread(work: Callable[[], Any], limit_s: float, topic: str, channel: Channel) -> Any:
-    """Call work() in a thread, with beats on the channel, and give it up after limit_s seconds.
+    """Call work() in a thread, with beats on the channel, and give up after limit_s seconds.
 
-    A library may wait for a peer for ever. The thread has another use: while Inductor's CUDA graphs
-    warm up, this thread allocates from a pool that the graphs will overwrite; buffers made in
-    another thread lie outside it.
+    A library may wait for a peer for ever. The thread also has another memory pool: while
+    Inductor's CUDA graphs warm up, this thread allocates from a pool that the graphs will
+    overwrite.
 
     Raises:
-        WorkspaceError: it did not end in time. Besides, what work() raises.
+        WorkspaceError: it did not end in time. Exceptions of work() are raised too.
     """
     result: list[Any] = []
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
@@ -304,7 +299,7 @@ def in_thread(work: Callable[[], Any], limit_s: float, topic: str, channel: Chan
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception's message in one line, with its class where that helps."""
+    """Return an exception as one line, with its class if that helps."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 400 else text[:400] + "..."
     return text if isinstance(error, WorkspaceError | PeerTimeoutError) and text else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""Find out whether a CUDA graph is being captured: ranks cannot vote meanwhile."""
+"""Detect the capture of a CUDA graph, during which ranks cannot vote."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def capturing() -> bool:
 
 
 def refuse_capture(who: str, what: str, lacks: str = "has no workspace yet", remedy: str = _PREPARE) -> None:
-    """Raise CaptureError during the capture of a CUDA graph, where ranks cannot vote."""
+    """Raise CaptureError if a CUDA graph is being captured, since ranks cannot vote then."""
     if capturing():
         raise CaptureError(f"{who} {lacks} ({what}), and ranks cannot vote while a CUDA graph is captured; {remedy}")

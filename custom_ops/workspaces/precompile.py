@@ -14,10 +14,10 @@ from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
 
 
 def compile_ahead(provider: WorkspaceProvider, entry: Entry, group: dist.ProcessGroup) -> None:
-    """Compile what the provider names, each piece on one rank first: a cache on disk then serves
-    the others.
+    """Compile a provider's kernels for later calls, each on one rank first to fill a disk cache.
 
-    A collective. If one piece fails on any rank, nobody uses the provider, and the entry says why.
+    A collective. If one kernel fails on any rank, no rank uses the provider; the entry has the
+    reason.
 
     Raises:
         PeerTimeoutError: a rank did not take part in time.

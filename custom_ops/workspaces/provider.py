@@ -1,7 +1,7 @@
 """The interface of providers that need workspaces, and of workspaces.
 
 A provider of a fused operator that needs symmetric buffers subclasses `WorkspaceProvider` and is
-added to `PROVIDERS`; fusewire.custom_ops.dispatch.dispatcher does the rest.
+added to `PROVIDERS`; the dispatcher then uses it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fusewire.errors import WorkspaceError
 
 
 class WorkspaceKey(NamedTuple):
-    """What a workspace is for; there is one at most for each."""
+    """The purpose of a workspace; there is at most one workspace per key."""
 
     provider: str
     group_name: str
@@ -48,8 +48,8 @@ class Workspace(abc.ABC):
     def check_call(self, tokens: int, device: torch.device) -> None:
         """Raise WorkspaceError if a call does not fit.
 
-        Call it with `order.lock` held until the call is launched, so that no other thread closes
-        the workspace meanwhile.
+        Call it with `order.lock` held until the launch, so that no other thread closes the
+        workspace in between.
         """
         if self.closed:
             raise WorkspaceError(f"the workspace ({self.key}) is closed; call fusewire.prepare(...) to make a new one")
@@ -65,13 +65,12 @@ class Workspace(abc.ABC):
             )
 
     def check_errors(self) -> None:  # noqa: B027 - only some have errors that outlast a call
-        """Raise the error of an earlier call, as the next call would. Waits for nothing."""
+        """Raise an earlier call's error, as the next call would. Does not wait."""
 
     def close(self) -> None:
-        """Wait for the device and free the buffers. Idempotent. CUDA graphs captured with it are
-        invalid.
+        """Wait for the device and free the buffers. Idempotent. Invalidates captured CUDA graphs.
 
-        Thread-safe: a call of another thread is launched before, and waited for, or finds the
+        Thread-safe: a concurrent call is either launched before and waited for, or finds the
         workspace closed.
         """
         with self.order.lock:
@@ -88,34 +87,32 @@ class Workspace(abc.ABC):
 
 @dataclass(frozen=True)
 class Request:
-    """What a workspace is to be made for. `max_tokens` is already the same on every rank."""
+    """The properties of a workspace to make. `max_tokens` is already the same on every rank."""
 
     key: WorkspaceKey
     group: dist.ProcessGroup
     device: torch.device
     max_tokens: int
     facts: tuple[Mapping[str, Any], ...] = ()
-    # Buffers of (max_tokens, hidden) in which results can stay without a copy, where the provider
-    # knows that.
+    # Buffers of (max_tokens, hidden) for results without a copy, if the provider supports them.
     outputs: int = 0
 
 
 class WorkspaceProvider(abc.ABC):
-    """A provider with workspaces, for the dispatcher. Only `create` and `self_test` communicate."""
+    """A provider that needs workspaces. Only `create` and `self_test` communicate."""
 
     name: str
-    # Ways to compute one call, as fusewire.custom_ops.dispatch.cost_model names their costs
-    # ("flashinfer/oneshot", ...).
+    # Ways to compute a call, named as in cost models ("flashinfer/oneshot", ...).
     variants: tuple[str, ...]
-    # How long `machine` may take, in seconds, where it has to compile.
+    # The most seconds that `machine` may take, including compilation.
     machine_s: float = MACHINE_CHECK_S
 
     @abc.abstractmethod
     def machine(self, group: dist.ProcessGroup, device: torch.device) -> Mapping[str, Any]:
-        """Return facts about this rank's machine (JSON types), or raise why it cannot serve."""
+        """Return facts about this rank's machine (JSON types), or raise if it cannot serve."""
 
     def validate(self, facts: Sequence[Mapping[str, Any]]) -> Support:
-        """Return whether these facts of all ranks fit together. Pure: every rank computes the same."""
+        """Return whether all ranks' facts fit together. Pure, so that every rank agrees."""
         hosts, gpus = {fact.get("host") for fact in facts}, [fact.get("uuid") for fact in facts]
         return Support.all_of(
             (len(hosts) == 1, f"the group's ranks are on {len(hosts)} hosts; peer-to-peer kernels need one"),
@@ -131,65 +128,61 @@ class WorkspaceProvider(abc.ABC):
 
     @abc.abstractmethod
     def token_limit(self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> range:
-        """Return the numbers of tokens that a variant takes on a workspace for max_tokens."""
+        """Return the token counts that a variant takes on a workspace for max_tokens."""
 
     def left_out(self, variant: str) -> str:
-        """Return why a variant serves no call on this machine, or nothing."""
+        """Return why a variant serves no call on this machine, or ""."""
         return ""
 
     @abc.abstractmethod
     def max_tokens(self, hidden: int, dtype: torch.dtype, world_size: int) -> int:
-        """Return the largest workspace there can be, in tokens."""
+        """Return the largest possible workspace, in tokens."""
 
     @abc.abstractmethod
     def nbytes(self, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> int:
-        """Return the GPU memory such a workspace takes on each rank, in bytes."""
+        """Return the bytes of GPU memory of such a workspace on each rank."""
 
     @abc.abstractmethod
     def create(self, request: Request, channel: Channel) -> Workspace:
-        """Make the workspace with all ranks. Talks over the channel alone."""
+        """Make the workspace. A collective that communicates only over the channel."""
 
     @abc.abstractmethod
     def self_test(self, workspace: Workspace, stage: str) -> None:
-        """Raise unless calls are right. Stage "alone": no other ranks; "together": a collective."""
+        """Raise if calls are wrong. Stage "alone": on one rank; stage "together": a collective."""
 
     @abc.abstractmethod
     def bind(self, workspace: Workspace, variant: str, output: int | None = None) -> Callable[..., Any]:
-        """Return a function with native's parameters that computes a call in this way.
+        """Return a function with native's parameters that computes a call with this variant.
 
         Args:
-            output: the workspace's output buffer in which the sum may be left; it stays valid until
-                the next such call with that buffer. A provider that knows no such buffers returns
-                memory of its own.
+            output: the workspace's output buffer that may receive the sum; it stays valid until the
+                next such call with that buffer. Providers without such buffers return new memory.
         """
 
     def kernels_to_compile(self, workspace: Workspace) -> Sequence[Callable[[], object]]:
-        """Return functions that each compile a kernel for later calls, alike on every rank."""
+        """Return functions that each compile a kernel for later calls, the same on every rank."""
         return ()
 
     def bind_derived(
         self, workspace: Workspace, variant: str, op_name: str, args: tuple[Any, ...], output: int | None = None
     ) -> Callable[..., Any] | None:
-        """Return a function that computes calls of a derived op whole, with its parameters; None if
-        there is none.
+        """Return a function that computes a derived op in one kernel, or None if there is none.
 
-        Depends on nothing but shapes and dtypes.
-
+        It has the derived op's parameters. The result depends only on shapes and dtypes.
 
         Args:
-            output: as in `bind`; of the sharded operator the norm may be left there.
+            output: as in `bind`; the sharded operator may leave its norm there.
         """
         return None
 
 
 PROVIDERS: dict[str, WorkspaceProvider] = {}
-# Output buffers of a workspace, where a graph asks for any: two, so that one can be read while the
-# other is written.
+# Output buffers of a workspace if a graph needs any: one can be read while the other is written.
 OUTPUTS = 2
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """Return what validation and tuned tables need to know of a rank's device."""
+    """Return the facts about a rank's device for validation and tuned tables."""
     facts: dict[str, Any] = {"host": host(), "gpu": device.type, "capability": None, "uuid": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -1,12 +1,10 @@
-"""The workspaces of this process: symmetric buffers that the ranks of a group make, test and use
-together.
+"""The workspaces of this process: symmetric buffers that the ranks of a group share.
 
-Kernels that read and write peers' memory need buffers that every rank has made alike, and a kernel
-that waits for a rank which took another path waits for ever. So nothing here is decided by one
-rank: each step of making a workspace (may this machine, is there room, allocate, test with a call
-of known answer) ends in a vote of the group's ranks, and one "no" makes all of them do without,
-with the same reason. The ranks talk over the store that their process group was made with, never
-over the GPUs, and every wait ends.
+Kernels that access peers' memory need the same buffers on every rank, and a kernel that waits for a
+rank on another path waits for ever. So no rank decides alone: each step of making a workspace
+(check the machine, check the memory, allocate, test with a known answer) ends in a vote of the
+ranks. One "no" makes all ranks do without, for the same reason. The ranks communicate over the
+store of their process group, never over the GPUs, and every wait is bounded.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ class Entry:
     facts: tuple[Mapping[str, Any], ...] = ()
 
     def serves(self, group: dist.ProcessGroup) -> bool:
-        """Return whether this is about that very group: names come back with new groups."""
+        """Return whether the entry is for this very group; a later group may have its name."""
         return self.group() is group
 
 
@@ -51,23 +49,21 @@ class WorkspaceRegistry:
 
     entries: dict[WorkspaceKey, Entry] = field(default_factory=dict)
     machines: dict[tuple[str, str], Entry] = field(default_factory=dict)
-    # dispatch.table_vote.AgreedTable by (group's name, hidden size, dtype): which tuned table the
-    # ranks go by.
+    # The agreed table (dispatch.table_vote.AgreedTable) by group name, hidden size and dtype.
     tables: dict[tuple[str, int, torch.dtype], Any] = field(default_factory=dict)
-    version: int = 0  # grows when an entry goes: decisions cached elsewhere are void then
+    version: int = 0  # grows with every change that invalidates decisions stored elsewhere
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def changed(self) -> None:
-        """Make decisions void that follow from what the registry held before. Thread-safe."""
+        """Invalidate decisions that depend on the registry's earlier state. Thread-safe."""
         with self.lock:
             self.version += 1
 
     def machine(self, provider: WorkspaceProvider, group: dist.ProcessGroup, device: torch.device) -> Entry:
-        """Return the outcome of the vote on whether the ranks' machines can serve: once per
-        provider and group.
+        """Return the vote on the ranks' machines, held once per provider and group. A collective.
 
         Raises:
-            CaptureError: there was no vote yet, and a CUDA graph is being captured.
+            CaptureError: the ranks must still vote, and a CUDA graph is being captured.
             PeerTimeoutError: a rank did not vote.
         """
         name = group.group_name
@@ -97,13 +93,12 @@ class WorkspaceRegistry:
         tokens: Callable[[Entry], int],
         outputs: int = 0,
     ) -> Entry:
-        """Return the workspace for a key, made by all ranks together at the first call, or why
-        there is none.
+        """Return the workspace for a key, or why there is none. The first call is a collective.
 
         Args:
-            tokens: says from the machines' entry for how many tokens to make it; the smallest of
-                the ranks' counts.
-            outputs: how many output buffers to make with it; the smallest of the ranks' numbers.
+            tokens: returns the wanted number of tokens from the machines' entry; the ranks' minimum
+                counts.
+            outputs: the number of output buffers; the ranks' minimum counts.
 
         Raises:
             CaptureError, PeerTimeoutError: as `machine`.
@@ -168,13 +163,13 @@ class WorkspaceRegistry:
                 workspace.close()
 
     def forget(self, key: WorkspaceKey) -> None:
-        """Let the ranks vote again on a provider that failed. Thread-safe."""
+        """Forget a failure so that the ranks vote again. Thread-safe."""
         with self.lock:
             self.drop(key)
             self.machines.pop((key.provider, key.group_name), None)
 
     def refuse(self, entry: Entry, refusal: str) -> None:
-        """Free an entry's workspace and keep the refusal in its place. Every rank calls it alike."""
+        """Replace an entry's workspace by a refusal and free it. All ranks must call it."""
         self.drop(entry.key)
         entry.workspace, entry.refusal = None, refusal
         self.entries[entry.key] = entry
@@ -188,7 +183,7 @@ class WorkspaceRegistry:
                 entry.workspace.close()
 
     def close(self, group_name: str | None = None) -> None:
-        """Free the workspaces (of one group); failures are forgotten too. Idempotent."""
+        """Free the workspaces (of one group) and forget failures. Idempotent."""
         with self.lock:
             for key in [k for k in self.entries if group_name in (None, k.group_name)]:
                 self.drop(key)
@@ -200,12 +195,12 @@ class WorkspaceRegistry:
 
 
 REGISTRY = WorkspaceRegistry()
-# Workspaces with a kernel in them that never ends: freeing them would wait for it.
+# Workspaces whose kernel never ends: freeing them would wait for it.
 ABANDONED: list[Workspace] = []
 
 
 def check_memory(nbytes: int, device: torch.device, spare: int = 64 << 20) -> None:
-    """Raise WorkspaceError unless so many bytes, and some to spare, are free on the device."""
+    """Raise WorkspaceError unless nbytes + spare bytes are free on the device."""
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
@@ -221,5 +216,5 @@ def check_memory(nbytes: int, device: torch.device, spare: int = 64 << 20) -> No
 
 @atexit.register
 def _close_at_exit() -> None:
-    with contextlib.suppress(Exception):  # a device that failed cannot be waited for, and says so elsewhere
+    with contextlib.suppress(Exception):  # a failed device cannot be waited for
         REGISTRY.close()

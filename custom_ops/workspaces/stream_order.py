@@ -1,4 +1,4 @@
-"""Order the calls on one device, whatever streams and threads they come from."""
+"""Order the calls on one device across streams and threads."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fusewire.custom_ops.workspaces.capture import capturing
 
 
 class StreamOrder:
-    """The order of the calls on one device, one after another on whatever streams.
+    """The order of the calls on one device, one after another on all streams.
 
-    Kernels that wait for their peers take the whole GPU: two at once, in different order on two
-    ranks, wait for each other for ever. A call on another stream than the last waits for what that
-    one holds. Captured calls are ordered by their graph, so capture is left alone; replays on a
-    stream of their own are the caller's to order.
+    Kernels that wait for their peers take the whole GPU. Two at once, in different order on two
+    ranks, would wait for each other for ever. So a call on another stream than the last call's
+    waits for that stream. Captured calls are ordered by their graph; the caller orders replays on
+    other streams.
 
     Attributes:
-        lock: held from `enter` until the kernel is launched. Else two threads could enter in one
-            order and launch in the other, and each stream would wait for the wrong call.
+        lock: held from `enter` until the launch. Otherwise two threads could enter in one order and
+            launch in the other, and each stream would wait for the wrong call.
     """
 
     _by_device: dict[int, StreamOrder] = {}  # noqa: RUF012 - one per device for the process
@@ -36,7 +36,7 @@ class StreamOrder:
         return cls._by_device.setdefault(-1 if device.index is None else device.index, cls())
 
     def enter(self, device_index: int) -> None:
-        """Order the call that is launched next on the current stream. Needs `lock` held."""
+        """Order the next launch on the current stream after earlier calls. Needs `lock` held."""
         raw = current_raw_stream(device_index)
         if raw != self._raw and not capturing():
             stream = torch.cuda.current_stream(device_index)

@@ -83,10 +83,7 @@ def library() -> Library:
 
 
 def version_ok(version: str, wanted: tuple[int, int, int] = MIN_VERSION) -> bool:
-    """Return whether a version is at least `wanted`. Pre-releases of `wanted` are older than it.
-
-    Versions before MIN_VERSION compute wrong norms at hidden size 2688.
-    """
+    """Return whether a version is at least `wanted`. MIN_VERSION corrects hidden size 2688."""
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?((?:\.?dev|a|b|rc)\d*)?", version)
     if match is None:
         return False
@@ -97,9 +94,8 @@ def version_ok(version: str, wanted: tuple[int, int, int] = MIN_VERSION) -> bool
 def two_shot() -> Support:
     """Return whether two-shot's results are correct in this version.
 
-    Its ranks meet at a barrier with one flag per thread block. Before 0.7.2 the flags of blocks that a
-    launch does not have were set too late. A later launch with more blocks could then see an old flag
-    and read rows that had not arrived: wrong results without an error, too rare for a test.
+    Before 0.7.2 the barrier set the flags of thread blocks that a launch lacks too late. A later
+    launch with more blocks could see an old flag and read rows that had not arrived: silently wrong.
     """
     version = library().version
     wanted = ".".join(map(str, TWO_SHOT_VERSION))
@@ -129,7 +125,7 @@ def _missing_api(comm: Any, version: str) -> str:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The state of the compiled all-reduce kernels: "prebuilt", "cached" or "missing"; their path."""
+    """The state of the compiled all-reduce kernels: "prebuilt", "cached" or "missing"."""
 
     state: str
     path: Path
@@ -181,7 +177,7 @@ def cuda_home(nvcc: str) -> Path | None:
 
 @contextlib.contextmanager
 def toolkit() -> Iterator[None]:
-    """Set CUDA_HOME inside, unless the user did: FlashInfer would use the folder above `which nvcc`.
+    """Set CUDA_HOME inside, unless it is set: FlashInfer would use the folder above `which nvcc`.
 
     Raises:
         WorkspaceError: there is no CUDA compiler.
