@@ -1,8 +1,6 @@
-"""The private names of torch that custom_ops uses, each watched by a test in
-tests/unit/test_canaries.py.
+"""Private names of torch that custom_ops uses, each tested in tests/unit/test_canaries.py.
 
-Names on the path of every call are bound here without a function around them, which would cost host
-time.
+Names that every call uses are bound directly: a wrapper function would cost host time.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ def store_of(group: dist.ProcessGroup) -> dist.distributed_c10d.Store:
 
 
 def collective_timeouts_s(group: dist.ProcessGroup) -> list[float]:
-    """Return the seconds after which each backend's collectives fail, where it says so."""
+    """Return the timeout in seconds of each backend's collectives, if it has one."""
     try:
         backends = [group._get_backend(torch.device(device)) for device in group._device_types]  # type: ignore[attr-defined]
         return [backend.options._timeout.total_seconds() for backend in backends]
@@ -61,7 +59,7 @@ def all_gather(x: Tensor, world_size: int, group_name: str) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, world_size: int, group_name: str) -> Tensor:
-    """Return this rank's part of the first dimension of the sum of x over the ranks. A collective."""
+    """Return this rank's part (first dimension) of the sum of x over the ranks. A collective."""
     part: Tensor = _collectives.wait_tensor(_collectives.reduce_scatter_tensor(x, "sum", world_size, group_name))
     return part
 
@@ -91,7 +89,7 @@ def symmetric_buffer(nbytes: int, device: torch.device) -> Tensor:
 
 
 def map_peers(buffer: Tensor, group: dist.ProcessGroup) -> Any:
-    """Map the `symmetric_buffer` of every rank; torch's handle of them. A collective."""
+    """Map every rank's `symmetric_buffer`; return torch's handle of them. A collective."""
     from torch.distributed import _symmetric_memory
 
     return _symmetric_memory.rendezvous(buffer, group)

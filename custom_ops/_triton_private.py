@@ -1,4 +1,4 @@
-"""What fusewire uses of Triton beyond its public interface, and Triton's cache on disk.
+"""Private names of Triton that fusewire uses, and Triton's cache on disk.
 
 tests/unit/test_canaries.py has a canary for each private name here. Triton is imported at the
 first use.
@@ -17,24 +17,23 @@ _DIRECTORY = "TRITON_CACHE_DIR"
 
 
 def compute_cache_keys(namespace: Mapping[str, Any]) -> None:
-    """Have Triton compute the keys of a module's functions now, in their order.
+    """Compute Triton's cache keys of a module's functions now, in the module's order.
 
-    Call it at the module's end. Triton up to 3.6 takes a constant that a function uses by way of
-    another into its key only if it has the other's key already. Without this, a kernel's key in the
-    cache on disk depends on which kernel a process compiled first, and a rank does not find what
-    its peers compiled. Modules define callees first, so in their order the keys are always alike.
+    Call it at the module's end. Triton up to 3.6 includes a constant that a function uses through
+    another function in its key only if the other's key exists. Otherwise a kernel's key depends on
+    which kernel a process compiled first, and ranks do not find each other's compiled kernels.
     """
     for function in list(namespace.values()):
         getattr(function, "cache_key", None)
 
 
 def can_be_launched(compiled: Any) -> bool:
-    """Return whether what `kernel[grid](...)` returned is a compiled kernel for `launch`."""
+    """Return whether the result of `kernel[grid](...)` is a compiled kernel for `launch`."""
     return hasattr(compiled, "__getitem__")
 
 
 def runtime_hooks() -> Any:
-    """Return Triton's settings, in which a profiler sets what is called at launches."""
+    """Return Triton's settings object, where profilers set their launch hooks."""
     from triton import knobs
 
     return knobs.runtime
@@ -43,8 +42,8 @@ def runtime_hooks() -> Any:
 def launch(compiled: Any, programs: int, stream: int, hooks: Any, arguments: tuple[Any, ...]) -> None:
     """Launch a compiled kernel on a CUDA stream of the current device.
 
-    As `compiled[(programs,)](...)`, but without asking Triton's driver for device and stream. With
-    hooks set it is launched that way, so that they are called.
+    Like `compiled[(programs,)](...)`, but without querying Triton's driver for device and stream.
+    If hooks are set it launches that way, so that they are called.
 
     Args:
         stream: the raw stream.
@@ -60,10 +59,10 @@ def launch(compiled: Any, programs: int, stream: int, hooks: Any, arguments: tup
 
 
 def shared_cache() -> AbstractContextManager[None]:
-    """Have the ranks of one host share Triton's cache inside. For the whole process; thread-safe.
+    """Make the ranks of one host share Triton's cache inside. For the whole process; thread-safe.
 
-    The first kernel that Inductor compiles points Triton at a cache for this GPU alone,
-    .../triton/<number of the GPU>. Inside, it is the folder above, which serves all.
+    Inductor's first kernel sets Triton's cache to a folder for this GPU alone, .../triton/<GPU
+    number>. Inside, the folder above it is used.
     """
     return scoped_variable(_DIRECTORY, _folder_of_all_gpus)
 

@@ -1,4 +1,4 @@
-"""Make, list and free workspaces. Importing this registers every provider."""
+"""Make, list and free workspaces. Importing this module registers every provider."""
 
 from __future__ import annotations
 
@@ -21,11 +21,9 @@ from fusewire.custom_ops.workspaces.provider import OUTPUTS, PROVIDERS, Workspac
 from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
 from fusewire.errors import ConfigError, WorkspaceError
 
-# Importing one registers what it provides. What they need (Triton, FlashInfer) they import at their
-# first use.
+# Importing these registers providers. They import Triton and FlashInfer at their first use.
 REGISTERED = (torch_norm, triton_norm, batch_invariant, flashinfer, symm_mem, dispatcher, derived_ops, tuner)
-# The providers of `all_reduce_rms_norm` that are tried unless a policy says otherwise, in this
-# order.
+# The providers of `all_reduce_rms_norm`, by priority, unless a policy says otherwise.
 DEFAULT_PRIORITY = (symm_mem.PROVIDER, flashinfer.PROVIDER, NATIVE)
 all_reduce_rms_norm.set_default_priority(DEFAULT_PRIORITY)
 
@@ -38,8 +36,7 @@ class WorkspaceInfo:
         max_tokens: the largest number of tokens of a call that it takes.
         nbytes: the GPU memory that it takes on this rank, in bytes.
         reason: why there is no workspace; empty if there is one.
-        table: the tuned table that decides what it is used for, in words; empty: the shipped costs
-            do.
+        table: the tuned table that decides its use, in words; empty for the shipped costs.
     """
 
     provider: str
@@ -60,12 +57,11 @@ def _info(entry: Entry) -> WorkspaceInfo:
 
 
 def check() -> None:
-    """Raise the error of a fused call that failed on this rank, if any has.
+    """Raise the error of a failed fused call on this rank, if there is one.
 
-    A kernel that waits for a peer in vain cannot raise: it leaves NaN in its outputs and an error
-    that the next call on its workspace raises. This raises it without a call, for example before
-    results leave the GPU. It judges the calls that have ended, waits for nothing, takes
-    microseconds, and is no collective.
+    A kernel whose wait for a peer times out writes NaN and an error that the next call on its
+    workspace raises. This raises it without a call, for example before results leave the GPU. It
+    covers the calls that have ended. Not a collective; does not wait; takes microseconds.
 
     Raises:
         PeerTimeoutError: a rank did not take part in a call; the message names the rank and the
@@ -90,11 +86,10 @@ def prepare(
     tune: bool = False,
     output_in_place: bool = False,
 ) -> list[WorkspaceInfo]:
-    """Make the workspaces for one hidden size ahead of the first call, and compile what calls will
-    need. A collective: every rank calls it alike.
+    """Make the workspaces for one hidden size and compile their kernels. A collective.
 
     Needed before capturing a CUDA graph by hand, and to choose the size: a workspace made at the
-    first call is sized by the costs on this GPU. What failed before is tried again.
+    first call is sized by the costs on this GPU. Earlier failures are tried again.
 
     Args:
         group: the process group or its name; None means the default group.
@@ -102,18 +97,16 @@ def prepare(
         dtype: of the activations.
         max_tokens: the largest number of tokens (rows) of a call to serve; at most what the
             provider can hold.
-        tune: if there is no tuned table for this machine, measure one now (under a minute) and keep
-            it on disk; FUSEWIRE_TUNE=1 asks for the same. All ranks must ask, else nobody measures.
-        output_in_place: make the output buffers that PassConfig.output_in_place needs, too: two
-            more of max_tokens rows.
+        tune: measure a table (under a minute) and save it if this machine has none; FUSEWIRE_TUNE=1
+            asks for the same. Only if all ranks ask.
+        output_in_place: also make the two output buffers of max_tokens rows that
+            PassConfig.output_in_place needs.
 
     Returns:
-        For each provider that keeps workspaces, its size on this rank, or the reason why there is
-        none.
+        For each provider with workspaces, its workspace on this rank or why there is none.
 
     Raises:
-        WorkspaceError: there is a smaller one already; growing it would break CUDA graphs captured
-            with it.
+        WorkspaceError: a smaller workspace exists; growing it would break captured CUDA graphs.
         ProcessGroupError: there is no such group.
         PeerTimeoutError: a rank did not take part in time.
     """
@@ -164,13 +157,12 @@ def _prepare_one(
             )
     entry = REGISTRY.open(provider, group, dtype, hidden, device, lambda machine: wanted, outputs)
     compile_ahead(provider, entry, group)
-    REGISTRY.changed()  # calls that went elsewhere for want of a workspace are decided again
+    REGISTRY.changed()  # calls that lacked a workspace are decided again
     return _info(entry)
 
 
 def close(group: dist.ProcessGroup | str | None = None) -> None:
-    """Free all workspaces, or those of one group. Idempotent; runs at exit by itself. Every rank
-    calls it alike.
+    """Free all workspaces, or those of one group. Idempotent; runs at exit. Every rank calls it.
 
     CUDA graphs captured with a workspace must not be replayed afterwards. The next call makes a new
     workspace.

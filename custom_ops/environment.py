@@ -1,4 +1,4 @@
-"""Read environment variables that switch something on, and set variables for a while."""
+"""Read environment variables that are switches, and set variables temporarily."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOCK = threading.Lock()
 
 
 def env_flag(name: str) -> bool:
-    """Return whether a variable switches something on. Raises ConfigError if it is neither."""
+    """Return whether a variable is on. Raises ConfigError if its value is neither on nor off."""
     value = os.environ.get(name, "").strip().lower()
     if value in _TRUE:
         return True
@@ -37,17 +37,16 @@ _CHANGES: dict[str, _Change] = {}
 
 @contextmanager
 def scoped_variable(name: str, change: Callable[[str | None], str | None]) -> Iterator[None]:
-    """Set an environment variable inside the block, for the whole process, and restore it
-    afterwards.
+    """Set an environment variable for the whole process inside the block, then restore it.
 
-    Thread-safe: blocks that overlap, nested or of several threads, count as one. The first to begin
-    sets the variable and the last to end restores it, unless somebody else has set it in between.
-    So all blocks for one name must ask for the same change.
+    Thread-safe: overlapping blocks count as one. The first to begin sets the variable and the last
+    to end restores it, unless other code has set it meanwhile. So all blocks for one name must ask
+    for the same change.
 
     Args:
         name: the variable's name.
-        change: returns the value inside the block, given the value before (None: unset). If it
-            returns None the variable stays as it is.
+        change: returns the value inside the block, given the value before (None: unset); None
+            leaves the variable as it is.
     """
     with _LOCK:
         current = _CHANGES.get(name)

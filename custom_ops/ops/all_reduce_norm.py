@@ -69,21 +69,20 @@ def all_reduce_rms_norm(
     form: str = SCALE_THEN_ROUND,
     group_name: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """Sum x over the ranks, add the residual, normalise. A collective: every rank of the group
-    calls it alike.
+    """Sum x over the ranks, add the residual, normalise. A collective of the whole group.
 
         s = sum of x over the ranks, rounded to x.dtype
         r = round(s + residual), or s without a residual
         norm = RMSNorm(r), see fusewire.custom_ops.ops.norms
 
-    Native uses the group's own all-reduce, whose order and rounding are the backend's, so that it
-    equals the unfused program bit for bit; kernels of ours and FlashInfer's sum in rank order, in
-    fp32, and round once.
+    Native uses the group's own all-reduce, in the backend's order and rounding, so it equals the
+    unfused program bit for bit. FlashInfer's kernels and symm_mem sum in rank order in fp32 and
+    round once.
 
     Args:
         x: this rank's partial sums (..., hidden); the same shape and dtype on every rank.
-        residual: of x's shape, or None. The same on every rank, as is the weight: native adds each
-            rank's own, a kernel may add that of the rank which sums the row.
+        residual: of x's shape, or None. Like the weight, equal on all ranks: native adds each
+            rank's own, a kernel may add that of the rank that sums the row.
         weight: (hidden,), or None for a weightless norm.
         eps, weight_bias, form: as in `fusewire.rms_norm`.
         group_name: the process group's name.
@@ -105,11 +104,10 @@ def all_reduce_rms_norm(
 
 
 def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
-    """Return the sum over the ranks, rank 0 first, in fp32 (fp64 for fp64), rounded once to x's
-    dtype. A collective.
+    """Return the sum over the ranks in rank order, in fp32 (fp64 for fp64). A collective.
 
-    Every rank gathers all the partial sums, so it moves world_size / 2 times the bytes of a ring
-    all-reduce. The result depends on neither the backend's algorithm nor the number of tokens.
+    It is rounded once to x's dtype. Every rank gathers all partial sums: world_size / 2 times the
+    bytes of a ring all-reduce. The result does not depend on the backend or the number of tokens.
     """
     world_size = resolve_group(group_name).size()
     parts = all_gather(x.contiguous().reshape(1, -1), world_size, group_name)
@@ -130,7 +128,7 @@ def all_reduce_rms_norm_rank_ordered(
     form: str,
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
-    """Compute as native, the sum taken in rank order, in fp32: the reference for kernels."""
+    """Compute as native, but sum in rank order in fp32: the reference for kernels."""
     summed = sum_in_rank_order(x, group_name)
     if residual is not None:
         summed = add_residual(summed, residual)

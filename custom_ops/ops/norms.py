@@ -23,15 +23,13 @@ from fusewire.errors import ArgumentError
 SCALE_THEN_ROUND = "scale_then_round"
 ROUND_THEN_SCALE = "round_then_scale"
 FORMS = (SCALE_THEN_ROUND, ROUND_THEN_SCALE)
-# The batch-invariant providers of the norms. They agree bit for bit, so ranks need not agree on
-# which of them runs.
+# The norms' batch-invariant providers. They agree bit for bit, so each rank may choose either.
 TRITON_NORM = "triton_batch_invariant"
 TORCH_NORM = "torch_batch_invariant"
 BATCH_INVARIANT_NORMS = f"{TRITON_NORM},{TORCH_NORM}"
 # A norm's weight, eps, weight_bias and form, in the order of every operator's parameters.
 NormSpec = tuple[Tensor | None, float, float, str]
-# Not fp8, which promotes with nothing: without a scale beside them its values are not numbers to
-# add.
+# Without fp8: its values have no meaning without a scale, and it promotes with no other dtype.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _DTYPE_NAMES = "bfloat16, float16, float32 or float64"
 
@@ -85,7 +83,7 @@ def normalize(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, 
 def add_residual(x: Tensor, residual: Tensor) -> Tensor:
     """Return x + residual, taken in the wider dtype (at least fp32) and rounded to x's."""
     if residual.dtype == x.dtype:
-        return x + residual  # rounds once too, and is what models write, so that Inductor sees the same graph
+        return x + residual  # rounds once too; models write this, so Inductor sees the same graph
     wide = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
     return (x.to(wide) + residual.to(wide)).to(x.dtype)
 

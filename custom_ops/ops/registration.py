@@ -41,18 +41,16 @@ def register_op(
     inlines: bool = True,
     batch_invariant: bool = False,
 ) -> IrOp | Callable[[Callable[..., Any]], IrOp]:
-    """Declare an operator; the decorated function is its native semantics and its provider
-    `native`.
+    """Declare an operator whose native semantics (provider `native`) are the decorated function.
 
     Args:
         fn: native, with annotated parameters (torch.library infers the schema from them).
         fake: computes the outputs' shapes and dtypes from fake tensors; native itself by default.
-        check: raises ArgumentError for arguments that no provider could take; called before every
-            dispatch.
-        derives_from: the operator whose providers compute this one, and what makes its arguments of
-            this one's.
-        inlines: False keeps native out of graphs, as it must be where native depends on the rank.
-        batch_invariant: whether native is, as in `register_impl`.
+        check: raises ArgumentError for arguments that no provider can take; called before dispatch.
+        derives_from: the operator whose providers compute this one, and a function that converts
+            this op's arguments to that op's.
+        inlines: False keeps native out of graphs, required if native depends on the rank.
+        batch_invariant: whether native is batch-invariant, as in `register_impl`.
 
     Raises:
         SchemaError: an operator of that name exists.
@@ -106,11 +104,10 @@ def register_op(
 
 
 def register_autograd(op: IrOp, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
-    """Register an operator's backward, at half `torch.library.register_autograd`'s host time
-    without a gradient.
+    """Register an operator's backward; without a gradient, calls take half of torch's host time.
 
-    Where grad mode is off, and only the backend's kernel is left to dispatch to (no tracing, no
-    subclass), this calls that kernel. torch's own goes through the dispatcher a second time.
+    With grad mode off and only the backend's kernel left to dispatch to (no tracing, no subclass),
+    it calls that kernel directly. torch's own version dispatches a second time.
     """
     with_gradient = autograd_kernel(op.torch_op, backward, setup_context)
     below, kernels, run = AFTER_AUTOGRAD, BACKEND_KEYS, op.run
@@ -124,7 +121,7 @@ def register_autograd(op: IrOp, backward: Callable[..., Any], setup_context: Cal
 
 
 def _keywords_to_positions(op: IrOp, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Let `fn`, which takes positions, be called with any mix of positions and keywords."""
+    """Return a function that calls `fn`, which takes positions, with positions or keywords."""
     parameters = op.signature.parameters
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -37,7 +37,7 @@ from fusewire.errors import ConfigError, NoProviderError, SchemaError
 NATIVE = "native"
 _OPS: dict[str, IrOp] = {}
 _LOCK = threading.RLock()
-_DEFAULT = re.compile(r'=(\[[^]]*\]|"[^"]*"|[^,)]+)')  # of a parameter in a schema
+_DEFAULT = re.compile(r'=(\[[^]]*\]|"[^"]*"|[^,)]+)')  # a parameter's default in a schema
 _SCOPED: contextvars.ContextVar[Mapping[str, tuple[str, ...]]] = contextvars.ContextVar(
     "fusewire_priority", default=MappingProxyType({})
 )
@@ -59,7 +59,7 @@ class Support:
 
     @staticmethod
     def no(reason: str) -> Support:
-        """Return a refusal, with the reason that the user reads."""
+        """Return a refusal with a reason for the user."""
         return Support(False, reason)
 
     @staticmethod
@@ -73,7 +73,7 @@ YES = Support(True)
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why one provider was passed over."""
+    """The reason why one provider was passed over."""
 
     provider: str
     reason: str
@@ -123,10 +123,10 @@ class Provider:
 
 @functools.cache
 def machine_support(provider: Provider) -> Support:
-    """Return whether a provider can run on this machine. Asks it once per process."""
+    """Return whether a provider can run on this machine; its check runs once per process."""
     try:
         return provider.supported()
-    except Exception as error:  # a provider whose probe breaks must not take the others with it
+    except Exception as error:  # a provider's broken check must not disable the other providers
         return Support.no(f"its availability check failed: {type(error).__name__}: {error}")
 
 
@@ -147,15 +147,13 @@ class IrOp:
     run: Callable[..., Any] = always
     providers: dict[str, Provider] = field(default_factory=dict)
     default_priority: tuple[str, ...] = (NATIVE,)
-    # Chooses at run time instead of `choose`, where votes or costs count too
-    # (custom_ops/dispatch/).
+    # Replaces `choose` at run time if votes or costs matter (custom_ops/dispatch/).
     selector: Callable[[IrOp, tuple[Any, ...], str], Provider] | None = None
     # The operator whose providers compute this one, and its arguments in a call of this one
     # (custom_ops/dispatch/derived_ops.py). A derived op has no priority of its own.
     derives_from: IrOp | None = None
     base_args: Callable[[tuple[Any, ...]], tuple[Any, ...]] = tuple
-    # Whether native may be written into graphs. Not if it depends on the rank: ranks share compile
-    # caches.
+    # Whether native may be inlined in graphs. Not if it depends on the rank: ranks share caches.
     inlines: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -224,12 +222,12 @@ class IrOp:
         Args:
             args: native's arguments, in order; fake tensors will do with `static`.
             policy: the providers to try; the op's own priority if empty.
-            static: leave limits on the number of tokens aside, as at compile time.
-            machine: look at this machine too; with `static` that can be left to a vote at run time.
-            known: what the ranks have voted on, by provider; these are not asked.
+            static: ignore limits on the number of tokens, as at compile time.
+            machine: check this machine too; with `static`, a vote at run time can do that instead.
+            known: the outcomes of the ranks' votes, by provider; these providers are not checked.
 
         Raises:
-            NoProviderError: none can; the message gives each one's reason.
+            NoProviderError: no provider can serve; the message has each one's reason.
             ConfigError: the policy names a provider that is not registered.
         """
         refusals: list[Refusal] = []

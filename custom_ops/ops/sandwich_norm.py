@@ -54,9 +54,8 @@ def all_reduce_sandwich_norm(
         r = round(residual + n)
         norm = RMSNorm(r; weight, eps, weight_bias, form)
 
-    Who computes it follows from `all_reduce_rms_norm`'s providers: one kernel does the whole where
-    the provider has one for it; of any other, its all-reduce + norm, then add + norm as one more
-    kernel.
+    `all_reduce_rms_norm`'s provider serves it: with one kernel for the whole if it has one, else
+    with its all-reduce + norm, then add + norm in a second kernel.
 
     Args:
         x: this rank's partial sums (..., hidden); the same shape and dtype on every rank.

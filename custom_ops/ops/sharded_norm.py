@@ -1,10 +1,9 @@
-"""Define all-reduce + residual + RMSNorm with the residual sharded by rows, and what goes to and
-from that form.
+"""All-reduce + residual + RMSNorm with the residual sharded by rows, and conversions of rows.
 
-The rows of x, flattened to (T, hidden), are divided among R ranks: rank r owns rows r * S to min((r
-+ 1) * S, T), with S = ceil(T / R). A *shard* is (S, hidden), with zeros past the owned rows. This
-is what sequence parallelism computes (Korthikanti et al., 2022, arXiv:2205.05198): reduce-scatter,
-add, norm, all-gather.
+The rows of x, flattened to (T, hidden), are divided among R ranks: rank r owns rows r * S to
+min((r + 1) * S, T), with S = ceil(T / R). A *shard* is (S, hidden), with zeros past the owned rows.
+This is sequence parallelism (Korthikanti et al., 2022, arXiv:2205.05198): reduce-scatter, add,
+norm, all-gather.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from fusewire.errors import ArgumentError
 
 # (x, residual or None, weight, eps, weight_bias, form) -> (norm, sum).
 AddNorm = Callable[[Tensor, Tensor | None, Tensor | None, float, float, str], tuple[Tensor, Tensor]]
-# The `inner_form` of a call that has no inner norm.
+# The `inner_form` of a call without an inner norm.
 NO_INNER = ""
 
 
@@ -94,12 +93,11 @@ def all_reduce_rms_norm_sharded(
     inner_form: str = NO_INNER,
     group_name: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """Compute `all_reduce_rms_norm` with the residual sharded by rows: each rank adds and
-    normalises its own rows, and only normalised rows travel back. A collective.
+    """Compute `all_reduce_rms_norm` with the residual sharded by rows. A collective.
 
-        s = this rank's rows of the sum of x over the ranks r = round(residual + s), or residual +
-        RMSNorm(s) with an inner norm, or s without a residual norm = RMSNorm(r), gathered from all
-        ranks
+        s = this rank's rows of the sum of x over the ranks
+        r = round(residual + s), or residual + RMSNorm(s) with an inner norm, or s without a
+        residual norm = RMSNorm(r), gathered from all ranks
 
     Args:
         x: this rank's partial sums (..., hidden), T rows in all; the same shape and dtype on every
@@ -134,12 +132,11 @@ def plain_add_norm(
 def compute_sharded(
     add_norm: AddNorm, x: Tensor, residual: Tensor | None, norm_spec: NormSpec, inner_spec: NormSpec, group_name: str
 ) -> tuple[Tensor, Tensor]:
-    """Compute `all_reduce_rms_norm_sharded` by the group's own reduce-scatter and all-gather. A
-    collective.
+    """Compute `all_reduce_rms_norm_sharded` with reduce-scatter and all-gather. A collective.
 
     Args:
-        add_norm: computes the rest.
-        inner_spec: of the inner norm; its form is NO_INNER if there is none.
+        add_norm: computes the add and the norm.
+        inner_spec: the inner norm; its form is NO_INNER if there is none.
     """
     world_size = resolve_group(group_name).size()
     rows = x.contiguous().reshape(-1, x.shape[-1])
@@ -172,10 +169,10 @@ def _fake_shard_rows(x: Tensor, group_name: str) -> Tensor:
     return torch.empty((size, x.shape[-1]), dtype=x.dtype, device=x.device)
 
 
-# Never written into a graph: what it does depends on the rank, and ranks share compile caches.
+# Never inlined in graphs: it depends on the rank, and ranks share compile caches.
 @register_op(fake=_fake_shard_rows, inlines=False, batch_invariant=True)
 def shard_rows(x: Tensor, group_name: str) -> Tensor:
-    """Return this rank's shard (S, hidden) of x (..., hidden), which all ranks have alike."""
+    """Return this rank's shard (S, hidden) of x (..., hidden), which is equal on all ranks."""
     group = resolve_group(group_name)
     return own_rows(x, group.rank(), group.size())
 
@@ -186,8 +183,7 @@ def _fake_gather_rows(shard: Tensor, like: Tensor, group_name: str) -> Tensor:
 
 @register_op(fake=_fake_gather_rows, batch_invariant=True)
 def gather_rows(shard: Tensor, like: Tensor, group_name: str) -> Tensor:
-    """Return the complete rows of which every rank holds a shard (S, hidden), in the shape of
-    `like` (..., hidden). A collective."""
+    """Return all ranks' shards (S, hidden) as one tensor of `like`'s shape. A collective."""
     world_size = resolve_group(group_name).size()
     tokens = like.numel() // like.shape[-1] if like.shape[-1] else 0
     rows = all_gather(shard.contiguous(), world_size, group_name)

@@ -1,1 +1,1 @@
-"""The tuner: times every provider on this machine's GPUs and keeps the table."""
+"""The tuner: times every provider on this machine's GPUs and stores the table."""

@@ -1,8 +1,7 @@
 """Check, then time each candidate of the tuner at each number of tokens.
 
-At every step all ranks do the same and vote, so that they end with the same numbers or with the
-same error. The slowest rank's time counts; a candidate that is wrong on any rank at any size is
-left out altogether.
+All ranks take the same steps and vote after each, so that they get the same numbers or the same
+error. The slowest rank's time counts. A candidate that is wrong on any rank or size is left out.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ from fusewire.custom_ops.workspaces.provider import WorkspaceKey
 from fusewire.custom_ops.workspaces.registry import REGISTRY, check_memory
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
-# A candidate so many times slower than the best is not tried at the next size.
+# A candidate that is this many times slower than the best is skipped at the next size.
 _FAR = 4.0
 _OWN_KERNELS = "symm_mem"
 
 
 class Candidate(NamedTuple):
-    """One way to compute a call, with native's parameters. `in_rank_order`: sums exactly."""
+    """One way to compute a call, with native's parameters. `in_rank_order`: its sums are exact."""
 
     label: str
     call: Callable[..., tuple[Tensor, Tensor]]
@@ -58,19 +57,19 @@ class Candidate(NamedTuple):
 
 
 def coarse_first(grid: Sequence[int]) -> list[int]:
-    """Return the order to measure in: every second size up to the largest, then those between."""
+    """Return the order of measurement: every second size up to the largest, then the others."""
     return [*sorted(grid[-1::-2]), *sorted(grid[-2::-2])]
 
 
 @dataclass
 class Measurement:
-    """What is measured for one group, hidden size and dtype: the same on every rank.
+    """The results of measuring one group, hidden size and dtype, the same on every rank.
 
     Attributes:
-        times: for each candidate, microseconds by number of tokens.
-        rejected: candidates that were left out, and why.
+        times: microseconds by number of tokens, for each candidate.
+        rejected: candidates that were left out, with reasons.
         link_rate: bytes per second that a GPU sends over all its links at once, or None.
-        notes: what else a reader should know.
+        notes: further remarks for a reader.
     """
 
     group: dist.ProcessGroup
@@ -87,7 +86,7 @@ class Measurement:
 
     def __post_init__(self) -> None:
         self.start = self.compiled = time.monotonic()
-        self.busy = False  # calls may be running: what they use must stay
+        self.busy = False  # calls may be running, so their buffers must not be freed
         name = str(self.dtype).removeprefix("torch.")
         self.title = f"hidden size {self.hidden}, {name}, {self.group.size()} ranks"
         self.channel = Channel(self.group, f"tuning group {self.group.group_name}")
@@ -98,7 +97,7 @@ class Measurement:
         return vote(self.channel, topic, work)
 
     def measure(self) -> None:
-        """Fill `times` and the rest."""
+        """Check and time all candidates and fill the attributes. A collective."""
         self.busy = True
         try:
             with torch.no_grad():
@@ -129,12 +128,12 @@ class Measurement:
         progress.end()
 
     def _elapsed(self, topic: str) -> float:
-        """Return seconds since all was compiled by rank 0's clock: the same on every rank."""
+        """Return seconds since compilation ended, by rank 0's clock. A collective."""
         result = self.vote(f"elapsed, {topic}", lambda: {"s": time.monotonic() - self.compiled})
         return float(result.facts[0]["s"])
 
     def _is_due(self, candidate: Candidate, tokens: int) -> bool:
-        """Return whether to try a candidate: it was not far behind at the size before."""
+        """Return whether to time a candidate: it was not far slower at the size before."""
         if tokens not in candidate.tokens or candidate.label in self.rejected:
             return False
         smaller = [t for found in self.times.values() for t in found if t < tokens]
@@ -146,7 +145,7 @@ class Measurement:
         return own is None or own <= _FAR * best
 
     def _compile_ahead(self) -> None:
-        """Compile what will be launched, each kernel on one rank first: they share a cache."""
+        """Compile the candidates' kernels, each on one rank first: the ranks share a cache."""
         pairs = [(c, t) for c in self.candidates if c.provider == _OWN_KERNELS for t in self.grid if t in c.tokens]
         if not pairs:
             return
@@ -170,7 +169,7 @@ class Measurement:
         return candidate.call(x, residual, weight, EPS, 0.0, SCALE_THEN_ROUND, self.group.group_name)
 
     def _measure_size(self, tokens: int, running: Sequence[Candidate]) -> bool:
-        """Check and time the candidates at one size; False if there is no room for it on some rank."""
+        """Check and time the candidates at one size; return False if a rank lacks memory for it."""
         inputs: list[Inputs] = []
         nbytes = tokens * self.hidden * self.dtype.itemsize
 
@@ -197,7 +196,7 @@ class Measurement:
         return True
 
     def _check(self, tokens: int, running: Sequence[Candidate], inputs: Sequence[Inputs]) -> None:
-        """Leave out candidates that are wrong on a rank, or differ where they must not."""
+        """Leave out candidates that are wrong on a rank, or whose results differ between ranks."""
 
         def work() -> dict[str, Any]:
             wanted = [reference(inputs[i], self.group.size(), self.group.group_name) for i in (0, 1)]
@@ -255,7 +254,7 @@ class Measurement:
                 raise WorkspaceError(f"the tensors take {nbytes >> 20} MiB and each rank's share is {share >> 20} MiB")
 
     def _measure_links(self) -> None:
-        """Return the rate at which a GPU sends over all its links at once, the slowest rank's."""
+        """Set `link_rate`: the slowest GPU's rate over all its links at once. A collective."""
         if self.device.type != "cuda":
             return
         key = WorkspaceKey(_OWN_KERNELS, self.group.group_name, self.dtype, self.hidden)

@@ -1,4 +1,4 @@
-"""Time and check one call: timers for GPUs and CPUs, inputs, expected results, and a progress bar."""
+"""Time and check one call: timers, inputs, expected results and a progress bar."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, normal
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
 EPS = 1e-6
-# A kernel that gives up by itself does so earlier (symm_mem's after 120 s).
+# Seconds; longer than the limit of kernels that give up by themselves (symm_mem: 120 s).
 WAIT_S = 130.0
 ROWS_AT_ONCE = 1024
-# Less than that a link does not run at full speed for.
+# Bytes of a copy that measures a link; smaller copies do not reach its full speed.
 _LEAST_COPY_BYTES, _MOST_COPY_BYTES = 4 << 20, 64 << 20
 
 # --- Timers -------------------------------------------------------------------------------------------------
 
 
 class Timer(abc.ABC):
-    """Times a call that every rank makes alike, on one kind of device."""
+    """A timer for a call that every rank makes, on one kind of device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     @abc.abstractmethod
     def sets(self, nbytes: int) -> int:
-        """Return how many sets of inputs of so many bytes a tensor to rotate through; at least 2."""
+        """Return how many sets of inputs (nbytes per tensor) to rotate through; at least 2."""
 
     @abc.abstractmethod
     def calls(self, nbytes: int) -> int:
@@ -44,7 +44,7 @@ class Timer(abc.ABC):
 
     @abc.abstractmethod
     def wait(self) -> None:
-        """Wait for what was called. Raises PeerTimeoutError if it does not end."""
+        """Wait for all calls. Raises PeerTimeoutError if they do not end."""
 
     @abc.abstractmethod
     def time(self, call: Callable[[int], Any], calls: int) -> float:
@@ -52,7 +52,7 @@ class Timer(abc.ABC):
 
 
 class CpuTimer(Timer):
-    """The wall clock."""
+    """A timer that uses the wall clock."""
 
     RUNS = 5
 
@@ -63,7 +63,7 @@ class CpuTimer(Timer):
         return 8 if nbytes <= 1 << 20 else 2
 
     def wait(self) -> None:
-        """CPU collectives return when they are done; their group has a timeout of its own."""
+        """Return at once: CPU collectives block, with the timeout of their group."""
 
     def time(self, call: Callable[[int], Any], calls: int) -> float:
         found = []
@@ -77,7 +77,7 @@ class CpuTimer(Timer):
 
 
 class GpuTimer(Timer):
-    """Replays of one CUDA graph of all calls; inputs rotate, so that no cache holds them."""
+    """A timer that replays a CUDA graph of all calls; inputs rotate, so that none is cached."""
 
     WARM_UP, RUNS = 2, 9
     COLD_BYTES = 200 << 20  # well above the L2 cache of any GPU
@@ -99,7 +99,7 @@ class GpuTimer(Timer):
                     f"a call that was being timed did not end within {WAIT_S:.0f} s: a rank is missing, or its GPU "
                     "cannot reach the others; this process cannot go on"
                 )
-            if waited > 0.05:  # up to then the ranks are to stay close together
+            if waited > 0.05:  # poll without sleeping before, to keep the ranks close together
                 time.sleep(0.0005)
 
     def time(self, call: Callable[[int], Any], calls: int) -> float:
@@ -111,7 +111,7 @@ class GpuTimer(Timer):
             for i in range(calls):
                 call(i)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(self.WARM_UP + self.RUNS + 1)]
-        # All at once: the host between two replays would let the ranks drift apart.
+        # Launched at once: host work between replays would let the ranks drift apart.
         events[0].record()
         for event in events[1:]:
             graph.replay()
@@ -122,18 +122,15 @@ class GpuTimer(Timer):
 
 
 def peer_copies(made: Any, device: torch.device) -> tuple[dict[str, Callable[[int], None]], int]:
-    """Return ways to copy to all peers at once, over all links of this GPU, by name; and how many
-    bytes a call sends.
+    """Return functions by name that copy to all peers over all links at once, and bytes per call.
 
-    The copy engines are the faster with one peer; with several they come to two thirds of what a
-    kernel's stores do.
+    Copy engines are faster with one peer; with several they reach two thirds of a kernel's rate.
 
     Args:
-        made: a SymmMemWorkspace that no kernel is running on; what lies in its inbox is of no use
-            afterwards.
+        made: a SymmMemWorkspace without a running kernel; the call overwrites its inbox.
 
     Raises:
-        WorkspaceError: the workspace is too small to tell a link's rate.
+        WorkspaceError: the workspace is too small to measure a link's rate.
     """
     from fusewire.custom_ops.providers.symm_mem.kernels.peer_copy import push_to_peers
 
@@ -164,7 +161,7 @@ def peer_copies(made: Any, device: torch.device) -> tuple[dict[str, Callable[[in
 
 
 class Inputs(NamedTuple):
-    """One set: x of this rank, and the residual and weight that all ranks share."""
+    """One set of inputs: this rank's x, and the residual and weight that all ranks share."""
 
     x: Tensor
     residual: Tensor
@@ -172,14 +169,14 @@ class Inputs(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What a set of inputs is to give: the residual, and how far a sum in another order may be off."""
+    """The expected result of a set of inputs: residual, and the slack of sums in another order."""
 
     total: Tensor
     slack: Tensor
 
 
 def draw(rank: int, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device, count: int) -> list[Inputs]:
-    """Return sets of inputs. The first two differ, so that stale results are noticed."""
+    """Return sets of inputs. The first two differ, so that stale results are detected."""
     own = torch.Generator(device).manual_seed(1000 + rank)
     shared = torch.Generator(device).manual_seed(1)
 
@@ -192,7 +189,7 @@ def draw(rank: int, tokens: int, hidden: int, dtype: torch.dtype, device: torch.
 
 
 def reference(inputs: Inputs, world_size: int, group_name: str) -> Wanted:
-    """Return the exact outcome, a few rows at a time. A collective.
+    """Return the exact result, computed a few rows at a time. A collective.
 
     Rounding after each of R ranks, in any order, moves a sum by at most R roundings of the sum of
     magnitudes.
@@ -208,11 +205,11 @@ def reference(inputs: Inputs, world_size: int, group_name: str) -> Wanted:
 
 
 def wrong(norm: Tensor, total: Tensor, inputs: Inputs, wanted: Wanted, in_rank_order: bool) -> str:
-    """Return what is wrong with a result, or nothing.
+    """Return what is wrong with a result, or "".
 
-    The sum: exact for kernels that add in rank order, else within `slack`. The norm: within three
-    units in the last place of RMSNorm in float64 of the very sum (in fp32, where the mean rounds
-    too, within 2^-18).
+    The sum must be exact if in_rank_order, else within `slack`. The norm must be within three units
+    in the last place of RMSNorm in float64 of that sum (in fp32, where the mean rounds too, within
+    2^-18).
     """
     for name, got in (("norm", norm), ("residual", total)):
         if (got.shape, got.dtype) != (inputs.x.shape, inputs.x.dtype):
@@ -232,7 +229,7 @@ def wrong(norm: Tensor, total: Tensor, inputs: Inputs, wanted: Wanted, in_rank_o
 
 
 def fingerprint(*tensors: Tensor) -> str:
-    """Return a number that differs where bits differ, to compare ranks by."""
+    """Return a number for comparing results between ranks; different bits differ in it."""
     found = 0
     for tensor in tensors:
         bits = tensor.reshape(-1).view(torch.int16 if tensor.itemsize == 2 else torch.int32)
@@ -246,7 +243,7 @@ def fingerprint(*tensors: Tensor) -> str:
 
 
 class Progress:
-    """A bar on stderr if that is a terminal, else lines; on the logging rank only."""
+    """A progress bar on stderr, or lines if it is no terminal; on the logging rank only."""
 
     WIDTH = 24
 

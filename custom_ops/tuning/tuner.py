@@ -1,9 +1,7 @@
-"""The tuner: makes a table of what every way to compute `all_reduce_rms_norm` takes on the real
-group.
+"""Make a table of the time that each provider of `all_reduce_rms_norm` takes on the real group.
 
-Called by `python -m fusewire tune`, and at first use where FUSEWIRE_TUNE=1 or
-`fusewire.prepare(..., tune=True)` asks for it. What is measured, and how, is in
-fusewire.custom_ops.tuning.measure and fusewire.custom_ops.tuning.timers.
+Called by `python -m fusewire tune`, and at first use with FUSEWIRE_TUNE=1 or
+`fusewire.prepare(..., tune=True)`. See `measure` and `timers` in this package for the method.
 """
 
 from __future__ import annotations
@@ -37,13 +35,13 @@ from fusewire.errors import ConfigError, PeerTimeoutError, WorkspaceError
 
 DEFAULT_MAX_TOKENS = 8192
 BUDGET_S = 30.0
-# Measuring is given up after this and ten times the budget: compilers may have to run before.
+# Seconds; measuring stops after this plus ten times the budget, since compilers may run before.
 LIMIT_S = 120.0
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Tuned(NamedTuple):
-    """A table, where it lies on this rank's disk, and why not if it could not be written."""
+    """A table, its path on this rank's disk, and the problem if it could not be written."""
 
     table: Table
     path: str
@@ -51,10 +49,10 @@ class Tuned(NamedTuple):
 
 
 def token_grid(max_tokens: int, tokens: Sequence[int] = ()) -> tuple[int, ...]:
-    """Return the numbers of tokens to measure: those named, else the powers of two and max_tokens.
+    """Return the token counts to measure: those given, else the powers of two and max_tokens.
 
     Raises:
-        ConfigError: one is not positive.
+        ConfigError: a number is not positive.
     """
     if tokens:
         grid = sorted(set(tokens))
@@ -77,19 +75,17 @@ def tune(
     budget_s: float = BUDGET_S,
     save: bool = True,
 ) -> Tuned:
-    """Measure a table for a group and go by it from now on. A collective: every rank calls it
-    alike.
+    """Measure a table for a group and use it from now on. A collective of the whole group.
 
-    Takes about budget_s seconds at most, beside what providers compile at their first use.
-    Workspaces that exist are used; others are made and freed again.
+    Takes about budget_s seconds at most, plus the compilation at providers' first use. Existing
+    workspaces are used; others are made and freed again.
 
     Args:
         hidden, dtype: of the activations; bfloat16, float16 or float32.
-        device: this rank's GPU, the current one by default; the CPU for what only a CPU's table is
-            for.
-        max_tokens, tokens: measure powers of two up to max_tokens, or just these numbers of tokens.
-        providers: what to time; the operator's own priority if empty.
-        budget_s: no further size is begun when it would take longer than so many seconds in all.
+        device: this rank's GPU, by default the current one; or the CPU, for a table for CPUs only.
+        max_tokens, tokens: measure powers of two up to max_tokens, or exactly these token counts.
+        providers: the providers to time; by default the operator's own priority.
+        budget_s: start no further size that would exceed this many seconds in total.
         save: write the table to this rank's disk, where later runs find it.
 
     Raises:
@@ -114,7 +110,7 @@ def tune(
     run.agree_on_task(names)
     try:
         run.open(names)
-        # Elsewhere than in this thread: it may allocate from a pool that Inductor's CUDA graphs
+        # In another thread, because this one may allocate from a pool that Inductor's CUDA graphs
         # will overwrite.
         in_thread(run.measure, LIMIT_S + 10 * budget_s, "tuning", run.channel)
         tuned = run.finish(save)
@@ -130,13 +126,13 @@ def tune(
 
 @dataclass
 class _Run(Measurement):
-    """One tuning: a measurement, what comes around it, and the workspaces made for it."""
+    """One tuning: a measurement, its set-up and results, and the workspaces made for it."""
 
     absent: dict[str, str] = field(default_factory=dict)
     opened: list[WorkspaceKey] = field(default_factory=list)
 
     def agree_on_task(self, names: Sequence[str]) -> None:
-        """All ranks are to measure the same, and learn of each other's machines."""
+        """Check that all ranks measure the same, and exchange their machines' facts."""
         asked = [self.hidden, str(self.dtype), self.device.type, list(self.grid), list(names), self.budget_s]
 
         def work() -> dict[str, Any]:
@@ -160,7 +156,7 @@ class _Run(Measurement):
         self.key: TableKey = table_store.key_of([fact["machine"] for fact in result.facts], self.hidden, self.dtype)
 
     def open(self, names: Sequence[str]) -> None:
-        """Find the candidates, with workspaces for those that need them."""
+        """Find the candidates and open workspaces for those that need them."""
         for name in names:
             workspace_provider = PROVIDERS.get(name)
             if workspace_provider is not None:
@@ -202,7 +198,7 @@ class _Run(Measurement):
             self.candidates.append(Candidate(label, provider.bind(made, label), limit, True, provider.name))
 
     def _fitting_tokens(self, provider: WorkspaceProvider) -> int:
-        """Return as many tokens as are to be measured and fit a quarter of the free memory."""
+        """Return the most tokens to measure that fit a quarter of the free memory."""
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else sys.maxsize
         fitting = [t for t in self.grid if provider.nbytes(self.hidden, self.dtype, self.group.size(), t) <= free // 4]
         return fitting[-1] if fitting else self.grid[0]
@@ -232,8 +228,7 @@ class _Run(Measurement):
         )
         path, problem = "", ""
         if save:
-            # One after the other: ranks of one host write the same file, and the others find it
-            # written.
+            # Rank 0 first: ranks of one host write the same file, and the others then find it.
             for first in (True, False):
                 result = self.vote(f"save {first}", functools.partial(self._save, table, first))
                 problem = problem or result.reason
@@ -253,14 +248,14 @@ class _Run(Measurement):
                 raise WorkspaceError(f"{table_store.folder()}: {error}") from error
 
     def close(self) -> None:
-        """Free the workspaces that were made for this."""
+        """Free the workspaces that were made for this tuning."""
         for key in self.opened:
             REGISTRY.drop(key)
         if self.device.type == "cuda" and self.opened:
             torch.cuda.empty_cache()
 
     def abandon(self) -> None:
-        """After a failure: kernels may still be running in the workspaces."""
+        """Keep the workspaces after a failure: kernels may still be running in them."""
         for key in self.opened:
             entry = REGISTRY.entries.pop(key, None)
             if entry is not None and entry.workspace is not None:
@@ -271,7 +266,7 @@ class _Run(Measurement):
 def _tune_at_first_use(
     group: dist.ProcessGroup, hidden: int, dtype: torch.dtype, device: torch.device, max_tokens: int
 ) -> None:
-    """Tune for more tokens than this program asks for, since the table is for later ones, too."""
+    """Tune for more tokens than this program asks for, since later programs use the table too."""
     tune(group, hidden, dtype, device, max_tokens=max(max_tokens, DEFAULT_MAX_TOKENS))
 
 

@@ -3,8 +3,8 @@
 Libraries choose how to split a reduction by the shape of the whole batch. Here the sum of squares
 is a fixed tree of elementwise additions that depends only on the hidden size
 (`triton_norm.reduction_tree`), so a row's result does not depend on the other rows. For bf16, fp16
-and fp32 every operation is correctly rounded (+, *, 1/x, sqrt, conversions), so results are the same
-on every device and equal the Triton kernel's bit for bit (except a NaN's sign and payload).
+and fp32 every operation is correctly rounded (+, *, 1/x, sqrt, conversions). So results are equal
+on every device and to the Triton kernel's, bit for bit (except a NaN's sign and payload).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def inverse_square_root(v: Tensor) -> Tensor:
     """Return 1 / sqrt(v): in fp32 with both steps correctly rounded, in fp64 as torch.rsqrt."""
     if v.dtype == torch.float64:
         return torch.rsqrt(v)
-    # torch.sqrt with MKL on a CPU is one bit off for a fifth of all fp32 numbers. In fp64 that error
-    # does not change the rounded fp32 root, which is at least 4 fp64 units away from every tie.
+    # torch.sqrt with MKL on a CPU is one bit off for a fifth of all fp32 numbers. In fp64 that does
+    # not change the rounded fp32 root, which is at least 4 fp64 units away from every tie.
     return torch.reciprocal(torch.sqrt(v.double()).float())
 
 

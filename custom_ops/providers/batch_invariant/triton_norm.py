@@ -1,8 +1,8 @@
 """Batch-invariant RMSNorm and add + RMSNorm on GPUs: one Triton kernel for both.
 
-The kernel spells out the sum of squares as a fixed tree of additions (`reduction_tree`), because the
-order of a compiler's reduction follows the data layout. A row's bits therefore depend on the row
-alone: not on other rows, alignment, number of warps, residual dtype or Triton version. Fused
+The kernel spells out the sum of squares as a fixed tree of additions (`reduction_tree`), because
+the order of a compiler's reduction follows the data layout. A row's bits therefore depend on the
+row alone: not on other rows, alignment, number of warps, residual dtype or Triton version. Fused
 multiply-adds are off for the same reason. The tree is cheap: its first levels are within a thread,
 the next within a warp, and the last cross the warps once.
 
@@ -43,7 +43,7 @@ tl: Any = None  # triton.language, once `kernel` was called
 class ReductionTree(NamedTuple):
     """The order in which a row's squares are summed.
 
-    A row is cut into chunks of `tile` values, the last padded with zeros. In a chunk the upper half is
+    A row is cut into chunks of `tile`, the last padded with zeros. In a chunk the upper half is
     added to the lower half until `lanes` values are left; then neighbours are added pair by pair.
     Chunks are added from left to right.
     """
@@ -188,7 +188,7 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _plan(hidden: int) -> _Plan:
-    """Return the kernel's tiling. It depends only on the hidden size, never on the number of rows."""
+    """Return the kernel's tiling, which depends only on the hidden size (not on the rows)."""
     tile, lanes = reduction_tree(hidden)
     return _Plan(tile, lanes, max(1, _TILE_PER_PROGRAM // tile), max(4, lanes // _LANES_PER_WARP))
 
@@ -229,7 +229,7 @@ def _supports(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> Supp
 
 
 def _rows(tensor: Tensor, hidden: int) -> Tensor:
-    """Return the tensor as (rows, hidden) with contiguous rows; copies only if strides require it."""
+    """Return the tensor as (rows, hidden) with contiguous rows; copy only if strides require it."""
     rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, hidden)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -274,9 +274,9 @@ def rms_norm_batch_invariant(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the RMSNorm of x, or of x + residual, on a GPU, batch-invariant, for inference.
 
-    A row's bits depend only on the row, the weight and the scalar arguments; with a residual they are
-    those of the addition followed by the norm. The first call with new dtypes, hidden size or options
-    compiles: make it before capturing a CUDA graph. Later calls only allocate and launch.
+    A row's bits depend only on the row, the weight and the scalar arguments, and with a residual
+    equal those of the addition followed by the norm. The first call with new dtypes, hidden size or
+    options compiles: make it before capturing a CUDA graph. Later calls only allocate and launch.
 
     Args:
         x: (..., hidden), bfloat16, float16 or float32, any number of rows including 0. Rows may be

@@ -94,8 +94,8 @@ def version_ok(version: str, wanted: tuple[int, int, int] = MIN_VERSION) -> bool
 def two_shot() -> Support:
     """Return whether two-shot's results are correct in this version.
 
-    Before 0.7.2 the barrier set the flags of thread blocks that a launch lacks too late. A later
-    launch with more blocks could see an old flag and read rows that had not arrived: silently wrong.
+    Before 0.7.2 the barrier set the flags of thread blocks that a launch lacks too late. A launch
+    with more blocks could see an old flag and read rows that had not arrived: silently wrong.
     """
     version = library().version
     wanted = ".".join(map(str, TWO_SHOT_VERSION))

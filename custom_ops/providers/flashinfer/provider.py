@@ -367,9 +367,9 @@ def _check_peers(request: Request) -> None:
 def _prove_arguments(workspace: FlashInferWorkspace) -> None:
     """Raise WorkspaceError if the Python package and the compiled kernels disagree on arguments.
 
-    Launches nothing: the kernels reject hidden size 3 after they parse the arguments, and a mismatch
-    raises TypeError before that. No collective: a rank that failed in one would leave its peers
-    waiting in a kernel for ever.
+    Launches nothing: the kernels parse the arguments (a mismatch raises TypeError), then reject
+    hidden size 3. No collective: a rank that failed in one would leave its peers waiting in a
+    kernel for ever.
     """
     odd = torch.zeros(1, 3, dtype=workspace.key.dtype, device=workspace.device)
     try:

@@ -166,9 +166,8 @@ def launch_config_two_shot_flags(
 
     The grid is the smallest with its number of strides, so that no block idles. With many rows a
     thread takes 4 packets: several blocks share a multiprocessor, and one transfers while others
-    wait. With fewer rows there are fewer blocks, so that several strides overlap.
-    replicate_residual is faster without result_lag and, above 4 ranks, with one block per
-    multiprocessor.
+    wait. With fewer rows blocks are larger, so that several strides overlap. replicate_residual is
+    faster without result_lag and, above 4 ranks, with the largest blocks.
     """
     block = max(32, _power_of_two(packets))
     most = min(16 if packets <= 2048 else 32, max(1, block // 32))

@@ -242,7 +242,7 @@ def two_shot_sharded_launch(
     return _two_shot(ws, tokens, tensors, norms, False, protocol, (output, None), config)
 
 
-_Tensors = tuple[Tensor, "Tensor | None", Tensor, "Tensor | None"]  # x, residual, norm_out, residual_out
+_Tensors = tuple[Tensor, "Tensor | None", Tensor, "Tensor | None"]  # x, residual, and the outputs
 _Norms = tuple[InnerNorm, "InnerNorm | None"]  # the norm, the inner norm
 
 

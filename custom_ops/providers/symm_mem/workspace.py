@@ -138,7 +138,7 @@ class SymmMemWorkspace:
             barrier()
 
     def _common_multiprocessors(self, least: int | None) -> int:
-        """Return the multiprocessors for launch configurations: addresses depend on it on all ranks."""
+        """Return the multiprocessors to compute with, equal on all ranks as addresses need."""
         own: int = torch.cuda.get_device_properties(self.device).multi_processor_count
         if least is None:
             counts = [own] * self.world_size
@@ -250,8 +250,7 @@ class SymmMemWorkspace:
     def close(self) -> None:
         """Wait for this rank's calls to end and free the memory. Idempotent.
 
-        Not a collective: a rank whose calls have ended has received everything that peers send it.
-        CUDA graphs captured with this workspace must not be replayed afterwards.
+        Not a collective: ended calls have all their data. Do not replay CUDA graphs afterwards.
         """
         if self._buffer is not None:
             torch.cuda.synchronize(self.device)

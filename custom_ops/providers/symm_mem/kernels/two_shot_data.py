@@ -115,9 +115,8 @@ def two_shot_data_kernel(
     Args (the others are in the package's docstring):
         tokens: rows of x and norm_out, (tokens, hidden). With REPLICATE_RESIDUAL also of residual
             and residual_out; else these are this rank's own rows, (shard, hidden).
-        shard: rows per rank.
         shard, rank: rows per rank; this rank.
-        source_bytes: bytes of one rank's part of a slot.
+        slots, slot_bytes, source_bytes: offset of two slots for partial rows; bytes, of one rank's.
         results: byte offset of the peers' rows, (tokens, hidden).
         squares_at: byte offset of the rows' squares, cache lines of tagged words.
         slices_at: byte offset of the words that a row's blocks exchange, a cache line per row.
