@@ -3,9 +3,8 @@
 The passes put a call of `fusewire::rendezvous` before the first collective of every graph. It has
 the graph's fingerprint, so the fingerprint is part of cached, copied and shipped graphs too. While
 a rank runs graphs of one fingerprint, a call is one comparison. Before the first collective of a
-graph
-with another fingerprint the ranks meet: each publishes its fingerprint and waits for the others'.
-If they differ, or a rank does not come, every rank that waits raises.
+graph with another fingerprint the ranks meet: each publishes its fingerprint and waits for the
+others'. If they differ, or a rank does not come, every rank that waits raises.
 
 Graphs whose collectives are the program's own, as written, all have the empty fingerprint: they are
 compatible however they were compiled, and also with uncompiled code. So a process that rewrites

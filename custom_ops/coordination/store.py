@@ -77,6 +77,7 @@ def poll(
         waiting_for: returns a text that is logged once if the wait is long.
         progress: the time limit restarts when its return value changes.
         spin_s: poll without pauses for this many seconds, if a look takes less than a microsecond.
+
     Returns:
         What `look` returned, or None if the limit has passed.
     """

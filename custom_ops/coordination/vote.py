@@ -264,9 +264,8 @@ def vote(
 def in_thread(work: Callable[[], Any], limit_s: float, topic: str, channel: Channel) -> Any:
     """Call work() in a thread, with beats on the channel, and give up after limit_s seconds.
 
-    A library may wait for a peer for ever. The thread also has another memory pool: while
-    Inductor's CUDA graphs warm up, this thread allocates from a pool that the graphs will
-    overwrite.
+    A library may wait for a peer for ever. Buffers made in the thread also lie outside the pool
+    that the caller's thread uses while Inductor's CUDA graphs warm up, which they will overwrite.
 
     Raises:
         WorkspaceError: it did not end in time. Exceptions of work() are raised too.

@@ -83,7 +83,7 @@ def library() -> Library:
 
 
 def version_ok(version: str, wanted: tuple[int, int, int] = MIN_VERSION) -> bool:
-    """Return whether a version is at least `wanted`. MIN_VERSION corrects hidden size 2688."""
+    """Return whether a version is at least `wanted`; older norms are wrong at hidden size 2688."""
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?((?:\.?dev|a|b|rc)\d*)?", version)
     if match is None:
         return False

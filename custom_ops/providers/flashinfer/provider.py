@@ -259,7 +259,7 @@ class FlashInferWorkspace(Workspace):
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Return the tensor or, since addresses differ between ranks, an aligned contiguous copy."""
+    """Return the tensor contiguous and 16-byte aligned, as a copy if needed."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 

@@ -2,8 +2,7 @@
 
 Each rank has one allocation that all peers map (peer-to-peer, no multicast) and a control block in
 its GPU's own memory; see `layout`. The kernels count their calls in the control block, not on the
-host, so CUDA graphs can replay. The ranks must make the same calls in the same order, one at a
-time.
+host, so CUDA graphs can replay. Ranks must make the same calls in the same order, one at a time.
 """
 
 from __future__ import annotations
@@ -63,8 +62,8 @@ class SymmMemWorkspace:
         hidden: hidden size, a multiple of 8, at most 16384.
         dtype: of the activations: bfloat16, float16 or float32.
         max_tokens: the most tokens of a call.
-        one_shot_tokens: the most tokens of a one-shot; takes 2 * world size rows of memory each.
-        data_tokens: the most tokens of a data-as-flag two-shot; takes three rows of memory each.
+        one_shot_tokens: the most tokens of a one-shot; needs 2 * world size rows of memory per token.
+        data_tokens: the most tokens of a data-as-flag two-shot; needs three rows of memory per token.
         outputs: number of buffers of (max_tokens, hidden) in which a two-shot can leave its result.
         timeout_s: seconds that a kernel waits for a peer before it gives up.
         device: this rank's GPU; the current one by default.
@@ -250,7 +249,7 @@ class SymmMemWorkspace:
     def close(self) -> None:
         """Wait for this rank's calls to end and free the memory. Idempotent.
 
-        Not a collective: ended calls have all their data. Do not replay CUDA graphs afterwards.
+        Not a collective: ended calls have all their data. Invalidates captured CUDA graphs.
         """
         if self._buffer is not None:
             torch.cuda.synchronize(self.device)

@@ -116,7 +116,7 @@ def two_shot_data_kernel(
         tokens: rows of x and norm_out, (tokens, hidden). With REPLICATE_RESIDUAL also of residual
             and residual_out; else these are this rank's own rows, (shard, hidden).
         shard, rank: rows per rank; this rank.
-        slots, slot_bytes, source_bytes: offset of two slots for partial rows; bytes, of one rank's.
+        slots, slot_bytes, source_bytes: byte offset of two slots; bytes of a slot, of a rank's part.
         results: byte offset of the peers' rows, (tokens, hidden).
         squares_at: byte offset of the rows' squares, cache lines of tagged words.
         slices_at: byte offset of the words that a row's blocks exchange, a cache line per row.
@@ -179,8 +179,7 @@ def two_shot_data_kernel(
         if SEND_UNNORMALIZED:
             clean = sanitize(total)
             for j in tl.static_range(1, WORLD):
-                # By rows: all blocks of a row send to one peer at the same time, which needs them
-                # all.
+                # By rows: a peer needs all blocks of a row, so they send to it at the same time.
                 peer = tl.load(ctl + CTL_PEERS + peer_at(rank, i, j, WORLD))
                 store16(peer + results + at, clean, mask, True)
         squares = squares_of(total, mask, KIND) if INNER else tl.sum(sum_of_squares(total, KIND), axis=0)
