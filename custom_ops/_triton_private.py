@@ -20,7 +20,7 @@ def compute_cache_keys(namespace: Mapping[str, Any]) -> None:
     """Compute Triton's cache keys of a module's functions now, in the module's order.
 
     Call it at the module's end. Triton up to 3.6 includes a constant that a function uses through
-    another function in its key only if the other's key exists. Otherwise a kernel's key depends on
+    another function in its key only if the other's key exists. Without this, its key depends on
     which kernel a process compiled first, and ranks do not find each other's compiled kernels.
     """
     for function in list(namespace.values()):

@@ -96,8 +96,8 @@ def all_reduce_rms_norm_sharded(
     """Compute `all_reduce_rms_norm` with the residual sharded by rows. A collective.
 
         s = this rank's rows of the sum of x over the ranks
-        r = round(residual + s), or residual + RMSNorm(s) with an inner norm, or s without a
-        residual norm = RMSNorm(r), gathered from all ranks
+        r = round(residual + s); with an inner norm residual + RMSNorm(s); without a residual s
+        norm = RMSNorm(r), gathered from all ranks
 
     Args:
         x: this rank's partial sums (..., hidden), T rows in all; the same shape and dtype on every

@@ -16,8 +16,7 @@ from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
 def compile_ahead(provider: WorkspaceProvider, entry: Entry, group: dist.ProcessGroup) -> None:
     """Compile a provider's kernels for later calls, each on one rank first to fill a disk cache.
 
-    A collective. If one kernel fails on any rank, no rank uses the provider; the entry has the
-    reason.
+    A collective. If one kernel fails on any rank, no rank uses the provider; the entry says why.
 
     Raises:
         PeerTimeoutError: a rank did not take part in time.
