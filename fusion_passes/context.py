@@ -39,9 +39,8 @@ class Fused:
 class RunContext:
     """The inputs and results of one run of the passes over one graph.
 
-    All-reduces are keyed by the names of their nodes in the graph as it arrived. The pipeline runs
-    the passes on copies of the graph and gives the refusals of one run to the next (`excluded`,
-    `unmergeable`, `unfused_second_norms`).
+    All-reduces are keyed by the names of their nodes in the graph as it arrived. The pipeline hands
+    what one run refused to the next (`excluded`, `unmergeable`, `unfused_second_norms`).
 
     Attributes:
         config: the options.
@@ -73,6 +72,10 @@ class RunContext:
     notes: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     assumed: Counter[str] = field(default_factory=Counter)
+
+    def next_run(self) -> RunContext:
+        """Return the context of a run that starts from what this one has."""
+        return RunContext(self.config, dict(self.excluded), set(self.unmergeable), set(self.unfused_second_norms))
 
     def merged_in_vain(self) -> set[str]:
         """Return the all-reduces that others were merged into but that were not fused."""

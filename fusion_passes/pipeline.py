@@ -1,6 +1,8 @@
-"""Run the passes over a graph: try on copies, refuse, rewrite, agree with other ranks, report.
+"""Run the passes over a graph: rewrite, refuse, agree with the other ranks, report.
 
-The passes run on copies until they refuse nothing new; then on the graph, except for the refused.
+Refused sites stay as they were. If a run over the graph refuses a site that one of its passes has
+changed, the graph is restored. Then the passes run on copies until they refuse nothing new, and last
+on the graph, except for the refused sites.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ def _check_expectation(report: GraphReport, config: PassConfig) -> None:
 
 
 class _Run:
-    """One run of the passes over one graph."""
+    """One run of the passes over one graph: rewrite, refuse, agree with the other ranks."""
 
     def __init__(self, graph: Graph, config: PassConfig, unfused: Mapping[str, str]) -> None:
         self.graph = graph
@@ -230,13 +232,41 @@ class _Run:
         )
 
     def _rewrite(self, record: GraphRecord) -> RunContext:
+        """Rewrite all of the graph that is not refused; return what was fused and refused."""
+        context = self._rewrite_at_once(record) or self._rewrite_after_trials(record)
+        context.refused = {**context.refused, **context.excluded}
+        self.notes += context.notes + context.assumptions()
+        return context
+
+    def _rewrite_at_once(self, record: GraphRecord) -> RunContext | None:
+        """Rewrite the graph; restore it and return None if a pass refuses a site that another changed.
+
+        Most graphs are done after this, without a copy. Users' passes must run only once, so graphs
+        that have any are left to the trials.
+        """
+        if any(item.user for item in self.passes):
+            return None
+        start = self._start()
+        context = start.next_run()
+        try:
+            self._apply(self.graph, context, trial_run=False)
+            self.graph.lint()
+            if self._learn(start, context):
+                return context
+        except Exception:  # the trials fail in the same pass, and report it
+            log.debug("a pass of fusewire failed; its changes are taken back", exc_info=True)
+        exchange_nodes(self.graph, record.copy())
+        if self.observer is not None:
+            self.observer = observer_of(record.copy)
+        return None
+
+    def _rewrite_after_trials(self, record: GraphRecord) -> RunContext:
         """Find on copies what to refuse, then rewrite the rest in the graph itself."""
         try:
-            tried = self._try_on_copies(record)
+            context = self._try_on_copies(record)
         except Exception as error:  # a bug in fusewire must not fail the compilation
             log.warning("fusewire left a graph as it was, since a pass failed on it", exc_info=True)
             return self._failed(f"a pass of fusewire failed and the graph was left alone: {_describe(error)}")
-        context = RunContext(self.config, tried.excluded, tried.unmergeable, tried.unfused_second_norms)
         try:
             self._apply(self.graph, context, trial_run=False)
             self.graph.lint()
@@ -246,30 +276,36 @@ class _Run:
             log.warning("fusewire took its changes of a graph back, since a pass failed on it", exc_info=True)
             exchange_nodes(self.graph, record.copy())
             return self._failed(f"a pass of fusewire failed and its changes were taken back: {_describe(error)}")
-        context.refused = {**context.refused, **context.excluded}
-        self.notes += context.notes + context.assumptions()
         return context
 
     def _try_on_copies(self, record: GraphRecord) -> RunContext:
         """Run the passes on copies until they refuse nothing new; return a context of refusals."""
-        left = (site for site in self.sites if self.entries[site.name].group in self.unfused)
-        excluded = {site.name: Refused(MATCH, self.unfused[self.entries[site.name].group]) for site in left}
-        unmergeable: set[str] = set()
-        unfused_second_norms: set[str] = set()
+        start = self._start()
         for _ in range(3 * len(self.sites) + 2):  # each round but the last learns something
-            trial = RunContext(self.config, dict(excluded), set(unmergeable), set(unfused_second_norms))
+            trial = start.next_run()
             self._apply(record.copy(), trial, trial_run=True)
-            vain = trial.merged_in_vain()
-            # A refusal of a merged all-reduce does not yet apply to the all-reduces by themselves.
-            new = {name: why for name, why in trial.refused.items() if name not in excluded and name not in vain}
-            excluded.update(new)
-            learned = vain - unmergeable or trial.unfused_second_norms - unfused_second_norms
-            # All-reduces refused before canonicalization change no copy: no new round is needed.
-            if not learned and not new.keys() & trial.spelling.keys():
-                return RunContext(self.config, excluded, unmergeable, unfused_second_norms)
-            unmergeable |= vain
-            unfused_second_norms |= trial.unfused_second_norms
+            if self._learn(start, trial):
+                return start
         raise RuntimeError("the passes refuse something new in every round")
+
+    def _start(self) -> RunContext:
+        """Return the start of the first run: sites of groups whose ranks differ are excluded."""
+        groups = {site.name: self.entries[site.name].group for site in self.sites}
+        left = {name: Refused(MATCH, self.unfused[group]) for name, group in groups.items() if group in self.unfused}
+        return RunContext(self.config, left)
+
+    @staticmethod
+    def _learn(start: RunContext, run: RunContext) -> bool:
+        """Add the refusals of a run to the next run's start; return whether that run would do the same."""
+        vain = run.merged_in_vain()
+        # A refusal of a merged all-reduce does not yet apply to the all-reduces by themselves.
+        new = {name: why for name, why in run.refused.items() if name not in start.excluded and name not in vain}
+        learned = vain - start.unmergeable or run.unfused_second_norms - start.unfused_second_norms
+        start.excluded.update(new)
+        start.unmergeable |= vain
+        start.unfused_second_norms |= run.unfused_second_norms
+        # All-reduces refused before canonicalization left the graph as it was.
+        return not learned and not new.keys() & run.spelling.keys()
 
     def _failed(self, reason: str) -> RunContext:
         self.notes.append(reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +21,27 @@ atexit.register(shutil.rmtree, _TABLES, ignore_errors=True)
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
+
+
+_TRY_VECTORS = """
+from torch._inductor import cpu_vec_isa as isa
+known = isa.x86_isa_checker()
+wanted = [each for each in isa.supported_vec_isa_list if all(flag in known for flag in str(each).split())]
+print(bool(wanted) and all(map(bool, wanted)))
+"""
+
+
+def pytest_sessionstart(session):
+    """Try once whether the compiler knows this CPU's vector instructions.
+
+    Inductor tries by compiling programs, again for each new cache folder, and many tests have one of their own. Where all
+    work, every process is told so. Anything else is left to Inductor.
+    """
+    if hasattr(session.config, "workerinput") or session.config.option.collectonly:
+        return
+    tried = subprocess.run([sys.executable, "-c", _TRY_VECTORS], capture_output=True, text=True)
+    if tried.stdout.split()[-1:] == ["True"]:
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 @pytest.fixture
