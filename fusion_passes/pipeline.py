@@ -371,14 +371,8 @@ class _Run:
             return dataclasses.replace(entry, status=FUSED, fusion=context.merged[name])
         fused = context.fused.get(name)
         if fused is not None:
-            return dataclasses.replace(
-                entry,
-                status=FUSED,
-                fusion=fused.fusion,
-                spelling=fused.spelling,
-                provider=fused.provider,
-                reason=fused.detail,
-            )
+            entry = dataclasses.replace(entry, status=FUSED, fusion=fused.fusion, spelling=fused.spelling)
+            return dataclasses.replace(entry, provider=fused.provider, reason=fused.detail)
         refused = context.refused[name]
         return dataclasses.replace(entry, gate=refused.gate, reason=refused.reason)
 
