@@ -15,8 +15,10 @@ import pytest
 # Before torch is imported, here and in every process that a test starts: with CI set, torch raises where it would
 # otherwise only warn (a custom operator whose result is its input), so a test must not pass here and fail there.
 os.environ.setdefault("CI", "true")
-# Tables that this machine's user has tuned would change which provider a test gets.
-os.environ["FUSEWIRE_CACHE_DIR"] = _TABLES = tempfile.mkdtemp(prefix="fusewire-tests-")
+# Tables that this machine's user has tuned would change which provider a test gets. The folder of a process of
+# pytest-xdist lies in that of the process that started it, which removes both: xdist's processes end without atexit.
+_OUTER = os.environ.get("FUSEWIRE_CACHE_DIR") if "PYTEST_XDIST_WORKER" in os.environ else None
+os.environ["FUSEWIRE_CACHE_DIR"] = _TABLES = tempfile.mkdtemp(prefix="fusewire-tests-", dir=_OUTER)
 atexit.register(shutil.rmtree, _TABLES, ignore_errors=True)
 
 sys.path.insert(0, str(Path(__file__).parent))
