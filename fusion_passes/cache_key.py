@@ -13,6 +13,7 @@ from fusewire import custom_ops, fusion_passes, patterns
 from fusewire.custom_ops.ops.registry import all_ops, machine_support, parse_policy
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment
 from fusewire.fusion_passes.registry import registered_passes
+from fusewire.fusion_passes.spmd.fingerprint import has_peers
 
 
 @functools.lru_cache(maxsize=1)
@@ -42,8 +43,9 @@ def cache_key(config: PassConfig) -> str:
 
 
 def _groups() -> list[str]:
-    """Return this process's groups with their sizes, which checks read and graphs do not hold."""
+    """Return what checks read of this process's groups, and graphs do not hold."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return []
-    known = torch.distributed.distributed_c10d._world.pg_map
-    return sorted(f"group {group.group_name}: {group.size()} ranks" for group in known)
+    names = [(group.group_name, group) for group in torch.distributed.distributed_c10d._world.pg_map]
+    # Graphs compiled for torch's fake group compare nothing between ranks; no real group may find them.
+    return sorted(f"{name}: {group.size()} ranks, peers: {has_peers(name)}" for name, group in names)

@@ -556,6 +556,17 @@ def test_a_second_process_runs_fused(tmp_path):
             assert [entry.status for entry in graph.entries] == ["fused"]
 
 
+def test_real_ranks_do_not_find_a_graph_compiled_for_a_fake_group():
+    """The fake group's graph compares nothing between ranks; the real ranks' report would name peers to compare with."""
+    options = {"expect_fused": "all"}
+    assert not hit(**options)
+    folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    said = run_ranks(_on_a_rank, 2, "autograd", cache_dir=folder)
+    assert any(rank["misses"] for rank in said)  # one rank may find what the other has just made
+    assert all(rank["right"] for rank in said)
+    assert hit(**options)
+
+
 def test_machine_support_is_asked_once_per_provider(monkeypatch, zeros):
     """The key asks whether providers can serve here, for each compilation: the answer must be kept."""
     asked = []
