@@ -5,6 +5,7 @@ Names that every call uses are bound directly: a wrapper function would cost hos
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -37,13 +38,14 @@ def store_of(group: dist.ProcessGroup) -> dist.distributed_c10d.Store:
     return dist.distributed_c10d._get_process_group_store(group)
 
 
-def collective_timeouts_s(group: dist.ProcessGroup) -> list[float]:
-    """Return the timeout in seconds of each backend's collectives, if it has one."""
-    try:
-        backends = [group._get_backend(torch.device(device)) for device in group._device_types]  # type: ignore[attr-defined]
-        return [backend.options._timeout.total_seconds() for backend in backends]
-    except (AttributeError, RuntimeError):  # a backend without options
-        return []
+def collective_timeouts_s(group: dist.ProcessGroup) -> dict[str, float]:
+    """Return the timeout in seconds of a group's collectives, by device type, where there is one."""
+    found: dict[str, float] = {}
+    for device in getattr(group, "_device_types", ()):
+        with contextlib.suppress(AttributeError, RuntimeError):  # a backend without options
+            options = group._get_backend(torch.device(device)).options  # type: ignore[attr-defined]
+            found[torch.device(device).type] = options._timeout.total_seconds()
+    return found
 
 
 def all_reduce(x: Tensor, group_name: str) -> Tensor:

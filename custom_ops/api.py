@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from fusewire.custom_ops.coordination.watchdog import WATCHDOG
 from fusewire.custom_ops.dispatch import derived_ops, dispatcher
 from fusewire.custom_ops.dispatch.table_vote import tuned_cost_model
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
@@ -19,7 +21,7 @@ from fusewire.custom_ops.tuning import tuner
 from fusewire.custom_ops.workspaces.precompile import compile_ahead
 from fusewire.custom_ops.workspaces.provider import OUTPUTS, PROVIDERS, WorkspaceKey, WorkspaceProvider
 from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
-from fusewire.errors import ConfigError, WorkspaceError
+from fusewire.errors import ConfigError, FusewireError, WorkspaceError
 
 # Importing these registers providers. They import Triton and FlashInfer at their first use.
 REGISTERED = (torch_norm, triton_norm, batch_invariant, flashinfer, symm_mem, dispatcher, derived_ops, tuner)
@@ -60,16 +62,33 @@ def check() -> None:
     """Raise the error of a failed fused call on this rank, if there is one.
 
     A kernel whose wait for a peer times out writes NaN and an error that the next call on its
-    workspace raises. This raises it without a call, for example before results leave the GPU. It
-    covers the calls that have ended. Not a collective; does not wait; takes microseconds.
+    workspace raises. This raises it without a call: after replays of CUDA graphs, before results
+    leave the GPU. It covers the calls that have ended. Not a collective; does not wait; takes
+    microseconds; thread-safe.
 
     Raises:
-        PeerTimeoutError: a rank did not take part in a call; the message names the rank and the
-            operation.
+        PeerTimeoutError: a rank did not take part in a call; the message names the rank, the
+            operation and the call's number.
+        RankMismatchError: a rank made another call.
     """
-    for entry in list(REGISTRY.entries.values()):
-        if entry.workspace is not None:
-            entry.workspace.check_errors()
+    for workspace in REGISTRY.made():
+        error = workspace.fault()
+        if error is not None:
+            raise error
+
+
+def on_fault(handler: Callable[[FusewireError], object]) -> Callable[[], None]:
+    """Call a handler with the error of each fused call that fails on this rank from now on.
+
+    A thread looks for failed calls every FUSEWIRE_WATCHDOG_INTERVAL_S seconds, so this needs no
+    call and covers replays of CUDA graphs. The handler runs in that thread, once for each
+    workspace. It must not wait for the GPU: kernels may still wait for a peer. `check` and the next
+    call raise the same error. An exception of the handler is logged.
+
+    Returns:
+        A function that removes the handler.
+    """
+    return WATCHDOG.on_fault(handler)
 
 
 def workspaces() -> list[WorkspaceInfo]:
@@ -153,7 +172,7 @@ def _prepare_one(
         elif existing.workspace.max_tokens < wanted:
             raise WorkspaceError(
                 f"the workspace ({key}) holds {existing.workspace.max_tokens} tokens, {wanted} are asked for; "
-                "fusewire.close() it first on every rank (CUDA graphs captured with it become invalid)"
+                "fusewire.close() it first on every rank (CUDA graphs captured with it become invalid: captured=True)"
             )
     entry = REGISTRY.open(provider, group, dtype, hidden, device, lambda machine: wanted, outputs)
     compile_ahead(provider, entry, group)
@@ -161,10 +180,18 @@ def _prepare_one(
     return _info(entry)
 
 
-def close(group: dist.ProcessGroup | str | None = None) -> None:
+def close(group: dist.ProcessGroup | str | None = None, *, captured: bool = False) -> None:
     """Free all workspaces, or those of one group. Idempotent; runs at exit. Every rank calls it.
 
-    CUDA graphs captured with a workspace must not be replayed afterwards. The next call makes a new
-    workspace.
+    The next call makes a new workspace.
+
+    Args:
+        group: the process group or its name; None means all groups.
+        captured: free also workspaces that CUDA graphs have captured. Delete these graphs before:
+            a replay would read and write freed memory, here and on the peers.
+
+    Raises:
+        WorkspaceError: CUDA graphs have captured a workspace, and `captured` is false. Nothing was
+            freed.
     """
-    REGISTRY.close(group.group_name if isinstance(group, dist.ProcessGroup) else group)
+    REGISTRY.close(group.group_name if isinstance(group, dist.ProcessGroup) else group, captured=captured)

@@ -1,7 +1,8 @@
-"""Read environment variables that are switches, and set variables temporarily."""
+"""Read environment variables (switches, choices, seconds), and set variables temporarily."""
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,31 @@ def env_flag(name: str) -> bool:
     if value in _FALSE:
         return False
     raise ConfigError(f"{name}={value!r} is neither on (1, true, yes, on) nor off (0, false, no, off, unset)")
+
+
+def env_choice(name: str, choices: tuple[str, ...]) -> str:
+    """Return a variable's value, the first of the choices if it is unset; ConfigError for others."""
+    value = os.environ.get(name, "").strip().lower() or choices[0]
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is none of {', '.join(choices)}")
+    return value
+
+
+def parse_seconds(name: str, text: str) -> float | None:
+    """Return a variable's text as seconds, None if it is empty.
+
+    Raises:
+        ConfigError: it is not a positive, finite number.
+    """
+    if not text.strip():
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{name}={text!r} is not a positive number of seconds")
+    return value
 
 
 @dataclass

@@ -20,7 +20,7 @@ if _importlib_util.find_spec("fusewire.custom_ops") is None:
     )
 
 import fusewire.fusion_passes.compiler.cache_artifact  # noqa: F401 (registers a kind of artifact)
-from fusewire.custom_ops.api import check, close, prepare, workspaces
+from fusewire.custom_ops.api import check, close, on_fault, prepare, workspaces
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.ops.registration import register_op
@@ -73,6 +73,7 @@ __all__ = [
     "enable",
     "fused_add_rms_norm",
     "ir_op_priority",
+    "on_fault",
     "prepare",
     "register_op",
     "register_pass",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from fusewire.custom_ops.coordination.busy import busy
 from fusewire.errors import ConfigError
 from fusewire.fusion_passes.cache_key import cache_key
 from fusewire.fusion_passes.compiler.compile_fx import (
@@ -180,7 +181,7 @@ def _compilation(model: GraphModule, example_inputs: Sequence[Any], config: Pass
     Raises:
         PeerTimeoutError, RankMismatchError: ranks cannot agree on a graph that the cache may hold.
     """
-    with reports_kept(compilation_name(model, example_inputs, cache_key(config))) as cache:
+    with busy(), reports_kept(compilation_name(model, example_inputs, cache_key(config))) as cache:
         # A rank that finds the graph in the cache runs no pass, so it compares with its peers here.
         prints = cache.fingerprints
         unfused = agree(prints, wait=not config.compile_alone)

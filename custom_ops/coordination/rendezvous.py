@@ -35,8 +35,9 @@ import torch
 import torch.distributed as dist
 
 from fusewire.custom_ops._torch_private import process_group
+from fusewire.custom_ops.coordination.busy import poll_ranks
 from fusewire.custom_ops.coordination.store import GroupStore, poll
-from fusewire.custom_ops.coordination.timeouts import EXPLANATION_S, TIMEOUT_VARIABLE, group_timeout_s
+from fusewire.custom_ops.coordination.timeouts import TIMEOUT_VARIABLE, Limit, group_timeout_s, limit_s
 from fusewire.custom_ops.coordination.vote import Channel, VoteResult, vote
 from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.errors import PeerTimeoutError, RankMismatchError
@@ -202,11 +203,13 @@ class _Meetings:
         def who() -> str:
             return f"{_listed([self.ranks[peer] for peer in absent])} of group {group.group_name!r} before {label}"
 
-        limit_s = group_timeout_s(group)
-        differing = poll(look, limit_s, waiting_for=who, spin_s=_SPIN_S)
+        most_s = group_timeout_s(group)
+        differing = poll_ranks(
+            lambda: [self.ranks[peer] for peer in absent], look, most_s, waiting_for=who, spin_s=_SPIN_S
+        )
         if differing is None:
             raise PeerTimeoutError(
-                f"{who()}: did not come within {limit_s:.0f} s. Either it runs something else there (the program without "
+                f"{who()}: did not come within {most_s:.0f} s. Either it runs something else there (the program without "
                 "compiling it, another graph, a graph that breaks elsewhere), or it has stopped, or it takes longer: "
                 f"{TIMEOUT_VARIABLE} sets how long to wait, and the group's own timeout bounds it. Make every rank run the "
                 "same program, or set FUSEWIRE_DISABLE=1 on all of them"
@@ -228,7 +231,7 @@ class _Meetings:
                     found[rank] = text
             return len(found) == len(self.ranks) or None
 
-        poll(look, EXPLANATION_S)
+        poll(look, limit_s(Limit.EXPLANATION))
         return found
 
     def _explain(self, group: dist.ProcessGroup, text: str) -> None:

@@ -11,12 +11,13 @@ import torch.distributed as dist
 
 from fusewire.custom_ops._torch_private import store_of
 from fusewire.custom_ops.coordination.log import log_line
-from fusewire.custom_ops.coordination.timeouts import ANNOUNCE_AFTER_S
+from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.errors import ProcessGroupError
 
 T = TypeVar("T")
 _PREFIX = "fusewire/"
 _NO_VALUE = "no value"  # never written
+_UNSEEN = object()
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05
 
 
@@ -63,7 +64,7 @@ class GroupStore:
 
 def poll(
     look: Callable[[], T | None],
-    limit_s: float,
+    timeout_s: float,
     *,
     waiting_for: Callable[[], str] | None = None,
     progress: Callable[[], object] | None = None,
@@ -73,7 +74,7 @@ def poll(
 
     Args:
         look: returns None to continue. Its exceptions end the wait.
-        limit_s: the time limit in seconds.
+        timeout_s: the time limit in seconds.
         waiting_for: returns a text that is logged once if the wait is long.
         progress: the time limit restarts when its return value changes.
         spin_s: poll without pauses for this many seconds, if a look takes less than a microsecond.
@@ -82,22 +83,22 @@ def poll(
         What `look` returned, or None if the limit has passed.
     """
     start = changed = next_progress = time.monotonic()
-    last = progress() if progress is not None else None
+    last: object = _UNSEEN
     pause, announced = _SHORTEST_PAUSE_S, waiting_for is None
     while (found := look()) is None:
         now = time.monotonic()
         if progress is not None and now >= next_progress:
-            next_progress = now + min(2.0, limit_s / 4)
+            next_progress = now + min(2.0, timeout_s / 4)
             if (seen := progress()) != last:
-                last, changed = seen, now
-        if now - changed > limit_s:
+                last, changed = seen, now if last is not _UNSEEN else changed
+        if now - changed > timeout_s:
             return look()
-        if not announced and now - start > ANNOUNCE_AFTER_S:
-            announced = True
-            log_line(f"waiting for {waiting_for()}, at most {limit_s:.0f} s")  # type: ignore[misc]
         if now - start < spin_s:
             os.sched_yield()
             continue
+        if not announced and now - start > limit_s(Limit.ANNOUNCEMENT):
+            announced = True
+            log_line(f"waiting for {waiting_for()}, at most {timeout_s:.0f} s")  # type: ignore[misc]
         time.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_PAUSE_S)
     return found

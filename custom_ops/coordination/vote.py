@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-import time
 import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +26,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fusewire.custom_ops.coordination.busy import busy, poll_ranks
 from fusewire.custom_ops.coordination.store import GroupStore, poll
-from fusewire.custom_ops.coordination.timeouts import PUBLISH_S, TIMEOUT_VARIABLE, outcome_timeout_s, timeout_s
+from fusewire.custom_ops.coordination.timeouts import TIMEOUT_VARIABLE, Limit, limit_s, outcome_timeout_s
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
 T = TypeVar("T")
@@ -52,25 +52,20 @@ class Channel:
 
     Args:
         label: a name for the channel's purpose, the same on every rank.
-        wait_s: the limit of a wait for a rank in seconds; by default `timeout_s()`.
+        wait_s: the limit of a wait for a rank in seconds; by default `Limit.VOTE`.
     """
 
     def __init__(self, group: dist.ProcessGroup, label: str, wait_s: float | None = None) -> None:
         self.rank = group.rank()
         self.size = group.size()
         self.global_ranks = dist.get_process_group_ranks(group)
-        self.wait_s = timeout_s() if wait_s is None else wait_s
+        self.wait_s = limit_s(Limit.VOTE) if wait_s is None else wait_s
         self.label = label
         self._store = GroupStore(group)
         self._group_name = group.group_name
         self._session = _NO_SESSION
         self._abort_reason = ""
-        self._written: set[str] = set()
-
-    def beat(self) -> None:
-        """Restart the time limit of ranks that wait for this rank's vote."""
-        self._written.add(key := f"{self.label}/beat/{self.rank}")
-        self._store.set(key, uuid.uuid4().hex)
+        self._abort_key = ""  # as long as it is in the store
 
     def abort(self, reason: str) -> None:
         """Make `allgather` raise WorkspaceError: here for good, on other ranks until `clear`.
@@ -79,13 +74,14 @@ class Channel:
         are not affected.
         """
         self._abort_reason = reason
-        self._written.add(key := f"{self.label}/{self._session}/abort")
-        self._store.set_once(key, reason)
+        self._abort_key = f"{self.label}/{self._session}/abort"
+        self._store.set_once(self._abort_key, reason)
 
     def clear(self) -> None:
-        """Remove the keys that `beat` and `abort` wrote."""
-        while self._written:
-            self._store.delete(self._written.pop())
+        """Remove the key that `abort` wrote."""
+        if self._abort_key:
+            self._store.delete(self._abort_key)
+            self._abort_key = ""
 
     def allgather(self, data: Any) -> tuple[Any, ...]:
         """Return the objects of all ranks. A collective. Tuples arrive as lists.
@@ -154,7 +150,7 @@ class Channel:
 
     def _follow(self, key: str, topic: str, ballot: str, abortable: bool) -> str:
         """Post a ballot as another rank and wait for the outcome."""
-        own, limit_s = f"{key}/{self.rank}", outcome_timeout_s(self.wait_s)
+        own, most_s = f"{key}/{self.rank}", outcome_timeout_s(self.wait_s)
 
         def look() -> str | None:
             text = self._store.get(own) or ""
@@ -162,22 +158,22 @@ class Channel:
 
         self._store.set(own, ballot)
         try:
-            outcome = self._wait(look, limit_s, abortable)
+            outcome = self._wait(look, most_s, abortable)
             if outcome is None and not self._store.replace(own, ballot, _WITHDRAWN):
-                outcome = poll(look, PUBLISH_S)  # the ballot has been taken
+                outcome = poll(look, limit_s(Limit.PUBLICATION))  # the ballot has been taken
         finally:
             self._store.delete(own)
         if outcome is None:
             raise PeerTimeoutError(
-                f"{self.label}: rank {self.global_ranks[0]} did not publish the outcome of {topic!r} within {limit_s:.0f} "
+                f"{self.label}: rank {self.global_ranks[0]} did not publish the outcome of {topic!r} within {most_s:.0f} "
                 f"s; has it died, or does it run another program? ({TIMEOUT_VARIABLE} sets how long to wait)"
             )
         return outcome
 
     def _wait(
-        self, look: Callable[[], T | None], limit_s: float, abortable: bool, awaited: Callable[[], str] | None = None
+        self, look: Callable[[], T | None], most_s: float, abortable: bool, awaited: Callable[[], str] | None = None
     ) -> T | None:
-        """Poll `look`; if abortable an abort ends it, else beats restart the time limit."""
+        """Poll `look`; if abortable an abort ends it, else busy ranks restart the time limit."""
 
         def look_out() -> T | None:
             reason = abortable and (self._abort_reason or self._store.get(f"{self.label}/{self._session}/abort"))
@@ -185,10 +181,10 @@ class Channel:
                 raise WorkspaceError(reason)
             return look()
 
-        def beats() -> list[str | None]:
-            return [self._store.get(f"{self.label}/beat/{rank}") for rank in range(self.size)]
-
-        return poll(look_out, limit_s, waiting_for=awaited, progress=None if abortable else beats)
+        if abortable:
+            return poll(look_out, most_s, waiting_for=awaited)
+        others = [rank for rank in self.global_ranks if rank != self.global_ranks[self.rank]]
+        return poll_ranks(lambda: others, look_out, most_s, waiting_for=awaited)
 
 
 @dataclass(frozen=True)
@@ -243,7 +239,7 @@ def vote(
         channel.barrier()
     answer: dict[str, Any] = {"reason": "", "facts": {}, "fatal": False}
     try:
-        found = work() if work_s is None else in_thread(work, work_s, topic, channel)
+        found = work() if work_s is None else in_thread(work, work_s, topic)
         answer["facts"] = json.loads(_encode(dict(found or {})))  # raises for other types: a "no"
     except Exception as error:
         answer["reason"] = describe(error)
@@ -261,8 +257,8 @@ def vote(
     return result
 
 
-def in_thread(work: Callable[[], Any], limit_s: float, topic: str, channel: Channel) -> Any:
-    """Call work() in a thread, with beats on the channel, and give up after limit_s seconds.
+def in_thread(work: Callable[[], Any], most_s: float, topic: str) -> Any:
+    """Call work() in a thread, as a busy rank, and give up after most_s seconds.
 
     A library may wait for a peer for ever. Buffers made in the thread also lie outside the pool
     that the caller's thread uses while Inductor's CUDA graphs warm up, which they will overwrite.
@@ -282,15 +278,10 @@ def in_thread(work: Callable[[], Any], limit_s: float, topic: str, channel: Chan
 
     thread = threading.Thread(target=run, name=f"fusewire {topic}", daemon=True)
     thread.start()
-    start = time.monotonic()
-    try:
-        while thread.is_alive() and time.monotonic() - start < limit_s:
-            thread.join(min(5.0, channel.wait_s / 4, limit_s))
-            channel.beat()
-    finally:
-        channel.clear()
+    with busy():
+        thread.join(most_s)
     if not result:
-        raise WorkspaceError(f"{topic} did not end within {limit_s:.0f} s")
+        raise WorkspaceError(f"{topic} did not end within {most_s:.0f} s")
     value, error = result[0]
     if error is not None:
         raise error

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
+from fusewire.custom_ops.dispatch.compare_calls import compare_call, compare_provider, comparing
 from fusewire.custom_ops.dispatch.decisions import Decision
 from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.ops.norms import BATCH_INVARIANT_NORMS, TRITON_NORM, fused_add_rms_norm, rms_norm
@@ -39,7 +40,11 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
     Raises: as `fusewire.custom_ops.dispatch.dispatcher.select`.
     """
     assert op.derives_from is not None
+    if comparing():
+        compare_call(op, args, policy)
     decision = dispatch.decide(op.derives_from, op.base_args(args), policy)
+    if comparing():
+        compare_provider(op, args, decision)
     residual, weight, inner_weight = args[1], args[2], args[6]
     key = (
         op.name,

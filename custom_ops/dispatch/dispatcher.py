@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from fusewire.custom_ops._torch_private import process_group
+from fusewire.custom_ops.dispatch.compare_calls import compare_call, compare_provider, comparing
 from fusewire.custom_ops.dispatch.cost_model import find_cost_model
 from fusewire.custom_ops.dispatch.decisions import Decision, Decisions
 from fusewire.custom_ops.dispatch.pick import Capacity, Pick, Shape, pick, wanted_tokens, why_no_workspace
@@ -38,9 +39,14 @@ _decisions = Decisions(_MAX_DECISIONS)
 def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
     """Return the provider for a call, its `fn` bound to workspace and variant (a selector).
 
-    Raises: as `decide`.
+    Raises: as `decide`, and RankMismatchError in the debug mode of `compare_calls`.
     """
-    return decide(op, args, policy).provider
+    if not comparing():
+        return decide(op, args, policy).provider
+    compare_call(op, args, policy)
+    decision = decide(op, args, policy)
+    compare_provider(op, args, decision)
+    return decision.provider
 
 
 def decide(op: IrOp, args: tuple[Any, ...], policy: str) -> Decision:

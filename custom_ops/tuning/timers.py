@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from fusewire.custom_ops.coordination.log import log_line
+from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.ops.all_reduce_norm import sum_in_rank_order
 from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, normalize
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
 EPS = 1e-6
-# Seconds; longer than the limit of kernels that give up by themselves (symm_mem: 120 s).
-WAIT_S = 130.0
 ROWS_AT_ONCE = 1024
 # Bytes of a copy that measures a link; smaller copies do not reach its full speed.
 _LEAST_COPY_BYTES, _MOST_COPY_BYTES = 4 << 20, 64 << 20
@@ -91,12 +90,12 @@ class GpuTimer(Timer):
     def wait(self) -> None:
         done = torch.cuda.Event()
         done.record()
-        start = time.monotonic()
+        start, most_s = time.monotonic(), limit_s(Limit.TIMED_CALL)
         while not done.query():
             waited = time.monotonic() - start
-            if waited > WAIT_S:
+            if waited > most_s:
                 raise PeerTimeoutError(
-                    f"a call that was being timed did not end within {WAIT_S:.0f} s: a rank is missing, or its GPU "
+                    f"a call that was being timed did not end within {most_s:.0f} s: a rank is missing, or its GPU "
                     "cannot reach the others; this process cannot go on"
                 )
             if waited > 0.05:  # poll without sleeping before, to keep the ranks close together

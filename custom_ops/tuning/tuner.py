@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusewire.custom_ops.coordination.log import log_line
+from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.coordination.vote import in_thread
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch import table_store, table_vote
@@ -35,8 +36,6 @@ from fusewire.errors import ConfigError, PeerTimeoutError, WorkspaceError
 
 DEFAULT_MAX_TOKENS = 8192
 BUDGET_S = 30.0
-# Seconds; measuring stops after this plus ten times the budget, since compilers may run before.
-LIMIT_S = 120.0
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -112,7 +111,7 @@ def tune(
         run.open(names)
         # In another thread, because this one may allocate from a pool that Inductor's CUDA graphs
         # will overwrite.
-        in_thread(run.measure, LIMIT_S + 10 * budget_s, "tuning", run.channel)
+        in_thread(run.measure, limit_s(Limit.TUNING) + 10 * budget_s, "tuning")
         tuned = run.finish(save)
     except BaseException as error:
         if run.busy or isinstance(error, PeerTimeoutError):
@@ -250,7 +249,7 @@ class _Run(Measurement):
     def close(self) -> None:
         """Free the workspaces that were made for this tuning."""
         for key in self.opened:
-            REGISTRY.drop(key)
+            REGISTRY.drop(key, captured=True)  # the timers' graphs are gone
         if self.device.type == "cuda" and self.opened:
             torch.cuda.empty_cache()
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
+from fusewire.custom_ops.coordination.busy import busy
 from fusewire.custom_ops.coordination.log import log_progress
-from fusewire.custom_ops.coordination.timeouts import ANNOUNCE_COMPILING_AFTER_S
+from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.workspaces.provider import WorkspaceProvider
 from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
@@ -27,7 +28,7 @@ def compile_ahead(provider: WorkspaceProvider, entry: Entry, group: dist.Process
     channel = Channel(group, f"{entry.key} ahead")
     for topic, share in (("own share", pieces[group.rank() :: group.size()]), ("all", pieces)):
         text = f"compiling {len(pieces)} kernels of {provider.name} ahead (once: they are kept on disk)"
-        with log_progress(text, after_s=ANNOUNCE_COMPILING_AFTER_S):
+        with log_progress(text, after_s=limit_s(Limit.COMPILING_ANNOUNCEMENT)):
             result = vote(channel, f"compile ahead, {topic}", lambda share=share: _run(share))  # type: ignore[misc]
         if not result.ok:
             REGISTRY.refuse(entry, f"compiling ahead: {result.reason}")
@@ -35,5 +36,6 @@ def compile_ahead(provider: WorkspaceProvider, entry: Entry, group: dist.Process
 
 
 def _run(pieces: Sequence[Callable[[], object]]) -> None:
-    for piece in pieces:
-        piece()
+    with busy():
+        for piece in pieces:
+            piece()

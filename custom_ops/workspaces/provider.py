@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 
 from fusewire.custom_ops.coordination.rendezvous import host
-from fusewire.custom_ops.coordination.timeouts import MACHINE_CHECK_S
+from fusewire.custom_ops.coordination.timeouts import Limit
 from fusewire.custom_ops.coordination.vote import Channel
+from fusewire.custom_ops.coordination.watchdog import WATCHDOG
 from fusewire.custom_ops.ops.registry import Support
 from fusewire.custom_ops.workspaces.stream_order import StreamOrder
-from fusewire.errors import WorkspaceError
+from fusewire.errors import FusewireError, WorkspaceError
 
 
 class WorkspaceKey(NamedTuple):
@@ -35,7 +36,13 @@ class WorkspaceKey(NamedTuple):
 
 
 class Workspace(abc.ABC):
-    """Buffers of one provider for one key, on one device. Subclasses free them in `release`."""
+    """Buffers of one provider for one key, on one device. Subclasses free them in `release`.
+
+    Attributes:
+        closed: whether calls are refused.
+        released: whether the buffers are freed.
+        captured: whether a CUDA graph has captured a call, and so needs the buffers.
+    """
 
     def __init__(self, key: WorkspaceKey, max_tokens: int, nbytes: int, device: torch.device) -> None:
         self.key = key
@@ -43,7 +50,7 @@ class Workspace(abc.ABC):
         self.nbytes = nbytes
         self.device = device
         self.order = StreamOrder.of(device)
-        self.closed = False
+        self.closed = self.captured = self.released = False
 
     def check_call(self, tokens: int, device: torch.device) -> None:
         """Raise WorkspaceError if a call does not fit.
@@ -64,8 +71,19 @@ class Workspace(abc.ABC):
                 "torch.cuda.set_device before the first call or fusewire.prepare"
             )
 
-    def check_errors(self) -> None:  # noqa: B027 - only some have errors that outlast a call
-        """Raise an earlier call's error, as the next call would. Does not wait."""
+    def fault(self) -> FusewireError | None:
+        """Return the error of an earlier call, else None. Does not wait; thread-safe."""
+        return None
+
+    def enter(self, device_index: int) -> None:
+        """Order the next launch after earlier calls; `order.lock` must be held until the launch."""
+        if self.order.enter(device_index):
+            self.captured = True
+
+    def retire(self) -> None:
+        """Refuse calls from now on and keep the buffers, for the CUDA graphs that need them."""
+        with self.order.lock:
+            self.closed = True
 
     def close(self) -> None:
         """Wait for the device and free the buffers. Idempotent. Invalidates captured CUDA graphs.
@@ -74,11 +92,14 @@ class Workspace(abc.ABC):
         workspace closed.
         """
         with self.order.lock:
-            if self.closed:
+            if self.released:
                 return
-            self.closed = True
-        if self.device.type == "cuda" and torch.cuda.is_initialized():
-            torch.cuda.synchronize(self.device)
+            self.closed = self.released = True
+        try:
+            if self.device.type == "cuda" and torch.cuda.is_initialized():
+                torch.cuda.synchronize(self.device)
+        finally:
+            WATCHDOG.unwatch(self)
         self.release()
 
     @abc.abstractmethod
@@ -104,8 +125,8 @@ class WorkspaceProvider(abc.ABC):
     name: str
     # Ways to compute a call, named as in cost models ("flashinfer/oneshot", ...).
     variants: tuple[str, ...]
-    # The most seconds that `machine` may take, including compilation.
-    machine_s: float = MACHINE_CHECK_S
+    # The limit of `machine`, including compilation.
+    machine_limit = Limit.MACHINE_CHECK
 
     @abc.abstractmethod
     def machine(self, group: dist.ProcessGroup, device: torch.device) -> Mapping[str, Any]:

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fusewire.custom_ops.coordination.timeouts import limit_s
 from fusewire.custom_ops.coordination.vote import Channel, vote
+from fusewire.custom_ops.coordination.watchdog import WATCHDOG, action
 from fusewire.custom_ops.ops.registry import YES
 from fusewire.custom_ops.workspaces.capture import refuse_capture
 from fusewire.custom_ops.workspaces.provider import Request, Workspace, WorkspaceKey, WorkspaceProvider
@@ -51,6 +53,8 @@ class WorkspaceRegistry:
     machines: dict[tuple[str, str], Entry] = field(default_factory=dict)
     # The agreed table (dispatch.table_vote.AgreedTable) by group name, hidden size and dtype.
     tables: dict[tuple[str, int, torch.dtype], Any] = field(default_factory=dict)
+    # Workspaces without an entry, whose buffers captured CUDA graphs need.
+    retired: list[Workspace] = field(default_factory=list)
     version: int = 0  # grows with every change that invalidates decisions stored elsewhere
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -71,12 +75,15 @@ class WorkspaceRegistry:
         if found is not None and found.serves(group):
             return found
         refuse_capture(provider.name, f"group {name}")
+        action()  # raises before the ranks share anything
         with self.lock:
             found = self.machines.get((provider.name, name))
             if found is not None and found.serves(group):  # voted on by another thread meanwhile
                 return found
             channel = Channel(group, f"{provider.name} group {name}")
-            result = vote(channel, "machine", lambda: provider.machine(group, device), work_s=provider.machine_s)
+            result = vote(
+                channel, "machine", lambda: provider.machine(group, device), work_s=limit_s(provider.machine_limit)
+            )
             support = provider.validate(result.facts) if result.ok else YES
             key = WorkspaceKey(provider.name, name, torch.uint8, 0)
             entry = Entry(key, weakref.ref(group), None, result.reason or support.reason, result.facts)
@@ -156,6 +163,7 @@ class WorkspaceRegistry:
             raise
         if result.ok:
             entry.workspace = made[0]
+            WATCHDOG.watch(made[0])
             return
         entry.refusal = result.reason
         for workspace in made:
@@ -174,24 +182,54 @@ class WorkspaceRegistry:
         entry.workspace, entry.refusal = None, refusal
         self.entries[entry.key] = entry
 
-    def drop(self, key: WorkspaceKey) -> None:
-        """Forget an entry and free its workspace, if there is one."""
+    def drop(self, key: WorkspaceKey, *, captured: bool = False) -> None:
+        """Forget an entry and free its workspace, if there is one.
+
+        A workspace that CUDA graphs have captured is freed only if `captured`; else it is retired.
+        """
         entry = self.entries.pop(key, None)
         if entry is not None:
             self.changed()
-            if entry.workspace is not None:
+            if entry.workspace is not None and entry.workspace.captured and not captured:
+                entry.workspace.retire()
+                self.retired.append(entry.workspace)
+            elif entry.workspace is not None:
                 entry.workspace.close()
 
-    def close(self, group_name: str | None = None) -> None:
-        """Free the workspaces (of one group) and forget failures. Idempotent."""
+    def made(self) -> list[Workspace]:
+        """Return every workspace that has its buffers, retired ones too."""
+        return [*(entry.workspace for entry in list(self.entries.values()) if entry.workspace), *self.retired]
+
+    def close(self, group_name: str | None = None, *, captured: bool = False) -> None:
+        """Free the workspaces (of one group) and forget failures. Idempotent.
+
+        Args:
+            captured: free also those that CUDA graphs have captured.
+
+        Raises:
+            WorkspaceError: CUDA graphs have captured one, and `captured` is false. All stay.
+        """
         with self.lock:
+            if not captured:
+                self._check_uncaptured(group_name)
+            for workspace in [made for made in self.retired if group_name in (None, made.key.group_name)]:
+                self.retired.remove(workspace)
+                workspace.close()
             for key in [k for k in self.entries if group_name in (None, k.group_name)]:
-                self.drop(key)
+                self.drop(key, captured=captured)
             for pair in [p for p in self.machines if group_name in (None, p[1])]:
                 del self.machines[pair]
             for voted in [v for v in self.tables if group_name in (None, v[0])]:
                 del self.tables[voted]
             self.changed()
+
+    def _check_uncaptured(self, group_name: str | None) -> None:
+        found = [made.key for made in self.made() if made.captured and group_name in (None, made.key.group_name)]
+        if found:
+            raise WorkspaceError(
+                "CUDA graphs have captured calls on these workspaces and would use freed memory: "
+                f"{'; '.join(map(str, found))}. Delete the graphs, then call fusewire.close(captured=True) on every rank"
+            )
 
 
 REGISTRY = WorkspaceRegistry()
@@ -217,4 +255,4 @@ def check_memory(nbytes: int, device: torch.device, spare: int = 64 << 20) -> No
 @atexit.register
 def _close_at_exit() -> None:
     with contextlib.suppress(Exception):  # a failed device cannot be waited for
-        REGISTRY.close()
+        REGISTRY.close(captured=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 
 import torch
+from torch.cuda import is_current_stream_capturing as capturing
 
 from fusewire.custom_ops._torch_private import current_raw_stream
-from fusewire.custom_ops.workspaces.capture import capturing
+from fusewire.errors import CaptureError
 
 
 class StreamOrder:
@@ -15,8 +16,9 @@ class StreamOrder:
 
     Kernels that wait for their peers take the whole GPU. Two at once, in different order on two
     ranks, would wait for each other for ever. So a call on another stream than the last call's
-    waits for that stream. Captured calls are ordered by their graph; the caller orders replays on
-    other streams.
+    waits for that stream. In the capture of a CUDA graph likewise, so that the branches of one
+    graph make their calls one after another. The caller orders replays: a graph is replayed on the
+    stream of the calls beside it, or behind an event of that stream.
 
     Attributes:
         lock: held from `enter` until the launch. Otherwise two threads could enter in one order and
@@ -27,19 +29,53 @@ class StreamOrder:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._raw: int | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._last = _Last()
+        self._last_captured = _Last()
 
     @classmethod
     def of(cls, device: torch.device) -> StreamOrder:
         """Return the order of a device. Thread-safe."""
         return cls._by_device.setdefault(-1 if device.index is None else device.index, cls())
 
-    def enter(self, device_index: int) -> None:
-        """Order the next launch on the current stream after earlier calls. Needs `lock` held."""
-        raw = current_raw_stream(device_index)
-        if raw != self._raw and not capturing():
+    def enter(self, device_index: int) -> bool:
+        """Order the next launch on the current stream after earlier calls. Needs `lock` held.
+
+        Returns:
+            Whether a CUDA graph is being captured.
+
+        Raises:
+            CaptureError: two CUDA graphs are being captured at the same time.
+        """
+        raw, captured = current_raw_stream(device_index), capturing()
+        last = self._last_captured if captured else self._last
+        if raw != last.raw:
             stream = torch.cuda.current_stream(device_index)
-            if self._stream is not None:
-                stream.wait_event(self._stream.record_event())
-            self._raw, self._stream = raw, stream
+            if last.stream is not None and (not captured or _is_capturing(last.stream)):
+                _wait(stream, last.stream, captured)
+            last.raw, last.stream = raw, stream
+        return captured
+
+
+class _Last:
+    """The stream of the last call, eager or captured."""
+
+    def __init__(self) -> None:
+        self.raw: int | None = None
+        self.stream: torch.cuda.Stream | None = None
+
+
+def _is_capturing(stream: torch.cuda.Stream) -> bool:
+    with torch.cuda.stream(stream):
+        return capturing()
+
+
+def _wait(stream: torch.cuda.Stream, earlier: torch.cuda.Stream, captured: bool) -> None:
+    try:
+        stream.wait_event(earlier.record_event())
+    except RuntimeError as error:
+        if not captured:
+            raise
+        raise CaptureError(
+            "two streams capture fused calls at the same time, and their calls cannot be ordered: capture one CUDA graph "
+            f"after the other, or fork both streams from one capture ({error})"
+        ) from error

@@ -129,7 +129,7 @@ def main() -> int:
 
             calls = max(1, options.calls // SITES)
             say(f"compiled by {backend}, each of {SITES}", host_time(program, calls, synchronize) / SITES)
-    fusewire.close()
+    fusewire.close(captured=True)
     dist.destroy_process_group()
     return 0
 

@@ -309,7 +309,7 @@ def measure(name: str, arguments: argparse.Namespace, rows: list[Row]) -> None:
         for variant in (DEFAULT, *arguments.variants):
             if variant != DEFAULT:
                 # Made at the first call, with the output buffers that the variant asks for.
-                fusewire.close()
+                fusewire.close(captured=True)
                 fusewire.clear_report()
             got, fused_ms = fused(variant, ids=ids)
             errors = (eager, relative(base, want), relative(got, want))
@@ -321,7 +321,7 @@ def measure(name: str, arguments: argparse.Namespace, rows: list[Row]) -> None:
                 say(str(report))
             save(rows, arguments.out)
         if arguments.variants:
-            fusewire.close()
+            fusewire.close(captured=True)
 
 
 def show(row: Row) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import fusewire
+from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.coordination.vote import describe
 from fusewire.custom_ops.dispatch import table_store
 from fusewire.custom_ops.dispatch.overview import explain_choices
@@ -83,11 +84,11 @@ def _driver() -> str:
 
 
 def _ask(*command: str) -> str:
-    """Return the output of a program; "" if it is missing, fails, or runs longer than 20 s."""
+    """Return the output of a program; "" if it is missing, fails, or runs too long."""
     if shutil.which(command[0]) is None:
         return ""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=limit_s(Limit.PROGRAM))
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""

@@ -27,8 +27,9 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from fusewire.custom_ops.coordination import rendezvous
+from fusewire.custom_ops.coordination.busy import poll_ranks
 from fusewire.custom_ops.coordination.rendezvous import AS_WRITTEN
-from fusewire.custom_ops.coordination.store import GroupStore, poll
+from fusewire.custom_ops.coordination.store import GroupStore
 from fusewire.custom_ops.coordination.timeouts import TIMEOUT_VARIABLE, group_timeout_s
 from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.errors import PeerTimeoutError, ProcessGroupError, RankMismatchError
@@ -101,7 +102,7 @@ class GraphAgreement:
     def _wait(self, posting: Posting) -> str:
         group = self.group()
         assert group is not None
-        limit_s, first = group_timeout_s(group), self.ranks[0]
+        most_s, first = group_timeout_s(group), self.ranks[0]
         name = hashlib.sha256("".join(posting.key).encode()).hexdigest()[:16]
         missing: list[int] = []
         elsewhere: list[int] = []
@@ -129,10 +130,10 @@ class GraphAgreement:
         def describe_missing() -> str:
             return f"rank(s) {', '.join(map(str, missing))} of group {group.group_name!r} to compile {posting.label}"
 
-        decision = poll(read_or_write_decision, limit_s, waiting_for=describe_missing)
+        decision = poll_ranks(lambda: missing, read_or_write_decision, most_s, waiting_for=describe_missing)
         if decision is None:
             raise PeerTimeoutError(
-                f"waited {limit_s:.0f} s for {describe_missing()}. They run the program without compiling it, or "
+                f"waited {most_s:.0f} s for {describe_missing()}. They run the program without compiling it, or "
                 "compile something else there, or have stopped, or take longer: "
                 f"{TIMEOUT_VARIABLE} sets how long to wait, and the group's own timeout bounds it. Set FUSEWIRE_DISABLE=1 "
                 "on every rank, or, where one rank compiles for the others, compile with PassConfig(compile_alone=True)"

@@ -219,7 +219,7 @@ def matrix(c: Context) -> None:
                         matrix_case(c, made, reference, path, tokens, name)
             c.checks.flush()
             del reference
-            api.close()
+            api.close(captured=True)
 
 
 def matrix_case(c: Context, made, reference: Reference, path: str, tokens: int, name: str) -> None:
@@ -277,7 +277,7 @@ def specials(c: Context) -> None:
                 c.checks.later("specials", f"{path} {str(dtype)[6:]} {kind}", bad, norm, total)
         guard_bands(c, made, dtype, hidden)
         c.checks.flush()
-        api.close()
+        api.close(captured=True)
 
 
 def same(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -329,7 +329,7 @@ def limits(c: Context) -> None:
     ):
         c.checks.now("limits", what, raises(error, call))
     c.checks.flush()
-    api.close()
+    api.close(captured=True)
     return largest(c)
 
 
@@ -353,7 +353,7 @@ def largest(c: Context) -> None:
         bad = {"sum": (ordered(found) != ordered(wanted)).sum()}
         c.checks.later("limits", f"{path} at the limit of 1 GiB: {tokens} tokens of hidden size {hidden}", bad)
     c.checks.flush()
-    api.close()
+    api.close(captured=True)
     return None
 
 
@@ -405,7 +405,7 @@ def graphs(c: Context) -> None:
             bad = fresh.check("residual", norm, total, tokens)
             c.checks.later("graphs", f"{tokens} tokens eager after replay {replay}", bad, norm)
         c.checks.flush()
-    api.close()
+    api.close(captured=True)
     return None
 
 
@@ -428,7 +428,7 @@ def streams(c: Context) -> None:
     for i, (tokens, (norm, total)) in enumerate(results):
         c.checks.later("streams", f"call {i}", reference.check("residual", norm, total, tokens), norm)
     c.checks.flush()
-    api.close()
+    api.close(captured=True)
     return None
 
 
@@ -456,7 +456,7 @@ def subgroups(c: Context) -> None:
             label = f"everyone {path} {repeat}"
             c.checks.later("subgroups", label, reference.check("residual", norm, total, 64), norm)
     c.checks.flush()
-    api.close()
+    api.close(captured=True)
     return None
 
 
@@ -478,7 +478,7 @@ def dispatched(c: Context) -> None:
     c.checks.flush()
     for row in overview.explain_choices(c.group, hidden, dtype):
         c.checks.write(f"plan: {row}")
-    api.close()
+    api.close(captured=True)
 
 
 def leaks(c: Context) -> None:
@@ -490,7 +490,7 @@ def leaks(c: Context) -> None:
             return c.checks.skip("leaks", "all", reason)
         nbytes = made.nbytes
         del made
-        api.close()
+        api.close(captured=True)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         dist.barrier()
@@ -518,7 +518,7 @@ def inductor(c: Context) -> None:
             bad = reference.check("residual", norm / 2.0, total, tokens)
             c.checks.later("inductor", f"{label} {tokens} tokens", bad)
             c.checks.flush()
-    api.close()
+    api.close(captured=True)
 
 
 def speed(c: Context) -> None:
@@ -554,7 +554,7 @@ def speed(c: Context) -> None:
             print(f"{tokens:6}" + "".join(f"  {name} {row.get(name, float('nan')):8.1f}" for name in names))
         (c.args.out / "speed.json").write_text(json.dumps(rows, indent=1))
     c.checks.now("speed", "measured", True)
-    api.close()
+    api.close(captured=True)
     return None
 
 
@@ -609,7 +609,7 @@ def run_phases(c: Context) -> None:
             c.checks._pending.clear()
             c.checks.now(name, "ran to its end", False, f"{type(error).__name__}: {error}")
             c.checks.log.write(traceback.format_exc())
-            api.close()
+            api.close(captured=True)
         torch.cuda.synchronize()
         faulthandler.cancel_dump_traceback_later()
         c.checks.write(f"phase {name}: {time.monotonic() - start:.1f} s")
@@ -654,7 +654,7 @@ def main() -> int:
         text = table(checks) + f"\nfailures over all ranks: {int(failed)}"
         print(text, flush=True)
         (args.out / "table.txt").write_text(text + "\n")
-    api.close()
+    api.close(captured=True)
     dist.destroy_process_group()
     return 1 if int(failed) else 0
 

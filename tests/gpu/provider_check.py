@@ -127,7 +127,7 @@ def main() -> int:
         for info in fusewire.workspaces():
             print(info)
         print(f"{dist.get_world_size()} GPUs: {dict(COUNTS)}", flush=True)
-    fusewire.close()
+    fusewire.close(captured=True)
     dist.destroy_process_group()
     return 1 if COUNTS["failed"] else 0
 

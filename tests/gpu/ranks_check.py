@@ -141,7 +141,7 @@ def main():
         agree() if sys.argv[1:2] == ["agree"] else differ(" ".join(sys.argv[2:]))
     print(f"rank {dist.get_rank()}: {failed} failed", flush=True)
     if sys.argv[1:2] == ["agree"]:
-        fusewire.close()
+        fusewire.close(captured=True)
         dist.destroy_process_group()
     os._exit(bool(failed))
 

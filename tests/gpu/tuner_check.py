@@ -211,7 +211,7 @@ def main() -> int:
     group = join(args)
     {"measure": measure, "use": use, "first_use": first_use}[args.part](group, args)
     say(f"{args.part}, {group.size()} GPUs: {dict(COUNTS)}")
-    fusewire.close()
+    fusewire.close(captured=True)
     dist.destroy_process_group()
     return int(bool(COUNTS["failed"]))
 

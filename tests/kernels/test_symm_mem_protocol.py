@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from types import SimpleNamespace
 from unittest import mock
 
@@ -20,7 +21,7 @@ from fusewire.custom_ops.providers.symm_mem import workspace as spaces
 from fusewire.custom_ops.providers.symm_mem.protocol import differences, least_multiprocessors
 from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
-from fusewire.errors import ArgumentError
+from fusewire.errors import ArgumentError, ConfigError
 
 from support.distributed import shared_pool
 
@@ -33,9 +34,14 @@ def gpu(multiprocessors):
     return mock.patch.object(torch.cuda, "get_device_properties", return_value=properties)
 
 
-def facts_of(rank, multiprocessors=132, world_size=4):
+def facts_of(rank, multiprocessors=132, world_size=4, timeouts=None):
     """The facts of a rank with a GPU, as they arrive at the others."""
     provider, group = symm_mem_provider.SymmMemProvider(), SimpleNamespace(size=lambda: world_size)
+    if timeouts:
+        group._device_types = [torch.device(kind) for kind in timeouts]
+        group._get_backend = lambda device: SimpleNamespace(
+            options=SimpleNamespace(_timeout=timedelta(seconds=timeouts[device.type]))
+        )
     with (
         gpu(multiprocessors),
         mock.patch.object(symm_mem_provider, "supported", return_value=YES),
@@ -54,6 +60,19 @@ def test_ranks_that_are_alike_fit():
     assert differences(facts) == ""
     assert len({str(fact["protocol"]) for fact in facts}) == 1
     assert "rank" in facts[0]
+
+
+def test_kernels_that_give_up_after_different_times_are_an_error(monkeypatch):
+    one = facts_of(0)
+    monkeypatch.setenv("FUSEWIRE_TIMEOUT_S", "1200")
+    with pytest.raises(ConfigError, match=r"rank 0 900 s, rank 1 1800 s\. Set FUSEWIRE_TIMEOUT_S"):
+        judge([one, facts_of(1)])
+
+
+def test_a_kernel_gives_up_on_no_rank_for_which_nccl_waits():
+    assert facts_of(0)["kernel_timeout_s"] == 900
+    assert facts_of(0, timeouts={"cpu": 1800.0, "cuda": 7200.0})["kernel_timeout_s"] == 7200
+    assert facts_of(0, timeouts={"cpu": 1800.0, "cuda": 600.0})["kernel_timeout_s"] == 900
 
 
 def test_the_number_of_multiprocessors_may_differ_and_the_least_counts():
@@ -115,14 +134,18 @@ def test_the_sources_are_those_of_all_modules(tmp_path, monkeypatch):
 
 def test_a_workspace_plans_by_the_number_that_it_is_given():
     ws = object.__new__(spaces.SymmMemWorkspace)
-    ws.device, ws.world_size, ws._group = CPU, 2, None
+    ws.device, ws.world_size, ws._group, ws.timeout_s = CPU, 2, None, 5.0
+    theirs = [5.0]
 
-    def gather(counts, own, group):
-        counts[:] = [own, 78]
+    def gather(found, own, group):
+        found[:] = [own, (78, theirs[0])]
 
     with gpu(132), mock.patch.object(dist, "all_gather_object", gather):
         assert ws._common_multiprocessors(100) == 100
         assert ws._common_multiprocessors(None) == 78  # the ranks tell each other
+        theirs[0] = 6.0
+        with pytest.raises(ConfigError, match="rank 0 5 s, rank 1 6 s"):
+            ws._common_multiprocessors(None)
         for wrong in (0, 133):
             with pytest.raises(ArgumentError, match="all blocks must fit"):
                 ws._common_multiprocessors(wrong)

@@ -87,7 +87,7 @@ def _late_obeys():
     if rank == 1:
         found.append(agreement.agree(_print("a", "1")))
     dist.barrier()
-    with mock.patch.object(agreement, "poll", side_effect=AssertionError):  # known by now: nobody is asked
+    with mock.patch.object(agreement, "poll_ranks", side_effect=AssertionError):  # known by now: nobody is asked
         found.append(agreement.agree(_print("a", "1")))
     return found
 
@@ -103,7 +103,7 @@ def _alone(how):
     ranks = Ranks(limit_s=SHORT_S if how == "silent" else 60.0)
     text = ""
     waits = ranks.rank == 0 and how != "compile_alone"
-    with contextlib.nullcontext() if waits else mock.patch.object(agreement, "poll", side_effect=AssertionError):
+    with contextlib.nullcontext() if waits else mock.patch.object(agreement, "poll_ranks", side_effect=AssertionError):
         if ranks.rank == 0:
             prints = [GroupFingerprint(ranks.group.group_name, "a", "1", "a 1", True)]
             try:

@@ -1,8 +1,9 @@
-"""Exchanges, aborts, beats and threads of real ranks over the group's store."""
+"""Exchanges, aborts, busy ranks and threads of real ranks over the group's store."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import threading
 import time
@@ -14,14 +15,16 @@ import torch.distributed as dist
 
 from fusewire.custom_ops.coordination import store as stores
 from fusewire.custom_ops.coordination import vote as votes
+from fusewire.custom_ops.coordination.busy import busy
 from fusewire.custom_ops.coordination.store import GroupStore
+from fusewire.custom_ops.coordination.timeouts import Limit
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
 from support.distributed import shared_pool
 from support.votes import OUTCOME_S, WAIT_S, ask, channel, on_ranks
 
-# --- Exchanges, aborts and beats --------------------------------------------------------------------------------
+# --- Exchanges, aborts and busy ranks ----------------------------------------------------------------------------
 
 
 def job_exchange(rank):
@@ -162,56 +165,53 @@ def test_a_rank_at_work_is_waited_for_and_no_longer():
         assert "topic did not end within 1 s" in reason
 
 
-def job_beats_without_coming(rank):
-    """Rank 1 beats until rank 0 has given up; whether it did before a minute of beats was over."""
-    one = channel()
+def job_busy_without_coming(rank):
+    """Rank 1 is busy until rank 0 has given up; whether it did before a minute was over."""
     if rank:
         given_up = dist.barrier(async_op=True)
-        for _ in range(600):
-            if given_up.is_completed():
-                break
-            one.beat()
-            time.sleep(0.1)
-        one.clear()
+        with busy():
+            for _ in range(600):
+                if given_up.is_completed():
+                    break
+                time.sleep(0.1)
         return given_up.is_completed()
     with pytest.raises(PeerTimeoutError):
-        one.barrier()
+        channel().barrier()
     dist.barrier()
     return True
 
 
-def test_beats_do_not_extend_an_exchange():
-    assert on_ranks(2, job_beats_without_coming) == [True, True]
+def test_messages_do_not_extend_an_exchange():
+    assert on_ranks(2, job_busy_without_coming) == [True, True]
 
 
 def job_thread_alone(rank):
-    """Beats without a vote after them, as the tuner has it."""
-    one = channel()
-    found = votes.in_thread(lambda: time.sleep(0.6) or rank, 20.0, "work", one)
+    """Work without a vote after it, as the tuner has it."""
+    found = votes.in_thread(lambda: time.sleep(0.6) or rank, 20.0, "work")
     with pytest.raises(ValueError, match="odd"):
-        votes.in_thread(lambda: int("odd"), 20.0, "work", one)
+        votes.in_thread(lambda: int("odd"), 20.0, "work")
     with pytest.raises(WorkspaceError, match="work did not end within 0 s"):
-        votes.in_thread(lambda: time.sleep(1.0), 0.3, "work", one)
+        votes.in_thread(lambda: time.sleep(1.0), 0.3, "work")
     return found
 
 
-def test_work_in_a_thread_leaves_no_beat():
+def test_work_in_a_thread_leaves_no_message():
     assert on_ranks(2, job_thread_alone) == [0, 1]
 
 
-def job_stale_beat(rank):
-    """A beat that somebody left extends no wait."""
+def job_stale_message(rank):
+    """A message that somebody left extends no wait."""
     if rank == 0:
-        GroupStore(dist.group.WORLD).set("label/beat/1", "1")
+        GroupStore(dist.group.WORLD).set("busy/1", "1")
     dist.barrier()
     found = None if rank else ask()
     dist.barrier()
-    GroupStore(dist.group.WORLD).delete("label/beat/1")
+    GroupStore(dist.group.WORLD).delete("busy/1")
     return found
 
 
-def test_a_beat_that_was_left_extends_no_wait():
-    said, took = on_ranks(2, job_stale_beat)[0]
+def test_a_message_that_was_left_extends_no_wait():
+    said, took = on_ranks(2, job_stale_message)[0]
     assert "no vote" in said
     assert took < WAIT_S + 4
 
@@ -263,7 +263,8 @@ def test_threads_of_different_groups_do_not_wait_for_each_other():
 
 def job_announced(rank):
     said = []
-    with mock.patch.object(stores, "ANNOUNCE_AFTER_S", 0.5), mock.patch.object(stores, "log_line", said.append):
+    limits = mock.patch.dict(os.environ, {Limit.ANNOUNCEMENT.variable: "0.5"})
+    with limits, mock.patch.object(stores, "log_line", said.append):
         time.sleep(1.5 * (rank == 2))
         ask(channel(wait_s=20.0))
     return said

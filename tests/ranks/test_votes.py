@@ -10,14 +10,12 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from fusewire.custom_ops.coordination import timeouts
-from fusewire.custom_ops.coordination import vote as votes
 from fusewire.custom_ops.coordination.store import GroupStore
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
 from support.distributed import shared_pool
-from support.votes import OUTCOME_S, PUBLISH_S, WAIT_S, ask, channel, on_ranks
+from support.votes import OUTCOME_S, WAIT_S, ask, channel, on_ranks, short_limits
 
 # --- One outcome ----------------------------------------------------------------------------------------------
 
@@ -242,7 +240,7 @@ def job_published_late(rank):
     """Rank 0 takes rank 1's ballot in time and publishes the outcome shortly after rank 1's limit."""
     passed = time.monotonic() + OUTCOME_S + 0.2
     late = _slow("outcome", lambda *_: time.monotonic() > passed)
-    with late if rank == 0 else mock.patch.object(votes, "PUBLISH_S", 10.0):
+    with late if rank == 0 else short_limits(publication_s=10.0):
         return ask(fact=rank)
 
 
@@ -298,5 +296,5 @@ def test_a_group_made_anew_with_the_same_name():
 
 
 def _job_same_name():
-    with mock.patch.object(timeouts, "PUBLISH_S", PUBLISH_S):
+    with short_limits():
         return job_same_name(dist.get_rank())

@@ -15,6 +15,7 @@ ARITHMETIC = {
     "or": lambda a, b: a | b,
     "xor": lambda a, b: a ^ b,
     "shr": lambda a, b: a >> b,
+    "shl": lambda a, b: a << b,
     "max": max,
     "ne": lambda a, b: a != b,
     "eq": lambda a, b: a == b,

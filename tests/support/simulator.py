@@ -33,8 +33,8 @@ from fusewire.custom_ops.providers.symm_mem.kernels import one_shot, two_shot_da
 from fusewire.custom_ops.providers.symm_mem.kernels import packets as blocks
 from fusewire.custom_ops.providers.symm_mem.kernels import rows as arithmetic
 from fusewire.custom_ops.providers.symm_mem.launch_config import check_launch_config
-from fusewire.custom_ops.providers.symm_mem.layout import Layout
-from fusewire.errors import PeerTimeoutError
+from fusewire.custom_ops.providers.symm_mem.layout import Failure, Layout
+from fusewire.errors import PeerTimeoutError, RankMismatchError
 
 from .ptx import BITS, assembled
 from .simulated_calls import (
@@ -68,6 +68,11 @@ class CpuWorkspace(spaces.SymmMemWorkspace):
         self._host_error = torch.zeros(1, dtype=torch.int64)
         self._error_word = ctypes.c_int64.from_address(self._host_error.data_ptr())
         self.ctl = self._control_block([buffer.data_ptr() for buffer in buffers])
+        self.replays = False  # as of a CUDA graph: no host code runs
+
+    def check(self, synchronize=False):
+        if not self.replays:
+            super().check(synchronize)
 
 
 def plan_alike(workspaces):
@@ -374,9 +379,10 @@ def install(machine):
     tl.debug_barrier = lambda: machine.running.barrier()
 
 
-def simulate(world, hidden, dtype, specs, seed=0, multiprocessors=3, missing=None):
+def simulate(world, hidden, dtype, specs, seed=0, multiprocessors=3, missing=None, late=None):
     """Run the calls on all ranks. `multiprocessors`: of every rank's GPU, or a tuple of each rank's. `missing`: (rank,
-    call, turns), a rank that stops in the middle of a call.
+    call, turns), a rank that stops in the middle of a call. `late`: likewise, but it goes on once the others have ended
+    all their calls, which are replays and so go on after an error.
     """
     torch.manual_seed(seed)
     machine = Machine(seed)
@@ -394,9 +400,13 @@ def simulate(world, hidden, dtype, specs, seed=0, multiprocessors=3, missing=Non
     plan_alike(spaces_of_ranks)
     for rank, ws in enumerate(spaces_of_ranks):
         machine.hold(ws._host_error)
-        dies = missing[1:] if missing and missing[0] == rank else None
+        gone, ws.replays = missing or late, late is not None
+        dies = gone[1:] if gone and gone[0] == rank else None
         machine.ranks.append(Rank(machine, ws, calls, dies))
     machine.run()
+    if late:
+        check_late(machine, calls, late[0])
+        return
     if missing:
         check_missing(machine, calls, *missing)
         return
@@ -435,3 +445,50 @@ def check_missing(machine, calls, gone, last, turns):
     assert gone in named.values(), named
     assert turns or set(named.values()) == {gone}, named
     assert all(other != rank for rank, other in named.items()), named
+
+
+def check_late(machine, calls, late):
+    """After an error all later calls are NaN on that rank and wait no more; and nobody ever has a wrong number."""
+    assert machine.now < 4 * LIMIT_S * 1e9, "calls after an error wait for the clock"
+    awaited = machine.ranks[late]
+    awaited.dies = None
+    if awaited.begun < awaited.next:  # it stopped just before the call
+        awaited.begin(calls[awaited.begun])
+    machine.run()
+    for call in calls:
+        check_call(call, lost=True)
+    for rank in machine.ranks:
+        with pytest.raises(PeerTimeoutError, match=r"rank \d of group .* call \d+ of the workspace"):
+            raise rank.ws.fault()
+        failed = Failure.of(rank.ws._error_word.value).call - 1
+        assert rank.begun == len(calls)
+        if rank.ws.rank != late:
+            assert failed < len(calls) - 2, "the error came too late to see what follows"
+        for call in calls[failed + 1 :]:
+            mine = call.ranks[rank.ws.rank]
+            assert mine.norm_out.isnan().all()
+            assert mine.residual_out[: len(call.total[mine.rows])].isnan().all()
+
+
+def simulate_differing(world, hidden, dtype, alike, one, other):
+    """All ranks make the calls `alike`; then the last rank makes the call `other` where the others make `one`."""
+    machine = Machine(0)
+    install(machine)
+    layout = Layout(world, hidden, dtype.itemsize, ONE_SHOT_TOKENS, DATA_TOKENS, MAX_TOKENS, 1)
+    buffers = [torch.zeros(layout.nbytes + 16, dtype=torch.uint8)[: layout.nbytes] for _ in range(world)]
+    calls = [make_call(kind, tokens, world, hidden, dtype, **options) for kind, tokens, options in (*alike, one, other)]
+    for rank, buffer in enumerate(buffers):
+        machine.hold(buffer)
+        for name in layout.ones:
+            buffer[layout.offsets[name] : layout.offsets[name] + layout.sizes[name]] = 255
+        ws = CpuWorkspace(rank, buffers, layout, dtype, 3)
+        machine.hold(ws._host_error)
+        machine.ranks.append(Rank(machine, ws, [*calls[:-2], calls[-1 if rank == world - 1 else -2]], None))
+    machine.run()
+    assert machine.now < LIMIT_S * 1e9, "a difference is noticed by the clock"
+    for rank in machine.ranks:
+        with pytest.raises(RankMismatchError, match=rf"makes call {len(calls) - 1} of the workspace") as error:
+            rank.ws.check()
+        named = int(re.match(r"rank (\d) makes another call", str(error.value))[1])
+        assert named == world - 1 if rank.ws.rank < world - 1 else named < world - 1
+        assert calls[-1 if rank.ws.rank == world - 1 else -2].ranks[rank.ws.rank].norm_out.isnan().any()

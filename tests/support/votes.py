@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from unittest import mock
 
 import torch.distributed as dist
 
-from fusewire.custom_ops.coordination import timeouts
-from fusewire.custom_ops.coordination import vote as votes
+from fusewire.custom_ops.coordination.timeouts import Limit
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.errors import PeerTimeoutError
 
@@ -28,10 +28,15 @@ def on_ranks(size, job, *args):
 
 def _counted(job, args):
     before = _keys()
-    patches = [mock.patch.object(module, "PUBLISH_S", PUBLISH_S) for module in (timeouts, votes)]
-    with patches[0], patches[1]:
+    with short_limits():
         found = job(dist.get_rank(), *args)
     return _keys() - before, found
+
+
+def short_limits(publication_s=PUBLISH_S):
+    """Shorter limits than the defaults, in this process."""
+    limits = {Limit.PUBLICATION.variable: str(publication_s), Limit.BUSY_INTERVAL.variable: str(WAIT_S / 4)}
+    return mock.patch.dict(os.environ, limits)
 
 
 def _keys():

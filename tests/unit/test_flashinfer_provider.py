@@ -590,7 +590,7 @@ def test_subgroups_vote_apart():
 
 
 def job_streams():
-    """A call on another stream waits for what the last stream holds; capture is left alone."""
+    """A call on another stream waits for what the last stream holds. Captures are ordered among themselves."""
     log = []
 
     class Stream:
@@ -603,31 +603,56 @@ def job_streams():
         def wait_event(self, event):
             log.append(f"{self.name} waits for {event}")
 
-    streams = {1: Stream("first"), 2: Stream("second")}
-    now = {"raw": 1, "capturing": False}
+    streams = {1: Stream("first"), 2: Stream("second"), 3: Stream("captured"), 4: Stream("branch")}
+    now, captured = {"raw": 1}, {3, 4}
+
+    @contextlib.contextmanager
+    def switch(stream):
+        before, now["raw"] = now["raw"], next(raw for raw, known in streams.items() if known is stream)
+        yield
+        now["raw"] = before
+
     order = interface.StreamOrder()
     with (
         mock.patch.object(stream_order, "current_raw_stream") as raw,
         mock.patch.object(stream_order, "capturing") as capturing,
         mock.patch.object(torch.cuda, "current_stream") as stream,
+        mock.patch.object(torch.cuda, "stream", switch),
     ):
         raw.side_effect = lambda index: now["raw"]
-        capturing.side_effect = lambda: now["capturing"]
+        capturing.side_effect = lambda: now["raw"] in captured
         stream.side_effect = lambda index: streams[now["raw"]]
-        order.enter(0)
-        order.enter(0)
-        now["raw"] = 2
-        order.enter(0)
-        order.enter(0)
-        now.update(raw=1, capturing=True)
-        order.enter(0)
-        now.update(capturing=False)
+        for now["raw"] in (1, 1, 2, 2, 3, 3, 4, 3, 1):
+            assert order.enter(0) == (now["raw"] in captured)
+        log.append("another graph")
+        captured.remove(3)  # the first capture has ended
+        now["raw"] = 4
         order.enter(0)
     return log
 
 
 def test_one_call_in_flight():
-    assert job_streams() == ["second waits for event on first", "first waits for event on second"]
+    assert job_streams() == [
+        "second waits for event on first",
+        "branch waits for event on captured",  # a branch of the same graph
+        "captured waits for event on branch",
+        "first waits for event on second",  # not for what was only captured
+        "another graph",
+    ]
+
+
+def test_two_captures_at_once_are_refused():
+    class Stream:
+        def record_event(self):
+            return None
+
+        def wait_event(self, event):
+            raise RuntimeError("operation would make the legacy stream depend on a capturing one")
+
+    with pytest.raises(CaptureError, match="capture one CUDA graph after the other"):
+        stream_order._wait(Stream(), Stream(), captured=True)
+    with pytest.raises(RuntimeError, match="operation would make"):
+        stream_order._wait(Stream(), Stream(), captured=False)
 
 
 def test_waiting_for_a_call_that_never_ends_raises(monkeypatch):

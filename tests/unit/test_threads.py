@@ -255,7 +255,7 @@ class Order:
 
 def held(log):
     key = interface.WorkspaceKey("symm_mem", "group", torch.float32, 16)
-    made = SimpleNamespace(nbytes=0, rank=0, world_size=2, close=lambda: log.append("freed"))
+    made = SimpleNamespace(nbytes=0, rank=0, world_size=2, fault=lambda: None, close=lambda: log.append("freed"))
     with mock.patch.object(interface.StreamOrder, "of", return_value=Order(log)):
         return symm_mem_provider.HeldWorkspace(interface.Request(key, None, CPU, 64), made)
 

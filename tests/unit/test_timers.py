@@ -84,10 +84,11 @@ def test_a_gpus_time_is_the_median_replay_by_call():
     assert calls == [(0, False), (1, False), *((i, True) for i in range(16))]
 
 
-def test_a_call_that_never_ends_on_the_gpu_ends_the_wait():
+def test_a_call_that_never_ends_on_the_gpu_ends_the_wait(monkeypatch):
     gpu = FakeGpu([])
     gpu.ended = False
-    with gpu.patched(), mock.patch.object(timers, "WAIT_S", 0.1), pytest.raises(PeerTimeoutError, match="cannot go on"):
+    monkeypatch.setenv("FUSEWIRE_TIMED_CALL_TIMEOUT_S", "0.1")
+    with gpu.patched(), pytest.raises(PeerTimeoutError, match="cannot go on"):
         timers.GpuTimer(torch.device("cuda")).wait()
 
 

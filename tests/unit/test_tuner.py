@@ -363,7 +363,7 @@ def test_a_rank_that_does_not_come_ends_the_wait(cache):
 
 def job_stuck(cache):
     """A measurement that never returns, on one rank."""
-    with on_rank(cache, FUSEWIRE_TIMEOUT_S="3"), mock.patch.object(tuner, "LIMIT_S", 2.0):
+    with on_rank(cache, FUSEWIRE_TIMEOUT_S="3", FUSEWIRE_TUNING_TIMEOUT_S="2"):
         wait = (lambda self: threading.Event().wait()) if dist.get_rank() == 1 else (lambda self: None)
         with mock.patch.object(measure.Measurement, "_compile_ahead", wait):
             try:

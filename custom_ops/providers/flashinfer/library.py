@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fusewire.custom_ops.coordination.log import log_progress
+from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.coordination.vote import describe
 from fusewire.custom_ops.ops.registry import Support
 from fusewire.errors import WorkspaceError
@@ -170,7 +171,9 @@ def cuda_home(nvcc: str) -> Path | None:
     """Return the CUDA toolkit of a compiler, even if `nvcc` is a script that calls the compiler."""
     nearby = [Path(nvcc).parent.parent, Path(os.path.realpath(nvcc)).parent.parent]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, timeout=30)
+        dry = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, timeout=limit_s(Limit.PROGRAM)
+        )
         nearby += [Path(top).resolve() for top in re.findall(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)]
     return next((home for home in nearby if (home / "bin/nvcc").exists() and (home / "include/cuda.h").exists()), None)
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.coordination.vote import Channel, describe
 from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.environment import env_flag
@@ -38,7 +39,6 @@ from fusewire.errors import PeerTimeoutError, ProcessGroupError, WorkspaceError
 
 PROVIDER = "flashinfer"
 WORLD_SIZES = (2, 4, 8, 16)
-COMPILE_S = 1800.0
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The kernels compute the third Lamport buffer's offset in int32. At this size it overflows: a hang.
 _COMM_BYTES_LIMIT = 1 << 30
@@ -225,7 +225,7 @@ class FlashInferWorkspace(Workspace):
                     weight, weight_bias = self._no_weight, 1.0
                 before = self._no_residual[:tokens] if residual is None else dense(residual).view(-1, hidden)
                 if self.device.type == "cuda":
-                    self.order.enter(x.get_device())
+                    self.enter(x.get_device())
                 self._fused(
                     input=flat,
                     workspace=self.handle,
@@ -269,7 +269,7 @@ class FlashInferProvider(WorkspaceProvider):
 
     name = PROVIDER
     variants = (ONE_SHOT, TWO_SHOT)
-    machine_s = COMPILE_S
+    machine_limit = Limit.COMPILATION
 
     def machine(self, group: dist.ProcessGroup, device: torch.device) -> Mapping[str, Any]:
         support = machine_support(all_reduce_rms_norm.providers[PROVIDER])
@@ -397,8 +397,8 @@ def _prove_arguments(workspace: FlashInferWorkspace) -> None:
         return
 
 
-def _prove_results(workspace: FlashInferWorkspace, limit_s: float = 60.0) -> None:
-    """Raise WorkspaceError if a variant's results are wrong, PeerTimeoutError after limit_s s."""
+def _prove_results(workspace: FlashInferWorkspace) -> None:
+    """Raise WorkspaceError if a variant's results are wrong, PeerTimeoutError if it does not end."""
     hidden, dtype, ranks = workspace.key.hidden, workspace.key.dtype, workspace.world_size
     wrong: list[tuple[str, Tensor]] = []
     for variant, tokens, weight_bias in ((ONE_SHOT, 1, 1.0), (TWO_SHOT, ranks + 1, 0.0)):
@@ -415,7 +415,7 @@ def _prove_results(workspace: FlashInferWorkspace, limit_s: float = 60.0) -> Non
         wrong.append((f"{variant} sum", (total.double() != exact).any()))
         wrong.append((f"{variant} norm", ~close.all()))
     if workspace.device.type == "cuda":
-        _wait(limit_s)
+        _wait(limit_s(Limit.FIRST_CALL))
     failed = [what for what, tensor in wrong if bool(tensor)]
     if failed:
         raise WorkspaceError(
@@ -425,15 +425,15 @@ def _prove_results(workspace: FlashInferWorkspace, limit_s: float = 60.0) -> Non
         )
 
 
-def _wait(limit_s: float) -> None:
-    """Wait for the current stream; raise PeerTimeoutError after limit_s seconds."""
+def _wait(most_s: float) -> None:
+    """Wait for the current stream; raise PeerTimeoutError after most_s seconds."""
     event = torch.cuda.Event()
     event.record()
     start = time.monotonic()
     while not event.query():
-        if time.monotonic() - start > limit_s:
+        if time.monotonic() - start > most_s:
             raise PeerTimeoutError(
-                f"FlashInfer's first call did not return within {limit_s:.0f} s, so a rank is missing or "
+                f"FlashInfer's first call did not return within {most_s:.0f} s, so a rank is missing or "
                 "the GPUs cannot "
                 "reach each other; this process cannot go on. Leave FlashInfer out: "
                 "ir_op_priority={'all_reduce_rms_norm': ('native',)}"

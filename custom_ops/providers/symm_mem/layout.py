@@ -7,6 +7,7 @@ bytes of the GPU's own memory: launch counters, the peers' addresses and the err
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,7 @@ from fusewire.custom_ops.providers.symm_mem.launch_config import MAX_SLICES
 
 # The control block, by 64-bit words.
 CTL_ONE_SHOT, CTL_DATA, CTL_FLAGS = 0, 1, 2  # launch counters, one for each protocol
-CTL_ERROR = 3  # 0, or (kind of wait << 32) + rank + 1
+CTL_ERROR = 3  # 0, or what `Failure.of` reads
 CTL_HOST_ERROR = 4  # address of a pinned host word with a copy of the error, or 0
 CTL_LIMIT_NS = 5  # time limit of a wait, in nanoseconds
 CTL_PEERS = 8  # base address of each rank's buffer, this rank's included
@@ -27,6 +28,10 @@ CACHE_LINE_BYTES = 128
 
 # Kinds of waits, as written to the error word.
 WAIT_ONE_SHOT, WAIT_PARTIAL_DATA, WAIT_RESULT_DATA, WAIT_PARTIAL_FLAG, WAIT_RESULT_FLAG, WAIT_SLICE = range(1, 7)
+OTHER_CALL = 7  # no time-out: a flag says that its writer makes another call
+
+# A flag has the number of its protocol's call in its low bits, then what both sides must have alike.
+FLAG_CALL_BITS, FLAG_OPTION_BITS = 40, 4
 
 MAX_WORLD_SIZE = 8
 MAX_HIDDEN = 16384
@@ -41,6 +46,24 @@ def owned_rows(tokens: int, world_size: int, rank: int) -> int:
     """
     shard = rows_per_rank(tokens, world_size)
     return min(max(tokens - rank * shard, 0), shard)
+
+
+class Failure(NamedTuple):
+    """Why a kernel gave up: the kind of wait, the awaited rank, and the call's number.
+
+    The first call on a workspace has number 1; all protocols count together, self-tests too. As all
+    ranks make the same calls, a call has the same number on every rank.
+    """
+
+    kind: int
+    rank: int
+    call: int
+
+    @staticmethod
+    def of(word: int) -> Failure | None:
+        """Return what an error word says; None if no kernel gave up."""
+        word &= 0xFFFFFFFFFFFFFFFF
+        return Failure(word >> 8 & 0xFF, (word & 0xFF) - 1, word >> 16) if word else None
 
 
 @dataclass(frozen=True)

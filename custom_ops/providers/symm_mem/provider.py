@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusewire.custom_ops.coordination.log import log_line
-from fusewire.custom_ops.coordination.timeouts import KERNEL_WAIT_S
+from fusewire.custom_ops.coordination.timeouts import check_kernel_timeouts, kernel_timeout_s
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.dispatch.cost_tables import SYMM_ONE_SHOT, SYMM_TWO_SHOT
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
@@ -29,7 +29,7 @@ from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
 from fusewire.custom_ops.providers.symm_mem.protocol import differences, least_multiprocessors, protocol
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
 from fusewire.custom_ops.workspaces.provider import PROVIDERS, Request, Workspace, WorkspaceProvider, device_facts
-from fusewire.errors import ProcessGroupError, WorkspaceError
+from fusewire.errors import FusewireError, ProcessGroupError, WorkspaceError
 
 PROVIDER = "symm_mem"
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -150,7 +150,7 @@ class HeldWorkspace(Workspace):
             return call(x, residual, weight, eps, weight_bias, form, inner)
         with self.order.lock:
             self.check_call(x.numel() // self.key.hidden, x.device)
-            self.order.enter(x.get_device())
+            self.enter(x.get_device())
             return call(x, residual, weight, eps, weight_bias, form, inner)
 
     def passes(self, kind: str) -> bool:
@@ -180,9 +180,8 @@ class HeldWorkspace(Workspace):
                 return reason
         return ""
 
-    def check_errors(self) -> None:
-        if not self.closed:
-            self.made.check()
+    def fault(self) -> FusewireError | None:
+        return self.made.fault()
 
     def release(self) -> None:
         """Free the symmetric buffers."""
@@ -206,10 +205,12 @@ class SymmMemProvider(WorkspaceProvider):
             **device_facts(device),
             "rank": dist.get_rank(),
             "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
+            "kernel_timeout_s": kernel_timeout_s(group),
             "protocol": protocol(probe, triton.__version__),
         }
 
     def validate(self, facts: Sequence[Mapping[str, Any]]) -> Support:
+        check_kernel_timeouts({fact["rank"]: fact["kernel_timeout_s"] for fact in facts})
         different = differences(facts)
         same = Support.all_of(
             (
@@ -243,7 +244,7 @@ class SymmMemProvider(WorkspaceProvider):
             one_shot_tokens=ONE_SHOT_TOKENS,
             data_tokens=data_tokens(request.group.size()),
             outputs=request.outputs,
-            timeout_s=KERNEL_WAIT_S,
+            timeout_s=float(request.facts[0]["kernel_timeout_s"]),
             device=request.device,
             multiprocessors=least_multiprocessors(request.facts),
             barrier=channel.barrier,

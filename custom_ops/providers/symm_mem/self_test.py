@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusewire.custom_ops.coordination.busy import busy
 from fusewire.custom_ops.ops.norms import FORMS, add_residual, normalize
 from fusewire.custom_ops.ops.sharded_norm import own_rows
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
@@ -39,7 +40,7 @@ class _Probe(NamedTuple):
 
 def compile_probes(run: Run, ws: SymmMemWorkspace, kind: str) -> None:
     """Compile the kernels that `execute_probes` launches. Not a collective."""
-    with symm_mem.compiling_only():
+    with symm_mem.compiling_only(), busy():
         for probe in _probes(ws, kind):
             _make(run, ws, kind, probe)
 

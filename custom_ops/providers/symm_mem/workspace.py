@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fusewire.custom_ops._torch_private import map_peers, symmetric_buffer
+from fusewire.custom_ops.coordination.timeouts import TIMEOUT_VARIABLE, check_kernel_timeouts
 from fusewire.custom_ops.environment import scoped_variable
 from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.providers.symm_mem.layout import (
@@ -25,16 +26,18 @@ from fusewire.custom_ops.providers.symm_mem.layout import (
     CTL_LIMIT_NS,
     CTL_PEERS,
     CTL_WORDS,
+    OTHER_CALL,
     WAIT_ONE_SHOT,
     WAIT_PARTIAL_DATA,
     WAIT_PARTIAL_FLAG,
     WAIT_RESULT_DATA,
     WAIT_RESULT_FLAG,
     WAIT_SLICE,
+    Failure,
     Layout,
     unsupported_reason,
 )
-from fusewire.errors import ArgumentError, CaptureError, PeerTimeoutError, WorkspaceError
+from fusewire.errors import ArgumentError, CaptureError, PeerTimeoutError, RankMismatchError, WorkspaceError
 
 _WAITS = {
     WAIT_ONE_SHOT: "one-shot all-reduce + norm: its rows",
@@ -44,6 +47,12 @@ _WAITS = {
     WAIT_RESULT_FLAG: "two-shot all-reduce + norm (flags): its finished rows",
     WAIT_SLICE: "all-reduce + norm: blocks of this GPU itself that share a row",
 }
+
+
+_AFTERWARDS = (
+    "Later calls on this workspace have NaN as their results. Find the cause, close the workspace on all ranks and make a "
+    "new one"
+)
 
 
 def _without_multicast() -> AbstractContextManager[None]:
@@ -65,14 +74,16 @@ class SymmMemWorkspace:
         one_shot_tokens: the most tokens of a one-shot; needs 2 * world size rows of memory per token.
         data_tokens: the most tokens of a data-as-flag two-shot; needs three rows of memory per token.
         outputs: number of buffers of (max_tokens, hidden) in which a two-shot can leave its result.
-        timeout_s: seconds that a kernel waits for a peer before it gives up.
+        timeout_s: seconds that a kernel waits for a peer before it gives up; equal on all ranks.
         device: this rank's GPU; the current one by default.
         multiprocessors: the least number of multiprocessors of the ranks' GPUs, from which launch
-            configurations are computed. By default the ranks exchange theirs over the group.
+            configurations are computed. By default the ranks exchange theirs over the group, and
+            compare `timeout_s`.
         barrier: returns once every rank of the group has called it; by default the group's barrier.
 
     Raises:
         ArgumentError: a size, dtype or time cannot be used.
+        ConfigError: the ranks have exchanged their `timeout_s`, and they differ.
         CaptureError: a CUDA graph is being captured; make the workspace before.
         ProcessGroupError: there is no such group.
         WorkspaceError: the memory could not be allocated or mapped by the peers.
@@ -140,9 +151,10 @@ class SymmMemWorkspace:
         """Return the multiprocessors to compute with, equal on all ranks as addresses need."""
         own: int = torch.cuda.get_device_properties(self.device).multi_processor_count
         if least is None:
-            counts = [own] * self.world_size
-            dist.all_gather_object(counts, own, group=self._group)
-            return min(counts)
+            found = [(own, self.timeout_s)] * self.world_size
+            dist.all_gather_object(found, found[0], group=self._group)
+            check_kernel_timeouts({rank: timeout_s for rank, (_, timeout_s) in enumerate(found)})
+            return min(count for count, _ in found)
         if not 1 <= least <= own:
             raise ArgumentError(f"multiprocessors is {least}; {self.device} has {own}, and all blocks must fit on it")
         return least
@@ -227,23 +239,34 @@ class SymmMemWorkspace:
             synchronize: wait for the GPU first, so that all earlier calls are covered.
 
         Raises:
-            PeerTimeoutError: has the operation, the rank waited for and the time. Missing rows of
-                that call's results are NaN, and the workspace cannot be used any more.
+            PeerTimeoutError: has the operation, the call's number, the rank waited for and the
+                time. Missing rows of that call's results are NaN, and so are all rows of later
+                calls: the workspace cannot be used any more.
+            RankMismatchError: likewise, at once: a flag showed that a peer makes another call.
         """
         if synchronize:
             torch.cuda.synchronize(self.device)
-        word = self._error_word.value
-        if word:
-            raise PeerTimeoutError(self._describe(word >> 32, (word & 0xFFFFFFFF) - 1))
+        error = self.fault()
+        if error is not None:
+            raise error
 
-    def _describe(self, wait: int, rank: int) -> str:
-        what = _WAITS.get(wait, f"wait {wait}")
-        return (
-            f"rank {rank} of group {self.group_name!r} did not take part in time: rank {self.rank} waited "
-            f"over {self.timeout_s:g} s for it in a {what}. Either that rank has stopped, or it is busy with "
-            "other work, or the ranks do not make the same calls in the same order. This workspace cannot be "
-            "used any more: find out why that rank lagged, close the workspace on all ranks and make a new "
-            "one (or raise timeout_s)"
+    def fault(self) -> PeerTimeoutError | RankMismatchError | None:
+        """Return the error of a kernel that gave up, else None. Does not wait."""
+        failure = Failure.of(self._error_word.value)
+        if failure is None:
+            return None
+        where = f"call {failure.call} of the workspace of group {self.group_name!r}, {self.dtype}, hidden {self.hidden}"
+        if failure.kind == OTHER_CALL:
+            return RankMismatchError(
+                f"rank {failure.rank} makes another call than rank {self.rank}, with other tokens or options, where rank "
+                f"{self.rank} makes {where} (two-shot all-reduce + norm, flags). {_AFTERWARDS}"
+            )
+        what = _WAITS.get(failure.kind, f"wait {failure.kind}")
+        return PeerTimeoutError(
+            f"rank {failure.rank} of group {self.group_name!r} did not take part in time: rank {self.rank} waited over "
+            f"{self.timeout_s:g} s for it in a {what}, {where}. Either that rank has stopped, or it is busy with other "
+            f"work, or the ranks do not make the same calls in the same order. {_AFTERWARDS}, or let kernels wait longer "
+            f"({TIMEOUT_VARIABLE})"
         )
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ bits:
 * `two_shot_flags.two_shot_flags_kernel`: the same with one flag per row. Nothing needs a reset, and
   results can be written into the output itself: highest throughput for many tokens.
 
-`memory` has the memory accesses, `rows` the arithmetic on packets, `packets` shared functions, and
+`memory` has the memory accesses, `counters` those of the control block, `rows` the arithmetic on packets, `packets` shared functions, and
 `peer_copy` a plain copy that measures the links.
 
 **Arguments.** All kernels take, in this order: `ctl` (the control block, int64 words, see
@@ -57,9 +57,15 @@ Hence:
 * Results with flags, and output buffers: o writes row i on rank p in call n + 1 after it has seen
   p's flag of call n + 1. All work that p put on its stream before that call, including readers of
   the old output, has ended by then.
-* Tagged words and flags contain their call's number. Each is written again in the next call of its
+* Tagged words and flags contain their call's number, flags also the call's tokens and options. Each is written again in the next call of its
   kind at the earliest, by a writer that waits for the same events as for the data. Tags repeat
   after 2**31 calls.
+
+**After a fault.** (I) holds only as long as no rank gives up. A rank that has given up in call n and
+went on would write slots that a late peer still reads, and would take the peer's late data of call
+n for that of a later call. So after a rank has given up, its kernels send nothing, wait for nothing
+and store NaN. A late peer gets what was sent for call n, or waits in vain and gives up too.
+tests/support/simulator.py (`late`) runs this.
 
 **What the memory model does not promise.** With data as its own flag, a reset and the next write of
 the same packet come from different GPUs. Only kernel boundaries and relaxed accesses order them,

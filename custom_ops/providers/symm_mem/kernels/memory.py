@@ -21,7 +21,9 @@ compiled layouts for that.
 
 Waits are bounded. After every 256 failed polls, a wait reads the control block's error word and
 gives up if another wait has. Past the control block's time limit it writes the rank that it waited
-for to that word and to the host's copy, and gives up.
+for, the kind of wait and the call's number to that word and to the host's copy, and gives up. Once
+the error word is set, kernels send nothing, wait for nothing and have NaN as their results: data
+that arrives late could otherwise pass for that of a later call, here and on the peers.
 """
 
 # In Triton a tuple grows by addition, and its type with it.
@@ -54,6 +56,9 @@ WAIT_RESULT_DATA = tl.constexpr(layout.WAIT_RESULT_DATA)
 WAIT_PARTIAL_FLAG = tl.constexpr(layout.WAIT_PARTIAL_FLAG)
 WAIT_RESULT_FLAG = tl.constexpr(layout.WAIT_RESULT_FLAG)
 WAIT_SLICE = tl.constexpr(layout.WAIT_SLICE)
+OTHER_CALL = tl.constexpr(layout.OTHER_CALL)
+FLAG_CALL_BITS = tl.constexpr(layout.FLAG_CALL_BITS)
+FLAG_OPTION_BITS = tl.constexpr(layout.FLAG_OPTION_BITS)
 
 SENTINEL = tl.constexpr(-1)
 # The total that every launch adds to its counter, as a power of two; also the most blocks.
@@ -76,12 +81,18 @@ def _max_of(first: int, count: int) -> list[str]:
 
 
 @triton.constexpr_function
-def _slow_path(ctl: str, code: str, late: bool, blame: list[str]) -> list[str]:
+def _slow_path(ctl: str, code: str, late: bool, blame: list[str], check: tuple[str, ...] = ()) -> list[str]:
     """Return PTX to run after a failed poll: count, and at times check error word and clock.
 
     Jumps to label `again`, or to `done` if it gives up. `blame` puts the awaited rank in register
     s. A `late` wait has a quarter more time, so that the wait nearest to the cause reports first.
+    `check` runs before the clock is read; it may put a rank in s and a kind in m and jump to
+    `report`. A report has the number of the current call, which all counters give together.
     """
+    calls = []
+    for counter in (CTL_ONE_SHOT, CTL_DATA, CTL_FLAGS):
+        calls += [f"ld.relaxed.sys.global.b64 u, [{ctl}+{8 * counter.value}];"]
+        calls += [f"shr.u64 u, u, {COUNTER_LOG2.value};", "add.u64 e, e, u;"]
     return [
         "add.u32 n, n, 1;",
         "and.b32 m, n, 255;",
@@ -90,6 +101,7 @@ def _slow_path(ctl: str, code: str, late: bool, blame: list[str]) -> list[str]:
         f"ld.relaxed.sys.global.b64 e, [{ctl}+{8 * CTL_ERROR.value}];",
         "setp.ne.b64 p, e, 0;",
         "@p bra done;",
+        *check,
         "mov.u64 t, %globaltimer;",
         "setp.eq.u64 p, t0, 0;",
         "@p mov.b64 t0, t;",
@@ -99,8 +111,17 @@ def _slow_path(ctl: str, code: str, late: bool, blame: list[str]) -> list[str]:
         "setp.lt.u64 p, t, e;",
         "@p bra again;",
         *blame,
+        f"mov.b32 m, {code};",
+        "report:",
         "add.u32 s, s, 1;",
-        f"mov.b64 e, {{s, {code}}};",
+        "shl.b32 m, m, 8;",
+        "or.b32 s, s, m;",
+        "mov.b32 m, 0;",
+        "mov.b64 t, {s, m};",
+        "mov.b64 e, 1;",
+        *calls,
+        "shl.b64 e, e, 16;",
+        "or.b64 e, e, t;",
         "mov.b64 u, 0;",
         f"atom.relaxed.sys.global.cas.b64 t, [{ctl}+{8 * CTL_ERROR.value}], u, e;",
         "setp.ne.b64 p, t, 0;",
@@ -147,11 +168,14 @@ def _poll_asm(packets: int, rows: int, words: int, step: int, late: bool) -> str
 def _wait_flag_asm(late: bool) -> str:
     """Return PTX that waits until a flag holds a value; $0 is 1 if the wait gave up.
 
+    A flag of the same call with other bits above FLAG_CALL_BITS is reported at once as OTHER_CALL.
     Operands: address, value, mask, control block, code, rank.
     """
+    check = ("xor.b64 e, u, $2;", f"shl.b64 e, e, {64 - FLAG_CALL_BITS.value};", "setp.ne.u64 p, e, 0;")
+    check += ("@p bra same;", "mov.b32 s, $6;", f"mov.b32 m, {OTHER_CALL.value};", "bra report;", "same:")
     body = ["mov.b32 $0, 0;", "setp.eq.u32 p, $3, 0;", "@p bra end;", "again:"]
     body += ["ld.acquire.sys.global.b64 u, [$1];", "setp.eq.b64 p, u, $2;", "@p bra end;"]
-    slow = _slow_path("$4", "$5", late, ["mov.b32 s, $6;"])
+    slow = _slow_path("$4", "$5", late, ["mov.b32 s, $6;"], check)
     return "\n".join([*_BEGIN, *body, *slow, "done:", "mov.b32 $0, 1;", "end:", "}"])
 
 
@@ -358,27 +382,6 @@ def wait_flag(
         _wait_flag_asm(LATE),
         "=&r,l,l,r,l,r,r",
         (addr, value, mask.to(tl.int32), ctl, code, rank),
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def read_counter(addr: tl.tensor) -> tl.tensor:
-    """Load a launch counter, relaxed at GPU scope, bypassing L1."""
-    return tl.inline_asm_elementwise(
-        "ld.relaxed.gpu.global.b64 $0, [$1];", "=l,l", (addr,), dtype=tl.int64, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def add_counter(addr: tl.tensor, amount: tl.tensor, mask: tl.tensor) -> None:
-    """Add to a launch counter where mask; returns nothing, so nothing waits for the addition."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p red.relaxed.gpu.global.add.u64 [$1], $2; mov.b32 $0, 0; }",
-        "=r,l,l,r",
-        (addr, amount, mask.to(tl.int32)),
         dtype=tl.int32,
         is_pure=False,
         pack=1,

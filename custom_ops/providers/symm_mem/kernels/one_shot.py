@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fusewire.custom_ops._triton_private import compute_cache_keys
+from fusewire.custom_ops.providers.symm_mem.kernels.counters import has_failed, read_counter
 from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
     CACHE_LINE_BYTES,
     COUNTER_LOG2,
@@ -20,7 +21,6 @@ from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
     WAIT_ONE_SHOT,
     load16,
     poll16,
-    read_counter,
     sanitize,
     store16,
 )
@@ -28,6 +28,7 @@ from fusewire.custom_ops.providers.symm_mem.kernels.packets import (
     INTS,
     add_normalized,
     end_call,
+    fill_nan,
     load_scale,
     peer_at,
     slices_sum,
@@ -108,7 +109,11 @@ def one_shot_kernel(
         peers = peers + (tl.load(ctl + CTL_PEERS + peer_at(rank, tl.program_id(0), j, WORLD)),)
     call = counter >> COUNTER_LOG2
     slot = slots + (call & 1) * slot_bytes
-    for row in range(start, tokens, stride):
+    lost = tl.where(has_failed(ctl_at), tokens, 0)
+    fill_nan(norm_out, lost, start, stride, byte, mask, PACKETS * 16)
+    if WRITE_RESIDUAL:
+        fill_nan(residual_out, lost, start, stride, byte, mask, PACKETS * 16)
+    for row in range(start, tokens - lost, stride):
         at = tl.cast(row, tl.int64) * (PACKETS * 16) + byte
         clean = sanitize(mine)
         for j in tl.static_range(1, WORLD):

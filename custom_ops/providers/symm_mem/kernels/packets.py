@@ -10,13 +10,16 @@ import triton
 import triton.language as tl
 
 from fusewire.custom_ops._triton_private import compute_cache_keys
+from fusewire.custom_ops.providers.symm_mem.kernels.counters import add_counter
 from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
     COUNTER_LOG2,
+    FLAG_CALL_BITS,
+    FLAG_OPTION_BITS,
     SENTINEL,
     WAIT_SLICE,
-    add_counter,
     poll_sums,
     put_tagged,
+    store16,
 )
 from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
     add_rounded,
@@ -49,6 +52,29 @@ def end_call(ctl: tl.tensor, COUNTER: tl.constexpr, THREADS: tl.constexpr) -> No
 def tag_of(call: tl.tensor) -> tl.tensor:
     """Return the call's number as an int32 tag, never 0."""
     return ((call & 0x7FFFFFFF) + 1).to(tl.int32)
+
+
+@triton.jit
+def flag_of(call: tl.tensor, tokens: tl.tensor, OPTIONS: tl.constexpr) -> tl.tensor:
+    """Return a flag's value: the call's number, and what its writer and reader must have alike."""
+    alike = (tokens.to(tl.int64) << FLAG_OPTION_BITS) | OPTIONS
+    return (alike << FLAG_CALL_BITS) | (call & ((1 << FLAG_CALL_BITS) - 1))
+
+
+@triton.jit
+def fill_nan(
+    out: tl.tensor,
+    rows: tl.tensor,
+    start: tl.tensor,
+    stride: tl.tensor,
+    byte: tl.tensor,
+    mask: tl.tensor,
+    ROW: tl.constexpr,
+) -> None:
+    """Store NaN to rows start, start + stride, ... of a result; `byte`: of packets, where mask."""
+    nan = tl.full(byte.shape, SENTINEL, tl.int32)
+    for row in range(start, rows, stride):
+        store16(out.to(tl.int64) + tl.cast(row, tl.int64) * ROW + byte, (nan, nan, nan, nan), mask, False)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fusewire.custom_ops._triton_private import compute_cache_keys
+from fusewire.custom_ops.providers.symm_mem.kernels.counters import has_failed, read_counter
 from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
     CACHE_LINE_BYTES,
     COUNTER_LOG2,
@@ -23,7 +24,6 @@ from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
     poll16,
     poll_sums,
     put_tagged,
-    read_counter,
     sanitize,
     store16,
 )
@@ -31,6 +31,7 @@ from fusewire.custom_ops.providers.symm_mem.kernels.packets import (
     INTS,
     add_normalized,
     end_call,
+    fill_nan,
     load_scale,
     packet_of,
     peer_at,
@@ -140,6 +141,11 @@ def two_shot_data_kernel(
     own = tl.load(ctl + CTL_PEERS + rank)
     call = counter >> COUNTER_LOG2
     slot = slots + (call & 1) * slot_bytes
+    lost = tl.where(has_failed(ctl_at), tokens, 0)
+    lost_kept = tl.where(lost > 0, tokens if REPLICATE_RESIDUAL else shard, 0)
+    tokens -= lost
+    shard = tl.where(lost > 0, 0, shard)
+    tiles = tl.where(lost > 0, 0, tiles)
     for t in range(pid, tiles, programs):
         target = tl.load(ctl + CTL_PEERS + peer_at(rank, t, 1, WORLD)) + slot + rank * source_bytes
         following = _load_tile(x, t + programs, rank, tokens, shard, WORLD, PACKETS, TILE)
@@ -155,6 +161,10 @@ def two_shot_data_kernel(
     byte = packet.to(tl.int64) * 16
     groups = programs // SLICES
     mine_rows = rows_of(rank, tokens, shard)
+    begin = tl.where(pid < groups * SLICES, pid // SLICES, lost + lost_kept)
+    fill_nan(norm_out, lost, begin, groups, byte, mask, ROW)
+    if WRITE_RESIDUAL:
+        fill_nan(residual_out, lost_kept, begin, groups, byte, mask, ROW)
     for i in range(tl.where(pid < groups * SLICES, pid // SLICES, mine_rows), mine_rows, groups):
         local = tl.cast(i, tl.int64) * ROW + byte
         at = tl.cast(rank * shard, tl.int64) * ROW + local

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fusewire.custom_ops._triton_private import compute_cache_keys
+from fusewire.custom_ops.providers.symm_mem.kernels.counters import has_failed, read_counter
 from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
     COUNTER_LOG2,
     CTL_FLAGS,
@@ -21,7 +22,6 @@ from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
     load_i64,
     prefetch,
     put_tagged,
-    read_counter,
     set_flags,
     store16,
     wait_flag,
@@ -31,6 +31,7 @@ from fusewire.custom_ops.providers.symm_mem.kernels.packets import (
     accumulate,
     add_normalized,
     end_call,
+    flag_of,
     load_scale,
     packet_of,
     peer_at,
@@ -106,8 +107,9 @@ def two_shot_flags_kernel(
     Row stores are weak. After a barrier of the block, one thread per peer sets its flags:
     fence.acq_rel.sys, then relaxed stores of the call's number. A reader acquires the flag at
     system scope before a barrier and loads rows after it. Flags contain their call's number, so
-    nothing is reset. A block owns whole rows, so any number of blocks may be resident. Rows whose
-    wait gave up become NaN.
+    nothing is reset, and its tokens and options, so that a rank that makes another call is noticed.
+    A block owns whole rows, so any number of blocks may be resident. Rows whose wait gave up become
+    NaN.
 
     Args (the others are in the package's docstring):
         tokens: rows of x and norm_out, (tokens, hidden). With REPLICATE_RESIDUAL also of residual
@@ -133,7 +135,9 @@ def two_shot_flags_kernel(
     call = (read_counter(ctl_at + 8 * CTL_FLAGS) >> COUNTER_LOG2) + 1
     own = tl.load(ctl + CTL_PEERS + rank)
     thread = tl.arange(0, THREADS)
-    is_peer = (thread < WORLD) & (thread != rank)
+    failed = has_failed(ctl_at).to(tl.int32)
+    is_peer = (thread < WORLD) & (thread != rank) & (failed == 0)
+    flag_value = flag_of(call, tokens, REPLICATE_RESIDUAL + 2 * IN_PLACE + 4 * INNER + 8 * HAS_RESIDUAL)
     peer_base = load_i64(ctl_at + 8 * CTL_PEERS + thread.to(tl.int64) * 8, is_peer)
     peer_rows = rows_of(thread, tokens, shard)
     mine_rows = rows_of(rank, tokens, shard)
@@ -164,7 +168,7 @@ def two_shot_flags_kernel(
                         valid = mask & (i < rows_of(peer, tokens, shard))
                         base = base_of(ctl_at, peer)
                         at = base + inbox + rank * source_bytes + tl.cast(i, tl.int64) * ROW + byte
-                        store16(at, packet_of(partial, j - g), valid, False)
+                        store16(at, packet_of(partial, j - g), valid & (failed == 0), False)
         # Finish this rank's own row.
         done = i - lookahead * programs
         finished = (done >= 0) & (done < mine_rows)
@@ -178,8 +182,8 @@ def two_shot_flags_kernel(
             if HAS_RESIDUAL:
                 prefetch(residual.to(tl.int64) + kept, mask)
             flag = flags_in + partial_flags + tl.cast(done, tl.int64) * 8
-            late = wait_flag(flag, call, is_peer, ctl_at, WAIT_PARTIAL_FLAG, thread, False)
-            bad = tl.max(late, axis=0)
+            late = wait_flag(flag, flag_value, is_peer, ctl_at, WAIT_PARTIAL_FLAG, thread, False)
+            bad = tl.maximum(tl.max(late, axis=0), failed)
             tl.debug_barrier()
             sums = ()
             none = recomputed(0)
@@ -211,7 +215,7 @@ def two_shot_flags_kernel(
             peer_rotation = recomputed(pid)
             for j in tl.static_range(1, WORLD):
                 base = base_of(ctl_at, peer_at(rank, peer_rotation, j, WORLD))
-                store16(base + results + at, total if REPLICATE_RESIDUAL else norm, mask, False)
+                store16(base + results + at, total if REPLICATE_RESIDUAL else norm, mask & (failed == 0), False)
             if REPLICATE_RESIDUAL:
                 row_at = peer_base + rstds + tl.cast(rank * shard + done, tl.int64) * 8
                 put_tagged(row_at, rstd, tag_of(call), is_peer)
@@ -227,13 +231,14 @@ def two_shot_flags_kernel(
             tl.debug_barrier()
             first = flags_out + partial_flags + tl.cast(i, tl.int64) * 8
             second = flags_out + result_flags + tl.cast(done, tl.int64) * 8
-            set_flags(is_peer & (i < peer_rows), first, is_peer & finished, second, call)
+            set_flags(is_peer & (i < peer_rows), first, is_peer & finished, second, flag_value)
         # Take the peers' rows.
         taken = i - (lookahead + result_lag) * programs
         if (taken >= 0) & (taken < shard):
             flag = flags_in + result_flags + tl.cast(taken, tl.int64) * 8
-            late = wait_flag(flag, call, is_peer & (taken < peer_rows), ctl_at, WAIT_RESULT_FLAG, thread, True)
-            bad = tl.max(late, axis=0)
+            waits = is_peer & (taken < peer_rows)
+            late = wait_flag(flag, flag_value, waits, ctl_at, WAIT_RESULT_FLAG, thread, True)
+            bad = tl.maximum(tl.max(late, axis=0), failed)
             tl.debug_barrier()
             peer_rotation = recomputed(pid)
             if REPLICATE_RESIDUAL or not IN_PLACE:

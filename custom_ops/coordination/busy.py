@@ -1,0 +1,118 @@
+"""Messages in the store that a rank is busy, for example compiling, and not dead.
+
+A rank that waits for others restarts its time limit with each message of a rank that it waits for.
+So the limits of votes and agreements count silence, and a rank that compiles for long is no error.
+A rank sends no message while it waits itself, and none after `Limit.COMPILATION`: ranks that wait
+for each other all reach their limits. The messages lie in the default group's store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from fusewire.custom_ops.coordination.store import GroupStore, poll
+from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
+from fusewire.errors import ProcessGroupError
+
+T = TypeVar("T")
+_lock = threading.Lock()
+_blocks = _waits = 0  # `busy` blocks of all threads, and those whose thread waits
+_own = threading.local()  # blocks: of this thread
+_stop = threading.Event()
+_thread: threading.Thread | None = None
+
+
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """Say regularly, until the block ends, that this rank is busy. Thread-safe; blocks may nest."""
+    _enter()
+    _own.blocks = getattr(_own, "blocks", 0) + 1
+    try:
+        yield
+    finally:
+        _own.blocks -= 1
+        _leave()
+
+
+def poll_ranks(
+    ranks: Callable[[], Iterable[int]],
+    look: Callable[[], T | None],
+    timeout_s: float,
+    *,
+    waiting_for: Callable[[], str] | None = None,
+    spin_s: float = 0.0,
+) -> T | None:
+    """Poll with a time limit that messages of busy ranks restart.
+
+    Args:
+        ranks: returns the global ranks that are waited for.
+
+    The others and the result are those of `fusewire.custom_ops.coordination.store.poll`.
+    """
+    global _waits
+    blocks = getattr(_own, "blocks", 0)
+    with _lock:
+        _waits += blocks
+    try:
+        return poll(look, timeout_s, waiting_for=waiting_for, progress=lambda: _messages(ranks()), spin_s=spin_s)
+    finally:
+        with _lock:
+            _waits -= blocks
+
+
+def _enter() -> None:
+    global _blocks, _stop, _thread
+    with _lock:
+        _blocks += 1
+        store = _default_store() if _thread is None else None
+        if store is not None:
+            _stop = threading.Event()
+            arguments = (store, _key(dist.get_rank()), _stop)
+            _thread = threading.Thread(target=_send, args=arguments, name="fusewire busy", daemon=True)
+            _thread.start()
+
+
+def _leave() -> None:
+    global _blocks, _thread
+    with _lock:
+        _blocks -= 1
+        ended = None if _blocks else _thread
+        if ended is not None:
+            _stop.set()
+            _thread = None
+    if ended is not None:
+        ended.join()
+
+
+def _send(store: GroupStore, key: str, stop: threading.Event) -> None:
+    interval_s, end = limit_s(Limit.BUSY_INTERVAL), time.monotonic() + limit_s(Limit.COMPILATION)
+    with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever would read
+        while not stop.wait(interval_s) and time.monotonic() < end:
+            if _waits < _blocks:
+                store.set(key, uuid.uuid4().hex)
+        store.delete(key)
+
+
+def _messages(ranks: Iterable[int]) -> list[str | None]:
+    store = _default_store()
+    return [] if store is None else [store.get(_key(rank)) for rank in ranks]
+
+
+def _default_store() -> GroupStore | None:
+    if not dist.is_available() or not dist.is_initialized() or dist.group.WORLD is None:
+        return None
+    try:
+        return GroupStore(dist.group.WORLD)
+    except ProcessGroupError:
+        return None
+
+
+def _key(rank: int) -> str:
+    return f"busy/{rank}"

@@ -1,0 +1,310 @@
+"""What the other ranks see when one is killed, stopped, leaves out a call, or makes another one.
+
+    python tests/gpu/fault_check.py                  # 2 GPUs; each case once, under 3 minutes
+    python tests/gpu/fault_check.py --times 20 --limit 3000
+    python tests/gpu/fault_check.py --cpu            # 2 gloo ranks, no GPU: what the votes and the debug mode show
+    python tests/gpu/fault_check.py --case replay-kill --case stop
+
+The last rank misbehaves. Prints a line for each case as it ends. Every rank must end within 18 s, kernels give up after
+2 s (where a rank is stopped for 5 s: 9 s), and every error must come from fusewire, name the rank, and be one
+that `fusewire.check`, `fusewire.on_fault` and the next call agree on. Exits with 1 if a case failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from harness import all_reduce_norm, eighths, run_ranks, shorten_kernels
+
+import fusewire
+from fusewire.errors import FusewireError
+
+HIDDEN, TOKENS, CALLS_AFTER = 4096, {"one-shot": 4, "data": 64, "flags": 1200}, 4
+DEBUG = {"FUSEWIRE_DEBUG_CALLS": "1"}
+
+
+class Rank:
+    """One rank of a case: its calls, what went wrong, and a file that the parent reads."""
+
+    def __init__(self, rank, folder, tokens, gpu):
+        self.rank, self.tokens, self.gpu = rank, tokens, gpu
+        self.size, self.victim = dist.get_world_size(), rank == dist.get_world_size() - 1
+        self.device, self.policy = ("cuda", "symm_mem") if gpu else ("cpu", "native")
+        self.stop_s = 5.0 if gpu else 2.0
+        self.dtype = torch.bfloat16 if gpu else torch.float32
+        self.path, self.found = Path(folder) / f"rank{rank}", {"wrong": 0, "lost": 0, "errors": [], "heard": []}
+        self.weight = torch.ones(HIDDEN, device=self.device, dtype=self.dtype)
+        self.graph, self.inputs, self.outputs = None, None, None
+        fusewire.on_fault(lambda error: self.found["heard"].append(f"{type(error).__name__}: {error}"))
+
+    def payload(self, call, rank, tokens=None, dtype=None):
+        return eighths(tokens or self.tokens, HIDDEN, 3 * call + rank, dtype or self.dtype, self.device)
+
+    def call(self, call, policy=None, **change):
+        x = self.payload(call, self.rank, **change)
+        weight = self.weight.to(x.dtype)
+        return all_reduce_norm(x, None, weight, policy or self.policy)
+
+    def check(self, call, results):
+        """Count the rows that are neither right nor NaN, and those that are NaN."""
+        if self.gpu:
+            torch.cuda.synchronize()
+        want = sum(self.payload(call, rank).float() for rank in range(self.size))
+        got = results[1].float()
+        nan = got.isnan().any(1) | results[0].isnan().any(1)
+        self.found["lost"] += int(nan.sum())
+        self.found["wrong"] += int(((got != want).any(1) & ~nan).sum())
+
+    def warm_up(self, kernel_s):
+        for call in range(3):
+            self.check(call, self.call(call))
+        if self.found["wrong"] or self.found["lost"]:
+            raise RuntimeError(f"wrong before any fault: {self.found}")
+        if self.gpu:
+            shorten_kernels(kernel_s)
+        dist.barrier()
+
+    def capture(self):
+        self.inputs = self.payload(0, self.rank)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = all_reduce_norm(self.inputs, None, self.weight, self.policy)
+        for call in range(3):
+            self.replay(call)
+        dist.barrier()
+
+    def replay(self, call):
+        self.inputs.copy_(self.payload(call, self.rank))
+        self.graph.replay()
+        self.check(call, self.outputs)
+
+    @contextlib.contextmanager
+    def noted(self):
+        """Note the error of the block."""
+        try:
+            yield
+        except Exception as error:
+            self.found["errors"].append(f"{type(error).__name__}: {error}"[:400])
+            self.found["foreign"] = self.found.get("foreign", False) or not isinstance(error, FusewireError)
+
+    def save(self):
+        self.path.write_text(json.dumps(self.found))
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop(seconds):
+    """Stop this process; another one continues it."""
+    pid = os.getpid()
+    if os.fork() == 0:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGCONT)
+        os._exit(0)
+    os.kill(pid, signal.SIGSTOP)
+
+
+def job(rank, case, folder, tokens, gpu):
+    me = Rank(rank, folder, tokens, gpu)
+    me.warm_up(me.stop_s + 4.0 if "stop" in case else 2.0)
+    if case.startswith("replay"):
+        me.capture()
+    begin = getattr(Cases, case.replace("-", "_"))
+    begin(me)
+    if gpu and not me.victim and "stop" not in case:
+        with me.noted():  # a fault is noticed without a call
+            deadline = time.monotonic() + 10
+            while not me.found["heard"] and not me.found["errors"] and time.monotonic() < deadline:
+                time.sleep(0.02)
+                fusewire.check()
+    me.save()
+
+
+class Cases:
+    """What the ranks do after the warm-up; the victim is the last rank."""
+
+    @staticmethod
+    def _go_on(me, first=10):
+        for call in range(first, first + CALLS_AFTER):
+            with me.noted():
+                me.check(call, me.call(call))
+            if me.found["errors"] and not me.gpu:
+                return  # the next would wait again
+
+    @staticmethod
+    def none(me):
+        Cases._go_on(me)
+
+    @staticmethod
+    def kill_before(me):
+        if me.victim:
+            die()
+        Cases._go_on(me)
+
+    @staticmethod
+    def kill_in(me):
+        """The victim waits in the operation for the others when it is killed."""
+        if me.victim:
+            threading.Timer(0.5, die).start()
+        else:
+            time.sleep(1.0)
+        Cases._go_on(me)
+
+    @staticmethod
+    def kill_after(me):
+        with me.noted():
+            me.check(10, me.call(10))
+        if me.victim:
+            die()
+        Cases._go_on(me, 11)
+
+    @staticmethod
+    def stop(me):
+        if me.victim:
+            stop(me.stop_s)
+        Cases._go_on(me)
+
+    @staticmethod
+    def skip(me):
+        """The victim leaves out a call. The next has other tokens, so the debug mode sees it."""
+        if not me.victim:
+            with me.noted():
+                me.call(10)
+        with me.noted():
+            me.call(11, tokens=2 * me.tokens)
+
+    @staticmethod
+    def count(me):
+        with me.noted():
+            me.call(10, tokens=2 * me.tokens if me.victim else None)
+        Cases._end(me)
+
+    @staticmethod
+    def dtype(me):
+        with me.noted():
+            me.call(10, dtype=torch.float16 if me.victim else None)
+        Cases._end(me)
+
+    @staticmethod
+    def path(me):
+        other = "native" if me.gpu else "rank_ordered"
+        with me.noted():
+            me.call(10, policy=other if me.victim else None)
+        Cases._end(me)
+
+    @staticmethod
+    def _end(me):
+        """Whatever is still in flight ends, or does not."""
+        if me.gpu and not me.victim:
+            with me.noted():
+                torch.cuda.synchronize()
+
+    @staticmethod
+    def replay_kill(me):
+        if me.victim:
+            die()
+        for call in range(10, 16):
+            me.replay(call)
+        with me.noted():
+            me.call(16)
+
+    @staticmethod
+    def replay_stop(me):
+        if me.victim:
+            stop(me.stop_s)
+        for call in range(10, 16):
+            me.replay(call)
+
+
+KILLS = ("kill-before", "kill-in", "kill-after")
+DIFFERS = ("skip", "count", "dtype", "path")
+
+
+def judge(case, debug, gpu, found, statuses):
+    """Return what is wrong with a case's outcome, or ""."""
+    survivors = [found[rank] for rank in range(len(statuses) - 1)]
+    victim = len(statuses) - 1
+    if any(each is None for each in survivors):
+        return f"a rank did not end: {statuses}"
+    texts = [text for each in survivors for text in (*each["errors"], *each["heard"])]
+    if any(each["wrong"] for each in survivors):
+        return "wrong numbers"
+    if case in ("none", "stop", "replay-stop"):
+        lost = any(each["lost"] or each["errors"] for each in [*survivors, found[victim]] if each)
+        return "an error although every rank came" if lost or statuses[victim] else ""
+    if not texts:
+        return "no error"
+    if debug and case in DIFFERS:
+        every = [*survivors, found[victim]]
+        named = all(each and any("RankMismatchError" in text for text in each["errors"]) for each in every)
+        return "" if named else "no RankMismatchError on every rank"
+    if gpu and not any(f"rank {victim} " in text or "rank(s)" in text for text in texts):
+        return "the error does not name the rank"
+    if gpu and not debug and not all(each["heard"] for each in survivors):
+        return "on_fault was not called"
+    return ""
+
+
+def plan(arguments):
+    """(case, protocol, debug) in order."""
+    if arguments.cpu:
+        found = [(case, "data", True) for case in ("none", *KILLS, "stop", *DIFFERS)]
+    else:
+        found = [("none", "one-shot", False), ("kill-before", "flags", False), ("kill-after", "data", False)]
+        found += [(case, protocol, False) for protocol in TOKENS for case in ("kill-in", "replay-kill")]
+        found += [("stop", "data", False), ("replay-stop", "one-shot", False), ("count", "flags", False)]
+        found += [(case, "data", debug) for case in DIFFERS for debug in (False, True)]
+    return [item for item in found if not arguments.case or item[0] in arguments.case]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="gloo ranks without GPUs")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--times", type=int, default=1, help="how often each case runs")
+    parser.add_argument("--case", action="append", help="only these cases")
+    parser.add_argument("--limit", type=float, default=170.0, help="seconds after which no further case begins")
+    arguments = parser.parse_args()
+    start, failed, passed, left = time.monotonic(), 0, 0, 0
+    for time_number in range(arguments.times):
+        for case, protocol, debug in plan(arguments):
+            if time.monotonic() - start > arguments.limit - 18:
+                left += 1
+                continue
+            begin = time.monotonic()
+            with tempfile.TemporaryDirectory() as folder:
+                environment = {**(DEBUG if debug else {}), "FUSEWIRE_TIMEOUT_S": "4" if arguments.cpu else "10"}
+                environment["FUSEWIRE_WATCHDOG_INTERVAL_S"] = "0.1"
+                given = (job, arguments.ranks, case, folder, TOKENS[protocol], not arguments.cpu)
+                statuses = run_ranks(*given, gpu=not arguments.cpu, environment=environment)
+                paths = [Path(folder) / f"rank{rank}" for rank in range(arguments.ranks)]
+                found = [json.loads(path.read_text()) if path.exists() else None for path in paths]
+            problem = judge(case, debug, not arguments.cpu, found, statuses)
+            passed, failed = passed + (not problem), failed + bool(problem)
+            print(
+                f"{'pass' if not problem else 'FAIL'} {case}, {protocol}{', debug' if debug else ''}, "
+                f"time {time_number + 1}, {time.monotonic() - begin:.1f} s {problem}",
+                flush=True,
+            )
+            for rank, each in enumerate(found):
+                if each is not None:
+                    first = (each["heard"] + each["errors"])[:1]
+                    print(f"     rank {rank}: lost {each['lost']}, wrong {each['wrong']}, {first}", flush=True)
+    print(f"{passed} passed, {failed} failed, {left} left out for want of time, {time.monotonic() - start:.0f} s")
+    return int(bool(failed or left))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
