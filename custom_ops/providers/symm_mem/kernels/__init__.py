@@ -12,8 +12,8 @@ bits:
 * `two_shot_flags.two_shot_flags_kernel`: the same with one flag per row. Nothing needs a reset, and
   results can be written into the output itself: highest throughput for many tokens.
 
-`memory` has the memory accesses, `counters` those of the control block, `rows` the arithmetic on packets, `packets` shared functions, and
-`peer_copy` a plain copy that measures the links.
+`memory` has the memory accesses, `counters` those of the control block, `rows` the arithmetic on
+packets, `packets` shared functions, and `peer_copy` a plain copy that measures the links.
 
 **Arguments.** All kernels take, in this order: `ctl` (the control block, int64 words, see
 `layout`), `x`, `residual`, `weight`, `inner_weight`, `norm_out`, `residual_out` (addresses,
@@ -57,9 +57,9 @@ Hence:
 * Results with flags, and output buffers: o writes row i on rank p in call n + 1 after it has seen
   p's flag of call n + 1. All work that p put on its stream before that call, including readers of
   the old output, has ended by then.
-* Tagged words and flags contain their call's number, flags also the call's tokens and options. Each is written again in the next call of its
-  kind at the earliest, by a writer that waits for the same events as for the data. Tags repeat
-  after 2**31 calls.
+* Tagged words and flags contain their call's number, flags also its tokens and options. Each is
+  written again in the next call of its kind at the earliest, by a writer that waits for the same
+  events as for the data. Tags repeat after 2**31 calls.
 
 **After a fault.** (I) holds only as long as no rank gives up. A rank that has given up in call n and
 went on would write slots that a late peer still reads, and would take the peer's late data of call
