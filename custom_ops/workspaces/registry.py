@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops.coordination.timeouts import limit_s
+from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.coordination.watchdog import WATCHDOG, action
 from fusewire.custom_ops.ops.registry import YES
@@ -75,7 +75,7 @@ class WorkspaceRegistry:
         if found is not None and found.serves(group):
             return found
         refuse_capture(provider.name, f"group {name}")
-        action()  # raises before the ranks share anything
+        action(), limit_s(Limit.WATCHDOG_INTERVAL)  # errors in these, before the ranks share anything
         with self.lock:
             found = self.machines.get((provider.name, name))
             if found is not None and found.serves(group):  # voted on by another thread meanwhile

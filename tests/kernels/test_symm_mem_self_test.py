@@ -250,6 +250,7 @@ def test_a_workspace_is_made_as_it_was_counted(ranks, data):
 
     def record(group_name, hidden, dtype, max_tokens, *, timeout_s, device, multiprocessors, barrier, **sizes):
         assert multiprocessors == 78  # the least of the ranks
+        assert timeout_s == 77
         sizes = {name: min(size, max_tokens) if name != "outputs" else size for name, size in sizes.items()}
         made.append(Layout(ranks, hidden, dtype.itemsize, max_tokens=max_tokens, **sizes))
         return SimpleNamespace(rank=0, world_size=ranks, nbytes=made[-1].nbytes)
@@ -257,7 +258,7 @@ def test_a_workspace_is_made_as_it_was_counted(ranks, data):
     group = SimpleNamespace(size=lambda: ranks)
     for tokens in (100, 4096):
         key = interface.WorkspaceKey("symm_mem", "group", torch.bfloat16, 8192)
-        facts = tuple({"multiprocessors": 78 + (rank + 1) % ranks} for rank in range(ranks))
+        facts = tuple({"multiprocessors": 78 + (rank + 1) % ranks, "kernel_timeout_s": 77.0} for rank in range(ranks))
         request = interface.Request(key, group, torch.device("cpu"), tokens, facts)
         with mock.patch.object(symm_mem_provider, "SymmMemWorkspace", record):
             symm_mem_provider.SymmMemProvider().create(request, SimpleNamespace(barrier=lambda: None))

@@ -1,0 +1,30 @@
+"""Short forms on gloo of the scripts that check faults and many calls on GPUs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GPU = Path(__file__).resolve().parents[1] / "gpu"
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(GPU / script), "--cpu", *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+@pytest.mark.parametrize("case", ["kill-in", "stop", "skip", "path"])
+def test_faults_end_in_an_error(case):
+    text = run("fault_check.py", "--case", case)
+    assert f"pass {case}" in text
+    assert "1 passed, 0 failed, 0 left out" in text
+
+
+def test_many_calls_with_fresh_payloads():
+    text = run("soak_check.py", "--calls", "800", "--limit", "120")
+    assert text.count('"ok": true') == 10  # each of 4 shapes and the whole, on 2 ranks
