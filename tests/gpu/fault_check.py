@@ -124,12 +124,18 @@ def job(rank, case, folder, tokens, gpu):
     begin = getattr(Cases, case.replace("-", "_"))
     begin(me)
     if gpu and not me.victim and "stop" not in case:
-        with me.noted():  # a fault is noticed without a call
-            deadline = time.monotonic() + 10
-            while not me.found["heard"] and not me.found["errors"] and time.monotonic() < deadline:
-                time.sleep(0.02)
-                fusewire.check()
+        wait_for(lambda: me.found["heard"] or case == "none")  # a fault is noticed without a call
+        with me.noted():
+            fusewire.check()
     me.save()
+    if rank == 0 and "kill" not in case:  # the store lives in this process
+        wait_for(lambda: all((Path(folder) / f"rank{other}").exists() for other in range(me.size)))
+
+
+def wait_for(condition, seconds=8.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 class Cases:
