@@ -3,6 +3,7 @@
     python tests/gpu/fault_check.py                  # 2 GPUs; each case once, under 3 minutes
     python tests/gpu/fault_check.py --times 20 --limit 3000
     python tests/gpu/fault_check.py --cpu            # 2 gloo ranks, no GPU: what the votes and the debug mode show
+    python tests/gpu/fault_check.py --one-gpu        # a late rank during replays, both ranks as streams of one GPU
     python tests/gpu/fault_check.py --case replay-kill --case stop
 
 The last rank misbehaves. Prints a line for each case as it ends. Every rank must end within 18 s, kernels give up after
@@ -275,14 +276,95 @@ def plan(arguments):
     return [item for item in found if not arguments.case or item[0] in arguments.case]
 
 
+def one_gpu():
+    """Rank 0 replays a graph while rank 1 does not, which then comes late; return the number of failures."""
+    import one_gpu_check as local
+
+    from fusewire.custom_ops.coordination.watchdog import WATCHDOG
+    from fusewire.custom_ops.providers.symm_mem import launcher
+    from fusewire.custom_ops.providers.symm_mem.layout import CTL_LIMIT_NS
+    from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
+
+    torch.cuda.set_device(local.DEVICE)
+    os.environ["FUSEWIRE_WATCHDOG_INTERVAL_S"] = "0.05"
+    kinds = {4: launcher.one_shot_launch, 64: launcher.two_shot_launch, 600: launcher.two_shot_launch}
+    failures, weight = 0, torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
+
+    def payload(tokens, call, rank):
+        return eighths(tokens, HIDDEN, 3 * call + rank, torch.bfloat16, "cuda")
+
+    def state(tokens, call, results):
+        """ "right", "nan" or "wrong"."""
+        torch.cuda.synchronize()
+        want = payload(tokens, call, 0).float() + payload(tokens, call, 1).float()
+        nan = results[1].isnan() | results[0].isnan()
+        if bool(nan.all()):
+            return "nan"
+        return "right" if bool(((results[1].float() == want) | nan).all()) else "wrong"
+
+    for tokens, make in kinds.items():
+        ranks, graphs, heard = local.make_ranks(2, HIDDEN, torch.bfloat16), [], threading.Event()
+        xs = [payload(tokens, 0, rank) for rank in range(2)]
+        calls = [PreparedCall(ws, make) for ws, _ in ranks]
+        with launcher.compiling_only():
+            for call, x in zip(calls, xs, strict=True):
+                call(x, None, weight, 1e-6, 0.0, "scale_then_round")
+        for (ws, stream), call, x in zip(ranks, calls, xs, strict=True):
+            ws.ctl[CTL_LIMIT_NS], ws.timeout_s = int(1e9), 1.0
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                results = call(x, None, weight, 1e-6, 0.0, "scale_then_round")
+            graphs.append((graph, results))
+
+        def replay(rank, number, tokens=tokens, ranks=ranks, graphs=graphs, xs=xs):
+            with torch.cuda.stream(ranks[rank][1]):
+                xs[rank].copy_(payload(tokens, number, rank))
+                graphs[rank][0].replay()
+
+        remove = fusewire.on_fault(lambda error, heard=heard: heard.set())
+        WATCHDOG.watch(ranks[0][0])
+        found = []
+        for number in range(3):
+            for rank in range(2):
+                replay(rank, number)
+            found += [state(tokens, number, results) for _, results in graphs]
+        replay(0, 3)  # rank 1 does not come
+        noticed = heard.wait(8)
+        found.append(state(tokens, 3, graphs[0][1]))
+        begin = time.monotonic()
+        for number in range(4, 104):
+            replay(0, number)
+        found.append(state(tokens, 103, graphs[0][1]))
+        each_us = (time.monotonic() - begin) / 100 * 1e6
+        late = []
+        for number in range(3, 9):  # now rank 1 comes, for the same calls
+            replay(1, number)
+            late.append(state(tokens, number, graphs[1][1]))
+        errors = [ws.fault() for ws, _ in ranks]
+        ok = noticed and found[:6] == ["right"] * 6 and found[7] == "nan" and "wrong" not in found + late
+        ok = ok and late[-1] == "nan" and all(errors) and each_us < 5000
+        failures += not ok
+        print(
+            f"{'pass' if ok else 'FAIL'} {tokens} tokens: {found}, late rank {late}, {each_us:.0f} us a replay afterwards"
+        )
+        print(f"     {[str(error)[:220] for error in errors]}", flush=True)
+        remove()
+        WATCHDOG.unwatch(ranks[0][0])
+    return failures
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="gloo ranks without GPUs")
+    parser.add_argument("--one-gpu", action="store_true", help="both ranks as streams of one GPU")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--times", type=int, default=1, help="how often each case runs")
     parser.add_argument("--case", action="append", help="only these cases")
     parser.add_argument("--limit", type=float, default=170.0, help="seconds after which no further case begins")
     arguments = parser.parse_args()
+    if arguments.one_gpu:
+        return int(bool(one_gpu()))
     start, failed, passed, left = time.monotonic(), 0, 0, 0
     for time_number in range(arguments.times):
         for case, protocol, debug in plan(arguments):
