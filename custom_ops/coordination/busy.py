@@ -92,12 +92,14 @@ def _leave() -> None:
 
 
 def _send(store: GroupStore, key: str, stop: threading.Event) -> None:
-    interval_s, end = limit_s(Limit.BUSY_INTERVAL), time.monotonic() + limit_s(Limit.COMPILATION)
-    with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever would read
+    interval_s, end, sent = limit_s(Limit.BUSY_INTERVAL), time.monotonic() + limit_s(Limit.COMPILATION), False
+    with contextlib.suppress(Exception):  # the store is gone, and with it whoever would read
         while not stop.wait(interval_s) and time.monotonic() < end:
             if _waits < _blocks:
                 store.set(key, uuid.uuid4().hex)
-        store.delete(key)
+                sent = True
+        if sent:
+            store.delete(key)
 
 
 def _messages(ranks: Iterable[int]) -> list[str | None]:

@@ -374,10 +374,11 @@ def main():
                 continue
             begin = time.monotonic()
             with tempfile.TemporaryDirectory() as folder:
-                environment = {**(DEBUG if debug else {}), "FUSEWIRE_TIMEOUT_S": "4" if arguments.cpu else "10"}
+                environment = {**(DEBUG if debug else {}), "FUSEWIRE_TIMEOUT_S": "10"}
                 environment["FUSEWIRE_WATCHDOG_INTERVAL_S"] = "0.1"
                 given = (job, arguments.ranks, case, folder, TOKENS[protocol], not arguments.cpu)
-                statuses = run_ranks(*given, gpu=not arguments.cpu, environment=environment)
+                limit_s = 50.0 if arguments.cpu else 18.0
+                statuses = run_ranks(*given, gpu=not arguments.cpu, environment=environment, limit_s=limit_s)
                 paths = [Path(folder) / f"rank{rank}" for rank in range(arguments.ranks)]
                 found = [json.loads(path.read_text()) if path.exists() else None for path in paths]
             problem = judge(case, debug, not arguments.cpu, found, statuses)
