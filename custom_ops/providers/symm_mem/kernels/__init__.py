@@ -64,7 +64,7 @@ Hence:
 **After a fault.** (I) holds only as long as no rank gives up. A rank that has given up in call n and
 went on would write slots that a late peer still reads, and would take the peer's late data of call
 n for that of a later call. So after a rank has given up, its kernels send nothing, wait for nothing
-and store NaN. A late peer gets what was sent for call n, or waits in vain and gives up too.
+and store NaN. A late peer gets what was sent for call n, or waits past its limit and gives up too.
 tests/support/simulator.py (`late`) runs this.
 
 **What the memory model does not promise.** With data as its own flag, a reset and the next write of
