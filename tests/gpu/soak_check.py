@@ -3,7 +3,7 @@
     python tests/gpu/soak_check.py                         # 2 GPUs, two minutes
     python tests/gpu/soak_check.py --calls 10000000 --limit 900
     python tests/gpu/soak_check.py --one-gpu               # both ranks as streams of one GPU
-    python tests/gpu/soak_check.py --cpu --calls 200       # gloo, without GPUs
+    python tests/gpu/soak_check.py --cpu --calls 600       # gloo, without GPUs
 
 A CUDA graph holds CALLS calls, one after another, each with a payload of its own. A replay takes the next payloads, so no
 two calls in a row are alike. The payloads are multiples of 1/8, whose sums are exact in every dtype: every number of
@@ -28,6 +28,7 @@ CALLS, PAYLOADS, ROUND = 100, 256, 20  # of a graph; in the pool; replays betwee
 SHAPES = [  # tokens, hidden: one-shot, data as flag, flags
     (1, 1024), (4, 4096), (16, 8192), (64, 4096), (200, 1536), (600, 4096), (1500, 4096),
 ]  # fmt: skip
+CPU_SHAPES = [(1, 256), (4, 512), (16, 768)]
 MEMORY_BYTES, RESIDENT_BYTES = 2 << 20, 64 << 20  # of GPUs; of the process, where malloc keeps what is freed
 
 
@@ -78,7 +79,7 @@ def captured(step):
 
 def budgets(arguments):
     """Yield each shape with its part of the calls and of the time."""
-    shapes = SHAPES[:4] if arguments.cpu else SHAPES
+    shapes = CPU_SHAPES if arguments.cpu else SHAPES
     for tokens, hidden in shapes:
         yield tokens, hidden, arguments.calls // len(shapes), (arguments.limit - 20) / len(shapes)
 
@@ -121,6 +122,7 @@ def any_rank(flag):
 
 def job(rank, arguments):
     gpu, made = not arguments.cpu, 0
+    torch.set_num_threads(1)
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     policy = "symm_mem" if gpu else "native"
     for tokens, hidden, calls, seconds in budgets(arguments):

@@ -26,5 +26,5 @@ def test_faults_end_in_an_error(case):
 
 
 def test_many_calls_with_fresh_payloads():
-    text = run("soak_check.py", "--calls", "800", "--limit", "120")
-    assert text.count('"ok": true') == 10  # each of 4 shapes and the whole, on 2 ranks
+    text = run("soak_check.py", "--calls", "600", "--limit", "120")
+    assert text.count('"ok": true') == 8  # each of 3 shapes and the whole, on 2 ranks
