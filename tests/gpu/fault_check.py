@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,8 @@ class Rank:
         self.device, self.policy = ("cuda", "symm_mem") if gpu else ("cpu", "native")
         self.stop_s = 5.0 if gpu else 2.0
         self.dtype = torch.bfloat16 if gpu else torch.float32
-        self.path, self.found = Path(folder) / f"rank{rank}", {"wrong": 0, "lost": 0, "errors": [], "heard": []}
+        self.path = Path(folder) / f"rank{rank}"
+        self.found: dict[str, Any] = {"wrong": 0, "lost": 0, "errors": [], "heard": []}
         self.weight = torch.ones(HIDDEN, device=self.device, dtype=self.dtype)
         self.graph, self.inputs, self.outputs = None, None, None
         fusewire.on_fault(lambda error: self.found["heard"].append(f"{type(error).__name__}: {error}"))
