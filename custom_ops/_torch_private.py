@@ -31,6 +31,8 @@ def _no_stream(device_index: int) -> int:
 
 # The handle of a device's current stream. Absent from a torch that is built without CUDA.
 current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _no_stream)
+# Whether the current stream is captured into a CUDA graph; `torch.cuda`'s function, without its checks.
+is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)
 
 
 def store_of(group: dist.ProcessGroup) -> dist.distributed_c10d.Store:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fusewire.fusion_passes.config import PassConfig
     from fusewire.fusion_passes.pipeline import run_passes
     from fusewire.fusion_passes.registry import register_pass
+    from fusewire.fusion_passes.report.cache import load_report, save_report
     from fusewire.fusion_passes.report.store import Report, clear_report, report
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
@@ -73,6 +74,7 @@ __all__ = [
     "enable",
     "fused_add_rms_norm",
     "ir_op_priority",
+    "load_report",
     "on_fault",
     "prepare",
     "register_op",
@@ -80,6 +82,7 @@ __all__ = [
     "report",
     "rms_norm",
     "run_passes",
+    "save_report",
     "workspaces",
 ]
 
@@ -89,9 +92,11 @@ _LAZY = {
     "Report": "fusion_passes.report.store",
     "clear_report": "fusion_passes.report.store",
     "enable": "fusion_passes.backend",
+    "load_report": "fusion_passes.report.cache",
     "register_pass": "fusion_passes.registry",
     "report": "fusion_passes.report.store",
     "run_passes": "fusion_passes.pipeline",
+    "save_report": "fusion_passes.report.cache",
 }
 
 

@@ -9,6 +9,7 @@ with fusewire.enable(PassConfig(...)):
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -39,15 +40,30 @@ from fusewire.fusion_passes.compiler.dynamo import (
     capture_again_with_numbers,
     float_inputs,
     floats_as_numbers,
+    graph_breaks,
     graph_kind,
     is_module_attribute,
 )
 from fusewire.fusion_passes.config import DISABLE_VARIABLE, PassConfig, disabled_by_environment, unknown_option
 from fusewire.fusion_passes.pipeline import run_passes
-from fusewire.fusion_passes.report.cache import CURRENT_CACHE, compilation_name, hits_noted, reports_kept
+from fusewire.fusion_passes.report.cache import CURRENT_CACHE, hits_noted, reports_kept
+from fusewire.fusion_passes.report.expectation import check_graph, check_program
+from fusewire.fusion_passes.report.store import add_note, report
+from fusewire.fusion_passes.report.structure import compilation_name
 from fusewire.fusion_passes.spmd.agreement import PUBLISHED, Posting, agree, announce_unfused
 
 _DISABLED = f"has set {DISABLE_VARIABLE}"
+_NOTHING_COMPILED = (
+    "in a block of fusewire.enable() nothing was compiled with Inductor: what was compiled before, or "
+    "was loaded from an engine's own cache, runs as it is, with fusewire or without; make the "
+    "model's first call in the block"
+)
+_NOT_DUMPED = (
+    "dump_graphs wrote nothing of graphs from the compile cache, on which no pass runs; "
+    "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 has them compiled anew"
+)
+# The graphs compiled so far in this thread's innermost block of `enable`.
+_SEEN: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("fusewire_seen", default=None)
 
 
 class FusewirePass(CustomGraphPass):
@@ -159,6 +175,7 @@ def fusewire_backend(
 
     Raises:
         ConfigError: an option is unknown or has a value that cannot be used.
+        ExpectationError: see `PassConfig.expect_fused`.
     """
     config, patches = split_options(options)
     patches = {**options_of_mode(mode), **patches}
@@ -168,7 +185,10 @@ def fusewire_backend(
     specialize_epsilons(model)
     existing = patches.get(HOOK, custom_passes())
     with _compilation(model, example_inputs, config) as ours:
-        return compile_graph(model, example_inputs, {**patches, HOOK: chained_hook(ours, existing)})
+        compiled = compile_graph(model, example_inputs, {**patches, HOOK: chained_hook(ours, existing)})
+    if not graph_breaks():  # the graph is the whole of a compiled function
+        check_program(report().graphs, config.expect_fused)
+    return compiled
 
 
 fusewire_backend.reset = free_cuda_graphs  # type: ignore[attr-defined]  # for torch._dynamo.reset()
@@ -180,6 +200,7 @@ def _compilation(model: GraphModule, example_inputs: Sequence[Any], config: Pass
 
     Raises:
         PeerTimeoutError, RankMismatchError: ranks cannot agree on a graph that the cache may hold.
+        ExpectationError: a graph from the cache does not meet `config.expect_fused`.
     """
     with busy(), reports_kept(compilation_name(model, example_inputs, cache_key(config))) as cache:
         # A rank that finds the graph in the cache runs no pass, so it compares with its peers here.
@@ -188,6 +209,10 @@ def _compilation(model: GraphModule, example_inputs: Sequence[Any], config: Pass
         token = PUBLISHED.set(frozenset(Posting(item.program, item.rewritten, item.label) for item in prints))
         try:
             yield FusewirePass(config, cache.key, unfused)
+            for kept in cache.restore():
+                check_graph(kept, config.expect_fused)
+                if config.dump_graphs is not None:
+                    add_note(_NOT_DUMPED)
         except RestartAnalysis:  # no failure: Dynamo captures the graph anew
             raise
         except Exception as error:
@@ -209,6 +234,7 @@ def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConf
 
     Raises:
         ConfigError: an option is unknown or has a value that cannot be used.
+        ExpectationError: see `PassConfig.expect_fused`.
     """
     if config is not None and fields:
         raise ConfigError("give a PassConfig or single fields, not both")
@@ -220,8 +246,16 @@ def enable(config: PassConfig | None = None, **fields: Any) -> Iterator[PassConf
         yield chosen
         return
     hook = chained_hook(FusewirePass(chosen), custom_passes())
-    with with_custom_passes(hook), floats_as_numbers(), compilations_wrapped(_around), hits_noted():
-        yield chosen
+    seen: list[Any] = []
+    token = _SEEN.set(seen)
+    try:
+        with with_custom_passes(hook), floats_as_numbers(), compilations_wrapped(_around), hits_noted():
+            yield chosen
+    finally:
+        _SEEN.reset(token)
+    if not seen:
+        add_note(_NOTHING_COMPILED)
+    check_program(report().graphs, chosen.expect_fused)
 
 
 def _around(model: Any, example_inputs: Any, existing: Any) -> AbstractContextManager[Any] | None:
@@ -230,6 +264,8 @@ def _around(model: Any, example_inputs: Any, existing: Any) -> AbstractContextMa
     A compilation's own custom passes replace fusewire's in Inductor; the block adds fusewire's.
     """
     ours = _ours_in(existing) or _ours_in(custom_passes())
+    if (seen := _SEEN.get()) is not None:
+        seen.append(model)
     if ours is None or CURRENT_CACHE.get() is not None or not isinstance(model, GraphModule):
         return None
     return _compilation_behind(existing, model, example_inputs, ours.config)

@@ -1,4 +1,4 @@
-"""Define the options of the passes. All of them enter the compile cache's key."""
+"""Define the options of the passes. All that change what runs enter the compile cache's key."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def disabled_by_environment() -> bool:
     return env_flag(DISABLE_VARIABLE)
 
 
+_REPORTS = "reports"
 # The groups of options, in the order in which describe() prints them.
 GROUPS = {
     "fusions": "what the passes rewrite",
     "numerics": "where results are rounded, and which providers compute them",
     "assumptions": "what is taken to hold for all ranks",
-    "reports": "what is checked and written",
+    _REPORTS: "what is checked and written; no part of the compile cache's key",
 }
 
 
@@ -147,10 +148,14 @@ class PassConfig:
     )
     expect_fused: int | str | None = _report(
         None,
-        "Number of all-reduces that must be fused in each graph that has any ('all': every one). Otherwise the compilation "
-        "fails with the report.",
+        "Number of all-reduces that must be fused in each graph that has any. 'all': every one, also "
+        "those that are operators of their own, which no pass reads. Otherwise the compilation "
+        "fails with the report. Where the program is known to be whole, one must have been fused.",
     )
-    dump_graphs: str | None = _report(None, "Directory to write each graph to, before and after every pass.")
+    dump_graphs: str | None = _report(
+        None,
+        "Directory to write each graph to, before and after every pass. A graph from the compile cache goes through none.",
+    )
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -189,8 +194,9 @@ class PassConfig:
         return hash(self.key())
 
     def key(self) -> str:
-        """Return all options as text, equal for equal configurations only."""
-        return repr([(item.name, getattr(self, item.name)) for item in fields(self)])
+        """Return the options that the passes' result depends on as text, for the compile cache's key."""
+        kept = (item for item in fields(self) if item.metadata["group"] != _REPORTS)
+        return repr([(item.name, getattr(self, item.name)) for item in kept])
 
     def policy(self, op_name: str) -> str:
         """Return the policy that compiled graphs carry in calls of the operator.

@@ -21,7 +21,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from fusewire.custom_ops.ops.registry import op_of_target
-from fusewire.errors import ConfigError, ExpectationError
+from fusewire.errors import ConfigError
 from fusewire.fusion_passes.analysis.norm_reader import find_norms
 from fusewire.fusion_passes.analysis.why_unfused import explain_unfused
 from fusewire.fusion_passes.compiler.dynamo import graph_kind
@@ -31,10 +31,10 @@ from fusewire.fusion_passes.context import MATCH, Refused, RunContext
 from fusewire.fusion_passes.observer import Observer, observer_of
 from fusewire.fusion_passes.passes.raise_ops import computes_norms_itself
 from fusewire.fusion_passes.registry import pass_names, registered_passes
-from fusewire.fusion_passes.report.entries import entry_of, source_location
+from fusewire.fusion_passes.report.entries import entry_of, source_location, unread_in
+from fusewire.fusion_passes.report.expectation import check_graph
 from fusewire.fusion_passes.report.model import ALL_REDUCE, FUSED, REDUCE_SCATTER, Entry, GraphReport
 from fusewire.fusion_passes.report.store import Report, add_graph_report
-from fusewire.fusion_passes.report.text import describe_counts
 from fusewire.fusion_passes.spmd.agreement import agree
 from fusewire.fusion_passes.spmd.fingerprint import (
     GroupFingerprint,
@@ -95,7 +95,7 @@ def run_passes(
     )
     report = add_graph_report(report)
     log.info("%s", Report((report,)).summary)
-    _check_expectation(report, config)
+    check_graph(report, config.expect_fused)
     return report
 
 
@@ -111,18 +111,6 @@ def _check_arguments(graph: Any, config: Any) -> None:
                 f"run_passes takes a post-grad graph of ATen operators, and this is one as Dynamo captures it (see "
                 f'{node.name}); use torch.compile(backend="fusewire") or fusewire.enable(), which run at the right place'
             )
-
-
-def _check_expectation(report: GraphReport, config: PassConfig) -> None:
-    expected = config.expect_fused
-    if expected is None or (expected != "all" and not report.entries):
-        return
-    fused = sum(entry.status == FUSED for entry in report.entries)
-    wanted = len(report.entries) if expected == "all" else expected
-    if fused != wanted:
-        raise ExpectationError(
-            f"expect_fused={expected!r}, but {describe_counts(report.entries)} were fused.\n{Report((report,))}"
-        )
 
 
 class _Run:
@@ -149,7 +137,7 @@ class _Run:
         found = [read_all_reduce(node) for node in self.graph.nodes if node.op == "call_function"]
         self.sites = [site for site in found if site is not None]
         self.entries = {site.name: entry_of(site) for site in self.sites}
-        self.program = programs_of(self.graph)
+        self.program, unread = programs_of(self.graph), unread_in(self.graph)
         context = RunContext(self.config)
         if kind == "training":
             context = self._refuse_all(
@@ -173,6 +161,7 @@ class _Run:
             tuple(self.notes),
             fingerprints=tuple(self.prints),
             unfused=tuple(sorted(self.unfused)),
+            unread=unread,
         )
         return report if self.observer is None else self.observer.complete(report)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +58,37 @@ OTHER_COLLECTIVES = {
     "_c10d_functional::all_gather_into_tensor": "an all-gather",
 }
 _BY_OP = {spelling.op: spelling for spelling in (*SPELLINGS, SCATTERED)}
+_BY_HAND = "call funcol.all_reduce, or dist.all_reduce on a plain tensor, to have it fused"
+_IN_PLACE = f"it overwrites its input, which the passes do not move; {_BY_HAND}"
+_SYMMETRIC = f"it sums over symmetric memory that the program manages itself; {_BY_HAND}"
+_VLLM = "vLLM's platform calls it in place of vllm.all_reduce, which fusewire reads (use_custom_op_collectives)"
+# All-reduces that are operators of their own, by qualified name: why the passes leave them, and what
+# to do. They are counted and explained, never rewritten.
+UNREAD = {
+    "_C::shm_allreduce": f"vLLM's all-reduce in place over shared memory of CPUs; {_VLLM}",
+    "_C_custom_ar::all_reduce": f"vLLM's custom all-reduce, given the addresses of its buffers; {_VLLM}",
+    "_C_custom_ar::qr_all_reduce": f"vLLM's quantised all-reduce, which rounds each part; {_VLLM}",
+    "vllm::all_reduce_symmetric_with_copy": f"vLLM's all-reduce through NCCL's symmetric memory; {_VLLM}",
+    "vllm::inplace_all_reduce": f"an earlier vLLM's all-reduce; {_IN_PLACE}",
+    "sglang::inplace_all_reduce": f"SGLang's all-reduce; {_IN_PLACE}",
+    "symm_mem::one_shot_all_reduce": _SYMMETRIC,
+    "symm_mem::one_shot_all_reduce_copy": _SYMMETRIC,
+    "symm_mem::one_shot_all_reduce_copy_out": _SYMMETRIC,
+    "symm_mem::one_shot_all_reduce_out": _SYMMETRIC,
+    "symm_mem::two_shot_all_reduce_": _SYMMETRIC,
+    "symm_mem::two_shot_all_reduce_out": _SYMMETRIC,
+    "symm_mem::multimem_all_reduce_": _SYMMETRIC,
+    "symm_mem::multimem_one_shot_all_reduce": _SYMMETRIC,
+    "symm_mem::multimem_one_shot_all_reduce_out": _SYMMETRIC,
+    "c10d::allreduce_": _IN_PLACE,
+    "c10d::allreduce_coalesced_": _IN_PLACE,
+    "_c10d_functional::all_reduce_coalesced_": _IN_PLACE,
+}
+_UNKNOWN = f"an all-reduce by its name, of an extension that fusewire does not know; {_BY_HAND}"
+_FUSED_ALREADY = "by its name an all-reduce that something else has fused with a norm already"
+_READ = {*_BY_OP, COALESCED_PART.op}
+_REDUCES = re.compile(r"(?<![a-z])all_?reduce", re.IGNORECASE)
+_NORMS = re.compile(r"norm", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -130,6 +164,34 @@ def _waited(node: Node) -> Node:
         if len(places) == len(items) == 1:
             return items[0]
     return node
+
+
+def unread_all_reduces(node: Node) -> Iterator[tuple[str, str]]:
+    """Yield each all-reduce that a node calls as an operator that `read_all_reduce` does not read.
+
+    That is an operator of `UNREAD`, or one that takes a tensor and has "all_reduce" or "allreduce"
+    in its name. The node may call it through a higher-order operator (auto_functionalized).
+
+    Yields:
+        The operator's qualified name, and why the passes leave it.
+    """
+    called = (node.target, *node.args) if isinstance(node.target, torch._ops.HigherOrderOperator) else (node.target,)
+    for target in called:
+        if isinstance(target, torch._ops.OpOverload) and (why := _why_unread(target)):
+            yield str(target._schema.name), why
+
+
+@functools.cache
+def _why_unread(target: torch._ops.OpOverload) -> str:
+    """Return why the passes leave an operator that all-reduces; "" for every other operator."""
+    name = str(target._schema.name)
+    namespace, _, own = name.rpartition("::")
+    if name in UNREAD:
+        return UNREAD[name]
+    takes_tensor = any("Tensor" in str(argument.type) for argument in target._schema.arguments)
+    if namespace == "fusewire" or name in _READ or not _REDUCES.search(own) or not takes_tensor:
+        return ""
+    return _FUSED_ALREADY if _NORMS.search(own) else _UNKNOWN
 
 
 def positional(node: Node) -> list[Any]:

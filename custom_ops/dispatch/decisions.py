@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from fusewire.custom_ops.dispatch.served import ServedCounter
 from fusewire.custom_ops.ops.registry import Provider
 from fusewire.custom_ops.workspaces.provider import Workspace
 
@@ -17,14 +18,16 @@ class Decision(NamedTuple):
 
     Attributes:
         bound: name, workspace, variant and output buffer, if it uses a workspace.
-        derived: the functions that `derived_ops` built from it, by operator.
+        derived: what `derived_ops` built from it, by operator: a provider and its calls' counter.
+        served: the counter of the calls that it serves.
     """
 
     provider: Provider
     snapshot: tuple[tuple[str, Provider], ...]
     group: weakref.ref[dist.ProcessGroup] | None
     bound: tuple[str, Workspace, str, int | None] | None
-    derived: dict[Any, Provider]
+    derived: dict[Any, tuple[Provider, ServedCounter]]
+    served: ServedCounter
 
 
 class Decisions:

@@ -14,9 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fusewire.custom_ops._torch_private import is_capturing
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch.compare_calls import compare_call, compare_provider, comparing
 from fusewire.custom_ops.dispatch.decisions import Decision
+from fusewire.custom_ops.dispatch.served import counter_of
 from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.ops.norms import BATCH_INVARIANT_NORMS, TRITON_NORM, fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.ops.registry import NATIVE, IrOp, Provider
@@ -55,10 +57,17 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
     )
     found = decision.derived.get(key)
     if found is None:
-        found = dataclasses.replace(decision.provider, fn=_function(op, decision, args))
+        provider = dataclasses.replace(decision.provider, fn=_function(op, decision, args))
+        variant = "" if decision.bound is None else decision.bound[2]
+        found = provider, counter_of(op.name, args[0], args[-1], provider.name, variant)
         if not capturing():  # during capture a provider may not have been able to test its kernel
             decision.derived[key] = found
-    return found
+    provider, served = found
+    if served.on_gpu and is_capturing():
+        served.captured += 1
+    else:
+        served.calls += 1
+    return provider
 
 
 def _function(op: IrOp, decision: Decision, args: tuple[Any, ...]) -> Callable[..., Any]:

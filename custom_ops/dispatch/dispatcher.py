@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops._torch_private import process_group
+from fusewire.custom_ops._torch_private import is_capturing, process_group
 from fusewire.custom_ops.dispatch.compare_calls import compare_call, compare_provider, comparing
 from fusewire.custom_ops.dispatch.cost_model import find_cost_model
 from fusewire.custom_ops.dispatch.decisions import Decision, Decisions
 from fusewire.custom_ops.dispatch.pick import Capacity, Pick, Shape, pick, wanted_tokens, why_no_workspace
 from fusewire.custom_ops.dispatch.policy import Policy, read_policy
 from fusewire.custom_ops.dispatch.provider_vote import agree_on_providers
+from fusewire.custom_ops.dispatch.served import counter_of
 from fusewire.custom_ops.dispatch.table_vote import agreed_cost_model, tuned_cost_model
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, all_reduce_sum, resolve_group
 from fusewire.custom_ops.ops.norms import TRITON_NORM, fused_add_rms_norm, rms_norm
@@ -41,11 +42,17 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
 
     Raises: as `decide`, and RankMismatchError in the debug mode of `compare_calls`.
     """
-    if not comparing():
-        return decide(op, args, policy).provider
-    compare_call(op, args, policy)
-    decision = decide(op, args, policy)
-    compare_provider(op, args, decision)
+    if comparing():
+        compare_call(op, args, policy)
+        decision = decide(op, args, policy)
+        compare_provider(op, args, decision)
+    else:
+        decision = decide(op, args, policy)
+    served = decision.served
+    if served.on_gpu and is_capturing():
+        served.captured += 1
+    else:
+        served.calls += 1
     return decision.provider
 
 
@@ -112,7 +119,8 @@ def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[Decision, boo
     if not on_gpu(x):
         chosen = op.choose(*args, policy=",".join(read.names), known=agreed.support).provider
         voters = None if agreed.group is None else weakref.ref(agreed.group)
-        return Decision(chosen, snapshot, voters, None, {}), True
+        counter = counter_of(op.name, x, args[6], chosen.name, "")
+        return Decision(chosen, snapshot, voters, None, {}, counter), True
     group = resolve_group(args[6])
     shape = Shape(x.numel() // x.shape[-1] if x.shape[-1] else 0, x.shape[-1], x.dtype, group.size())
     found, entries, keep = _look(op, args, read, shape, group, agreed.support)
@@ -133,7 +141,8 @@ def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[Decision, boo
         provider = dataclasses.replace(provider, fn=PROVIDERS[name].bind(workspace, label, read.slot))
     elif name == NATIVE and norm_kernel_serves(args):
         provider = dataclasses.replace(provider, fn=native_with_norm_kernel)
-    return Decision(provider, snapshot, weakref.ref(group), bound, {}), keep
+    counter = counter_of(op.name, x, args[6], name, "" if bound is None else label)
+    return Decision(provider, snapshot, weakref.ref(group), bound, {}, counter), keep
 
 
 def on_gpu(x: torch.Tensor) -> bool:

@@ -283,11 +283,13 @@ def _as_text(report: fusewire.Report, breaks: dict[str, int], notices: list[str]
 
 
 def _unmet(expected: bool, report: fusewire.Report) -> str:
-    if not expected or (report.found and not report.refused):
+    if not expected or (report.found and not report.refused and not report.unread):
         return ""
-    if not report.found:
-        return "--expect-fused: no all-reduce was found"
-    return f"--expect-fused: {report.refused} of {report.found} all-reduces were not fused"
+    if report.refused:
+        return f"--expect-fused: {report.refused} of {report.found} all-reduces were not fused"
+    if report.unread:
+        return f"--expect-fused: {report.unread} all-reduces are operators of their own, which are not fused"
+    return "--expect-fused: no all-reduce was found"
 
 
 def _facts(arguments: argparse.Namespace, status: int) -> list[tuple[str, str]]:
@@ -322,7 +324,7 @@ def advise() -> str:
             "  - if the script starts its ranks itself (torch.multiprocessing.spawn), start them with torchrun or "
             "--nproc-per-node, so that each one runs under this command."
         )
-    if report.found:
+    if report.found or report.unread:
         return ""
     if _world_size() == 1:
         return (

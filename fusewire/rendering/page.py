@@ -16,7 +16,7 @@ from string import Template
 from fusewire.fusion_passes.context import MERGED
 from fusewire.fusion_passes.report.model import FUSED, Entry, GraphReport
 from fusewire.fusion_passes.report.store import Report
-from fusewire.fusion_passes.report.text import collectives_in
+from fusewire.fusion_passes.report.text import collectives_in, describe_served
 from fusewire.patterns.norms import TAILS
 from fusewire.rendering.drawing import Drawing, Picture, draw
 
@@ -57,12 +57,13 @@ def page(
     letters = {key: _letter(i) for i, key in enumerate(kinds)}
     parts = [
         _head(report, title, facts),
-        *(f'<p class="notice">{escape(text)}</p>' for text in notices),
+        *(f'<p class="notice">{escape(text)}</p>' for text in (*notices, *report.notes)),
         _filters(report),
         _cards(kinds, letters),
         '<h2>Every all-reduce</h2><p class="empty" hidden>No all-reduce is left to show.</p>',
         *(_graph(graph, letters) for graph in report.graphs if graph.entries),
         _without(report),
+        _served(report),
         _breaks(graph_breaks or {}),
     ]
     # "<" is escaped, so that no text can end the script element.
@@ -123,7 +124,8 @@ def _head(report: Report, title: str, facts: Sequence[tuple[str, str]]) -> str:
 def _filters(report: Report) -> str:
     if not report.found:
         return ""
-    counts = (("all", report.found), ("fused", report.fused), ("refused", report.refused))
+    rows, fused = len(report.entries), sum(entry.status == FUSED for entry in report.entries)
+    counts = (("all", rows), ("fused", fused), ("refused", rows - fused))
     buttons = "".join(
         f'<button type="button" data-filter="{name}" aria-pressed="{str(name == "all").lower()}">'
         f"{name.capitalize()} <span>{count}</span></button>"
@@ -189,7 +191,8 @@ def _graph(graph: GraphReport, letters: Mapping[Kind, str]) -> str:
     fused = sum(entry.status == FUSED for entry in graph.entries)
     origin = ", from the compile cache" if graph.cached else f", passes {1000 * graph.pass_seconds:.0f} ms"
     nodes = "" if graph.cached else f", {graph.nodes_before} nodes before and {graph.nodes_after} after"
-    notes = "".join(f'<p class="notice">{escape(note)}</p>' for note in graph.notes)
+    places = f", run in {graph.uses} places of the model" if graph.uses > 1 else ""
+    notes = "".join(f'<p class="notice">{escape(note)}</p>' for note in (*graph.notes, *_unread(graph)))
     rows = [_cells(entry, letters[_kind(graph, entry)]) for entry in graph.entries]
     names = [name for name in _COLUMNS if name not in _OPTIONAL or any(cells[name] for cells in rows)]
     head = "".join(f"<th scope=col>{name}</th>" for name in names)
@@ -201,7 +204,7 @@ def _graph(graph: GraphReport, letters: Mapping[Kind, str]) -> str:
     )
     return (
         f'<section class="graph" id="graph-{graph.number}"><h3>Graph {graph.number} <small>{graph.kind}: '
-        f"{len(graph.entries)} {collectives_in(graph.entries)}, {fused} fused{nodes}{origin}</small></h3>{notes}"
+        f"{len(graph.entries)} {collectives_in(graph.entries)}, {fused} fused{places}{nodes}{origin}</small></h3>{notes}"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>'
     )
 
@@ -232,9 +235,22 @@ def _without(report: Report) -> str:
     graphs = [graph for graph in report.graphs if not graph.entries]
     if not graphs:
         return ""
-    lines = (": ".join([f"graph {g.number} ({g.kind}, {g.nodes_before} nodes)", *g.notes]) for g in graphs)
+    lines = (": ".join([f"graph {g.number} ({g.kind}, {g.nodes_before} nodes)", *g.notes, *_unread(g)]) for g in graphs)
     items = "".join(f"<li>{escape(text)}</li>" for text in lines)
-    return f"<h2>Graphs without an all-reduce</h2><ul>{items}</ul>"
+    return f"<h2>Graphs without an all-reduce that the passes read</h2><ul>{items}</ul>"
+
+
+def _unread(graph: GraphReport) -> list[str]:
+    return [
+        f"calls {item.op} {item.calls} times, an operator of its own that fusewire does not rewrite: {item.reason}"
+        for item in graph.unread
+    ]
+
+
+def _served(report: Report) -> str:
+    heading, *lines = [text.strip() for text in describe_served(report.served)] or [""]
+    items = "".join(f"<li>{escape(text)}</li>" for text in lines)
+    return f"<h2>Who served</h2><p>{escape(heading)}</p><ul>{items}</ul>" if lines else ""
 
 
 def _breaks(graph_breaks: Mapping[str, int]) -> str:

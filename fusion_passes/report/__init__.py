@@ -1,8 +1,10 @@
-"""Report how every all-reduce was fused, or why not.
+"""Report how every all-reduce was fused, or why not, and which provider served which calls.
 
-model    the records
-entries  the record of one all-reduce, from its node
-text     the records as text
-store    the report of this process
-cache    the records of graphs in the compile cache, kept beside it
+model        the records
+entries      the records of a graph's all-reduces, from its nodes
+text         the records as text
+store        the report of this process
+structure    names of compilations, equal for equal parts of a model
+cache        the records of graphs in the compile cache, kept beside it
+expectation  the check of `expect_fused`
 """

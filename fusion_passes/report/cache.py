@@ -5,21 +5,19 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import hashlib
 import json
 import logging
+import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.fx import GraphModule
-
+from fusewire.errors import ConfigError
 from fusewire.fusion_passes.compiler import compile_cache
 from fusewire.fusion_passes.compiler.cache_artifact import cache_folder, write_file
 from fusewire.fusion_passes.report.model import GraphReport, graph_reports_from_json, graph_reports_to_json
-from fusewire.fusion_passes.report.store import add_graph_report
+from fusewire.fusion_passes.report.store import Report, add_graph_report, add_uses, report
 from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint
 
 log = logging.getLogger("fusewire")
@@ -41,10 +39,11 @@ class ReportCache:
     there has a report, and a graph whose report was lost is compiled anew.
 
     Args:
-        name: identifies the compilation (see `compilation_name`).
+        name: identifies the compilation (see `structure.compilation_name`).
     """
 
     def __init__(self, name: str) -> None:
+        self.name = name
         self.file = cache_folder() / f"{name}.json"
         self.made: list[GraphReport] = []  # by the passes, in this compilation
         self.kept: list[GraphReport] = []
@@ -65,6 +64,7 @@ class ReportCache:
         find it at once. A file that cannot be written only gives a warning in the log.
         """
         self.made.append(report)
+        _reported[self.name] = list(self.made)
         text = json.dumps({"salt": self.salt, "graphs": graph_reports_to_json(self.made)})
         try:
             write_file(self.file, text)
@@ -73,15 +73,21 @@ class ReportCache:
             log.warning("the report of a graph could not be kept beside the compile cache: %s", error)
         compile_cache.take_along(self.file.name, text)
 
-    def restore(self) -> None:
-        """Report the kept graphs if no pass ran, because the compile cache had them."""
+    def restore(self) -> list[GraphReport]:
+        """Report the kept graphs, and return them, if no pass ran, since the compile cache had them."""
         if self.made or not self.kept:
-            return
-        for report in self.kept:
-            add_graph_report(dataclasses.replace(report, **_NOT_RUN))
+            return []
+        _reported[self.name] = [add_graph_report(dataclasses.replace(report, **_NOT_RUN)) for report in self.kept]
         compile_cache.take_along(self.file.name, self._text)
         with contextlib.suppress(OSError):
             self.file.touch()
+        return _reported[self.name]
+
+    def count_use(self) -> None:
+        """Count one more place of the model that runs the graphs of an equal, earlier compilation."""
+        known = _reported.get(self.name, [])
+        if not known or not all(map(add_uses, known)):  # the report was cleared
+            self.restore()
 
     def _read(self) -> None:
         try:
@@ -119,20 +125,30 @@ CURRENT_CACHE: contextvars.ContextVar[ReportCache | None] = contextvars.ContextV
     "fusewire_report_cache", default=None
 )
 _reported_hits = 0
+# The latest graphs of each compilation in this process, as they stand in its report.
+_reported: dict[str, list[GraphReport]] = {}
+# vLLM raises it, a BaseException, to end a compilation whose graph equals one that it has compiled.
+_EQUAL_GRAPH = "StopCompiling"
 
 
 @contextlib.contextmanager
 def reports_kept(name: str) -> Iterator[ReportCache]:
-    """Keep a compilation's reports in the block; restore them if the cache had the graph."""
+    """Keep a compilation's reports in the block, which calls `restore` at its end.
+
+    An exception of the compilation passes through.
+    """
     global _reported_hits
     cache, before = ReportCache(name), compile_cache.hits()
     token = CURRENT_CACHE.set(cache)
     try:
         yield cache
+    except BaseException as stop:
+        if type(stop).__name__ == _EQUAL_GRAPH:
+            cache.count_use()
+        raise
     finally:
         CURRENT_CACHE.reset(token)
     _reported_hits += compile_cache.hits() - before
-    cache.restore()
 
 
 @contextlib.contextmanager
@@ -147,13 +163,35 @@ def hits_noted() -> Iterator[None]:
         add_graph_report(GraphReport(-1, "inference", notes=(note,), cached=True))
 
 
-def compilation_name(model: GraphModule, example_inputs: Sequence[Any], passes_key: str) -> str:
-    """Return a name that only equal compilations share: of graph, inputs' metadata and passes."""
-    parts = [str(model.graph), passes_key, torch.__version__, str(torch.is_grad_enabled())]
-    for value in example_inputs:
-        if isinstance(value, torch.Tensor):
-            strides = value.stride() if value.layout is torch.strided else ""
-            parts.append(f"{value.dtype}{list(value.shape)}{strides}{value.device}")
-        else:
-            parts.append(str(value))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+def save_report(path: str | os.PathLike[str], graphs: Iterable[GraphReport] | None = None) -> None:
+    """Write the reports of graphs to a file, to be read by `load_report` when no pass runs.
+
+    Meant for callers of `run_passes` who keep compiled graphs themselves, as serving engines do.
+    Each rank writes a file of its own.
+
+    Args:
+        path: the file; it is replaced, and its folder is made.
+        graphs: by default all of `fusewire.report()`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    kept = report().graphs if graphs is None else graphs
+    write_file(Path(path), graph_reports_to_json(kept))
+
+
+def load_report(path: str | os.PathLike[str]) -> Report:
+    """Add the reports of a file to `fusewire.report()`, as of graphs from a compile cache.
+
+    Returns:
+        A report of the added graphs only.
+
+    Raises:
+        OSError: the file cannot be read (FileNotFoundError if there is none).
+        ConfigError: `save_report` of this version of fusewire did not write it.
+    """
+    try:
+        kept = graph_reports_from_json(Path(path).read_text())
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} holds no report that this version of fusewire has written: {error}") from error
+    return Report(tuple(add_graph_report(dataclasses.replace(item, **_NOT_RUN)) for item in kept))

@@ -1,15 +1,16 @@
-"""Make the report's entry of an all-reduce: its input, and its place in the model's source."""
+"""Make the report's records of the all-reduces in a graph, with their places in the model's source."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fusewire.fusion_passes.analysis.graph import value_of
-from fusewire.fusion_passes.report.model import ALL_REDUCE, REDUCE_SCATTER, REFUSED, Entry
-from fusewire.patterns.collectives import AllReduce
+from fusewire.fusion_passes.report.model import ALL_REDUCE, REDUCE_SCATTER, REFUSED, Entry, Unread
+from fusewire.patterns.collectives import AllReduce, unread_all_reduces
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 # Frames of libraries that issue the collective; users look for the call in the model.
@@ -33,6 +34,12 @@ def entry_of(site: AllReduce) -> Entry:
         dtype="" if x is None else str(x.dtype).removeprefix("torch."),
         collective=REDUCE_SCATTER if site.spelling.scatters else ALL_REDUCE,
     )
+
+
+def unread_in(graph: Graph) -> tuple[Unread, ...]:
+    """Return the all-reduces of a graph that are operators of their own, by operator."""
+    found = Counter(call for node in graph.nodes if node.op == "call_function" for call in unread_all_reduces(node))
+    return tuple(Unread(name.replace("::", "."), calls, why) for (name, why), calls in found.items())
 
 
 def source_location(node: Node) -> str:

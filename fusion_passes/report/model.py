@@ -54,6 +54,21 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """Calls in one graph of an all-reduce that is an operator of its own, which no pass reads.
+
+    Attributes:
+        op: the operator, as "_C.shm_allreduce".
+        calls: the number of calls in the graph.
+        reason: why the passes leave it, and what to change.
+    """
+
+    op: str
+    calls: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class GraphReport:
     """What the passes did to one graph.
 
@@ -70,6 +85,9 @@ class GraphReport:
             they were recorded.
         fingerprints: what each process group's ranks must have equal to run the graph.
         unfused: the groups whose collectives were left as written because the ranks' graphs differ.
+        uses: how many places of the model run this one compiled graph (`add_uses`). Counts of
+            all-reduces count the graph so many times.
+        unread: all-reduces that are operators of their own; they are not among the entries.
     """
 
     number: int
@@ -85,6 +103,8 @@ class GraphReport:
     unfused: tuple[str, ...] = ()
     pass_processor_seconds: float = 0.0
     waited_seconds: float = 0.0
+    uses: int = 1
+    unread: tuple[Unread, ...] = ()
 
 
 def graph_reports_to_json(reports: Iterable[GraphReport]) -> str:
@@ -103,6 +123,7 @@ def graph_reports_from_json(text: str) -> list[GraphReport]:
                 "pictures": (),
                 "fingerprints": tuple(GroupFingerprint(**item) for item in data["fingerprints"]),
                 "unfused": tuple(data["unfused"]),
+                "unread": tuple(Unread(**item) for item in data["unread"]),
             }
         )
         for data in json.loads(text)

@@ -232,11 +232,37 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("name", PassConfig.field_names())
-def test_every_field_changes_the_key(name):
+# They change what is checked and written, not what runs.
+REPORTS = ("expect_fused", "dump_graphs")
+
+
+@pytest.mark.parametrize("name", [name for name in PassConfig.field_names() if name not in REPORTS])
+def test_every_field_that_changes_what_runs_changes_the_key(name):
     changed = PassConfig(**{name: FIELDS[name]})
     assert backend.FusewirePass(changed).uuid() != backend.FusewirePass(PassConfig()).uuid()
     assert backend.FusewirePass(changed).uuid() == backend.FusewirePass(PassConfig(**{name: FIELDS[name]})).uuid()
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_what_is_checked_and_written_leaves_the_key(name):
+    assert backend.FusewirePass(PassConfig(**{name: FIELDS[name]})).uuid() == backend.FusewirePass(PassConfig()).uuid()
+
+
+@pytest.mark.parametrize(("way", "cache"), ROUTES)
+def test_a_graph_from_the_cache_must_meet_the_expectation_too(way, cache):
+    assert not hit(way, cache, expect_fused=1)
+    assert hit(way, cache, expect_fused="all")
+    with pytest.raises(Exception, match="expect_fused=2, but 1 of 1 all-reduces were fused"):
+        hit(way, cache, expect_fused=2)
+
+
+def test_a_graph_from_the_cache_is_not_dumped_and_the_report_says_so(tmp_path):
+    compiled(dump_graphs=str(tmp_path / "cold"))
+    assert list((tmp_path / "cold").iterdir())
+    assert fusewire.report().notes == ()
+    assert hit(dump_graphs=str(tmp_path / "warm"))
+    assert not (tmp_path / "warm").exists()
+    assert fusewire.report().notes == (backend._NOT_DUMPED,)
 
 
 def test_the_source_hash_covers_every_file_of_fusewire_and_no_other(monkeypatch):
@@ -460,13 +486,6 @@ def test_saving_a_report_evicts_others_and_their_graphs_are_compiled_anew(monkey
     compiled()
     (graph,) = fusewire.report().graphs
     assert not graph.cached
-
-
-def test_inputs_of_another_layout_have_a_report_of_their_own():
-    model = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
-    names = {report_cache.compilation_name(model, [x], "key") for x in (torch.ones(4, 4), torch.ones(4, 4).t())}
-    assert len(names) == 2
-    assert report_cache.compilation_name(model, [torch.ones(4, 4)], "other") not in names
 
 
 def _early_bound(model, inputs):

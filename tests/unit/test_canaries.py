@@ -776,6 +776,13 @@ def test_store_of_a_group(fake_world):
         dist.distributed_c10d._get_process_group_store(None)
 
 
+@canary("torch._C._cuda_isCurrentStreamCapturing")
+def test_capture_of_the_current_stream():
+    """is_capturing in custom_ops/_torch_private.py takes nothing; torch.cuda's own function calls it."""
+    source = inspect.getsource(torch.cuda.graphs.is_current_stream_capturing)
+    assert "_cuda_isCurrentStreamCapturing()" in source
+
+
 @canary("torch._C._cuda_getCurrentRawStream")
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
 def test_raw_stream_of_a_device():

@@ -150,13 +150,14 @@ def test_equal_configurations_are_one_key():
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_every_field_changes_the_key(change):
+def test_every_field_that_changes_what_runs_changes_the_key(change):
     assert PassConfig(**change) != PassConfig()
-    assert PassConfig(**change).key() != PassConfig().key()
+    only_reports = change.keys() <= {"expect_fused", "dump_graphs"}
+    assert (PassConfig(**change).key() == PassConfig().key()) == only_reports
 
 
 def test_the_list_above_has_every_field():
-    (mark,) = test_every_field_changes_the_key.pytestmark
+    (mark,) = test_every_field_that_changes_what_runs_changes_the_key.pytestmark
     assert {name for change in mark.args[1] for name in change} == set(PassConfig.field_names())
 
 

@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 
+from fusewire.custom_ops.dispatch.served import ServedCalls
 from fusewire.fusion_passes.report import model as reports
 from fusewire.fusion_passes.report.store import Report
 from fusewire.rendering.page import page
@@ -60,6 +61,27 @@ def test_page_of_an_empty_report():
     text = page(Report(), "nothing.py", notices=["why"])
     Reader(text)
     assert "<b>0</b> of <b>0</b> all-reduces fused" in text
+
+
+def test_page_of_what_is_not_read_and_who_served():
+    unread = reports.Unread("_C.shm_allreduce", 7, "vLLM's <own>")
+    entry = reports.Entry(0, "all_reduce", "fused", fusion="all_reduce + rms_norm")
+    graphs = (
+        reports.GraphReport(0, "inference", (entry,), uses=28, unread=(unread,)),
+        reports.GraphReport(1, "inference", unread=(unread,)),
+    )
+    calls = ServedCalls("all_reduce_rms_norm", "0", 64, "bfloat16", 4, "native", "", 3, 1)
+    text = page(Report(graphs, (calls,), ("a <note>",)), "serve.py")
+    Reader(text)
+    assert "<b>28</b> of <b>28</b> all-reduces fused" in text
+    assert ">All <span>1</span>" in text
+    assert "1 all-reduces, 1 fused, run in 28 places of the model" in text
+    why = (
+        "calls _C.shm_allreduce 7 times, an operator of its own that fusewire does not rewrite: vLLM&#x27;s &lt;own&gt;"
+    )
+    assert text.count(why) == 2
+    assert "<li>all_reduce_rms_norm, hidden 64, bfloat16, group 0: native 4 tokens (3 calls, 1 captured)</li>" in text
+    assert "a &lt;note&gt;" in text
 
 
 # --- In a browser ---------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from fusewire.custom_ops import _triton_private, api
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch.decisions import Decision, Decisions
+from fusewire.custom_ops.dispatch.served import ServedCounter
 from fusewire.custom_ops.environment import scoped_variable
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.ops.registry import YES
@@ -163,7 +164,7 @@ def test_the_cache_is_shared_as_long_as_anyone_compiles(monkeypatch):
 
 
 def decision(name):
-    return Decision(SimpleNamespace(name=name), (), None, None, {})
+    return Decision(SimpleNamespace(name=name), (), None, None, {}, ServedCounter(False))
 
 
 def test_decisions_are_of_one_version():
