@@ -33,7 +33,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py $(if $(value PROMPT),--prompt "$$PROMPT") $(DEMO_ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(TEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 nightly: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m nightly $(TEST_ARGS)

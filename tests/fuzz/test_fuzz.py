@@ -41,14 +41,11 @@ def checked(start: int) -> tuple[list[fuzz.Failure], Counter[str]]:
     return fuzz.run_in_process(chunk(start, CHUNK))
 
 
-# What two tests look at; they run in one process, which makes it once.
+# What two tests look at.
 SHARED = (0, CHUNK)
-shared = pytest.mark.xdist_group("fuzz")
 
 
-@pytest.mark.parametrize(
-    "start", [pytest.param(start, marks=shared if start in SHARED else []) for start in range(0, GRAPHS, CHUNK)]
-)
+@pytest.mark.parametrize("start", range(0, GRAPHS, CHUNK))
 def test_passes_keep_results_and_verdicts(start):
     no_failures(checked(start)[0])
 
@@ -202,7 +199,6 @@ def test_enough_near_misses_and_every_kind():
     assert {*fuzz.MISSES, *fuzz.SEQUENCE_MISSES} <= set(many)
 
 
-@shared
 def test_passes_have_something_to_do():
     """Sequence parallelism fuses, residuals are sharded and gathered, results stay in place: none of it for nothing."""
     seen = sum((checked(start)[1] for start in SHARED), Counter())

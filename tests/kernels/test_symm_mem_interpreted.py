@@ -182,7 +182,6 @@ def results():
     return run_scenarios([*SCENARIOS, *DIFFERING])
 
 
-@pytest.mark.xdist_group("interpreted")  # one process makes the results of all
 @pytest.mark.parametrize("name", [*SCENARIOS, *DIFFERING])
 def test_ranks_agree_with_the_definition(name, results):
     assert not results[name], results[name]

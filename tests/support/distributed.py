@@ -14,6 +14,7 @@ import faulthandler
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -29,10 +30,13 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch._inductor import config as inductor_config
+
+from support.compiles import leave_out_measurements
 
 DEFAULT_TIMEOUT_S = 180.0
 # What every job needs anyway. The fork server imports it once and each rank is then forked in milliseconds.
@@ -42,6 +46,8 @@ _PRELOAD = (
     "torch._inductor.compile_fx",
     "torch.distributed.tensor",
     "transformers.modeling_utils",
+    "fusewire",
+    "support.preloaded",
 )
 _STACKS_GRACE_S = 1.0
 _EXIT_GRACE_S = 5.0
@@ -176,6 +182,10 @@ class RankPool:
         self._directory = tempfile.TemporaryDirectory(prefix="fusewire-ranks-")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([name for name in _PRELOAD if _importable(name)])
+        # The fork server does not take over sys.path (Python before 3.12).
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+        with mock.patch.dict(os.environ, PYTHONPATH=path):
+            multiprocessing.forkserver.ensure_running()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             args = (rank, self.world_size, theirs, self._path(f"stacks{rank}"), "nccl" in self.backend)
@@ -272,6 +282,7 @@ def _worker(rank: int, world_size: int, connection: Connection, stacks: str, gpu
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.set_num_threads(1)
         inductor_config.compile_threads = 1
+        leave_out_measurements()
         with contextlib.suppress(EOFError):
             while True:
                 _run_job(connection.recv(), connection, rank, world_size)

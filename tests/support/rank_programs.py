@@ -12,6 +12,8 @@ import torch.distributed._functional_collectives as functional
 
 import fusewire
 
+from support.compiles import WITHOUT_CODE
+
 HIDDEN = 64
 # The time limit of every wait in these tests, in seconds: longer than any compilation on a loaded machine.
 LIMIT_S = 90.0
@@ -62,7 +64,7 @@ class Ranks:
         return x / (1 + self.rank) * sum(1 + rank for rank in members)
 
     def compile(self, fn, **options):
-        return torch.compile(fn, backend="fusewire", dynamic=False, options=options)
+        return torch.compile(fn, backend="fusewire", dynamic=False, options={**WITHOUT_CODE, **options})
 
     def call(self, run, given, want, what=""):
         """Run and record; a rank that has raised runs nothing more."""

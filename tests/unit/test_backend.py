@@ -35,7 +35,7 @@ from fusewire.fusion_passes.config import DISABLE_VARIABLE
 from support.blocks import NORMS, reduce_functional, tensors
 from support.graphs import capture
 
-pytestmark = [pytest.mark.usefixtures("fake_world", "_fresh_state"), pytest.mark.xdist_group("backend")]  # one cache
+pytestmark = pytest.mark.usefixtures("fake_world", "_fresh_state")
 CALLS = {"inline_native": False}
 HOOK = "post_grad_custom_post_pass"
 _VERSIONS = itertools.count()
