@@ -144,7 +144,7 @@ def _results(program: Program, in_place: bool, counts: Counter[bool]) -> list[Te
         "output_in_place": in_place,
         "shard_residual": program.seed % 2 == 0,
         "ir_op_priority": {"all_reduce_rms_norm": (NAME,)},
-        "force_disable_caches": True,
+        "fx_graph_cache": False,
         "compile_threads": 1,
     }
     function = torch.compile(

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch._inductor import config as inductor_config
 
+from support.compiles import WITHOUT_CODE
 from support.distributed import shared_pool
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -22,7 +24,7 @@ def _run(name):
     fusewire.clear_report()
     sys.path.insert(0, str(EXAMPLES))
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), inductor_config.patch(WITHOUT_CODE):
         importlib.import_module(name).main()
     entries = fusewire.report().entries
     return printed.getvalue(), len(entries), sum(entry.status == "fused" for entry in entries)

@@ -340,6 +340,7 @@ def other(x, r, w):
 
 
 dist.init_process_group("gloo")
+torch._inductor.config.fallback_by_default = True
 with torch.no_grad():
     values = [t + dist.get_rank() for t in tensors()]
     want = block(*values)
@@ -390,6 +391,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from support.blocks import NORMS, reduce_functional, tensors
 
 torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+torch._inductor.config.fallback_by_default = True
 with torch.no_grad():
     torch.compile(lambda x, r, w: NORMS["L"](r + reduce_functional(x), w, 1e-5))(*tensors())
 """

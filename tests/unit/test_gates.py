@@ -10,6 +10,7 @@ import torch.distributed._functional_collectives as functional
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 
 from support.blocks import HIDDEN, NORMS, reduce_functional, tensors
+from support.compiles import WITHOUT_CODE
 from support.distributed import fake_group, shared_pool
 from support.graphs import capture
 
@@ -137,7 +138,7 @@ def _far_from_eager(name):
     block = globals()[name]
     with torch.no_grad():
         wanted = block(x, residual, w, g)
-        options = {"assume_replicated_gates": True, "expect_fused": "all"}
+        options = {"assume_replicated_gates": True, "expect_fused": "all", **WITHOUT_CODE}
         found = torch.compile(block, backend="fusewire", options=options)(x, residual, w, g)
     return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
 

@@ -345,7 +345,7 @@ def _run(name, sharded, protect=True):
             torch._dynamo.reset()
             api.close()
             options = {**CONFIG, "output_in_place": in_place, "shard_residual": sharded}
-            compiled = torch.compile(block, backend="fusewire", options={**options, "force_disable_caches": True})
+            compiled = torch.compile(block, backend="fusewire", options={**options, "fx_graph_cache": False})
             mine = [tensor.clone() for tensor in given]
             with torch.no_grad():
                 for _ in range(2):  # the second time the buffers hold what the first has left

@@ -12,6 +12,7 @@ from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded, ga
 from fusewire.fusion_passes.passes import shard_residual
 
 from support.blocks import NORMS, reduce_functional, tensors
+from support.compiles import WITHOUT_CODE
 from support.distributed import fake_group, shared_pool
 from support.graphs import capture
 
@@ -210,6 +211,7 @@ def _same_on_a_rank(name: str, tokens: int, dynamic: bool, inline: bool) -> list
     for shard in (False, True):
         torch._dynamo.reset()
         chosen = {**options, "shard_residual": shard, "emulate_precision_casts": True}
+        chosen |= {} if inline else WITHOUT_CODE
         compiled = torch.compile(block, backend="fusewire", options=chosen, dynamic=dynamic, fullgraph=True)
         with torch.no_grad():
             found = compiled(x, residual, w)
