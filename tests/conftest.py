@@ -17,6 +17,8 @@ import pytest
 os.environ.setdefault("CI", "true")
 # Inductor's C++ kernels without line tables compile a tenth faster.
 os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
+# Processes for Inductor to compile in would import torch, again for each process of tests that compiles.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Tables that this machine's user has tuned would change which provider a test gets. The folder of a process of
 # pytest-xdist lies in that of the process that started it, which removes both: xdist's processes end without atexit.
 _OUTER = os.environ.get("FUSEWIRE_CACHE_DIR") if "PYTEST_XDIST_WORKER" in os.environ else None

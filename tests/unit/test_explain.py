@@ -369,7 +369,8 @@ def test_two_ranks_under_torchrun(tmp_path):
     script.write_text(TWO_RANKS)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["--html", str(page_file), "--json-file", str(json_file), "-o", "inline_native=False"]
-    done = run_for_real(*launcher, "-m", "fusewire", "explain", *options, str(script), "--epochs", "3")
+    arguments = (*launcher, "-m", "fusewire", "explain", *options, str(script), "--epochs", "3")
+    done = run_for_real(*arguments, TMPDIR=str(tmp_path))  # where torchrun leaves a folder
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("arguments ['--epochs', '3']") == 2
     assert done.stdout.count("fusewire: 1 of 2 all-reduces fused in 2 graphs, 1 refused") == 1
@@ -414,7 +415,7 @@ def test_ranks_of_its_own_and_a_rank_that_fails(tmp_path):
     script.write_text(
         "import os, time\nif os.environ['RANK'] == '1':\n    raise ValueError('planted')\ntime.sleep(120)\n"
     )
-    done = run_for_real("-m", "fusewire", "explain", "--nproc-per-node", "2", str(script))
+    done = run_for_real("-m", "fusewire", "explain", "--nproc-per-node", "2", str(script), TMPDIR=str(tmp_path))
     assert done.returncode == 1
     assert "ValueError: planted" in done.stderr
     assert "fusewire: 0 of 0 all-reduces fused" in done.stdout
