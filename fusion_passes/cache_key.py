@@ -28,24 +28,45 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def cache_key(config: PassConfig) -> str:
-    """Return a hash of everything besides the graph that the passes' result depends on."""
+def static_key(config: PassConfig) -> str:
+    """Return a hash of everything that the passes' result depends on, but graph, groups and machine.
+
+    It is the same in processes without GPUs and process groups, for example in a serving engine's
+    front end.
+    """
     parts = [source_hash(), config.key(), str(disabled_by_environment())]
     parts += [f"{item.name}:{item.source}" for item in registered_passes()]
     for op in all_ops().values():
         parts.append(f"{op.name}={','.join(op.priority)}")
         parts += [f"{p.name}:{p.version}:{p.batch_invariant}" for p in op.providers.values()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def cache_key(config: PassConfig, *, groups: bool = True) -> str:
+    """Return a hash of everything besides the graph that the passes' result depends on.
+
+    Args:
+        config: the options.
+        groups: False leaves the process groups out, for a cache whose own key holds their sizes.
+    """
+    parts = [static_key(config)]
+    for op in all_ops().values():
         if op.selector is None:
             # A graph compiled without a provider must not be found where the provider exists.
             names = parse_policy(op, config.policy(op.name))
             parts += [f"{name} here: {machine_support(op.providers[name])}" for name in names]
-    return hashlib.sha256("\n".join([*parts, *_groups()]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([*parts, *(_groups() if groups else ())]).encode()).hexdigest()
 
 
 def _groups() -> list[str]:
-    """Return what checks read of this process's groups, and graphs do not hold."""
+    """Return what checks read of this process's groups, and graphs do not hold.
+
+    Groups of one rank are left out: engines make one for each rank, under different names.
+    """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return []
     names = [(group.group_name, group) for group in torch.distributed.distributed_c10d._world.pg_map]
     # Graphs compiled for torch's fake group compare nothing between ranks; no real group may find them.
-    return sorted(f"{name}: {group.size()} ranks, peers: {has_peers(name)}" for name, group in names)
+    return sorted(
+        f"{name}: {group.size()} ranks, peers: {has_peers(name)}" for name, group in names if group.size() > 1
+    )

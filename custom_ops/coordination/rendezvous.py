@@ -28,7 +28,7 @@ import socket
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -280,11 +280,13 @@ def _meetings_of(name: str, group: dist.ProcessGroup) -> _Meetings:
         return found
 
 
-def waiting_peers(group: dist.ProcessGroup, fingerprint: str) -> tuple[list[int], list[int]]:
-    """Return the global ranks that wait for this rank before this graph, and before another."""
-    waiting = _meetings_of(group.group_name, group).waiting(group)
-    same = [rank for rank, digest in waiting.items() if digest == _digest(fingerprint)]
-    return same, [rank for rank in waiting if rank not in same]
+def waiting_peers(group: dist.ProcessGroup, fingerprints: Iterable[str]) -> dict[int, str | None]:
+    """Return the global ranks that wait for this rank before a graph.
+
+    Each comes with the graph's fingerprint if it is among these, else with None.
+    """
+    known = {_digest(fingerprint): fingerprint for fingerprint in fingerprints}
+    return {rank: known.get(digest) for rank, digest in _meetings_of(group.group_name, group).waiting(group).items()}
 
 
 def fail(group: dist.ProcessGroup, reason: str) -> None:

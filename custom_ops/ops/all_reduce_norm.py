@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusewire.custom_ops._torch_private import all_gather, all_reduce, process_group
+from fusewire.custom_ops.ops.group_names import ENGINE_ALL_REDUCES
 from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, fake_add_norm, normalize
 from fusewire.custom_ops.ops.registration import register_autograd, register_op
 from fusewire.errors import ArgumentError, ProcessGroupError, TrainingError
@@ -55,8 +56,12 @@ def _check(
 
 
 def all_reduce_sum(x: Tensor, group_name: str) -> Tensor:
-    """Return the sum of x over the ranks by the group's own all-reduce. A collective."""
-    return all_reduce(x.contiguous(), group_name)
+    """Return the sum of x over the ranks by the group's own all-reduce. A collective.
+
+    It is the engine's, if `name_group` was given one.
+    """
+    engines = ENGINE_ALL_REDUCES.get(group_name)
+    return all_reduce(x.contiguous(), group_name) if engines is None else engines(x.contiguous())
 
 
 @register_op(fake=fake_add_norm, check=_check)

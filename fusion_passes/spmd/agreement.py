@@ -115,9 +115,8 @@ class GraphAgreement:
             if decision is None:
                 postings = {rank: self.read(rank) for rank in self.ranks}
                 found, missing = compare(postings, self.rank, posting.key)
-                running, elsewhere = rendezvous.waiting_peers(group, posting.rewritten) if missing else ([], [])
-                # A rank that loaded the graph ready-made publishes nothing and waits to run it.
-                missing = [rank for rank in missing if rank not in running]
+                loaded, elsewhere = self._waiting(group, postings, posting) if missing else ([], [])
+                missing = [rank for rank in missing if rank not in loaded]
                 found = found or (None if missing else FUSED)
                 if found is not None and nonce is not None:
                     decision = self.store.set_once(f"decisions/{name}/{nonce}", found)
@@ -139,6 +138,23 @@ class GraphAgreement:
                 "on every rank, or, where one rank compiles for the others, compile with PassConfig(compile_alone=True)"
             )
         return decision
+
+    def _waiting(
+        self, group: dist.ProcessGroup, postings: Mapping[int, Sequence[Posting]], posting: Posting
+    ) -> tuple[list[int], list[int]]:
+        """Return the ranks that wait for this one to run what they loaded, and those that wait elsewhere.
+
+        A rank that loaded its graphs ready-made publishes nothing. It waits before this graph, or, where
+        a program compiles all its graphs before any runs, before another that this rank has published.
+        """
+        waiting = rendezvous.waiting_peers(group, [item.rewritten for item in self.postings])
+        loaded = [
+            rank
+            for rank, before in waiting.items()
+            if before == posting.rewritten
+            or (before is not None and all(before != item.rewritten for item in postings[rank]))
+        ]
+        return loaded, [rank for rank in waiting if rank not in loaded]
 
     def _refuse(self, group: dist.ProcessGroup, posting: Posting, waiting: Sequence[int]) -> None:
         """Raise on this rank and on the peers that already wait for it before another graph."""

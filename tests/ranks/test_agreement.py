@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import fusewire
+from fusewire.custom_ops.coordination import rendezvous
 from fusewire.errors import PeerTimeoutError
 from fusewire.fusion_passes import backend
 from fusewire.fusion_passes import pipeline as manager
@@ -221,6 +222,22 @@ def test_a_rank_that_has_loaded_the_graph_is_not_waited_for(first_meeting):
 def test_a_rank_that_has_loaded_another_graph(first_meeting):
     text = check([seen for seen, _ in shared_pool(2).run(_loaded, first_meeting, False)])
     assert "that rank already waits before another graph" in text
+
+
+def _loaded_all(first):
+    """Rank 0 runs two graphs that it has loaded; rank 1 compiles both before it runs one, as vLLM does."""
+    name, x, found = dist.group.WORLD.group_name, torch.zeros(1), []
+    if dist.get_rank() != first:
+        found = [agreement.agree(_print(program, rewritten)) for program, rewritten in ("a1", "b2")]
+    for program, rewritten in ("a1", "b2"):
+        rendezvous.rendezvous(x, name, rewritten, program, True)
+    return found
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_rank_that_has_loaded_all_graphs_is_not_waited_for(first):
+    results = shared_pool(2).run(_loaded_all, first)
+    assert results[1 - first] == [{}, {}]
 
 
 def test_simulated_ranks_have_nobody_to_ask():

@@ -767,6 +767,21 @@ def test_groups_by_name(fake_world):
         dist.distributed_c10d._resolve_process_group("no such group")
 
 
+@canary("torch._C._distributed_c10d._register_process_group", "torch._C._distributed_c10d._unregister_process_group")
+def test_a_group_can_have_further_names(fake_world):
+    """register_group_name in custom_ops/_torch_private.py: a name that is taken must be given up first."""
+    from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
+
+    resolve = dist.distributed_c10d._resolve_process_group
+    _register_process_group("another name", fake_world)
+    assert resolve("another name") is fake_world
+    with pytest.raises(RuntimeError, match="already registered"):
+        _register_process_group("another name", fake_world)
+    _unregister_process_group("another name")
+    with pytest.raises((RuntimeError, ValueError)):
+        resolve("another name")
+
+
 @canary("torch.distributed.distributed_c10d._get_process_group_store")
 def test_store_of_a_group(fake_world):
     """store_of in custom_ops/_torch_private.py: the ranks vote through the group's store."""

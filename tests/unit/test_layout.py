@@ -7,7 +7,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 FILES = sorted(TESTS.rglob("*.py"))
-FOLDERS = {"unit", "ranks", "kernels", "fuzz", "gpu", "support"}
+FOLDERS = {"unit", "ranks", "kernels", "fuzz", "gpu", "serving", "support"}
 LONGEST = 500
 # The files that are longer, and why.
 LONG = {
