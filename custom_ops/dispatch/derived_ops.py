@@ -20,7 +20,13 @@ from fusewire.custom_ops.dispatch.compare_calls import compare_call, compare_pro
 from fusewire.custom_ops.dispatch.decisions import Decision
 from fusewire.custom_ops.dispatch.served import counter_of
 from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
-from fusewire.custom_ops.ops.norms import BATCH_INVARIANT_NORMS, TRITON_NORM, fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.ops.norms import (
+    BATCH_INVARIANT_NORMS,
+    TRITON_NORM,
+    add_normalize,
+    fused_add_rms_norm,
+    rms_norm,
+)
 from fusewire.custom_ops.ops.registry import NATIVE, IrOp, Provider
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import (
@@ -30,7 +36,6 @@ from fusewire.custom_ops.ops.sharded_norm import (
     compute_sharded,
     gather_rows,
     own_rows,
-    plain_add_norm,
 )
 from fusewire.custom_ops.workspaces.capture import capturing
 from fusewire.custom_ops.workspaces.provider import PROVIDERS
@@ -79,7 +84,7 @@ def _function(op: IrOp, decision: Decision, args: tuple[Any, ...]) -> Callable[.
             return whole
     add_norm = _add_norm_for(provider, args[0])
     if op is all_reduce_sandwich_norm:
-        return op.native if add_norm is plain_add_norm and provider.name == NATIVE else _sandwich(provider, add_norm)
+        return op.native if add_norm is add_normalize and provider.name == NATIVE else _sandwich(provider, add_norm)
     # FlashInfer has no sharded kernel; a reduce-scatter and an all-gather move as many bytes.
     if provider.name == NATIVE or provider.name in PROVIDERS:
         return _sharded_native(add_norm)
@@ -109,7 +114,7 @@ _kernel = _by_policy(f"{TRITON_NORM},{NATIVE}")
 def _add_norm_for(provider: Provider, x: Tensor) -> AddNorm:
     if provider.batch_invariant:
         return _invariant
-    return _kernel if dispatch.on_gpu(x) else plain_add_norm
+    return _kernel if dispatch.on_gpu(x) else add_normalize
 
 
 # The functions below return functions of the parameters (x, residual, weight, eps, weight_bias,
@@ -127,7 +132,7 @@ def _sandwich(provider: Provider, add_norm: AddNorm) -> Callable[..., tuple[Tens
 
 
 def _sharded_native(add_norm: AddNorm) -> Callable[..., tuple[Tensor, Tensor]]:
-    if add_norm is plain_add_norm:
+    if add_norm is add_normalize:
         return all_reduce_rms_norm_sharded.native
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:

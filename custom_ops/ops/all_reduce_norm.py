@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusewire.custom_ops._torch_private import all_gather, all_reduce, process_group
 from fusewire.custom_ops.ops.group_names import ENGINE_ALL_REDUCES
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, fake_add_norm, normalize
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_normalize, check_norm_args, fake_add_norm
 from fusewire.custom_ops.ops.registration import register_autograd, register_op
 from fusewire.errors import ArgumentError, ProcessGroupError, TrainingError
 
@@ -78,7 +78,8 @@ def all_reduce_rms_norm(
 
         s = sum of x over the ranks, rounded to x.dtype
         r = round(s + residual), or s without a residual
-        norm = RMSNorm(r), see fusewire.custom_ops.ops.norms
+        norm = RMSNorm(r), in a form "wide_sum_..." RMSNorm(s + residual); see
+            fusewire.custom_ops.ops.norms
 
     Native uses the group's own all-reduce, in the backend's order and rounding, so it equals the
     unfused program bit for bit. FlashInfer's kernels and symm_mem sum in rank order in fp32 and
@@ -102,10 +103,7 @@ def all_reduce_rms_norm(
     """
     if not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter):
         resolve_group(group_name)
-    summed = all_reduce_sum(x, group_name)
-    if residual is not None:
-        summed = add_residual(summed, residual)
-    return normalize(summed, weight, eps, weight_bias, form), summed
+    return add_normalize(all_reduce_sum(x, group_name), residual, weight, eps, weight_bias, form)
 
 
 def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
@@ -134,10 +132,7 @@ def all_reduce_rms_norm_rank_ordered(
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
     """Compute as native, but sum in rank order in fp32: the reference for kernels."""
-    summed = sum_in_rank_order(x, group_name)
-    if residual is not None:
-        summed = add_residual(summed, residual)
-    return normalize(summed, weight, eps, weight_bias, form), summed
+    return add_normalize(sum_in_rank_order(x, group_name), residual, weight, eps, weight_bias, form)
 
 
 def no_backward(op_name: str) -> Callable[..., None]:

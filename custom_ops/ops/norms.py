@@ -7,11 +7,15 @@ last dimension. Models agree on that and differ in where they round to the activ
 - `"scale_then_round"`: the product with the weight is taken in fp32 and rounded once (Gemma,
   torch.nn.RMSNorm, OLMo 2; fused kernels do the same);
 - `"round_then_scale"`: the normalised value is rounded, then multiplied by the weight in its own
-  dtype (Llama, Qwen).
+  dtype (Llama, Qwen);
+- `"wide_sum_scale_then_round"`, `"wide_sum_round_then_scale"`: the same, but the norm reads the sum
+  of x and the residual before it is rounded (vLLM). The sum that is returned is rounded. Without a
+  residual, and for fp32 and fp64 activations, these are the forms above.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +26,10 @@ from fusewire.errors import ArgumentError
 
 SCALE_THEN_ROUND = "scale_then_round"
 ROUND_THEN_SCALE = "round_then_scale"
-FORMS = (SCALE_THEN_ROUND, ROUND_THEN_SCALE)
+_WIDE_SUM = "wide_sum_"
+WIDE_SUM_SCALE_THEN_ROUND = f"{_WIDE_SUM}{SCALE_THEN_ROUND}"
+WIDE_SUM_ROUND_THEN_SCALE = f"{_WIDE_SUM}{ROUND_THEN_SCALE}"
+FORMS = (SCALE_THEN_ROUND, ROUND_THEN_SCALE, WIDE_SUM_SCALE_THEN_ROUND, WIDE_SUM_ROUND_THEN_SCALE)
 # The norms' batch-invariant providers. They agree bit for bit, so each rank may choose either.
 TRITON_NORM = "triton_batch_invariant"
 TORCH_NORM = "torch_batch_invariant"
@@ -32,6 +39,31 @@ NormSpec = tuple[Tensor | None, float, float, str]
 # Without fp8: its values have no meaning without a scale, and it promotes with no other dtype.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _DTYPE_NAMES = "bfloat16, float16, float32 or float64"
+
+
+def rounds_first(form: str) -> bool:
+    """Return whether a norm of this form is rounded before the product with the weight."""
+    return form.endswith(ROUND_THEN_SCALE)
+
+
+def with_wide_sum(form: str) -> str:
+    """Return the form that differs from this one only by the norm of the unrounded sum."""
+    return form if form.startswith(_WIDE_SUM) else f"{_WIDE_SUM}{form}"
+
+
+def keeps_wide_sum(form: str, dtype: torch.dtype) -> bool:
+    """Return whether the norm of a sum in this dtype reads the sum before it is rounded."""
+    return form.startswith(_WIDE_SUM) and computed_in(dtype) != dtype
+
+
+def forms_of(dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the forms that differ from each other for activations of this dtype."""
+    return tuple(form for form in FORMS if keeps_wide_sum(form, dtype) or not form.startswith(_WIDE_SUM))
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that norms and sums of this dtype are computed in: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def check_norm_args(
@@ -68,24 +100,61 @@ def _check_beside(x: Tensor, name: str, other: Tensor) -> None:
         raise ArgumentError(f"the {name} is on {other.device} but x is on {x.device}; put them on one device")
 
 
-def normalize(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
-    """Return the RMSNorm of x (..., hidden), computed in fp32 (fp64 for fp64), in x's dtype."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+def normalize(
+    x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return the RMSNorm of x (..., hidden), computed in fp32 (fp64 for fp64), in x's dtype.
+
+    With `dtype`, x is an unrounded sum of that dtype, and the norm is rounded to it.
+    """
+    dtype = dtype or x.dtype
+    wide = x.to(computed_in(x.dtype))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return scale_and_round(normed, weight, weight_bias, form, dtype)
+
+
+def scale_and_round(normed: Tensor, weight: Tensor | None, weight_bias: float, form: str, dtype: torch.dtype) -> Tensor:
+    """Return the normalised values (fp32 or fp64) times the weight, rounded to a dtype."""
     if weight is None:
-        return normed.to(x.dtype)
-    if form == ROUND_THEN_SCALE:
-        return (normed.to(x.dtype) * (weight + weight_bias if weight_bias else weight)).to(x.dtype)
-    scale = weight.to(wide.dtype)
-    return (normed * (scale + weight_bias if weight_bias else scale)).to(x.dtype)
+        return normed.to(dtype)
+    if rounds_first(form):
+        return (normed.to(dtype) * (weight + weight_bias if weight_bias else weight)).to(dtype)
+    scale = weight.to(normed.dtype)
+    return (normed * (scale + weight_bias if weight_bias else scale)).to(dtype)
 
 
 def add_residual(x: Tensor, residual: Tensor) -> Tensor:
     """Return x + residual, taken in the wider dtype (at least fp32) and rounded to x's."""
     if residual.dtype == x.dtype:
         return x + residual  # rounds once too; models write this, so Inductor sees the same graph
-    wide = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
-    return (x.to(wide) + residual.to(wide)).to(x.dtype)
+    return add_wide(x, residual).to(x.dtype)
+
+
+def add_wide(x: Tensor, residual: Tensor) -> Tensor:
+    """Return x + residual in the wider dtype, at least fp32."""
+    wide = computed_in(torch.promote_types(x.dtype, residual.dtype))
+    return x.to(wide) + residual.to(wide)
+
+
+def add_normalize(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    form: str,
+    normalize: Callable[..., Tensor] = normalize,
+) -> tuple[Tensor, Tensor]:
+    """Return (norm, sum) of x and the residual, if there is one, in plain PyTorch.
+
+    Args:
+        normalize: computes the norm, with the parameters of `norms.normalize`.
+    """
+    if residual is not None and keeps_wide_sum(form, x.dtype):
+        total = add_wide(x, residual)
+        return normalize(total, weight, eps, weight_bias, form, x.dtype), total.to(x.dtype)
+    summed = x if residual is None else add_residual(x, residual)
+    return normalize(summed, weight, eps, weight_bias, form), summed
 
 
 def _fake_rms_norm(x: Tensor, *_: object) -> Tensor:
@@ -135,7 +204,9 @@ def fused_add_rms_norm(
     weight_bias: float = 0.0,
     form: str = SCALE_THEN_ROUND,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `r = x + residual`, and RMSNorm of the rounded r. Nothing is written in place.
+    """Compute `r = x + residual`, and RMSNorm of r. Nothing is written in place.
+
+    The norm is of the rounded r, or in a form "wide_sum_..." of the sum before it is rounded.
 
     Args:
         x: activations (..., hidden).
@@ -148,8 +219,7 @@ def fused_add_rms_norm(
     Raises:
         ArgumentError: shapes, dtypes or devices do not fit.
     """
-    summed = add_residual(x.contiguous(), residual)
-    return normalize(summed, weight, eps, weight_bias, form), summed
+    return add_normalize(x.contiguous(), residual, weight, eps, weight_bias, form)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

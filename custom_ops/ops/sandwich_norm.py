@@ -12,7 +12,7 @@ from fusewire.custom_ops.ops.all_reduce_norm import (
     no_backward,
     resolve_group,
 )
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, check_norm_args, fake_add_norm, normalize
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_normalize, check_norm_args, fake_add_norm, normalize
 from fusewire.custom_ops.ops.registration import register_autograd, register_op
 
 
@@ -52,7 +52,7 @@ def all_reduce_sandwich_norm(
 
         n = RMSNorm(sum of x over the ranks; inner_weight, inner_eps, inner_weight_bias, inner_form)
         r = round(residual + n)
-        norm = RMSNorm(r; weight, eps, weight_bias, form)
+        norm = RMSNorm(r; weight, eps, weight_bias, form), of residual + n if the form is of a wide sum
 
     `all_reduce_rms_norm`'s provider serves it: with one kernel for the whole if it has one, else
     with its all-reduce + norm, then add + norm in a second kernel.
@@ -75,8 +75,7 @@ def all_reduce_sandwich_norm(
     if not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter):
         resolve_group(group_name)
     inner = normalize(all_reduce_sum(x, group_name), inner_weight, inner_eps, inner_weight_bias, inner_form)
-    summed = add_residual(inner, residual)
-    return normalize(summed, weight, eps, weight_bias, form), summed
+    return add_normalize(inner, residual, weight, eps, weight_bias, form)
 
 
 register_autograd(all_reduce_sandwich_norm, no_backward(all_reduce_sandwich_norm.name))

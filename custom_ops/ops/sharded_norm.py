@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusewire.custom_ops._torch_private import all_gather, reduce_scatter
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, check_group_name, no_backward, resolve_group
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, NormSpec, add_residual, check_norm_args, normalize
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, NormSpec, add_normalize, check_norm_args
 from fusewire.custom_ops.ops.registration import register_autograd, register_op
 from fusewire.errors import ArgumentError
 
@@ -97,7 +97,8 @@ def all_reduce_rms_norm_sharded(
 
         s = this rank's rows of the sum of x over the ranks
         r = round(residual + s); with an inner norm residual + RMSNorm(s); without a residual s
-        norm = RMSNorm(r), gathered from all ranks
+        norm = RMSNorm(r), gathered from all ranks; as in `all_reduce_rms_norm`, of the unrounded
+            sum in a form of a wide sum
 
     Args:
         x: this rank's partial sums (..., hidden), T rows in all; the same shape and dtype on every
@@ -118,15 +119,7 @@ def all_reduce_rms_norm_sharded(
         TrainingError: in backward; the operator is for inference.
     """
     inner = (inner_weight, inner_eps, inner_weight_bias, inner_form)
-    return compute_sharded(plain_add_norm, x, residual, (weight, eps, weight_bias, form), inner, group_name)
-
-
-def plain_add_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_bias: float, form: str
-) -> tuple[Tensor, Tensor]:
-    """Return (norm, sum) of x and the residual, if there is one, in plain PyTorch."""
-    summed = x if residual is None else add_residual(x, residual)
-    return normalize(summed, weight, eps, weight_bias, form), summed
+    return compute_sharded(add_normalize, x, residual, (weight, eps, weight_bias, form), inner, group_name)
 
 
 def compute_sharded(

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, TORCH_NORM, add_residual, fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.ops.norms import (
+    TORCH_NORM,
+    add_normalize,
+    computed_in,
+    fused_add_rms_norm,
+    rms_norm,
+    scale_and_round,
+)
 from fusewire.custom_ops.ops.registry import Support
 from fusewire.custom_ops.providers.batch_invariant.triton_norm import reduction_tree
 
@@ -46,20 +53,17 @@ def inverse_square_root(v: Tensor) -> Tensor:
     return torch.reciprocal(torch.sqrt(v.double()).float())
 
 
-def normalize_batch_invariant(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
+def normalize_batch_invariant(
+    x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return the RMSNorm of x (..., hidden), as `norms.normalize` but batch-invariant."""
+    dtype = dtype or x.dtype
     if x.numel() == 0:
-        return torch.empty_like(x)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return torch.empty_like(x, dtype=dtype)
+    wide = x.to(computed_in(x.dtype))
     # Division by a number is a multiplication by its inverse on CUDA only: multiply on all devices.
     mean = sum_of_squares(wide) * (1.0 / x.shape[-1])
-    normed = wide * inverse_square_root(mean + eps)
-    if weight is None:
-        return normed.to(x.dtype)
-    if form == ROUND_THEN_SCALE:
-        return (normed.to(x.dtype) * (weight + weight_bias if weight_bias else weight)).to(x.dtype)
-    scale = weight.to(wide.dtype)
-    return (normed * (scale + weight_bias if weight_bias else scale)).to(x.dtype)
+    return scale_and_round(wide * inverse_square_root(mean + eps), weight, weight_bias, form, dtype)
 
 
 def _supports(x: Tensor) -> Support:
@@ -83,5 +87,4 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, 
 def _fused_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str
 ) -> tuple[Tensor, Tensor]:
-    summed = add_residual(x.contiguous(), residual)
-    return normalize_batch_invariant(summed, weight, eps, weight_bias, form), summed
+    return add_normalize(x.contiguous(), residual, weight, eps, weight_bias, form, normalize_batch_invariant)

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from fusewire.custom_ops.ops.norms import (
-    ROUND_THEN_SCALE,
     SCALE_THEN_ROUND,
     TRITON_NORM,
     check_norm_args,
     fused_add_rms_norm,
+    keeps_wide_sum,
     rms_norm,
+    rounds_first,
 )
 from fusewire.custom_ops.ops.registry import YES, Support
 from fusewire.errors import NoProviderError, TrainingError
@@ -77,16 +78,18 @@ def _tree_sum(
     return v
 
 
-def _load_summed(x_ptrs: tl.tensor, residual_ptrs: tl.tensor, mask: tl.tensor) -> tl.tensor:
+def _load_summed(x_ptrs: tl.tensor, residual_ptrs: tl.tensor, mask: tl.tensor, WIDE_SUM: tl.constexpr) -> tl.tensor:
     value = tl.load(x_ptrs, mask=mask, other=0.0)
     if residual_ptrs is not None:
         residual = tl.load(residual_ptrs, mask=mask, other=0.0)
-        value = (value.to(tl.float32) + residual.to(tl.float32)).to(value.dtype)
+        total = value.to(tl.float32) + residual.to(tl.float32)
+        value = total if WIDE_SUM else total.to(value.dtype)
     return value
 
 
 def _scaled(
     value: tl.tensor,
+    dtype: tl.constexpr,
     rstd: tl.tensor,
     weight_ptrs: tl.tensor,
     mask: tl.tensor,
@@ -101,10 +104,10 @@ def _scaled(
         if ADD_BIAS:
             scale = scale + weight_bias
         if ROUND_FIRST:
-            normed = normed.to(value.dtype).to(tl.float32)
+            normed = normed.to(dtype).to(tl.float32)
             scale = scale.to(weight.dtype).to(tl.float32)
         normed = normed * scale
-    return normed.to(value.dtype)
+    return normed.to(dtype)
 
 
 def _rms_norm_rows(
@@ -125,6 +128,7 @@ def _rms_norm_rows(
     STRIDE_UNIT: tl.constexpr,
     ADD_BIAS: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
+    WIDE_SUM: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, TILE)[None, :]
@@ -137,14 +141,15 @@ def _rms_norm_rows(
     GATHER: tl.constexpr = LANES * x_ptr.dtype.element_ty.primitive_bitwidth // 4096
     in_batch = row < n_rows
     total = tl.zeros((ROWS, 1), tl.float32)
-    value = tl.zeros((ROWS, TILE), x_ptr.dtype.element_ty)
+    dtype = x_ptr.dtype.element_ty
+    value = tl.zeros((ROWS, TILE), tl.float32 if WIDE_SUM else dtype)
     for start in range(0, HIDDEN, TILE):
         at = start + column
         mask = in_batch & (at < HIDDEN)
         residual_at = None if residual_ptr is None else residual_ptr + at
-        value = _load_summed(x_ptr + at, residual_at, mask)
+        value = _load_summed(x_ptr + at, residual_at, mask, WIDE_SUM)
         if summed_ptr is not None:
-            tl.store(summed_ptr + at, value, mask=mask)
+            tl.store(summed_ptr + at, value.to(dtype), mask=mask)
         wide = value.to(tl.float32)
         total = total + _tree_sum(wide * wide, ROWS, TILE, LANES, GATHER)
     # Correctly rounded, unlike rsqrt, so that the PyTorch provider gets the same bits.
@@ -154,9 +159,9 @@ def _rms_norm_rows(
         mask = in_batch & (at < HIDDEN)
         if HIDDEN > TILE:
             residual_at = None if residual_ptr is None else residual_ptr + at
-            value = _load_summed(x_ptr + at, residual_at, mask)
+            value = _load_summed(x_ptr + at, residual_at, mask, WIDE_SUM)
         weight_at = None if weight_ptr is None else weight_ptr + at
-        normed = _scaled(value, rstd, weight_at, at < HIDDEN, weight_bias, ADD_BIAS, ROUND_FIRST)
+        normed = _scaled(value, dtype, rstd, weight_at, at < HIDDEN, weight_bias, ADD_BIAS, ROUND_FIRST)
         tl.store(norm_ptr + at, normed, mask=mask)
 
 
@@ -255,7 +260,8 @@ def _launch(
     arguments = (x, residual, weight, norm, summed, x_stride // unit, residual_stride // unit, n_rows)
     options = (
         *(hidden, plan.tile, plan.lanes, plan.rows, unit),
-        *(weight is not None and weight_bias != 0, weight is not None and form == ROUND_THEN_SCALE),
+        *(weight is not None and weight_bias != 0, weight is not None and rounds_first(form)),
+        residual is not None and keeps_wide_sum(form, x.dtype),
     )
     launcher = kernel()[(-(-n_rows // plan.rows),)]
     # Triton launches on the current device, which may differ from the tensors' device.
@@ -275,8 +281,9 @@ def rms_norm_batch_invariant(
     """Return the RMSNorm of x, or of x + residual, on a GPU, batch-invariant, for inference.
 
     A row's bits depend only on the row, the weight and the scalar arguments, and with a residual
-    equal those of the addition followed by the norm. The first call with new dtypes, hidden size or
-    options compiles: make it before capturing a CUDA graph. Later calls only allocate and launch.
+    equal those of the addition (unrounded in the forms of a wide sum) followed by the norm. The
+    first call with new dtypes, hidden size or options compiles: make it before capturing a CUDA
+    graph. Later calls only allocate and launch.
 
     Args:
         x: (..., hidden), bfloat16, float16 or float32, any number of rows including 0. Rows may be

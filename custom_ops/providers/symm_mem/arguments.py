@@ -24,7 +24,7 @@ class InnerNorm:
         weight: (hidden,), any floating dtype, or None.
         eps: added to the mean square.
         weight_bias: added to the weight. Ignored without a weight.
-        form: "scale_then_round" or "round_then_scale".
+        form: one of `fusewire.custom_ops.ops.norms.FORMS`.
     """
 
     weight: Tensor | None

@@ -7,8 +7,9 @@
 
 For x of shape (..., hidden) on each rank of the workspace's group (T tokens, R ranks): s is the sum
 over ranks, in rank order in fp32, rounded to x's dtype; r = round(s + residual), or s without a
-residual; norm = RMSNorm(r) in one of the forms of `fusewire.custom_ops.ops.norms`. With an inner
-norm, as in Gemma 2 and 3 and GLM-4, r = round(residual + n), n = RMSNorm(s) in the inner form.
+residual; norm = RMSNorm(r) in one of the forms of `fusewire.custom_ops.ops.norms`, in those of a
+wide sum RMSNorm(s + residual). With an inner norm, as in Gemma 2 and 3 and GLM-4, n = RMSNorm(s) in
+the inner form takes the place of s.
 Results are deterministic and equal bit for bit across ranks.
 
 Every call is a collective: all ranks make the same calls in the same order, with equal shapes,
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fusewire.custom_ops._triton_private import shared_cache
-from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE
+from fusewire.custom_ops.ops.norms import keeps_wide_sum, rounds_first
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem.arguments import (
     KINDS,
@@ -108,7 +109,7 @@ def one_shot_launch(
         weight: (hidden,), any floating dtype, or None.
         eps: added to the mean square.
         weight_bias: added to the weight (Gemma: 1.0). Ignored without a weight.
-        form: "scale_then_round" or "round_then_scale".
+        form: one of `fusewire.custom_ops.ops.norms.FORMS`.
         norm_out: memory for the norm, of x's shape and dtype, contiguous, not x; new if None.
         residual_out: likewise for r; may be `residual` itself.
         need_residual: False does not write r; the second result is then None.
@@ -162,7 +163,7 @@ def two_shot_launch(
     output: int | None = None,
     config: LaunchConfig | None = None,
 ) -> Launch:
-    """Return the launch of a two-shot: owners sum rows and push r; all ranks normalise all rows.
+    """Return the launch of a two-shot: owners sum rows and push them; all ranks normalise all rows.
 
     Each rank sends 2 (R - 1) / R T H numbers in two hops. Arguments, results and errors are those
     of `one_shot_launch`, but for up to `ws.layout.max_tokens` rows, and with
@@ -321,8 +322,8 @@ def _launch(
     constants = (
         *(ws.world_size, ws.hidden, KINDS[ws.dtype], _kind(weight)),
         *(residual is not None, residual_out is not None),
-        *(inner is not None, _kind(inner_weight), inner is not None and inner.form == ROUND_THEN_SCALE),
-        norm.form == ROUND_THEN_SCALE,
+        *(inner is not None, _kind(inner_weight), inner is not None and rounds_first(inner.form)),
+        *(rounds_first(norm.form), residual is not None and keeps_wide_sum(norm.form, ws.dtype)),
     )
     return Launch(
         kernel,

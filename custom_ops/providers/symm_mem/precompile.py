@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fusewire.custom_ops.ops.norms import FORMS
+from fusewire.custom_ops.ops.norms import forms_of
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem.launch_config import (
@@ -31,7 +31,7 @@ def compilations(ws: SymmMemWorkspace) -> list[Callable[[], None]]:
     """
     return [
         functools.partial(_compile, ws, call, tokens, form, options)
-        for form in FORMS
+        for form in forms_of(ws.dtype)
         for call, tokens, options in _calls(ws)
     ]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusewire.custom_ops.coordination.busy import busy
-from fusewire.custom_ops.ops.norms import FORMS, add_residual, normalize
+from fusewire.custom_ops.ops.norms import add_normalize, forms_of, normalize
 from fusewire.custom_ops.ops.sharded_norm import own_rows
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
@@ -71,7 +71,7 @@ def _probes(ws: SymmMemWorkspace, kind: str) -> list[_Probe]:
         _Probe(PreparedCall(ws, make), tokens, form)
         for make, tokens in calls
         if tokens <= ws.layout.max_tokens
-        for form in FORMS
+        for form in forms_of(ws.dtype)
     ]
 
 
@@ -92,8 +92,7 @@ def _make(run: Run, ws: SymmMemWorkspace, kind: str, probe: _Probe, turn: int = 
     if kind in (SANDWICH, SHARDED_SANDWICH):
         inner = InnerNorm(draw(52)[0], 0.5, 1.0, probe.form)
         total = normalize(total, inner.weight, 0.5, 1.0, probe.form)
-    total = add_residual(total, residual)
-    expected = normalize(total, weight, 0.25, 1.0, probe.form)
+    expected, total = add_normalize(total, residual, weight, 0.25, 1.0, probe.form)
     given = residual
     if kind in (SHARDED, SHARDED_SANDWICH):
         given = own_rows(residual, ws.rank, ws.world_size)

@@ -26,16 +26,21 @@ norm's, or None), then constants:
     HAS_RESIDUAL           whether a residual is added
     WRITE_RESIDUAL         whether residual_out is written
     INNER, INNER_WKIND, INNER_ROUND_FIRST   an RMSNorm of the sum before the residual is added
-    ROUND_FIRST            the form "round_then_scale"
+    ROUND_FIRST            whether the norm is rounded before it is multiplied by the weight
+    WIDE_SUM               whether the norm reads the sum with the residual before it is rounded; for
+                           16-bit dtypes and with a residual only
     SLICES, BLOCK, UNROLL, THREADS          as in `launch_config.LaunchConfig`
 
 INNER does not change what is sent. Blocks that share a row then exchange two sums of squares, each
 in its own word.
 
 A two-shot with REPLICATE_RESIDUAL leaves the complete residual on every rank: the owner pushes the
-rounded residual and its sum of squares (with flags: 1 / rms), and every rank scales all rows.
-Without it the residual stays sharded and the owner pushes normalised rows. With few rows,
-two_shot_data pushes unnormalised rows in both cases, so the owner need not wait for other slices.
+rounded residual and its sum of squares (with flags: 1 / rms), and every rank scales all rows. With
+WIDE_SUM a rounded residual cannot be normalised: the owner pushes what it adds to the residual, and
+every rank adds it to its own residual again.
+Without REPLICATE_RESIDUAL the residual stays sharded and the owner pushes normalised rows. With few
+rows, two_shot_data pushes unnormalised rows in both cases, so the owner need not wait for other
+slices; not with WIDE_SUM and a sharded residual, for which a rank lacks the rows to add.
 
 **Slot reuse.**
 

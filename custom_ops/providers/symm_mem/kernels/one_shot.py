@@ -26,7 +26,6 @@ from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
 )
 from fusewire.custom_ops.providers.symm_mem.kernels.packets import (
     INTS,
-    add_normalized,
     end_call,
     fill_nan,
     load_scale,
@@ -37,9 +36,11 @@ from fusewire.custom_ops.providers.symm_mem.kernels.packets import (
 )
 from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
     FP32,
+    added,
     normalized,
     reciprocal_rms,
     sum_of_squares,
+    words_of,
 )
 
 
@@ -72,6 +73,7 @@ def one_shot_kernel(
     INNER_WKIND: tl.constexpr,
     INNER_ROUND_FIRST: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
+    WIDE_SUM: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
@@ -126,21 +128,26 @@ def one_shot_kernel(
             here = own + slot + src * source_bytes + at
             addrs = addrs + (tl.where(mask & (rank != src), here, ctl_at + 8 * CTL_ZEROS),)
         sources = poll16(addrs, ctl_at, WAIT_ONE_SHOT, 0, WORLD, 1, False)
-        total = sum_ranks(sources, mine, rank, add, WORLD, KIND, HAS_RESIDUAL and not INNER)
+        addend = sum_ranks(sources, mine, rank, WORLD, KIND)
         if INNER:
             inner_at = own + slices_at + tl.cast(row, tl.int64) * CACHE_LINE_BYTES + CACHE_LINE_BYTES // 2
-            squares = squares_of(total, mask, KIND)
+            squares = squares_of(addend, mask, KIND, False)
             squares = slices_sum(squares, inner_at, part, call, ctl_at, rank, lane, SLICES)
-            total = add_normalized(
-                total, add, squares, inner_scale, inner_eps, inner_bias, HIDDEN, KIND, INNER_WKIND, INNER_ROUND_FIRST
+            inner_rstd = reciprocal_rms(squares, inner_eps, HIDDEN)
+            addend = normalized(
+                addend, inner_rstd, inner_scale, inner_bias, KIND, INNER_WKIND, INNER_ROUND_FIRST, False
             )
-        squares = squares_of(total, mask, KIND) if INNER else tl.sum(sum_of_squares(total, KIND), axis=0)
+        total = added(addend, add, KIND, WIDE_SUM) if HAS_RESIDUAL else addend
+        squares = tl.sum(sum_of_squares(total, KIND, WIDE_SUM), axis=0)
+        if INNER:
+            squares = squares_of(total, mask, KIND, WIDE_SUM)
         exchange = own + slices_at + tl.cast(row, tl.int64) * CACHE_LINE_BYTES
         squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, SLICES)
-        norm = normalized(total, reciprocal_rms(squares, eps, HIDDEN), scale, bias, KIND, WKIND, ROUND_FIRST)
+        rstd = reciprocal_rms(squares, eps, HIDDEN)
+        norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST, WIDE_SUM)
         store16(norm_out.to(tl.int64) + at, norm, mask, False)
         if WRITE_RESIDUAL:
-            store16(residual_out.to(tl.int64) + at, total, mask, False)
+            store16(residual_out.to(tl.int64) + at, words_of(total, KIND, WIDE_SUM), mask, False)
         empty = tl.full([BLOCK], SENTINEL, tl.int32)
         for src in tl.static_range(WORLD):
             here = own + slot + src * source_bytes + at

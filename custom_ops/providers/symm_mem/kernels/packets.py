@@ -22,14 +22,11 @@ from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
     store16,
 )
 from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
-    add_rounded,
     high,
     load_weight,
     low,
-    normalized,
-    packed,
-    reciprocal_rms,
     sum_of_squares,
+    words_of,
 )
 
 # Not specialised on 1 or on multiples of 16: one compiled kernel serves all sizes and layouts.
@@ -133,59 +130,24 @@ def accumulate(
 
 
 @triton.jit
-def reduced(sums: tl.tuple, residual: tl.tuple, KIND: tl.constexpr, HAS_RESIDUAL: tl.constexpr) -> tl.tuple:
-    """Return the sums of a packet, rounded; then plus the residual, rounded again."""
-    out = ()
-    for k in tl.static_range(4):
-        word = packed(sums[2 * k], sums[2 * k + 1], KIND)
-        if HAS_RESIDUAL:
-            word = add_rounded(word, residual[k], KIND)
-        out = out + (word,)
-    return out
-
-
-@triton.jit
 def sum_ranks(
     sources: tl.tuple,
     mine: tl.tuple,
     rank: tl.tensor,
-    residual: tl.tuple,
     WORLD: tl.constexpr,
     KIND: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
 ) -> tl.tuple:
-    """Sum the packets of ranks 0, 1, ... in that order; round, and add the residual."""
+    """Sum the packets of ranks 0, 1, ... in that order, and round."""
     sums = ()
     for src in tl.static_range(WORLD):
         sums = accumulate(sums, packet_of(sources, src), src, mine, rank, KIND)
-    return reduced(sums, residual, KIND, HAS_RESIDUAL)
+    return words_of(sums, KIND, True)
 
 
 @triton.jit
-def squares_of(words: tl.tuple, mask: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+def squares_of(words: tl.tuple, mask: tl.tensor, KIND: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
     """Return the sum of squares of a block's numbers where mask (fp32)."""
-    return tl.sum(tl.where(mask, sum_of_squares(words, KIND), 0.0), axis=0)
-
-
-@triton.jit
-def add_normalized(
-    words: tl.tuple,
-    residual: tl.tuple,
-    squares: tl.tensor,
-    scale: tl.tuple,
-    eps: tl.tensor,
-    bias: tl.tensor,
-    HIDDEN: tl.constexpr,
-    KIND: tl.constexpr,
-    WKIND: tl.constexpr,
-    ROUND_FIRST: tl.constexpr,
-) -> tl.tuple:
-    """Return the inner norm of a packet of sums, rounded; then plus the residual, rounded again."""
-    normed = normalized(words, reciprocal_rms(squares, eps, HIDDEN), scale, bias, KIND, WKIND, ROUND_FIRST)
-    out = ()
-    for k in tl.static_range(4):
-        out = out + (add_rounded(normed[k], residual[k], KIND),)
-    return out
+    return tl.sum(tl.where(mask, sum_of_squares(words, KIND, WIDE), 0.0), axis=0)
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 A packet of 16 bytes holds eight bf16 or fp16 numbers, or four fp32 ones, as four int32 tensors.
 KIND says which. `low` and `high` return a word's two halves in fp32 (fp32 words have only the low
-one). Only `load_weight` accesses memory.
+one). With WIDE, a packet is instead eight fp32 tensors: a sum that is not rounded to KIND, a 16-bit
+dtype. Only `load_weight` accesses memory.
 """
 
 # In Triton a tuple grows by addition, and its type with it.
@@ -70,24 +71,48 @@ def packed(lo: tl.tensor, hi: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def add_rounded(word: tl.tensor, residual: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """Add two words of numbers in fp32 and round once."""
-    return packed(
-        low(word, KIND) + low(residual, KIND),
-        high(word, KIND) + high(residual, KIND),
-        KIND,
-    )
+def low_of(words: tl.tuple, K: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
+    """Return the first of the two numbers at place K of a packet, in fp32."""
+    return words[2 * K] if WIDE else low(words[K], KIND)
 
 
 @triton.jit
-def sum_of_squares(words: tl.tuple, KIND: tl.constexpr) -> tl.tensor:
+def high_of(words: tl.tuple, K: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
+    """Return the second of the two numbers at place K of a packet, in fp32."""
+    return words[2 * K + 1] if WIDE else high(words[K], KIND)
+
+
+@triton.jit
+def words_of(words: tl.tuple, KIND: tl.constexpr, WIDE: tl.constexpr) -> tl.tuple:
+    """Return a packet's four words; a wide packet is rounded to KIND."""
+    out = words
+    if WIDE:
+        out = ()
+        for k in tl.static_range(4):
+            out = out + (packed(words[2 * k], words[2 * k + 1], KIND),)
+    return out
+
+
+@triton.jit
+def added(words: tl.tuple, residual: tl.tuple, KIND: tl.constexpr, WIDE: tl.constexpr) -> tl.tuple:
+    """Add two packets' numbers in fp32; round once, or with WIDE return the wide packet."""
+    out = ()
+    for k in tl.static_range(4):
+        lo = low(words[k], KIND) + low(residual[k], KIND)
+        hi = high(words[k], KIND) + high(residual[k], KIND)
+        out = out + ((lo, hi) if WIDE else (packed(lo, hi, KIND),))
+    return out
+
+
+@triton.jit
+def sum_of_squares(words: tl.tuple, KIND: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
     """Return the sum of squares of a packet's numbers, in fp32, one value per packet."""
-    total = low(words[0], KIND) * low(words[0], KIND)
+    total = low_of(words, 0, KIND, WIDE) * low_of(words, 0, KIND, WIDE)
     for k in tl.static_range(1, 4):
-        total += low(words[k], KIND) * low(words[k], KIND)
+        total += low_of(words, k, KIND, WIDE) * low_of(words, k, KIND, WIDE)
     if KIND != FP32:
         for k in tl.static_range(4):
-            total += high(words[k], KIND) * high(words[k], KIND)
+            total += high_of(words, k, KIND, WIDE) * high_of(words, k, KIND, WIDE)
     return total
 
 
@@ -153,12 +178,13 @@ def normalized(
     KIND: tl.constexpr,
     WKIND: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> tl.tuple:
     """Return a packet's numbers times rstd, scaled by the weight and rounded, in either form."""
     out = ()
     for k in tl.static_range(4):
-        lo = low(words[k], KIND) * rstd
-        hi = high(words[k], KIND) * rstd
+        lo = low_of(words, k, KIND, WIDE) * rstd
+        hi = high_of(words, k, KIND, WIDE) * rstd
         if WKIND != NONE:
             lo = _scaled(lo, _weight_low(weight, k, KIND, WKIND), bias, KIND, WKIND, ROUND_FIRST)
             if KIND != FP32:

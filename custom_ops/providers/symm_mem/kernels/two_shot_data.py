@@ -29,7 +29,6 @@ from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
 )
 from fusewire.custom_ops.providers.symm_mem.kernels.packets import (
     INTS,
-    add_normalized,
     end_call,
     fill_nan,
     load_scale,
@@ -43,9 +42,11 @@ from fusewire.custom_ops.providers.symm_mem.kernels.packets import (
 )
 from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
     FP32,
+    added,
     normalized,
     reciprocal_rms,
     sum_of_squares,
+    words_of,
 )
 
 
@@ -99,6 +100,7 @@ def two_shot_data_kernel(
     INNER_WKIND: tl.constexpr,
     INNER_ROUND_FIRST: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
+    WIDE_SUM: tl.constexpr,
     REPLICATE_RESIDUAL: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -127,8 +129,10 @@ def two_shot_data_kernel(
     ROW: tl.constexpr = PACKETS * 16
     TILE: tl.constexpr = THREADS * UNROLL
     # Words with squares that a thread reads per row: one per slice while those are few, else one
-    # sum. With one per slice, the owner pushes rows without waiting for its other slices.
-    SQUARES_PER_ROW: tl.constexpr = SLICES if SLICES * UNROLL <= 16 else 1
+    # sum. With one per slice, the owner pushes rows without waiting for its other slices. With
+    # WIDE_SUM, rows can be normalised elsewhere only where the whole residual is.
+    ELSEWHERE: tl.constexpr = REPLICATE_RESIDUAL or not WIDE_SUM
+    SQUARES_PER_ROW: tl.constexpr = SLICES if ELSEWHERE and SLICES * UNROLL <= 16 else 1
     SEND_UNNORMALIZED: tl.constexpr = REPLICATE_RESIDUAL or SQUARES_PER_ROW > 1
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -178,21 +182,25 @@ def two_shot_data_kernel(
             here = own + slot + src * source_bytes + local
             addrs = addrs + (tl.where(mask & (rank != src), here, ctl_at + 8 * CTL_ZEROS),)
         sources = poll16(addrs, ctl_at, WAIT_PARTIAL_DATA, 0, WORLD, 1, False)
-        total = sum_ranks(sources, mine, rank, add, WORLD, KIND, HAS_RESIDUAL and not INNER)
+        addend = sum_ranks(sources, mine, rank, WORLD, KIND)
         if INNER:
             inner_at = own + slices_at + tl.cast(i, tl.int64) * CACHE_LINE_BYTES + CACHE_LINE_BYTES // 2
-            squares = squares_of(total, mask, KIND)
+            squares = squares_of(addend, mask, KIND, False)
             squares = slices_sum(squares, inner_at, part, call, ctl_at, rank, lane, SLICES)
-            total = add_normalized(
-                total, add, squares, inner_scale, inner_eps, inner_bias, HIDDEN, KIND, INNER_WKIND, INNER_ROUND_FIRST
+            inner_rstd = reciprocal_rms(squares, inner_eps, HIDDEN)
+            addend = normalized(
+                addend, inner_rstd, inner_scale, inner_bias, KIND, INNER_WKIND, INNER_ROUND_FIRST, False
             )
+        total = added(addend, add, KIND, WIDE_SUM) if HAS_RESIDUAL else addend
         if SEND_UNNORMALIZED:
-            clean = sanitize(total)
+            clean = sanitize(addend if WIDE_SUM else total)
             for j in tl.static_range(1, WORLD):
                 # By rows: a peer needs all blocks of a row, so they send to it at the same time.
                 peer = tl.load(ctl + CTL_PEERS + peer_at(rank, i, j, WORLD))
                 store16(peer + results + at, clean, mask, True)
-        squares = squares_of(total, mask, KIND) if INNER else tl.sum(sum_of_squares(total, KIND), axis=0)
+        squares = tl.sum(sum_of_squares(total, KIND, WIDE_SUM), axis=0)
+        if INNER:
+            squares = squares_of(total, mask, KIND, WIDE_SUM)
         line = squares_at + tl.cast((rank * shard + i) * SLICES, tl.int64) * CACHE_LINE_BYTES
         if SQUARES_PER_ROW > 1:
             for j in tl.static_range(1, WORLD):
@@ -200,7 +208,8 @@ def two_shot_data_kernel(
                 put_tagged(peer + line + part * 8, squares, tag_of(call), lane == 0)
         exchange = own + slices_at + tl.cast(i, tl.int64) * CACHE_LINE_BYTES
         squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, SLICES)
-        norm = normalized(total, reciprocal_rms(squares, eps, HIDDEN), scale, bias, KIND, WKIND, ROUND_FIRST)
+        own_rstd = reciprocal_rms(squares, eps, HIDDEN)
+        norm = normalized(total, own_rstd, scale, bias, KIND, WKIND, ROUND_FIRST, WIDE_SUM)
         if SQUARES_PER_ROW == 1:
             clean = sanitize(norm)
             for j in tl.static_range(1, WORLD):
@@ -211,7 +220,7 @@ def two_shot_data_kernel(
                     store16(peer + results + at, clean, mask, True)
         store16(norm_out.to(tl.int64) + at, norm, mask, False)
         if WRITE_RESIDUAL:
-            store16(residual_out.to(tl.int64) + kept, total, mask, False)
+            store16(residual_out.to(tl.int64) + kept, words_of(total, KIND, WIDE_SUM), mask, False)
         empty = tl.full([BLOCK], SENTINEL, tl.int32)
         for src in tl.static_range(WORLD):
             here = own + slot + src * source_bytes + local
@@ -237,12 +246,17 @@ def two_shot_data_kernel(
             if SEND_UNNORMALIZED:
                 lines = ()
                 scales = ()
+                adds = ()
                 for u in tl.static_range(UNROLL):
                     q = tl.minimum(first + u * THREADS + thread, limit - 1)
                     line = (owner * shard + q // PACKETS) * SLICES
                     line = line if SQUARES_PER_ROW > 1 else line + q % PACKETS // SLICE
                     lines = lines + (own + squares_at + line.to(tl.int64) * CACHE_LINE_BYTES,)
                     scales = scales + (load_scale(weight, q % PACKETS, q >= 0, KIND, WKIND),)
+                    if WIDE_SUM:
+                        there = start + (first + u * THREADS + thread).to(tl.int64) * 16
+                        valid = first + u * THREADS + thread < limit
+                        adds = adds + load16(residual.to(tl.int64) + there, valid, False)
                 arrived = poll_sums(
                     addrs, lines, tag_of(call), ctl_at, WAIT_RESULT_DATA, owner, UNROLL, UNROLL, SQUARES_PER_ROW, True
                 )
@@ -254,12 +268,14 @@ def two_shot_data_kernel(
                 there = start + q.to(tl.int64) * 16
                 got = packet_of(arrived, u)
                 norm = got
+                total = got
                 if SEND_UNNORMALIZED:
+                    total = added(got, packet_of(adds, u), KIND, True) if WIDE_SUM else got
                     rstd = reciprocal_rms(arrived[4 * UNROLL + u].to(tl.float32, bitcast=True), eps, HIDDEN)
-                    norm = normalized(got, rstd, scales[u], bias, KIND, WKIND, ROUND_FIRST)
+                    norm = normalized(total, rstd, scales[u], bias, KIND, WKIND, ROUND_FIRST, WIDE_SUM)
                 store16(norm_out.to(tl.int64) + there, norm, q < limit, False)
                 if REPLICATE_RESIDUAL and WRITE_RESIDUAL:
-                    store16(residual_out.to(tl.int64) + there, got, q < limit, False)
+                    store16(residual_out.to(tl.int64) + there, words_of(total, KIND, WIDE_SUM), q < limit, False)
                 store16(own + results + there, (empty, empty, empty, empty), q < limit, False)
     end_call(ctl, CTL_DATA, THREADS)
 

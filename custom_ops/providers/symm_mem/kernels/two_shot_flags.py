@@ -29,7 +29,6 @@ from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
 from fusewire.custom_ops.providers.symm_mem.kernels.packets import (
     INTS,
     accumulate,
-    add_normalized,
     end_call,
     flag_of,
     load_scale,
@@ -37,16 +36,17 @@ from fusewire.custom_ops.providers.symm_mem.kernels.packets import (
     peer_at,
     poisoned,
     recomputed,
-    reduced,
     rows_of,
     squares_of,
     tag_of,
 )
 from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
     FP32,
+    added,
     normalized,
     reciprocal_rms,
     sum_of_squares,
+    words_of,
 )
 
 
@@ -91,6 +91,7 @@ def two_shot_flags_kernel(
     INNER_WKIND: tl.constexpr,
     INNER_ROUND_FIRST: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
+    WIDE_SUM: tl.constexpr,
     REPLICATE_RESIDUAL: tl.constexpr,
     IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -137,7 +138,8 @@ def two_shot_flags_kernel(
     thread = tl.arange(0, THREADS)
     failed = has_failed(ctl_at).to(tl.int32)
     is_peer = (thread < WORLD) & (thread != rank) & (failed == 0)
-    flag_value = flag_of(call, tokens, REPLICATE_RESIDUAL + 2 * IN_PLACE + 4 * INNER + 8 * HAS_RESIDUAL)
+    OPTIONS: tl.constexpr = REPLICATE_RESIDUAL + 2 * IN_PLACE + 4 * INNER + 8 * HAS_RESIDUAL + 16 * WIDE_SUM
+    flag_value = flag_of(call, tokens, OPTIONS)
     peer_base = load_i64(ctl_at + 8 * CTL_PEERS + thread.to(tl.int64) * 8, is_peer)
     peer_rows = rows_of(thread, tokens, shard)
     mine_rows = rows_of(rank, tokens, shard)
@@ -146,6 +148,8 @@ def two_shot_flags_kernel(
     flags_out = peer_base + rank * flag_bytes
     KEEP: tl.constexpr = WKIND >= 0 and BLOCK // THREADS <= 2  # the weight stays in registers
     GROUP: tl.constexpr = max(1, 8 * THREADS // BLOCK)  # rows in flight
+    ADD_TAKEN: tl.constexpr = REPLICATE_RESIDUAL and WIDE_SUM
+    TAKEN: tl.constexpr = max(1, GROUP // 2) if ADD_TAKEN else GROUP  # with the residual's as many
     kept_scale = load_scale(weight, packet, mask, KIND, WKIND if KEEP else -1)
     steps = (shard + programs - 1) // programs + lookahead + result_lag
     for s in range(steps):
@@ -194,34 +198,33 @@ def two_shot_flags_kernel(
                 sums = accumulate(sums, words, src, words, rank, KIND)
             add = load16(residual.to(tl.int64) + kept, mask, False) if HAS_RESIDUAL else (mask,)
             scale = kept_scale if KEEP else load_scale(weight, packet, mask, KIND, WKIND)
-            total = poisoned(reduced(sums, add, KIND, HAS_RESIDUAL and not INNER), bad)
+            addend = poisoned(words_of(sums, KIND, True), bad)
             if INNER:
                 inner_scale = load_scale(inner_weight, packet, mask, KIND, INNER_WKIND)
-                total = add_normalized(
-                    total,
-                    add,
-                    squares_of(total, mask, KIND),
-                    inner_scale,
-                    inner_eps,
-                    inner_bias,
-                    HIDDEN,
-                    KIND,
-                    INNER_WKIND,
-                    INNER_ROUND_FIRST,
+                inner_rstd = reciprocal_rms(squares_of(addend, mask, KIND, False), inner_eps, HIDDEN)
+                addend = normalized(
+                    addend, inner_rstd, inner_scale, inner_bias, KIND, INNER_WKIND, INNER_ROUND_FIRST, False
                 )
-            squares = squares_of(total, mask, KIND) if INNER else tl.sum(sum_of_squares(total, KIND), axis=0)
+            total = added(addend, add, KIND, WIDE_SUM) if HAS_RESIDUAL else addend
+            squares = tl.sum(sum_of_squares(total, KIND, WIDE_SUM), axis=0)
+            if INNER:
+                squares = squares_of(total, mask, KIND, WIDE_SUM)
             rstd = reciprocal_rms(squares, eps, HIDDEN)
-            norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST)
+            norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST, WIDE_SUM)
+            summed = words_of(total, KIND, WIDE_SUM)
+            sent = norm
+            if REPLICATE_RESIDUAL:
+                sent = addend if WIDE_SUM else summed
             peer_rotation = recomputed(pid)
             for j in tl.static_range(1, WORLD):
                 base = base_of(ctl_at, peer_at(rank, peer_rotation, j, WORLD))
-                store16(base + results + at, total if REPLICATE_RESIDUAL else norm, mask & (failed == 0), False)
+                store16(base + results + at, sent, mask & (failed == 0), False)
             if REPLICATE_RESIDUAL:
                 row_at = peer_base + rstds + tl.cast(rank * shard + done, tl.int64) * 8
                 put_tagged(row_at, rstd, tag_of(call), is_peer)
             store16(norm_out.to(tl.int64) + at, norm, mask, False)
             if WRITE_RESIDUAL:
-                store16(residual_out.to(tl.int64) + kept, total, mask, False)
+                store16(residual_out.to(tl.int64) + kept, summed, mask, False)
         if WRITE_RESIDUAL and not REPLICATE_RESIDUAL:  # noqa: SIM102
             if (done >= mine_rows) & (done < shard):  # a row of the shard without a token
                 zeros = tl.zeros([BLOCK], tl.int32)
@@ -243,19 +246,22 @@ def two_shot_flags_kernel(
             peer_rotation = recomputed(pid)
             if REPLICATE_RESIDUAL or not IN_PLACE:
                 scale = kept_scale if KEEP else load_scale(weight, packet, mask, KIND, WKIND)
-                for g in tl.static_range(1, WORLD, GROUP):
+                for g in tl.static_range(1, WORLD, TAKEN):
                     arrived = ()
                     rms = ()
-                    for j in tl.static_range(g, g + GROUP):
+                    adds = ()
+                    for j in tl.static_range(g, g + TAKEN):
                         if j < WORLD:
                             peer = peer_at(rank, peer_rotation, j, WORLD)
                             valid = mask & (taken < rows_of(peer, tokens, shard))
                             row = tl.cast(peer * shard + taken, tl.int64)
                             arrived = arrived + load16(own + results + row * ROW + byte, valid, True)
+                            if ADD_TAKEN:
+                                adds = adds + load16(residual.to(tl.int64) + row * ROW + byte, valid, False)
                             if REPLICATE_RESIDUAL:
                                 here = taken < rows_of(peer, tokens, shard)
                                 rms = rms + (load_i64(own + rstds + row * 8, here),)
-                    for j in tl.static_range(g, g + GROUP):
+                    for j in tl.static_range(g, g + TAKEN):
                         if j < WORLD:
                             peer = peer_at(rank, peer_rotation, j, WORLD)
                             here = taken < rows_of(peer, tokens, shard)
@@ -264,10 +270,12 @@ def two_shot_flags_kernel(
                             got = poisoned(packet_of(arrived, j - g), bad)
                             if REPLICATE_RESIDUAL:
                                 rstd = rms[j - g].to(tl.int32).to(tl.float32, bitcast=True)
-                                norm = normalized(got, rstd, scale, bias, KIND, WKIND, ROUND_FIRST)
+                                total = added(got, packet_of(adds, j - g), KIND, True) if ADD_TAKEN else got
+                                norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST, WIDE_SUM)
                                 store16(norm_out.to(tl.int64) + at, norm, mask & here, False)
-                                if WRITE_RESIDUAL and not IN_PLACE:
-                                    store16(residual_out.to(tl.int64) + at, got, mask & here, False)
+                                if WRITE_RESIDUAL and (ADD_TAKEN or not IN_PLACE):
+                                    summed = words_of(total, KIND, WIDE_SUM)
+                                    store16(residual_out.to(tl.int64) + at, summed, mask & here, False)
                             else:
                                 store16(norm_out.to(tl.int64) + at, got, mask & here, False)
             if IN_PLACE:  # noqa: SIM102 (the one is known at compile time, the other not)
