@@ -334,7 +334,7 @@ class _Run:
         # A user's pass may have added others.
         fused = [nodes[name] for name in context.fused if name in nodes]
         fused_sums = {user.name for node in fused for value in node.users for user in value.users}
-        norms = {norm.source for norm in find_norms(original)}
+        norms = {norm.input for norm in find_norms(original)}
         for name in left:
             switched_off = self._switched_off(self.entries[name].collective)
             site = read_all_reduce(nodes[name])

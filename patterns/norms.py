@@ -9,7 +9,8 @@ order of computation:
               w (as it is), wide(w) (cast to fp32 first), (w+b) and (wide(w)+b) (a number is added,
               Gemma's `1 + w`)
 
-*Variants* compute n by other operations. Every tail may follow them.
+*Variants* compute n by other operations. Every tail may follow them. x may be a sum in fp32,
+`x32 = cast(a) + cast(b)`, which is rounded only where it is read as the residual (vLLM).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, SCALE_THEN_ROUND
 
 ROUND = "round"
+# What the report adds to the name of a norm that reads a sum in fp32 before it is rounded.
+WIDE_SUM = ", sum not rounded"
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ def describe_variants(variants: Collection[Variant]) -> str:
 @dataclass(frozen=True)
 class NormOp:
     """An operator that is a norm by itself.
+
+    fusewire's has operands for weight_bias and form after eps. The others' are vLLM's: they
+    normalise in fp32, round to the weight's dtype, multiply, and round to x's dtype. With a
+    residual they normalise the sum before it is rounded.
 
     Attributes:
         op: its qualified name; an operator of that name need not be registered.

@@ -67,7 +67,7 @@ class PictureRecorder:
         self.norms: dict[Node, Norm] = {}
         with self._harmless():
             for norm in find_norms(original):
-                self.norms.setdefault(norm.source, norm)
+                self.norms.setdefault(norm.input, norm)
 
     @contextlib.contextmanager
     def _harmless(self) -> Iterator[None]:
@@ -232,7 +232,7 @@ class _Before(_Canvas):
         pending = [norm.out]
         while pending and len(inside) < _FAR:
             node = pending.pop()
-            if node in inside or node in (norm.source, norm.weight, norm.residual) or node.op != "call_function":
+            if node in inside or node in (norm.input, norm.weight, norm.residual) or node.op != "call_function":
                 continue
             inside.add(node)
             pending.extend(node.all_input_nodes)
@@ -288,7 +288,7 @@ class _Before(_Canvas):
             return "weight"
         if self.norm is not None and source is self.norm.residual:
             return "residual"
-        last = plain_add(node) is not None and (self.norm is None or node is self.norm.source)
+        last = plain_add(node) is not None and (self.norm is None or node is self.norm.input)
         return label_of_input(source, "residual" if last else "")
 
     def _add_readers(self, node: Node, inner: set[Node]) -> None:

@@ -129,6 +129,34 @@ def plain_add(node: Any) -> tuple[Any, Any] | None:
     return node.args[0], node.args[1]
 
 
+def wide_addends(total: Any) -> tuple[Node, Node] | None:
+    """Return the two 16-bit tensors whose sum in fp32 a node is, or None.
+
+    Both have one dtype and the node's shape. The add may leave one of the casts to type promotion.
+    """
+    wide = dtype_of(total)
+    a, b = (_before_cast(operand, wide) for operand in plain_add(total) or (None, None))
+    dtype = dtype_of(a)
+    if dtype not in (torch.bfloat16, torch.float16) or dtype_of(b) != dtype or wide != torch.float32:
+        return None
+    return (a, b) if same_shape(a, total) and same_shape(b, total) else None
+
+
+def _before_cast(operand: Any, dtype: torch.dtype | None) -> Any:
+    """Return the source of a cast to this dtype; of anything else itself."""
+    source = cast_source(operand) if dtype_of(operand) == dtype else None
+    return operand if source is None else source
+
+
+def addends_of(summed: Any) -> tuple[Any, Any] | None:
+    """Return the operands of a sum; of a sum in fp32 that is rounded to its operands' dtype, those."""
+    operands = plain_add(summed)
+    if operands is not None:
+        return operands
+    wide = wide_addends(cast_source(summed))
+    return wide if wide is not None and dtype_of(wide[0]) == dtype_of(summed) else None
+
+
 def plain_mul(node: Any) -> tuple[Any, Any] | None:
     """Return the operands of a multiplication, or None."""
     return _operands(node, MULS)

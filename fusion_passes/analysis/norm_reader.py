@@ -14,25 +14,24 @@ The weight may be multiplied in before x and r meet (`_weighted_first`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND
+from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, SCALE_THEN_ROUND, keeps_wide_sum, with_wide_sum
 from fusewire.fusion_passes.analysis.graph import (
+    addends_of,
     cast_source,
     dtype_of,
     getitem_users,
-    is_number,
-    is_vector,
     last_size,
     other_factor,
-    plain_add,
     plain_div,
     plain_mul,
+    wide_addends,
 )
 from fusewire.fusion_passes.analysis.norm_arithmetic import (
     Row,
@@ -43,6 +42,7 @@ from fusewire.fusion_passes.analysis.norm_arithmetic import (
     same_input,
     scaled_by,
 )
+from fusewire.fusion_passes.analysis.norm_weights import Weight, read_weight, weight_of
 from fusewire.patterns.collectives import op_name, positional
 from fusewire.patterns.norms import (
     DIVIDED,
@@ -50,6 +50,7 @@ from fusewire.patterns.norms import (
     ROUND,
     WEIGHTED_INPUT,
     WEIGHTED_ROOT,
+    WIDE_SUM,
     Variant,
     describe_variants,
     tail_form,
@@ -57,8 +58,8 @@ from fusewire.patterns.norms import (
     variant_names,
 )
 
-_WIDE = (torch.float32, torch.float64)
 _NORM_OPS = {entry.op: entry for entry in NORM_OPS}
+_LIMIT = 24  # nodes from a sum to its norm
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ class Norm:
     """An RMSNorm in a graph.
 
     Attributes:
-        source: the node that is normalised; the addend, where an operator adds a residual itself.
-        residual: what that operator adds, or None.
+        source: the node that is normalised; one addend, where the norm adds a residual itself.
+        residual: what it adds: an operator, or a norm that reads a sum in fp32 (`total`); or None.
         out: the node whose value is the norm; its users are the norm's users.
-        sum_out: the node that is the sum, where the operator returns one.
+        sums: the nodes that are the rounded sum of source and residual.
         weight: a node of shape (hidden,), or None.
         eps: a number, or a node where the graph does not know the number.
         weight_bias: the number added to the weight (0.0 where none is).
@@ -77,12 +78,13 @@ class Norm:
         spelling: the name of its spelling in the report.
         refusal: why this norm cannot become an IR operator, or "".
         variants: why it rounds elsewhere than the IR operator, or "".
+        total: the sum in fp32 that is normalised before it is rounded, or None.
     """
 
     source: Node
     residual: Node | None
     out: Node
-    sum_out: Node | None
+    sums: tuple[Node, ...]
     weight: Node | None
     eps: Any
     weight_bias: Any
@@ -90,15 +92,17 @@ class Norm:
     spelling: str
     refusal: str = ""
     variants: str = ""
+    total: Node | None = None
 
+    @property
+    def input(self) -> Node:
+        """Return the node that the norm reads: the sum in fp32, or the source."""
+        return self.total or self.source
 
-@dataclass(frozen=True)
-class _Weight:
-    """The factor of a normalised value: a weight, the number added to it, and a step of Tail."""
-
-    node: Node
-    bias: Any
-    step: str
+    @property
+    def addends(self) -> tuple[Any, Any] | None:
+        """Return the operands of the sum that is normalised, or None if it is no sum."""
+        return addends_of(self.source) if self.residual is None else (self.source, self.residual)
 
 
 def norm_roots(graph: Graph) -> list[Node]:
@@ -152,15 +156,24 @@ def _norms_of_use(node: Node, row: Row, user: Node, other: Any) -> Iterator[Norm
 
     `other` is x, x * weight, or a weight that x is multiplied by afterwards.
     """
-    source = _source_of(row.wide)
-    if same_input(other, row.wide):
-        value, row = _whole(user, row)
-        yield from _described(row, source, value, _tails(source, value, row.epsilon), (user, value))
-        return
-    for products, weight, variant in _weighted_first(node, row, user, other):
-        value, whole = _whole(products[-1], row.by(variant))
-        norm = _weighted(source, value, weight, whole.epsilon)
-        yield from _described(whole, source, value, [norm], (*products, value))
+    for source in _sources_of(row.wide):
+        if same_input(other, row.wide):
+            value, whole = _whole(user, row)
+            yield from _described(whole, source, value, _tails(source, value, whole.epsilon), (user, value))
+            continue
+        for products, weight, variant in _weighted_first(node, row, user, other):
+            value, whole = _whole(products[-1], row.by(variant))
+            norm = _weighted(source, value, weight, whole.epsilon)
+            yield from _described(whole, source, value, [norm], (*products, value))
+
+
+def _sources_of(wide: Node) -> list[Node]:
+    """Return the nodes that a norm of `wide` may be read as a norm of, the first of them first.
+
+    An addend stands for a sum in fp32; if the norm cannot be read so, it is the norm of that sum.
+    """
+    addends = wide_addends(wide)
+    return [_source_of(wide)] if addends is None else [addends[0], wide]
 
 
 def _source_of(wide: Node) -> Node:
@@ -178,6 +191,7 @@ def _described(
         products: the products from the row's number to `value`; none of them may round.
     """
     wide, refusal = dtype_of(row.wide), row.norm_refusal
+    addends = wide_addends(row.wide) if source is not row.wide else None
     rounded = next((node for node in products if dtype_of(node) != wide), None)
     if wide != _computed_in(source):
         refusal = (
@@ -190,12 +204,48 @@ def _described(
     if refusal and not found:
         found = [_norm(source, value, None, row.epsilon, ())]
     for norm in found:
-        yield dataclasses.replace(
+        described = dataclasses.replace(
             norm,
             refusal=refusal or norm.refusal,
             spelling=norm.spelling + variant_names(row.variants),
             variants=describe_variants(row.variants),
         )
+        yield described if addends is None else _of_sum(described, row.wide, addends[1])
+
+
+def _of_sum(norm: Norm, total: Node, residual: Node) -> Norm:
+    """Return a norm of its source as the norm of `total`, the sum in fp32 with the residual."""
+    sums = tuple(user for user in total.users if cast_source(user) and dtype_of(user) == dtype_of(norm.source))
+    reader = _read_elsewhere(total, norm.out, sums)
+    refusal = norm.refusal
+    if reader is not None and not refusal:
+        refusal = (
+            f"the sum that is normalised is also read in {dtype_of(total)} ({reader}), and the fused operator returns it "
+            f"in {dtype_of(norm.source)}"
+        )
+    return dataclasses.replace(
+        norm,
+        residual=residual,
+        sums=sums,
+        form=with_wide_sum(norm.form),
+        spelling=norm.spelling + WIDE_SUM,
+        refusal=refusal,
+        total=total,
+    )
+
+
+def _read_elsewhere(total: Node, out: Node, sums: Collection[Node]) -> Node | None:
+    """Return a node that is computed from `total` other than for `out` and `sums`, or None."""
+    inside, pending = {out, *sums}, [total]
+    while pending:
+        node = pending.pop()
+        if not node.users or node.op == "output" or len(inside) > _LIMIT:
+            return node
+        for user in node.users:
+            if user not in inside:
+                inside.add(user)
+                pending.append(user)
+    return None
 
 
 def _whole(value: Node, row: Row) -> tuple[Node, Row]:
@@ -205,16 +255,14 @@ def _whole(value: Node, row: Row) -> tuple[Node, Row]:
     return next((item for item in scaled if item[1].is_mean), scaled[0] if scaled else (value, row))
 
 
-def _weighted_first(
-    node: Node, row: Row, user: Node, other: Any
-) -> Iterator[tuple[tuple[Node, ...], _Weight, Variant]]:
+def _weighted_first(node: Node, row: Row, user: Node, other: Any) -> Iterator[tuple[tuple[Node, ...], Weight, Variant]]:
     """Yield (products, weight, variant) where x and the row's number do not meet first.
 
     The last product is the norm. `user` is `node` (the row's number) times `other`.
     """
     hidden, wide = last_size(row.wide), dtype_of(row.wide)
     divided = plain_div(user) is not None
-    weight = _read_weight(other, wide, True, hidden) if divided else _weight_of(user, node, hidden)
+    weight = read_weight(other, wide, True, hidden) if divided else weight_of(user, node, hidden)
     if weight is not None:
         for product in (user, *(reader for reader in user.users if cast_source(reader) is user)):
             for reader in list(product.users):
@@ -225,7 +273,7 @@ def _weighted_first(
     if first is None or factors is None:
         return
     for left, (x, vector) in enumerate((factors, factors[::-1])):
-        weight = _read_weight(vector, wide, bool(left), hidden) if same_input(x, row.wide) else None
+        weight = read_weight(vector, wide, bool(left), hidden) if same_input(x, row.wide) else None
         if weight is not None:
             yield (first, other, user), weight, WEIGHTED_INPUT
 
@@ -245,13 +293,13 @@ def _tails(source: Node, value: Node, eps: Any) -> Iterator[Norm]:
     for user in list(value.users):
         if cast_source(user) is value and dtype_of(user) == dtype:
             yield from _weighted_or_not(source, user, eps, (ROUND,))
-        elif (weight := _weight_of(user, value, last_size(source))) is not None:
+        elif (weight := weight_of(user, value, last_size(source))) is not None:
             yield _weighted(source, user, weight, eps)
 
 
 def _weighted_or_not(source: Node, value: Node, eps: Any, steps: tuple[str, ...]) -> Iterator[Norm]:
     """Yield the norms of `value`, the normalised x in x's dtype: times a weight, or weightless."""
-    weighted = [(user, _weight_of(user, value, last_size(source))) for user in list(value.users)]
+    weighted = [(user, weight_of(user, value, last_size(source))) for user in list(value.users)]
     if not weighted or any(weight is None for _, weight in weighted):
         yield _norm(source, value, None, eps, steps)
         return
@@ -267,7 +315,7 @@ def _weighted_or_not(source: Node, value: Node, eps: Any, steps: tuple[str, ...]
         yield _norm(source, out, weight, eps, (*steps, weight.step), refusal)
 
 
-def _weighted(source: Node, product: Node, weight: _Weight, eps: Any) -> Norm:
+def _weighted(source: Node, product: Node, weight: Weight, eps: Any) -> Norm:
     """Return the norm of a product with the weight, which may be cast to x's dtype afterwards."""
     dtype = dtype_of(source)
     if dtype_of(product) == dtype:
@@ -279,44 +327,9 @@ def _weighted(source: Node, product: Node, weight: _Weight, eps: Any) -> Norm:
     return _norm(source, product, weight, eps, (weight.step,), refusal)
 
 
-def _norm(source: Node, out: Node, weight: _Weight | None, eps: Any, steps: tuple[str, ...], refusal: str = "") -> Norm:
+def _norm(source: Node, out: Node, weight: Weight | None, eps: Any, steps: tuple[str, ...], refusal: str = "") -> Norm:
     node, bias = (None, 0.0) if weight is None else (weight.node, weight.bias)
-    return Norm(source, None, out, None, node, eps, bias, tail_form(steps), tail_name(steps), refusal)
-
-
-def _weight_of(user: Node, value: Node, hidden: Any) -> _Weight | None:
-    """Return the weight if `user` multiplies `value` by a vector of hidden size, else None."""
-    vector = other_factor(user, value)
-    return None if vector is None else _read_weight(vector, dtype_of(value), user.args[1] is value, hidden)
-
-
-def _read_weight(vector: Any, dtype: torch.dtype | None, left: bool, hidden: Any) -> _Weight | None:
-    """Return the weight that a vector of hidden size stands for, or None if it is no weight.
-
-    Args:
-        dtype: the dtype of the value that it multiplies.
-        left: whether it stands to the left of that value.
-    """
-    if not is_vector(vector, hidden):
-        return None
-    inner, bias = _split_bias(vector, hidden)
-    if bias and dtype_of(inner) != dtype:
-        inner, bias = vector, 0.0  # the sum was rounded: it is the weight
-    raw = cast_source(inner)
-    text = "w"
-    if raw is not None and is_vector(raw, hidden) and dtype_of(inner) == dtype in _WIDE:
-        inner, text = raw, "wide(w)"
-    factor = f"({text}+b)" if bias else text
-    return _Weight(inner, bias, f"{factor}*n" if left else f"n*{factor}")
-
-
-def _split_bias(vector: Node, hidden: Any) -> tuple[Node, Any]:
-    """Return (vector, number) if a vector is their sum, else itself and 0.0."""
-    operands = plain_add(vector)
-    for inner, number in (operands, operands[::-1]) if operands is not None else ():
-        if is_number(number) and is_vector(inner, hidden):
-            return inner, number
-    return vector, 0.0
+    return Norm(source, None, out, (), node, eps, bias, tail_form(steps), tail_name(steps), refusal)
 
 
 def _norms_of_op(node: Node) -> Iterator[Norm]:
@@ -329,10 +342,33 @@ def _norms_of_op(node: Node) -> Iterator[Norm]:
     if any(position < len(arguments) and arguments[position] is not None for position in entry.must_be_none):
         refusal = f"{entry.op} was called with an option that a plain RMSNorm does not have"
     x, residual, weight, eps = entry.operands
-    bias, form = arguments[eps + 1 : eps + 3] if entry.op.startswith("fusewire::") else (0.0, SCALE_THEN_ROUND)
-    out, sum_out, added = node, None, None
+    out, added, items = node, None, []
     if residual is not None:
-        items = dict(getitem_users(node))
-        out, sum_out, added = items.get(0, node), items.get(1), arguments[residual]
-    options = arguments[weight], arguments[eps], bias, form
-    yield Norm(arguments[x], added, out, sum_out, *options, entry.op, refusal)
+        items = list(getitem_users(node))
+        out, added = dict(items).get(0, node), arguments[residual]
+    sums = tuple(item for index, item in items if index == 1)
+    if entry.op.startswith("fusewire::"):
+        scale, bias, form, misfit = arguments[weight], arguments[eps + 1], arguments[eps + 2], ""
+    else:
+        scale, bias, form, misfit = _vllm_options(arguments[x], added, arguments[weight])
+    yield Norm(arguments[x], added, out, sums, scale, arguments[eps], bias, form, entry.op, refusal or misfit)
+
+
+def _vllm_options(x: Any, residual: Any, weight: Any) -> tuple[Any, Any, str, str]:
+    """Return (weight, weight_bias, form, refusal) of a call of vLLM's norm."""
+    dtype, scale, bias, form, refusal = dtype_of(x), weight, 0.0, SCALE_THEN_ROUND, ""
+    if torch.float64 in (dtype, dtype_of(residual)):
+        refusal = "vLLM's norm of float64 is computed in float32, and the fused operator's in float64"
+    elif weight is not None:
+        if (read := read_weight(weight, dtype_of(weight), True, last_size(x))) is not None:
+            scale, bias = read.node, read.bias
+        if dtype_of(weight) == dtype:
+            form = ROUND_THEN_SCALE
+        elif dtype_of(weight) != torch.float32:
+            refusal = (
+                f"vLLM's norm rounds to the weight's dtype, {dtype_of(weight)}, and its input is {dtype}; store the "
+                f"weight in {dtype}"
+            )
+    if residual is not None and dtype is not None and keeps_wide_sum(with_wide_sum(form), dtype):
+        form = with_wide_sum(form)
+    return scale, bias, form, refusal

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from fusewire.fusion_passes.analysis.graph import depends_on, is_row_major, same_shape
+from fusewire.fusion_passes.analysis.graph import cast_source, depends_on, is_row_major, same_shape, wide_addends
 from fusewire.fusion_passes.analysis.norm_reader import Norm
 from fusewire.fusion_passes.analysis.paths import ADDEND, SCALE, VIEW, Path
 from fusewire.patterns.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, WAIT
@@ -36,9 +36,18 @@ class Site:
     def inner(self) -> list[Node]:
         """Return the nodes in between that nothing else may read: the fused operator lacks them."""
         if (not self.path.steps and self.stays) or self.is_viewed:
-            return []  # the check of the fusion sees the readers of an all-reduce that stays
-        nodes = [self.path.all_reduce.value, *(step.node for step in self.path.steps)]
+            return self.widened  # the check of the fusion sees the readers of an all-reduce that stays
+        nodes = [self.path.all_reduce.value, *(step.node for step in self.path.steps), *self.widened]
         return nodes if self.residual is not None else [node for node in nodes if node is not self.path.end]
+
+    @property
+    def widened(self) -> list[Node]:
+        """Return the nodes of a sum in fp32 between the path's end and the norm or the rounding."""
+        total = self.norm.total or cast_source(self.norm.source)
+        if self.residual is None or total is None or wide_addends(total) is None:
+            return []
+        casts = [operand for operand in total.all_input_nodes if cast_source(operand) is self.path.end]
+        return casts if total is self.norm.total else [*casts, total]
 
     @property
     def is_viewed(self) -> bool:

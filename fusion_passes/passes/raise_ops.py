@@ -32,7 +32,6 @@ from fusewire.fusion_passes.analysis.graph import (
     last_size,
     mutation_regions,
     new_call,
-    plain_add,
     same_shape,
     sort_topologically,
 )
@@ -139,20 +138,19 @@ class _Canonicalizer:
 
     def _site_of(self, norm: Norm) -> Site | None:
         """Return the site of a norm and the all-reduce that it can be fused with, or None."""
-        if norm.residual is not None:
-            path = self.paths.find(norm.source)
-            return None if path is None else Site(norm, path, norm.residual)
         found: list[Site] = []
-        operands = plain_add(norm.source)
+        operands = norm.addends
         if operands is not None:
             for addend, residual in (operands, operands[::-1]):
                 path = self.paths.find(addend)
                 if path is not None and isinstance(residual, Node):
                     found.append(Site(norm, path, residual))
-        if not any(same_shape(site.residual, norm.source) for site in found):
+        if norm.residual is None and not any(same_shape(site.residual, norm.source) for site in found):
             direct = self.paths.find(norm.source)  # the addend may be a bias
             if direct is not None or not found:
                 return None if direct is None else Site(norm, direct, None)
+        if not found:
+            return None
         # Of two all-reduces, one that only this sum reads is fused, then the nearer one, then the
         # later one (so that they keep their order). The other becomes the residual.
         return min(
@@ -223,8 +221,7 @@ class _Canonicalizer:
         return call, *items
 
     def _replace_sum(self, norm: Norm, sum_out: Node) -> None:
-        summed = norm.source if norm.residual is None else norm.sum_out
-        if summed is not None:
+        for summed in (norm.source,) if norm.residual is None else norm.sums:
             self._replace(summed, sum_out)
 
     def _view_back(self, site: AllReduce, summed: Node) -> None:
@@ -276,7 +273,7 @@ class _Canonicalizer:
 
     def _second_operands(self, norm: Norm) -> tuple[Node, Any] | None:
         """Return the first norm and the residual whose sum is normalised, or None."""
-        operands = plain_add(norm.source) if norm.residual is None else (norm.source, norm.residual)
+        operands = norm.addends
         for first, residual in (operands, operands[::-1]) if operands is not None else ():
             if first in self.first_norms and len(first.users) == 1 and same_shape(first, residual):
                 return (first, residual) if dtype_of(residual) == dtype_of(first) else None
@@ -300,11 +297,18 @@ class _Canonicalizer:
     def _alone(self, norm: Norm) -> bool:
         if norm.out.op != "call_function" or norm.spelling.startswith("fusewire::"):
             return False
-        if norm.residual is not None or not self._is_plain(norm):
+        if not self._is_plain(norm) or (norm.residual is not None and not same_shape(norm.residual, norm.source)):
             return False
         with self.graph.inserting_before(norm.out):
-            new = self._call(rms_norm.torch_op, (norm.source, *_options(norm)), {}, norm.out)
+            if norm.residual is None:
+                new = self._call(rms_norm.torch_op, (norm.source, *_options(norm)), {}, norm.out)
+            else:
+                _, new, sum_out = self._fused_add(norm.source, norm.residual, norm)
         self._replace(norm.out, new)
+        if norm.residual is not None:
+            self._replace_sum(norm, sum_out)
+            if not sum_out.users:
+                self.graph.erase_node(sum_out)
         return True
 
     # The graph

@@ -8,7 +8,7 @@ import operator
 import torch
 
 from fusewire.custom_ops.ops.registry import YES, Support
-from fusewire.fusion_passes.analysis import norm_arithmetic, norm_reader, paths
+from fusewire.fusion_passes.analysis import graph, norm_arithmetic, norm_reader, paths
 from fusewire.fusion_passes.analysis.graph import aten, getitem_users
 from fusewire.fusion_passes.passes import (
     eliminate_noops,
@@ -58,8 +58,8 @@ def rounded_sum_unrounded(user, value, hidden):
     found = real_weight_of(user, value, hidden)
     if found is None or found.bias:
         return found
-    operands = norm_reader.plain_add(found.node)
-    if operands is None or not norm_reader.is_number(operands[1]):
+    operands = graph.plain_add(found.node)
+    if operands is None or not graph.is_number(operands[1]):
         return found
     return dataclasses.replace(found, node=operands[0], bias=operands[1])
 
@@ -137,7 +137,7 @@ def a_workspace_each(call):
 real_new_call = shard_residual.new_call
 real_getitem = shard_residual.getitem
 real_positional = shard_residual.positional
-real_weight_of = norm_reader._weight_of
+real_weight_of = norm_reader.weight_of
 # By name: the programs that must notice it (see `holds`), and what is replaced where.
 FAULTS = {
     "any reduction is a sum": ("other reduction", without_clause("check_reduction")),
@@ -159,8 +159,8 @@ FAULTS = {
         [*without_refusal("broadcast"), *without_clause("check_residual")],
     ),
     "outputs swapped": ("", [(raise_ops, "getitem", swapped_outputs)]),
-    "weight bias lost": ("", [(norm_reader, "_weight_of", forgets_weight_bias)]),
-    "rounding of 1 + w lost": ("", [(norm_reader, "_weight_of", rounded_sum_unrounded)]),
+    "weight bias lost": ("", [(norm_reader, "weight_of", forgets_weight_bias)]),
+    "rounding of 1 + w lost": ("", [(norm_reader, "weight_of", rounded_sum_unrounded)]),
     "rounding order lost": ("", [(norm_reader, "tail_form", lambda steps: norms.SCALE_THEN_ROUND)]),
     "rounding order turned": ("", [(norm_reader, "tail_form", lambda steps: norms.ROUND_THEN_SCALE)]),
     "any dimension": (
@@ -174,7 +174,7 @@ FAULTS = {
     "another tensor scaled": ("another tensor scaled", [(norm_reader, "same_input", lambda *_: True)]),
     "any product": ("product, not square", [(norm_arithmetic, "_squared", lambda node: node.args[0])]),
     "any mean": ("sum of squares", [(norm_arithmetic, "_is_mean", lambda node: node.op == "call_function")]),
-    "alpha ignored": ("alpha", [(raise_ops, "plain_add", lambda node: tuple(node.args[:2]))]),
+    "alpha ignored": ("alpha", [(norm_reader, "addends_of", lambda node: tuple(node.args[:2]))]),
     "narrow arithmetic": (
         "narrow arithmetic",
         [(norm_reader, "_computed_in", norm_reader.dtype_of)],

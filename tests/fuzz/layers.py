@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fuzz.program import DTYPES, EITHER, FUSED, HIDDEN, MISSES, NORM_MISSES, Miss, Site
+from fuzz.program import DTYPES, EITHER, FUSED, HIDDEN, MISSES, NARROW, NORM_MISSES, Miss, Site
 from fuzz.text import NormText, Writer
 
 
@@ -234,6 +234,11 @@ class Layer(NormText):
             self.output(f"torch.log1p({v}.abs())")
         if self.miss == "step also read":
             self.output(self.pick(f"{v} * 2", f"{v}.float()", f"{v}.sum(-1)"))
+        if not self.miss and self.dtype in NARROW and self.rng.random() < 0.3:
+            self.wide = self.let(
+                self.pick(f"{h}.float() + {v}.float()", f"{v}.float() + {h}.float()", f"{h} + {v}.float()"), "s"
+            )
+            return self.let(f"{self.wide}.to({DTYPES[self.dtype]})", "t")
         return self.let(self.pick(f"{h} + {v}", f"{v} + {h}", f"torch.add({h}, {v})"), "t")
 
     # Further readers, aliases and writes

@@ -33,6 +33,8 @@ from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.ops.registry import Support
 from fusewire.fusion_passes.passes import shard_residual
 
+from support import vllm_norms
+
 GROUPS: dict[str, Any] = {}
 ELSEWHERE = "fuzz_elsewhere"  # a provider that never serves: it makes the passes raise norms without an all-reduce
 BUFFERED = "fuzz_buffered"  # native by another name, so that its calls stay calls and may be given buffers
@@ -270,11 +272,8 @@ def _opaque_operators() -> list[torch.library.Library]:
         ops = torch.ops._c10d_functional
         return ops.wait_tensor(ops.all_reduce(tensor, "sum", group_name))
 
-    def norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
-        return rms_norm.native(x, weight, epsilon, 0.0, "scale_then_round")
-
     engine.impl("all_reduce", all_reduce, "CompositeExplicitAutograd")
-    ir.impl("rms_norm", norm, "CompositeExplicitAutograd")
+    ir.impl("rms_norm", vllm_norms.rms_norm, "CompositeExplicitAutograd")
     return [engine, ir]
 
 

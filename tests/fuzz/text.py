@@ -66,6 +66,7 @@ class LayerText:
         self.rank = len(writer.shape)
         self.miss = ""
         self.spare: list[str] = []  # values that may be read elsewhere without harm
+        self.wide = ""  # the sum that is normalised before it is rounded
         self.count = 0
 
     def let(self, expression: str, tag: str) -> str:
@@ -136,7 +137,9 @@ class NormText(LayerText):
         wide = "torch.float32"
         if miss == "double arithmetic":
             wide = "torch.float64"
-        x = t if miss == "narrow arithmetic" else self.let(self.pick(f"{t}.to({wide})", f"{t}.type({wide})"), "wide")
+        x = self.wide or t
+        if miss != "narrow arithmetic" and not self.wide:
+            x = self.let(self.pick(f"{t}.to({wide})", f"{t}.type({wide})"), "wide")
         square = self.let(self._squared(x), "sq")
         mean = self.let(self._mean(square, hidden), "mean")
         root = self._root(mean, t)
@@ -145,7 +148,8 @@ class NormText(LayerText):
             n = self.let(f"{scaled_one} / {root}", "n")
         else:
             n = self.let(self.pick(f"{scaled_one} * {root}", f"{root} * {scaled_one}"), "n")
-        self.spare += [x, square, mean, root, n]
+        if not self.wide:
+            self.spare += [x, square, mean, root, n]
         weight, tail = self._weight(t, a, hidden), self.rng.choice(TAILS)
         if tail == "weightless" and "weight" in miss:
             tail = "M"

@@ -36,6 +36,7 @@ from support.launches import CpuWorkspace, compiled
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE, ROUND = "scale_then_round", "round_then_scale"
+WIDE_SCALE, WIDE_ROUND = "wide_sum_scale_then_round", "wide_sum_round_then_scale"
 
 
 # --- Compilation --------------------------------------------------------------------------------------------
@@ -85,6 +86,14 @@ VARIANTS = [
     ("two_shot", 4, 5376, BF16, 2048, {"protocol": "flags", "inner": (BF16, SCALE), "output": 0}),
     ("two_shot_sharded", 8, 16384, BF16, 8192, {"protocol": "flags", "inner": (FP32, ROUND), "output": 0}),
     ("two_shot", 2, 16384, FP32, 64, {"protocol": "flags", "inner": (torch.float64, SCALE)}),
+    ("one_shot", 4, 8192, BF16, 1, {"form": WIDE_ROUND}),
+    ("one_shot", 8, 5376, BF16, 64, {"form": WIDE_SCALE, "inner": (BF16, SCALE)}),
+    ("two_shot", 4, 8192, BF16, 256, {"protocol": "data", "form": WIDE_ROUND}),
+    ("two_shot_sharded", 4, 8192, BF16, 64, {"protocol": "data", "form": WIDE_ROUND}),
+    ("two_shot_sharded", 8, 5376, FP16, 512, {"protocol": "data", "form": WIDE_SCALE, "inner": (BF16, SCALE)}),
+    ("two_shot", 8, 8192, BF16, 8192, {"protocol": "flags", "form": WIDE_ROUND, "output": 0}),
+    ("two_shot", 2, 4096, BF16, 2048, {"protocol": "flags", "form": WIDE_SCALE, "inner": (BF16, SCALE)}),
+    ("two_shot_sharded", 4, 8192, BF16, 2048, {"protocol": "flags", "form": WIDE_ROUND, "output": 0}),
 ]
 
 
@@ -145,12 +154,13 @@ def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, 
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("form", [SCALE, WIDE_ROUND])
 @pytest.mark.parametrize("kind", ["two_shot", "two_shot_sharded"])
-def test_large_inputs_leave_the_registers_in_peace(kind, world, tmp_path):
+def test_large_inputs_leave_the_registers_in_peace(kind, form, world, tmp_path):
     """Bytes that a thread keeps in memory for want of registers. With 8 ranks they were 336 to 552, more than the L1
     cache holds of all threads, and a tenth of the time.
     """
-    launch = call_on_cpu(kind, world, 8192, BF16, 8192, protocol="flags", output=0)
+    launch = call_on_cpu(kind, world, 8192, BF16, 8192, protocol="flags", output=0, form=form)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled(launch).asm["cubin"])
     said = subprocess.run(

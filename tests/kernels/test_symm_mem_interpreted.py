@@ -25,6 +25,7 @@ from fusewire.custom_ops.providers.symm_mem.launch_config import LaunchConfig
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE, ROUND = "scale_then_round", "round_then_scale"
+WIDE_SCALE, WIDE_ROUND = "wide_sum_scale_then_round", "wide_sum_round_then_scale"
 
 
 # --- Scenarios ----------------------------------------------------------------------------------------------
@@ -41,6 +42,7 @@ def _racing(protocol, count):
 
 SLICED = LaunchConfig(3, 1, 32, slices=3)
 INNER = {"inner": (BF16, SCALE)}
+WIDE = {"form": WIDE_ROUND}
 SCENARIOS = {
     "one-shot, slices, 3 ranks": (3, 264, FP32, [
         ("one_shot", 2, {"config": SLICED, "bias": 1.0}),
@@ -79,6 +81,30 @@ SCENARIOS = {
         ("one_shot", 2, INNER), ("two_shot_sharded", 6, INNER), ("two_shot", 19, INNER), ("one_shot", 3, {}),
         ("two_shot", 3, {"need_residual": False}), ("one_shot", 8, {"weight": None, "inner": (None, SCALE)}),
     ]),
+    # The norm of a sum that is not rounded: what a peer normalises must not be either.
+    "wide sums, one-shot, 3 ranks": (3, 528, BF16, [
+        ("one_shot", 2, {"config": SLICED, "form": WIDE_SCALE, "bias": 1.0}),
+        ("one_shot", 1, {"config": LaunchConfig(2, 1, 64, slices=2), **INNER, **WIDE}),
+        ("one_shot", 3, {"config": SLICED, "residual": False, **WIDE}),
+        ("one_shot", 4, {"need_residual": False, "weight": FP32, "form": WIDE_SCALE}),
+    ]),
+    "wide sums, data, 3 ranks": (3, 528, FP16, [
+        ("two_shot", 4, {"config": SLICED, "weight": FP16, **WIDE}),
+        ("two_shot", 5, {"config": LaunchConfig(3, 1, 32, slices=3, unroll=8), **INNER, "form": WIDE_SCALE}),
+        ("two_shot_sharded", 4, {"config": SLICED, "weight": FP16, **WIDE}),
+        ("two_shot_sharded", 7, {"config": LaunchConfig(3, 1, 32, slices=3, unroll=8), "form": WIDE_SCALE}),
+        ("two_shot_sharded", 2, {"config": LaunchConfig(3, 1, 32, slices=3), "inner": (FP16, ROUND), **WIDE}),
+        ("two_shot", 3, {"residual": False, "weight": None, **WIDE}),
+        ("two_shot", 5, {"need_residual": False, "weight": None, "form": WIDE_SCALE}),
+    ]),
+    "wide sums, flags, 3 ranks": (3, 72, BF16, [
+        ("two_shot", 13, {"protocol": "flags", "config": _flags(2, 1, 0), **WIDE}),
+        ("two_shot", 15, {"output": 0, "config": _flags(2, 2, 1), "form": WIDE_SCALE, "bias": 1.0}),
+        ("two_shot", 9, {"output": 0, "config": _flags(3, 1, 0), **INNER, **WIDE}),
+        ("two_shot_sharded", 14, {"output": 0, "config": _flags(1, 3, 2), **INNER, **WIDE}),
+        ("two_shot", 8, {"protocol": "flags", "need_residual": False, "form": WIDE_SCALE}),
+        ("two_shot_sharded", 2, {"protocol": "flags", **WIDE}),
+    ]),
     # Planned by its own number, each of these ranks would share a row among another number of blocks.
     **{f"GPUs with {counts} multiprocessors": (len(counts), 1536, BF16, [
         ("two_shot", 2 * len(counts), {"protocol": "data"}), ("two_shot_sharded", len(counts), {"protocol": "data"}),
@@ -94,7 +120,7 @@ PROTOCOLS = {
 }
 SCENARIOS |= {
     f"{name}: rank {gone} stops after {turns} turns": (
-        3, 64, BF16, [(kind, 5, {**options, **inner}) for inner in ({}, INNER, {})], turns, 3, (gone, 1, turns),
+        3, 64, BF16, [(kind, 5, {**options, **norm}) for norm in (WIDE, INNER, {})], turns, 3, (gone, 1, turns),
     )
     for gone, turns in ((2, 0), (1, 12))
     for name, (kind, options) in PROTOCOLS.items()
@@ -131,6 +157,7 @@ def every_scenario():
     norms = [
         {}, {"residual": False}, {"weight": None}, {"form": ROUND, "bias": 1.0}, {"weight": FP32}, INNER,
         {"inner": (None, SCALE)}, {"inner": (FP32, ROUND), "form": ROUND}, {"inner": (FP16, ROUND), "bias": 1.0},
+        WIDE, {"form": WIDE_SCALE, "weight": FP32, "bias": 1.0}, {"inner": (FP32, ROUND), **WIDE},
     ]  # fmt: skip
     for world in (2, 3, 4):
         for dtype, hidden in ((BF16, 64), (FP16, 184), (FP32, 256)):

@@ -13,6 +13,7 @@ from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE, ROUND = "scale_then_round", "round_then_scale"
+WIDE_SCALE, WIDE_ROUND = "wide_sum_scale_then_round", "wide_sum_round_then_scale"
 EPS, INNER_EPS = 1e-5, 1e-3
 ONE_SHOT_TOKENS, DATA_TOKENS, MAX_TOKENS = 9, 16, 24
 
@@ -62,9 +63,11 @@ def make_call(
     )  # fmt: skip
 
 
-def norm_of(rows, weight, eps, bias, form, config, layout):
-    """The norm as the kernels take it: eight (four) numbers a lane, lanes of a slice, slices in order."""
-    dtype, packets = rows.dtype, layout.packets
+def norm_of(rows, weight, eps, bias, form, config, layout, dtype):
+    """The norm as the kernels take it: eight (four) numbers a lane, lanes of a slice, slices in order. Rows are of the
+    dtype, or sums in fp32 that are not rounded to it.
+    """
+    packets = layout.packets
     each = 16 // layout.itemsize
     order = range(each) if each == 4 else (0, 2, 4, 6, 1, 3, 5, 7)
     wide = rows.float().numpy().reshape(len(rows), packets, each)
@@ -80,7 +83,7 @@ def norm_of(rows, weight, eps, bias, form, config, layout):
     normed = rows.float() * torch.from_numpy(rstd)[:, None]
     if weight is None:
         return normed.to(dtype)
-    if form == ROUND:
+    if form in (ROUND, WIDE_ROUND):
         return (normed.to(dtype) * (weight + bias)).to(dtype)
     return (normed * (weight.float() + bias)).to(dtype)
 
@@ -93,11 +96,11 @@ def refer(call, config, ws):
         total = total + part.float()
     total = total.to(ws.dtype)
     if inner := call.options.get("inner"):
-        total = norm_of(total, inner.weight, inner.eps, inner.weight_bias, inner.form, config, ws.layout)
-    if call.full is not None:
-        total = (total.float() + call.full.float()).to(ws.dtype)
-    call.total = total
-    call.norm = norm_of(total, call.weight, EPS, call.bias, call.form, config, ws.layout)
+        total = norm_of(total, inner.weight, inner.eps, inner.weight_bias, inner.form, config, ws.layout, ws.dtype)
+    wide = total if call.full is None else total.float() + call.full.float()
+    call.total = wide.to(ws.dtype)
+    rows = wide if call.form in (WIDE_SCALE, WIDE_ROUND) else call.total
+    call.norm = norm_of(rows, call.weight, EPS, call.bias, call.form, config, ws.layout, ws.dtype)
 
 
 def wrong(result, exact, lost):

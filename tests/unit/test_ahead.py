@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fusewire.custom_ops.ops.norms import forms_of
 from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.custom_ops.workspaces.precompile import compile_ahead
@@ -32,7 +33,7 @@ def made(world, hidden, dtype, tokens=(128, 512, 8192), outputs=0):
 def compiled_as(launch):
     """What decides whether a kernel that is there serves a launch."""
     config = launch.config
-    kinds = tuple(arg for arg in launch.arguments[-15:] if type(arg) in (int, bool))
+    kinds = tuple(arg for arg in launch.arguments[-16:] if type(arg) in (int, bool))
     return launch.kernel, config.warps, config.block, config.slices, config.unroll, kinds
 
 
@@ -46,7 +47,7 @@ def test_no_call_compiles_afterwards(world, hidden, dtype):
     inputs = torch.empty(2, max(some), hidden, dtype=dtype)
     for tokens in some:
         x, residual = inputs[:, :tokens]
-        for form in ("scale_then_round", "round_then_scale"):
+        for form in forms_of(dtype):
             calls = [(symm_mem.one_shot, {})] if tokens <= 128 else []
             calls += [(symm_mem.two_shot, {})] + ([(symm_mem.two_shot, {"output": 1})] if tokens > 512 else [])
             for call, options in calls:

@@ -11,6 +11,7 @@ import fusewire
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.patterns.collectives import ALL_REDUCE
 
+from support import vllm_norms
 from support.blocks import HIDDEN, NORMS, pow_half, reduce_functional, reduce_in_place, tensors
 from support.graphs import capture
 
@@ -246,24 +247,7 @@ def test_inlined_native_leaves_plain_operators():
 
 def test_opaque_operators_of_other_engines():
     """Graphs as serving engines make them, matched by the operators' names."""
-    library = torch.library.Library("vllm", "FRAGMENT")
-    ir = torch.library.Library("vllm_ir", "FRAGMENT")
-    library.define("all_reduce(Tensor tensor, str group_name) -> Tensor")
-    library.impl("all_reduce", lambda tensor, group_name: tensor.clone(), "CompositeExplicitAutograd")
-    ir.define("rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor")
-    ir.define(
-        "fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, int? variance_size=None)"
-        " -> (Tensor, Tensor)"
-    )
-    native = fusewire.rms_norm.native, fusewire.fused_add_rms_norm.native
-    ir.impl(
-        "rms_norm", lambda x, w, e, v=None: native[0](x, w, e, 0.0, "scale_then_round"), "CompositeExplicitAutograd"
-    )
-    ir.impl(
-        "fused_add_rms_norm",
-        lambda x, r, w, e, v=None: native[1](x, r, w, e, 0.0, "scale_then_round"),
-        "CompositeExplicitAutograd",
-    )
+    libraries = vllm_norms.operators()
     group = dist.group.WORLD.group_name
 
     def block(x, r, w):
@@ -275,6 +259,7 @@ def test_opaque_operators_of_other_engines():
     assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
     for got, want in zip(captured.result, block(*inputs), strict=True):
         assert torch.equal(got, want)
+    del libraries
 
 
 def test_functional_collective_spellings():

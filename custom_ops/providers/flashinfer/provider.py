@@ -6,7 +6,8 @@ other rank and sums all rows (lowest latency). Two-shot: every rank sums a share
 pushes the sums to the others (least traffic).
 
 Numerics: the sum over ranks is in rank order, in fp32, and rounded once; so are the sum with the
-residual and the norm. `form="round_then_scale"` therefore rounds once less than native. One-shot
+residual and the norm. `form="round_then_scale"` therefore rounds once less than native. The forms of
+a wide sum would round once more, so calls with a residual are refused there. One-shot
 turns -0.0 into +0.0. The kernels use fast math: magnitudes below 2**-126 become zero, bf16
 subnormals included. Not batch-invariant: how a row's squares are summed depends on the number of
 tokens.
@@ -30,6 +31,7 @@ from fusewire.custom_ops.coordination.vote import Channel, describe
 from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.environment import env_flag
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
+from fusewire.custom_ops.ops.norms import keeps_wide_sum
 from fusewire.custom_ops.ops.registry import Support, machine_support
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.custom_ops.providers.flashinfer.library import CAPABILITIES
@@ -168,6 +170,10 @@ def supports_args(
         (
             residual is None or residual.dtype == x.dtype,
             f"the residual is {_name(residual)} and x is {_name(x)}; FlashInfer's kernels take one dtype",
+        ),
+        (
+            residual is None or not keeps_wide_sum(form, x.dtype),
+            "the norm reads the sum with the residual before it is rounded; FlashInfer's kernels round it first",
         ),
     )
 
