@@ -27,10 +27,15 @@ from torch.nn.functional import rms_norm as torch_rms_norm
 from fusewire.custom_ops.ops.norms import (
     ROUND_THEN_SCALE,
     SCALE_THEN_ROUND,
+    WIDE_SUM_ROUND_THEN_SCALE,
+    WIDE_SUM_SCALE_THEN_ROUND,
     add_residual,
+    add_wide,
     fused_add_rms_norm,
+    keeps_wide_sum,
     normalize,
     rms_norm,
+    rounds_first,
 )
 from fusewire.custom_ops.providers.batch_invariant import torch_norm as torch_batch_invariant
 from fusewire.custom_ops.providers.batch_invariant import triton_norm
@@ -191,7 +196,7 @@ def allowed_ulps(case: Case) -> float:
     """
     if case.dtype == torch.float32:
         return 6.0
-    return 4.0 if case.form == ROUND_THEN_SCALE and case.weight is not None else 1.0
+    return 4.0 if rounds_first(case.form) and case.weight is not None else 1.0
 
 
 class Instance:
@@ -266,7 +271,9 @@ def numerics_faults(instance: Instance, norm: Norm, kind: str, n: int = 64) -> t
     if residual is not None:
         if not same_bits((out[1],), (r,)):
             faults.append("residual_out is not the rounded sum")
-        if not same_bits(norm(r, None), out[:1]):
+        if keeps_wide_sum(case.form, case.dtype):
+            r = add_wide(x, residual)
+        elif not same_bits(norm(r, None), out[:1]):
             faults.append("add + norm differs from add, then norm")
     if not same_bits(out, instance.plain(x, residual)):
         faults.append("the kernel and PyTorch differ on this device")
@@ -280,7 +287,7 @@ def numerics_faults(instance: Instance, norm: Norm, kind: str, n: int = 64) -> t
 
 
 def all_cases() -> Iterator[Case]:
-    """Six kinds of norm for each dtype and hidden size."""
+    """Six to eight kinds of norm for each dtype and hidden size."""
     for hidden, dtype in itertools.product(HIDDEN, DTYPES):
         yield Case(hidden, dtype)
         yield Case(hidden, dtype, dtype)
@@ -288,6 +295,9 @@ def all_cases() -> Iterator[Case]:
         yield Case(hidden, dtype, torch.float32, dtype)
         yield Case(hidden, dtype, dtype, torch.float32, 0.0, ROUND_THEN_SCALE)
         yield Case(hidden, dtype, torch.float32, None, 1.0, ROUND_THEN_SCALE)
+        if dtype != torch.float32:
+            yield Case(hidden, dtype, dtype, dtype, 0.0, WIDE_SUM_ROUND_THEN_SCALE)
+            yield Case(hidden, dtype, dtype, dtype, 1.0, WIDE_SUM_SCALE_THEN_ROUND)
 
 
 class Log:

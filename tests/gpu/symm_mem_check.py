@@ -60,6 +60,7 @@ from fusewire.errors import PeerTimeoutError  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE, ROUND = "scale_then_round", "round_then_scale"
+WIDE_SCALE, WIDE_ROUND = "wide_sum_scale_then_round", "wide_sum_round_then_scale"
 EPS = 1e-5
 INNER_EPS = 1e-3
 # How far fp32 may take a norm from float64 before it is rounded to its dtype.
@@ -89,7 +90,7 @@ class Case:
         extra += ["no residual"] * (not self.residual) + ["NaN, -0.0, sentinel"] * self.special
         extra += [f"inner w={str(self.inner[0])[6:]} bias={self.inner[1]} {self.inner[2][:5]}"] if self.inner else []
         what = [self.kind, f"{self.tokens}x{self.hidden}", str(self.dtype)[6:], f"w={str(self.weight)[6:]}"]
-        return " ".join([*what, f"bias={self.bias}" if self.bias else "", self.form[:5], *extra])
+        return " ".join([*what, f"bias={self.bias}" if self.bias else "", self.form.replace("_then", "")[:14], *extra])
 
 
 class Run:
@@ -232,7 +233,10 @@ def draw(run: Run, case: Case, seed: int) -> dict:
     weight = None if case.weight is None else randn(case.hidden).to(case.weight)
     outer = InnerNorm(weight, EPS, case.bias, case.form)
     data = {"x": mine, "residual": residual, "weight": weight, "total": bounds[0], "inner": inner}
-    data["norm"] = exact_norm(bounds[0], outer)
+    rows = bounds[0]
+    if case.form in (WIDE_SCALE, WIDE_ROUND) and case.dtype != FP32:
+        rows = total.float() + residual.float()
+    data["norm"] = exact_norm(rows, outer, dtype=case.dtype)
     if inner is not None:
         # Where fp32 and float64 round the inner norm to different neighbours, so does all that follows.
         _, one, other = bounds
@@ -243,15 +247,22 @@ def draw(run: Run, case: Case, seed: int) -> dict:
 
 
 def exact_norm(
-    rows: torch.Tensor, norm: InnerNorm, slack: float = 0.0, like: torch.Tensor | None = None
+    rows: torch.Tensor,
+    norm: InnerNorm,
+    slack: float = 0.0,
+    like: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The norm in float64, its numbers off by `slack` before each rounding; with the mean squares of `like`."""
+    """The norm in float64, its numbers off by `slack` before each rounding (to `dtype`, or the rows'); with the mean
+    squares of `like`.
+    """
+    round_first = norm.form in (ROUND, WIDE_ROUND)
     wide, squares = rows.double(), (rows if like is None else like).double()
     wide = wide * torch.rsqrt(squares.pow(2).mean(-1, keepdim=True) + norm.eps) * (1 + slack)
-    wide = wide.to(rows.dtype).double() if norm.form == ROUND else wide
+    wide = wide.to(dtype or rows.dtype).double() if round_first else wide
     if norm.weight is None:
         return wide
-    biased = norm.weight + norm.weight_bias if norm.form == ROUND else norm.weight.double() + norm.weight_bias
+    biased = norm.weight + norm.weight_bias if round_first else norm.weight.double() + norm.weight_bias
     return wide * biased.double() * (1 + slack)
 
 
@@ -333,9 +344,12 @@ def matrix(args: argparse.Namespace, world: int) -> list[Case]:
             cases.append(Case(kind, tokens, width, dtype, dtype, options=options))
     variants = [{"residual": False}, {"weight": None}, {"weight": FP32, "bias": 1.0}, {"form": ROUND}]
     variants += [{"weight": FP16, "form": ROUND, "bias": 1.0}, {"weight": torch.float64}]
+    variants += [{"form": WIDE_ROUND}, {"form": WIDE_SCALE, "bias": 1.0}]
     for kind, options in every:
         cases += [Case(kind, 37, 2880, BF16, options=options, **variant) for variant in variants]
         cases.append(Case(kind, 37, 2880, FP32, BF16, options=options))
+        cases += [Case(kind, t, form=WIDE_ROUND, options=options) for t in (1, 9, 130)]
+    cases += [Case(k, t, form=WIDE_ROUND, options=(*flags, ("output", t % 2))) for t in (5, 2047) for k in KINDS[1:]]
     return cases + sandwiches(args, every)
 
 

@@ -28,7 +28,14 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, sum_in_rank_order
-from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, add_residual, fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.ops.norms import (
+    ROUND_THEN_SCALE,
+    WIDE_SUM_ROUND_THEN_SCALE,
+    WIDE_SUM_SCALE_THEN_ROUND,
+    add_residual,
+    fused_add_rms_norm,
+    rms_norm,
+)
 from fusewire.custom_ops.ops.registry import all_ops
 from fusewire.custom_ops.providers.batch_invariant import provider as batch_invariant
 from fusewire.custom_ops.providers.batch_invariant import torch_norm as torch_batch_invariant
@@ -46,6 +53,8 @@ CASES = [
     Case(2880, torch.bfloat16, torch.float32, torch.float32, 0.0, ROUND_THEN_SCALE),
     Case(4097, torch.bfloat16, torch.bfloat16, torch.bfloat16, 1.0, ROUND_THEN_SCALE),
     Case(16390, torch.float16),
+    Case(576, torch.bfloat16, torch.bfloat16, torch.bfloat16, 0.0, WIDE_SUM_ROUND_THEN_SCALE),
+    Case(2880, torch.float16, torch.float16, torch.float16, 1.0, WIDE_SUM_SCALE_THEN_ROUND),
 ]
 
 

@@ -23,7 +23,15 @@ from gpu.batch_invariant_check import (
     ulps,
 )
 
-from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, add_residual, rms_norm
+from fusewire.custom_ops.ops.norms import (
+    ROUND_THEN_SCALE,
+    WIDE_SUM_ROUND_THEN_SCALE,
+    WIDE_SUM_SCALE_THEN_ROUND,
+    add_residual,
+    keeps_wide_sum,
+    rms_norm,
+    rounds_first,
+)
 from fusewire.custom_ops.providers.batch_invariant import torch_norm as torch_batch_invariant
 from fusewire.custom_ops.providers.batch_invariant import triton_norm
 from fusewire.custom_ops.providers.batch_invariant.triton_norm import rms_norm_batch_invariant
@@ -48,6 +56,8 @@ def interpreted_checks() -> None:
             (torch.float32, torch.float16, torch.float32, 1.0, "round_then_scale"),
             (torch.float16, torch.float32, torch.float32, 1.0, "scale_then_round"),
             (torch.float16, torch.float16, torch.bfloat16, 0.0, "round_then_scale"),
+            (torch.float16, torch.float16, torch.float16, 0.0, "wide_sum_round_then_scale"),
+            (torch.float16, torch.float32, torch.float16, 1.0, "wide_sum_scale_then_round"),
         )
     ]
     for case in cases:
@@ -123,7 +133,8 @@ def compiled(case: Case, aligned: bool = True) -> str:
         "ROWS": plan.rows,
         "STRIDE_UNIT": 8 if aligned else 1,
         "ADD_BIAS": bool(case.weight_bias),
-        "ROUND_FIRST": case.form == ROUND_THEN_SCALE,
+        "ROUND_FIRST": rounds_first(case.form),
+        "WIDE_SUM": keeps_wide_sum(case.form, case.dtype),
     }
     attributes = {
         (i,): [["tt.divisibility", 16]]
@@ -147,6 +158,8 @@ def compiled(case: Case, aligned: bool = True) -> str:
         Case(8192, torch.bfloat16, torch.bfloat16, torch.bfloat16, 0.0, ROUND_THEN_SCALE),
         Case(16384, torch.bfloat16, torch.float32),
         Case(20480, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        Case(8192, torch.bfloat16, torch.bfloat16, torch.bfloat16, 0.0, WIDE_SUM_ROUND_THEN_SCALE),
+        Case(20480, torch.float16, torch.float16, torch.float16, 1.0, WIDE_SUM_SCALE_THEN_ROUND),
     ],
     ids=str,
 )

@@ -49,6 +49,14 @@ def _total(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
+def _of_sum(x: Tensor, residual: Tensor, outer: tuple) -> Tensor:
+    """The norm of x and the residual, of their rounded sum or of the sum in fp32."""
+    wide = x.float() + residual.float()
+    if outer[-1].startswith("wide_sum"):
+        return normalize(wide, *outer[:-1], outer[-1].removeprefix("wide_sum_"), x.dtype)
+    return normalize(wide.to(x.dtype), *outer)
+
+
 def _operators_on_a_rank(dtype_name: str, policy: str) -> list[str]:
     """The names of the checks that failed."""
     dtype, name, failed = getattr(torch, dtype_name), dist.group.WORLD.group_name, []
@@ -65,19 +73,21 @@ def _operators_on_a_rank(dtype_name: str, policy: str) -> list[str]:
             x, residual, weight, inner = _pieces(shape, dtype)
             total = _total(shape, dtype)
             outer, first = (weight, 1e-5, 1.0, form), (inner, 1e-6, 0.5, form)
-            r = add_residual(normalize(total, *first), residual)
+            n = normalize(total, *first)
+            r, of_r = add_residual(n, residual), _of_sum(n, residual, outer)
+            total_r, of_total_r = add_residual(total, residual), _of_sum(total, residual, outer)
             norm, summed = SANDWICH(x, residual, *outer, *first, name, policy)
-            same(f"sandwich {shape} {form}", norm, normalize(r, *outer))
+            same(f"sandwich {shape} {form}", norm, of_r)
             same(f"sandwich {shape} {form}, sum", summed, r)
-            for summed, inner_args, with_residual in (
-                (total, (None, 0.0, 0.0, ""), False),
-                (add_residual(total, residual), (None, 0.0, 0.0, ""), True),
-                (r, first, True),
+            for summed, wanted, inner_args, with_residual in (
+                (total, normalize(total, *outer), (None, 0.0, 0.0, ""), False),
+                (total_r, of_total_r, (None, 0.0, 0.0, ""), True),
+                (r, of_r, first, True),
             ):
                 shard = shard_rows.torch_op(residual, name) if with_residual else None
                 norm, part = SHARDED(x, shard, *outer, *inner_args, name, policy)
                 what = f"sharded {shape} {form} residual {with_residual} inner {inner_args[-1]!r}"
-                same(what, norm, normalize(summed, *outer))
+                same(what, norm, wanted)
                 same(f"{what}, shard", part, own_rows(summed, rank, size))
                 same(f"{what}, gathered", gather_rows.torch_op(part, x, name), summed)
     return failed
@@ -98,13 +108,15 @@ def _over_flashinfer() -> list[bool]:
         name = dist.group.WORLD.group_name
         x, residual, weight, inner = _pieces((4, 64), torch.bfloat16)
         outer, first = (weight, 1e-5, 0.0, FORMS[0]), (inner, 1e-6, 0.0, FORMS[0])
+        wide = (weight, 1e-5, 0.0, FORMS[3])
         part = own_rows(residual, dist.get_rank(), dist.get_world_size())
-        for op, given, tail in (
-            (all_reduce_sandwich_norm, residual, first),
-            (all_reduce_rms_norm_sharded, part, first),
-            (all_reduce_rms_norm_sharded, part, (None, 0.0, 0.0, "")),
+        for op, given, norm, tail in (
+            (all_reduce_sandwich_norm, residual, outer, first),
+            (all_reduce_sandwich_norm, residual, wide, first),
+            (all_reduce_rms_norm_sharded, part, outer, first),
+            (all_reduce_rms_norm_sharded, part, outer, (None, 0.0, 0.0, "")),
         ):
-            args = (x, given, *outer, *tail, name)
+            args = (x, given, *norm, *tail, name)
             chosen = op.selector(op, args, "flashinfer")
             right.append(chosen.name == "flashinfer" and op.selector(op, args, "flashinfer") is chosen)
             pairs = zip(op.torch_op(*args, "flashinfer"), op.native(*args), strict=True)
@@ -113,7 +125,7 @@ def _over_flashinfer() -> list[bool]:
 
 
 def test_operators_over_a_provider_without_a_kernel_for_them():
-    assert shared_pool(2).run(_over_flashinfer) == [[True] * 9] * 2
+    assert shared_pool(2).run(_over_flashinfer) == [[True] * 12] * 2
 
 
 def test_own_rows_cover_every_row_once():

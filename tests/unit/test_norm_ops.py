@@ -25,7 +25,12 @@ from fusewire.errors import (
 
 from support.distributed import fake_group, run_ranks
 
-FORMS = ("scale_then_round", "round_then_scale")
+FORMS = (
+    "scale_then_round",
+    "round_then_scale",
+    "wide_sum_scale_then_round",
+    "wide_sum_round_then_scale",
+)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -56,6 +61,7 @@ def test_opcheck_fused_add_rms_norm(residual):
     opcheck(fused_add_rms_norm.torch_op, (x, r, w))
     opcheck(fused_add_rms_norm.torch_op, (x.transpose(0, 1), r.transpose(0, 1), None, 1e-6, 0.0, FORMS[1]))
     opcheck(fused_add_rms_norm.torch_op, (x.detach().requires_grad_(), r, w, 1e-6, 0.0, FORMS[0], NATIVE))
+    opcheck(fused_add_rms_norm.torch_op, (x.detach().requires_grad_(), r, w, 1e-6, 1.0, FORMS[3]))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -92,7 +98,7 @@ def test_forms_against_float64(dtype, weight, form, weight_bias):
     exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     roundings = 1
     if w is not None:
-        if form == "round_then_scale":
+        if form.endswith("round_then_scale"):
             scale = (w + weight_bias).double()  # in the weight's own dtype
             exact, roundings = exact * scale, 2
         else:
