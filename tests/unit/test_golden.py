@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from fusewire.custom_ops.ops.registry import NATIVE
 
+from support import vllm_norms
 from support.blocks import HIDDEN, NORMS, pow_half, reduce_functional, reduce_in_place, tensors
 from support.graphs import capture
 
@@ -82,6 +83,12 @@ def weightless_and_pow(x, residual, w):
     return pow_half(reduce_functional(first) + residual, w, 1e-6)
 
 
+def vllm_layer(x, residual, w, matrix):
+    """vLLM's norms after its lowering: sums that are normalised before they are rounded, a weight with 1 added in fp32."""
+    hidden, residual = vllm_norms.fused_add_rms_norm(reduce_functional(x), residual, w, 1e-5)
+    return vllm_norms.fused_add_rms_norm(reduce_functional(hidden @ matrix), residual, w.float() + 1.0, 1e-6)
+
+
 def gated(x, residual, w, gate):
     """Refused: a gate multiplies the all-reduced value, and the graph stays as it was."""
     return NORMS["L"](residual + reduce_functional(x) * torch.sigmoid(gate), w, 1e-5)
@@ -97,6 +104,7 @@ def _cases():
     yield biased_projection, [*flat, *_weights((HIDDEN,))], {}
     yield torch_rms_norm, tensors(torch.float32), {"inline_native": True}
     yield weightless_and_pow, flat, {}
+    yield vllm_layer, [*flat, *_weights((HIDDEN, HIDDEN))], {}
     yield gated, [*flat, *_weights((5, HIDDEN))], {}
 
 

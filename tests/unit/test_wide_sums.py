@@ -397,6 +397,16 @@ def test_other_weights_are_still_refused(operators, make):
     assert "weight" in captured.reasons()[0]
 
 
+def test_the_residual_may_be_the_all_reduce(operators):
+    def block(x, r, w):
+        return torch.ops.vllm_ir.fused_add_rms_norm(r, reduce_functional(x), w, 1e-5)
+
+    inputs = tensors()
+    captured = capture(block, *inputs, inline_native=False)
+    assert captured.verdicts() == [("fused", "")], captured.reasons()
+    equal(captured.result, block(*inputs))
+
+
 def test_a_variance_of_part_of_the_row_is_refused(operators):
     def block(x, w):
         return torch.ops.vllm_ir.rms_norm(reduce_functional(x), w, 1e-5, HIDDEN // 2)
