@@ -153,6 +153,13 @@ def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, 
         assert "fence" not in text
 
 
+@pytest.mark.parametrize("kind", ["one_shot", "two_shot"])
+def test_no_rounding_to_fp16_is_fused_away(kind):
+    """A product that is rounded to fp16, plus the residual: one fused operation would round the sum only."""
+    text = compiled(call_on_cpu(kind, 2, 4096, FP16, 4, weight=FP16, form=ROUND, inner=(FP16, ROUND))).asm["ptx"]
+    assert "fma." not in text
+
+
 @pytest.mark.parametrize("world", [2, 4, 8])
 @pytest.mark.parametrize("form", [SCALE, WIDE_ROUND])
 @pytest.mark.parametrize("kind", ["two_shot", "two_shot_sharded"])

@@ -64,4 +64,4 @@ def compiled(launch):
             signature[param.name] = param.annotation_type or "fp32"
             assert param.annotation_type in ("i32", "i64", "fp32") or type(value) is float
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.config.options)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)

@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 MAX_SLICES = 8  # the most blocks that share a row
@@ -56,7 +57,6 @@ class LaunchConfig:
         return {
             "num_warps": self.warps,
             "maxnreg": self.registers,
-            "enable_fp_fusion": True,  # the default up to Triton 3.9, which announces another
         }
 
 
@@ -89,6 +89,15 @@ class Launch:
     tensors: KernelTensors
     arguments: tuple[Any, ...]
     outputs: tuple[int | None, int | None] = (None, None)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that Triton compiles the kernel with.
+
+        In fp16, LLVM would fuse a product that is rounded to fp16 (an inner norm's) with the residual
+        add after it, and so drop the rounding.
+        """
+        return {**self.config.options, "enable_fp_fusion": self.tensors.x.dtype != torch.float16}
 
     @property
     def results(self) -> tuple[Tensor, Tensor | None]:

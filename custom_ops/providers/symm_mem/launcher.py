@@ -367,9 +367,9 @@ def run(ws: SymmMemWorkspace, launch: Launch) -> Any:
     away = ws.device.index is not None and torch.cuda.current_device() != ws.device.index
     with torch.cuda.device(ws.device) if away else contextlib.nullcontext():
         if compiles_only():
-            kernel(launch.kernel).warmup(*arguments, grid=grid, **config.options)
+            kernel(launch.kernel).warmup(*arguments, grid=grid, **launch.options)
             return None
-        return kernel(launch.kernel)[grid](*arguments, **config.options)
+        return kernel(launch.kernel)[grid](*arguments, **launch.options)
 
 
 def _direct(
