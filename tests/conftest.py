@@ -74,6 +74,16 @@ def _fresh_report():
     fusewire.clear_report()
 
 
+@pytest.fixture(autouse=True)
+def _own_variables():
+    """What a test sets of fusewire's variables ends with it."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("FUSEWIRE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("FUSEWIRE_") and name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """The folder of this test's own for tables of measured times, empty, in this process and in those it starts."""

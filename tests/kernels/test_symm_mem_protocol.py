@@ -63,13 +63,15 @@ def test_ranks_that_are_alike_fit():
 
 
 def test_kernels_that_give_up_after_different_times_are_an_error(monkeypatch):
+    monkeypatch.delenv("FUSEWIRE_TIMEOUT_S", raising=False)
     one = facts_of(0)
     monkeypatch.setenv("FUSEWIRE_TIMEOUT_S", "1200")
     with pytest.raises(ConfigError, match=r"rank 0 900 s, rank 1 1800 s\. Set FUSEWIRE_TIMEOUT_S"):
         judge([one, facts_of(1)])
 
 
-def test_a_kernel_gives_up_on_no_rank_for_which_nccl_waits():
+def test_a_kernel_gives_up_on_no_rank_for_which_nccl_waits(monkeypatch):
+    monkeypatch.delenv("FUSEWIRE_TIMEOUT_S", raising=False)
     assert facts_of(0)["kernel_timeout_s"] == 900
     assert facts_of(0, timeouts={"cpu": 1800.0, "cuda": 7200.0})["kernel_timeout_s"] == 7200
     assert facts_of(0, timeouts={"cpu": 1800.0, "cuda": 600.0})["kernel_timeout_s"] == 900
