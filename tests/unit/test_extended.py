@@ -95,9 +95,16 @@ def _layer_norm(x, r, w):
     return torch.nn.functional.layer_norm(r + NORMS["G"](reduce_functional(x), w, 1e-6), (HIDDEN,), w)
 
 
+def test_a_sum_that_is_cast_only_for_the_add_is_a_plain_one(world):
+    """It is rounded once, as the sum without casts."""
+    called = _called(_wide_residual)
+    assert called.count(SANDWICH) == 1
+    assert torch.equal(called.result, _wide_residual(*tensors()))
+
+
 @pytest.mark.parametrize(
     "block",
-    [_read_norm, _own_residual, _scaled, _wide_residual, _weight_of_the_sum, _broadcast, _layer_norm, _read_sum],
+    [_read_norm, _own_residual, _scaled, _weight_of_the_sum, _broadcast, _layer_norm, _read_sum],
 )
 def test_near_misses_keep_the_first_norm(world, block):
     """What is no sandwich is still an all-reduce with a norm, as it was before there were sandwiches."""
