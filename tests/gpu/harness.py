@@ -6,6 +6,7 @@ The parent imports torch and forks, so that a rank starts in a fraction of a sec
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -107,6 +108,7 @@ def eighths(tokens, hidden, seed, dtype, device):
 
 def held():
     """What this process holds: bytes of GPU memory, open files, resident bytes."""
+    gc.collect()
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     gpu = 0
