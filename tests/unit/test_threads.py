@@ -25,7 +25,7 @@ from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem_provider
 from fusewire.custom_ops.providers.symm_mem import workspace as spaces
-from fusewire.custom_ops.providers.symm_mem.launch_config import Launch, LaunchConfig
+from fusewire.custom_ops.providers.symm_mem.launch_config import KernelTensors, Launch, LaunchConfig
 from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.errors import WorkspaceError
@@ -79,7 +79,8 @@ def test_calls_of_other_threads_are_launched_while_one_compiles(monkeypatch):
 
     monkeypatch.setattr(symm_mem, "kernel", lambda name: Kernel())
     ws = SimpleNamespace(device=CPU, layout=SimpleNamespace(packets=32), multiprocessors=1)
-    launch = Launch("one_shot_kernel", LaunchConfig(1, 1, 32), (), ())
+    tensors = KernelTensors(*[torch.zeros(1)] * len(KernelTensors._fields))
+    launch = Launch("one_shot_kernel", LaunchConfig(1, 1, 32), tensors, ())
     with symm_mem.compiling_only():
         other = Thread(symm_mem.run, ws, launch)
         assert other.result() == "compiled"
