@@ -46,7 +46,7 @@ def _no_stream(device_index: int) -> int:
 
 # The handle of a device's current stream. Absent from a torch that is built without CUDA.
 current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _no_stream)
-# Whether the current stream is captured into a CUDA graph; `torch.cuda`'s function, without its checks.
+# Whether a CUDA graph captures the current stream; `torch.cuda`'s function, without its checks.
 is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)
 
 
@@ -56,7 +56,7 @@ def store_of(group: dist.ProcessGroup) -> dist.distributed_c10d.Store:
 
 
 def collective_timeouts_s(group: dist.ProcessGroup) -> dict[str, float]:
-    """Return the timeout in seconds of a group's collectives, by device type, where there is one."""
+    """Return the timeouts in seconds of a group's collectives, by device type."""
     found: dict[str, float] = {}
     for device in getattr(group, "_device_types", ()):
         with contextlib.suppress(AttributeError, RuntimeError):  # a backend without options

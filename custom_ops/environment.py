@@ -27,7 +27,7 @@ def env_flag(name: str) -> bool:
 
 
 def env_choice(name: str, choices: tuple[str, ...]) -> str:
-    """Return a variable's value, the first of the choices if it is unset; ConfigError for others."""
+    """Return a variable's value, by default the first choice; ConfigError for others."""
     value = os.environ.get(name, "").strip().lower() or choices[0]
     if value not in choices:
         raise ConfigError(f"{name}={value!r} is none of {', '.join(choices)}")

@@ -7,8 +7,8 @@ vLLM's compile cache. Each answers the same prompts greedily. Exit status: 0 if 
 fused and the texts agree, 1 if not, 2 if something is missing.
 
 The model is SmolLM2-135M-Instruct with its 9 heads padded to 12, of zeros, so that two ranks can
-share them. On a machine without GPUs a platform plugin (tests/serving/plugin) makes vLLM's CPU build
-compile as its CUDA build does.
+share them. On a machine without GPUs a platform plugin (tests/serving/plugin) makes vLLM's CPU
+build compile as its CUDA build does.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ServerError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What one server answered: texts, a logprob for each of their tokens, and its workers' reports."""
+    """The answers of one server: texts, their tokens' logprobs, and its workers' reports."""
 
     texts: list[str]
     logprobs: list[list[float]]
@@ -176,7 +176,7 @@ def ask(
     model: Path, log: Path, environment: dict[str, str], *, dtype: str = "float32", tokens: int = 32,
     arguments: tuple[str, ...] = (), limit_s: float = 900,
 ) -> Answers:  # fmt: skip
-    """Start a server, let it complete the prompts greedily, fetch its workers' reports, and stop it."""
+    """Start a server, complete the prompts greedily, fetch the workers' reports, and stop it."""
     start = time.monotonic()
     with serving(model, log, environment, dtype=dtype, arguments=arguments, limit_s=limit_s) as address:
         seconds = time.monotonic() - start

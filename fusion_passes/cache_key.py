@@ -29,7 +29,7 @@ def source_hash() -> str:
 
 
 def static_key(config: PassConfig) -> str:
-    """Return a hash of everything that the passes' result depends on, but graph, groups and machine.
+    """Return a hash of what the passes' result depends on, without graph, groups and machine.
 
     It is the same in processes without GPUs and process groups, for example in a serving engine's
     front end.
@@ -66,7 +66,7 @@ def _groups() -> list[str]:
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return []
     names = [(group.group_name, group) for group in torch.distributed.distributed_c10d._world.pg_map]
-    # Graphs compiled for torch's fake group compare nothing between ranks; no real group may find them.
+    # Graphs compiled for torch's fake group compare nothing between ranks. Real ranks need others.
     return sorted(
         f"{name}: {group.size()} ranks, peers: {has_peers(name)}" for name, group in names if group.size() > 1
     )

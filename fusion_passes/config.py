@@ -194,7 +194,7 @@ class PassConfig:
         return hash(self.key())
 
     def key(self) -> str:
-        """Return the options that the passes' result depends on as text, for the compile cache's key."""
+        """Return, for the compile cache's key, the options that the passes' result depends on."""
         kept = (item for item in fields(self) if item.metadata["group"] != _REPORTS)
         return repr([(item.name, getattr(self, item.name)) for item in kept])
 

@@ -1,8 +1,8 @@
 """Run the passes over a graph: rewrite, refuse, agree with the other ranks, report.
 
 Refused sites stay as they were. If a run over the graph refuses a site that one of its passes has
-changed, the graph is restored. Then the passes run on copies until they refuse nothing new, and last
-on the graph, except for the refused sites.
+changed, the graph is restored. Then the passes run on copies until they refuse nothing new, and
+last on the graph, except for the refused sites.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class _Run:
         return context
 
     def _rewrite_at_once(self, record: GraphRecord) -> RunContext | None:
-        """Rewrite the graph; restore it and return None if a pass refuses a site that another changed.
+        """Rewrite the graph; restore it and return None if a pass refuses what another changed.
 
         Most graphs are done after this, without a copy. Users' passes must run only once, so graphs
         that have any are left to the trials.
@@ -285,7 +285,7 @@ class _Run:
 
     @staticmethod
     def _learn(start: RunContext, run: RunContext) -> bool:
-        """Add the refusals of a run to the next run's start; return whether that run would do the same."""
+        """Add a run's refusals to the next start; return whether the next run would do the same."""
         vain = run.merged_in_vain()
         # A refusal of a merged all-reduce does not yet apply to the all-reduces by themselves.
         new = {name: why for name, why in run.refused.items() if name not in start.excluded and name not in vain}

@@ -62,8 +62,8 @@ _BY_HAND = "call funcol.all_reduce, or dist.all_reduce on a plain tensor, to hav
 _IN_PLACE = f"it overwrites its input, which the passes do not move; {_BY_HAND}"
 _SYMMETRIC = f"it sums over symmetric memory that the program manages itself; {_BY_HAND}"
 _VLLM = "vLLM's platform calls it in place of vllm.all_reduce, which fusewire reads (use_custom_op_collectives)"
-# All-reduces that are operators of their own, by qualified name: why the passes leave them, and what
-# to do. They are counted and explained, never rewritten.
+# All-reduces that are operators of their own, by qualified name: why the passes leave them, and
+# what to do. They are counted and explained, never rewritten.
 UNREAD = {
     "_C::shm_allreduce": f"vLLM's all-reduce in place over shared memory of CPUs; {_VLLM}",
     "_C_custom_ar::all_reduce": f"vLLM's custom all-reduce, given the addresses of its buffers; {_VLLM}",

@@ -17,10 +17,12 @@ import pytest
 os.environ.setdefault("CI", "true")
 # Inductor's C++ kernels without line tables compile a tenth faster.
 os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
-# Processes for Inductor to compile in would import torch, again for each process of tests that compiles.
+# Processes for Inductor to compile in would import torch, again for each process of tests that
+# compiles.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# Tables that this machine's user has tuned would change which provider a test gets. The folder of a process of
-# pytest-xdist lies in that of the process that started it, which removes both: xdist's processes end without atexit.
+# Tables that this machine's user has tuned would change which provider a test gets. The folder of a
+# process of pytest-xdist lies in that of the process that started it, which removes both: xdist's
+# processes end without atexit.
 _OUTER = os.environ.get("FUSEWIRE_CACHE_DIR") if "PYTEST_XDIST_WORKER" in os.environ else None
 os.environ["FUSEWIRE_CACHE_DIR"] = _TABLES = tempfile.mkdtemp(prefix="fusewire-tests-", dir=_OUTER)
 atexit.register(shutil.rmtree, _TABLES, ignore_errors=True)
@@ -40,8 +42,8 @@ print(bool(wanted) and all(map(bool, wanted)))
 def pytest_sessionstart(session):
     """Try once whether the compiler knows this CPU's vector instructions.
 
-    Inductor tries by compiling programs, again for each new cache folder, and many tests have one of their own. Where all
-    work, every process is told so. Anything else is left to Inductor.
+    Inductor tries by compiling programs, again for each new cache folder, and many tests have one
+    of their own. Where all work, every process is told so. Anything else is left to Inductor.
     """
     if hasattr(session.config, "workerinput") or session.config.option.collectonly:
         return

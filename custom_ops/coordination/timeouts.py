@@ -56,8 +56,8 @@ class Limit(Enum):
     FIRST_CALL = ("FUSEWIRE_FIRST_CALL_TIMEOUT_S", 60.0, True)
     # Of a call that the tuner times. All ranks have voted just before.
     TIMED_CALL = ("FUSEWIRE_TIMED_CALL_TIMEOUT_S", 130.0, True)
-    # Of a compilation: a rank that compiles says for at most this long that it is busy. FlashInfer's
-    # kernels must be compiled within it.
+    # Of a compilation: a rank that compiles says for at most this long that it is busy.
+    # FlashInfer's kernels must be compiled within it.
     COMPILATION = ("FUSEWIRE_COMPILATION_TIMEOUT_S", 1800.0, False)
     # Of silence: a longer ahead-of-time compilation is logged on stderr.
     COMPILING_ANNOUNCEMENT = ("FUSEWIRE_COMPILING_ANNOUNCEMENT_S", 3.0, False)

@@ -1,4 +1,4 @@
-"""A thread that looks at the error words of all workspaces, so that a fault needs no call to be noticed.
+"""Watch the error words of all workspaces in a thread, so that faults are found without calls.
 
 A kernel that gives up writes an error word in host memory. A call on its workspace reads the word
 and raises, but replays of CUDA graphs run no code on the host. The thread reads the words
@@ -25,7 +25,7 @@ Handler = Callable[[FusewireError], object]
 
 
 def action() -> str:
-    """Return what a fault does besides its report. ConfigError if the variable has another value."""
+    """Return what a fault does besides its report. ConfigError for other values."""
     return env_choice(ACTION_VARIABLE, (RAISE, ABORT))
 
 
@@ -79,7 +79,7 @@ class Watchdog:
             ended.join()
 
     def on_fault(self, handler: Handler) -> Callable[[], None]:
-        """Call a handler for every fault that is found from now on; return a function that removes it."""
+        """Call a handler for each fault from now on; return a function that removes it."""
         with self._lock:
             self._handlers.append(handler)
 

@@ -52,7 +52,7 @@ def all_reduce_sandwich_norm(
 
         n = RMSNorm(sum of x over the ranks; inner_weight, inner_eps, inner_weight_bias, inner_form)
         r = round(residual + n)
-        norm = RMSNorm(r; weight, eps, weight_bias, form), of residual + n if the form is of a wide sum
+        norm = RMSNorm(r; weight, eps, weight_bias, form); in a wide-sum form of residual + n
 
     `all_reduce_rms_norm`'s provider serves it: with one kernel for the whole if it has one, else
     with its all-reduce + norm, then add + norm in a second kernel.

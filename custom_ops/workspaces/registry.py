@@ -75,7 +75,7 @@ class WorkspaceRegistry:
         if found is not None and found.serves(group):
             return found
         refuse_capture(provider.name, f"group {name}")
-        action(), limit_s(Limit.WATCHDOG_INTERVAL)  # errors in these, before the ranks share anything
+        action(), limit_s(Limit.WATCHDOG_INTERVAL)  # raise before the ranks share anything
         with self.lock:
             found = self.machines.get((provider.name, name))
             if found is not None and found.serves(group):  # voted on by another thread meanwhile

@@ -53,8 +53,8 @@ class Row:
     Processor times are this process's own, in user mode, which other work on the machine changes
     least; the C++ or Triton compiler runs in other processes and is not counted. The shares are of the
     passes in one whole compilation, by the processor and by the clock. They leave out garbage
-    collections that happened to fall into the passes (`collected_seconds`, by the clock): a full one
-    visits everything that the compilation has made so far, whoever's it is.
+    collections that happened to fall into the passes (`collected_seconds`, by the clock): a full
+    one visits everything that the compilation has made so far, whoever's it is.
     """
 
     layers: int

@@ -26,21 +26,22 @@ def register() -> None:
 
     It changes nothing in vLLM but: new process groups are also named in torch.distributed,
     configurations that ask for fusewire get its pass manager, and workers look for failed calls
-    after each step. A version of vLLM that is not known
-    stays as it is, with a warning if fusewire is switched on.
+    after each step. A version of vLLM that is not known stays as it is, with a warning if fusewire
+    is switched on.
     """
     import vllm
-    from vllm.distributed import parallel_state
-    from vllm.platforms import current_platform
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    from fusewire.integrations.vllm_faults import check_each_step
 
     if not _is_known(vllm.__version__):
         level = logging.WARNING if os.environ.get(VARIABLE) else logging.INFO
         known = " to ".join(".".join(map(str, version)) for version in (_OLDEST, _NEWEST))
         log.log(level, "fusewire stays out: it knows vLLM %s, and this is %s", known, vllm.__version__)
         return
+    from vllm.distributed import parallel_state
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from fusewire.integrations.vllm_faults import check_each_step
+
     platform: Any = type(current_platform)
     if getattr(platform.check_and_update_config, "fusewire", False):
         return

@@ -1,4 +1,4 @@
-"""Fail vLLM's worker when one of its fused calls has failed, before a result of that step leaves it."""
+"""Fail vLLM's worker if a fused call has failed, before the step's result leaves it."""
 
 from __future__ import annotations
 

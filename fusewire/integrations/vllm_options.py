@@ -15,7 +15,7 @@ OPTIONS, KEY = "fusewire", "fusewire_key"  # in vLLM's additional_config
 
 
 def read_options(config: Any) -> dict[str, Any] | None:
-    """Return the options of a VllmConfig that asks for fusewire, completed by variables, else None."""
+    """Return the options of a VllmConfig, completed by variables; None if fusewire is off."""
     given = config.additional_config
     if not isinstance(given, dict):
         if os.environ.get(VARIABLE):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import functools
-import logging
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from fusewire.errors import ExpectationError
 from fusewire.fusion_passes.cache_key import cache_key
 from fusewire.fusion_passes.compiler.cache_artifact import cache_folder
 from fusewire.fusion_passes.config import PassConfig
@@ -29,7 +29,7 @@ from fusewire.fusion_passes.pipeline import run_passes
 from fusewire.fusion_passes.report.cache import load_report, save_report
 from fusewire.fusion_passes.report.expectation import check_model
 from fusewire.fusion_passes.report.model import GraphReport
-from fusewire.fusion_passes.report.store import add_uses, report
+from fusewire.fusion_passes.report.store import add_note, add_uses, report
 from fusewire.integrations.vllm_options import KEY, OPTIONS, pass_config
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ else:
 # vLLM's passes that clean up, canonicalize, or split a sequence. All others fuse norms with what
 # follows, so fusewire comes before them.
 _BEFORE = ("NoOpEliminationPass", "AddRMSNormFusionPass", "SequenceParallelismPass", "AsyncTPPass")
-
-log = logging.getLogger("vllm.fusewire")
 
 
 class FusewirePass(InductorPass):  # type: ignore[misc]
@@ -86,9 +84,15 @@ _piece: contextvars.ContextVar[list[GraphReport] | None] = contextvars.ContextVa
 
 @dataclasses.dataclass
 class _Model:
-    """The pieces of one model for one range of token counts, each with its reports, by identity."""
+    """The pieces of one model, compiled for one range of token counts.
+
+    Attributes:
+        pieces: by identity, each compiled piece with its reports.
+        unreported: how many pieces came from a cache, so that no pass ran.
+    """
 
     pieces: dict[int, tuple[Any, list[GraphReport]]] = dataclasses.field(default_factory=dict)
+    unreported: int = 0
 
 
 _models: weakref.WeakKeyDictionary[Any, dict[str, _Model]] = weakref.WeakKeyDictionary()
@@ -98,19 +102,22 @@ def _reporting(compile_piece: Callable[..., Any]) -> Callable[..., Any]:
     """Return vLLM's function that compiles one piece, with the counting of equal pieces."""
 
     @functools.wraps(compile_piece)
-    def compile_and_count(manager: Any, graph: Any, inputs: Any, inductor: Any, *args: Any, **kwargs: Any) -> Any:
+    def compile_and_count(
+        manager: Any, graph: Any, inputs: Any, inductor: Any, compilation: Any, compile_range: Any, **place: Any
+    ) -> Any:
         token = _piece.set([])
         try:
-            compiled = compile_piece(manager, graph, inputs, inductor, *args, **kwargs)
+            compiled = compile_piece(manager, graph, inputs, inductor, compilation, compile_range, **place)
             made = _piece.get() or []
         finally:
             _piece.reset(token)
         ours = _our_pass(inductor)
         if ours is not None:
-            model = _models.setdefault(manager, {}).setdefault(str(kwargs.get("compile_range")), _Model())
+            model = _models.setdefault(manager, {}).setdefault(str(compile_range), _Model())
             _count(model, compiled, made)
-            if kwargs.get("graph_index", 0) == kwargs.get("num_graphs", 1) - 1:
-                _finish(model, ours, kwargs.get("compile_range"))
+            if place["graph_index"] == place["num_graphs"] - 1:
+                prefix = Path(compilation.local_cache_dir).name  # which of the engine's models
+                _finish(model, _kept_report(f"{prefix}-{compile_range}"), ours.expect_fused)
         return compiled
 
     compile_and_count.fusewire = True  # type: ignore[attr-defined]
@@ -126,18 +133,35 @@ def _count(model: _Model, compiled: Any, made: list[GraphReport]) -> None:
     """Note the reports of a new piece, or one more use of an earlier one's."""
     if made:
         model.pieces[id(compiled)] = compiled, made
-        return
-    for graph in model.pieces.get(id(compiled), (None, []))[1]:
-        add_uses(graph)
+    elif id(compiled) in model.pieces:
+        for graph in model.pieces[id(compiled)][1]:
+            add_uses(graph)
+    else:
+        model.unreported += 1
 
 
-def _finish(model: _Model, ours: FusewirePass, compile_range: Any) -> None:
-    """Keep the report of a model whose pieces are all compiled, and check the expectation."""
+def _finish(model: _Model, kept: Path, expect_fused: int | str | None) -> None:
+    """Keep the report of a model whose pieces are all compiled, and check the expectation.
+
+    Raises:
+        ExpectationError: another number of all-reduces is fused, or no report says how many.
+    """
     numbers = {graph.number for _, made in model.pieces.values() for graph in made}
     graphs = [graph for graph in report().graphs if graph.number in numbers]
-    if graphs:  # else vLLM had every piece in its cache
-        check_model(graphs, ours.expect_fused)
-        save_report(_kept_report(f"{min(numbers)}-{compile_range}"), graphs)
+    if not model.unreported:
+        save_report(kept, graphs)  # first: the pieces stay in the caches if the check fails
+    elif not graphs and kept.exists():
+        graphs = list(load_report(kept).graphs)
+    else:
+        lost = f"{model.unreported} pieces of the model came from vLLM's compile cache without a report"
+        if expect_fused is not None:
+            raise ExpectationError(
+                f"expect_fused={expect_fused!r} cannot be checked: {lost}. Remove the cache "
+                f"({kept.parent.parent}) and start again"
+            )
+        add_note(f"{lost}; the counts leave them out")
+        return
+    check_model(graphs, expect_fused)
 
 
 def _kept_report(name: str) -> Path:
@@ -149,6 +173,6 @@ def _kept_report(name: str) -> Path:
 def report_text() -> str:
     """Return this worker's report as text; of a start from vLLM's cache, what was kept with it."""
     if not report().graphs:
-        for file in sorted(_kept_report("x").parent.glob(_kept_report("*").name)):
+        for file in sorted(cache_folder().glob(_kept_report("*").name)):
             load_report(file)
     return str(report())

@@ -149,7 +149,7 @@ def _before_cast(operand: Any, dtype: torch.dtype | None) -> Any:
 
 
 def addends_of(summed: Any) -> tuple[Any, Any] | None:
-    """Return the operands of a sum; of a sum in fp32 that is rounded to its operands' dtype, those."""
+    """Return a sum's operands, before a cast to fp32 that the sum's rounding undoes."""
     operands = plain_add(summed)
     if operands is not None:
         return operands

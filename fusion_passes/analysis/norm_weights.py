@@ -1,4 +1,4 @@
-"""Read the vector that a norm is multiplied by: a weight, perhaps cast, perhaps with a number added."""
+"""Read what a norm is multiplied by: a weight, perhaps cast, perhaps plus a number."""
 
 from __future__ import annotations
 

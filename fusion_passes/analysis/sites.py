@@ -36,7 +36,7 @@ class Site:
     def inner(self) -> list[Node]:
         """Return the nodes in between that nothing else may read: the fused operator lacks them."""
         if (not self.path.steps and self.stays) or self.is_viewed:
-            return self.widened  # the check of the fusion sees the readers of an all-reduce that stays
+            return self.widened  # the fusion's check sees the readers of an all-reduce that stays
         nodes = [self.path.all_reduce.value, *(step.node for step in self.path.steps), *self.widened]
         return nodes if self.residual is not None else [node for node in nodes if node is not self.path.end]
 

@@ -74,7 +74,7 @@ class ReportCache:
         compile_cache.take_along(self.file.name, text)
 
     def restore(self) -> list[GraphReport]:
-        """Report the kept graphs, and return them, if no pass ran, since the compile cache had them."""
+        """Report and return the kept graphs if no pass ran, since the compile cache had them."""
         if self.made or not self.kept:
             return []
         _reported[self.name] = [add_graph_report(dataclasses.replace(report, **_NOT_RUN)) for report in self.kept]
@@ -84,7 +84,7 @@ class ReportCache:
         return _reported[self.name]
 
     def count_use(self) -> None:
-        """Count one more place of the model that runs the graphs of an equal, earlier compilation."""
+        """Count one more place of the model that runs an earlier, equal compilation."""
         known = _reported.get(self.name, [])
         if not known or not all(map(add_uses, known)):  # the report was cleared
             self.restore()

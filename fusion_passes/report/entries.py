@@ -1,4 +1,4 @@
-"""Make the report's records of the all-reduces in a graph, with their places in the model's source."""
+"""Make the report's records of a graph's all-reduces, with their places in the source."""
 
 from __future__ import annotations
 

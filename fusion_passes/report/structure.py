@@ -1,4 +1,4 @@
-"""Name compilations by the structure of their graphs, so that equal parts of a model share a name."""
+"""Name compilations by their graphs' structure, so that equal parts of a model share a name."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _target(model: GraphModule, node: Node) -> str:
 
 
 def _attribute(model: GraphModule, path: str) -> str:
-    """Return what an attribute holds: a graph's structure, a constant's value, else its metadata."""
+    """Return an attribute's content: a graph's structure, a constant's value, or metadata."""
     try:
         value = operator.attrgetter(path)(model)
     except AttributeError:

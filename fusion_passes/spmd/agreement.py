@@ -142,10 +142,11 @@ class GraphAgreement:
     def _waiting(
         self, group: dist.ProcessGroup, postings: Mapping[int, Sequence[Posting]], posting: Posting
     ) -> tuple[list[int], list[int]]:
-        """Return the ranks that wait for this one to run what they loaded, and those that wait elsewhere.
+        """Return the waiting ranks that loaded their graphs, and those that wait elsewhere.
 
-        A rank that loaded its graphs ready-made publishes nothing. It waits before this graph, or, where
-        a program compiles all its graphs before any runs, before another that this rank has published.
+        A rank that loaded its graphs ready-made publishes nothing. It waits before this graph.
+        Where a program compiles all its graphs before it runs one, it may also wait before another
+        that this rank has published.
         """
         waiting = rendezvous.waiting_peers(group, [item.rewritten for item in self.postings])
         loaded = [

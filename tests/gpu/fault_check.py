@@ -6,9 +6,10 @@
     python tests/gpu/fault_check.py --one-gpu        # a late rank during replays, both ranks as streams of one GPU
     python tests/gpu/fault_check.py --case replay-kill --case stop
 
-The last rank misbehaves. Prints a line for each case as it ends. Every rank must end within 18 s, kernels give up after
-2 s (where a rank is stopped for 5 s: 9 s), and every error must come from fusewire, name the rank, and be one
-that `fusewire.check`, `fusewire.on_fault` and the next call agree on. Exits with 1 if a case failed.
+The last rank misbehaves. Prints a line for each case as it ends. Every rank must end within 18 s,
+kernels give up after 2 s (where a rank is stopped for 5 s: 9 s), and every error must come from
+fusewire, name the rank, and be one that `fusewire.check`, `fusewire.on_fault` and the next call
+agree on. Exits with 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -279,7 +280,8 @@ def plan(arguments):
 
 
 def one_gpu():
-    """Rank 0 replays a graph while rank 1 does not, which then comes late; return the number of failures."""
+    """Rank 0 replays a graph while rank 1 does not, which then comes late; return the number of
+    failures."""
     import one_gpu_check as local
 
     from fusewire.custom_ops.coordination.watchdog import WATCHDOG

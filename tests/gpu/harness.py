@@ -1,6 +1,7 @@
 """Ranks for the scripts of this folder: forked, each with a limit, and reporting as they go.
 
-The parent imports torch and forks, so that a rank starts in a fraction of a second. It never touches CUDA.
+The parent imports torch and forks, so that a rank starts in a fraction of a second. It never
+touches CUDA.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def say(**fields):
 def run_ranks(job, size, *args, limit_s=18.0, gpu=True, environment=None):
     """Run job(rank, *args) on forked ranks, one GPU each; return each rank's exit status.
 
-    A negative status is the signal that ended the rank, -9 also if it was killed after `limit_s`. Its answers are the
-    lines that it prints.
+    A negative status is the signal that ended the rank, -9 also if it was killed after `limit_s`.
+    Its answers are the lines that it prints.
     """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -4,7 +4,8 @@
     python tests/gpu/lifecycle_check.py --one-gpu    # making and closing only, both ranks in one process on one GPU
     python tests/gpu/lifecycle_check.py --rounds 20 --part graphs
 
-Prints a line for each part as it ends. Every result is compared with the exact sum. Exits with 1 if a part failed.
+Prints a line for each part as it ends. Every result is compared with the exact sum. Exits with 1 if
+a part failed.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
 
 Memory that the peers map is here a plain tensor for each rank, and the links are this GPU's own memory. So this checks
 protocols, launches and results on real hardware; times and the memory order between GPUs it does not
-(tests/gpu/symm_mem_check.py does). Sums are compared bit for bit with the sum in rank order, norms with float64 and, in
-16 bits, with the form in PyTorch, number by number. Kernels give up after 5 s. Exits with 1 if a case failed.
+(tests/gpu/symm_mem_check.py does). Sums are compared bit for bit with the sum in rank order, norms
+with float64 and, in 16 bits, with the form in PyTorch, number by number. Kernels give up after 5 s.
+Exits with 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -163,7 +164,8 @@ class Case:
         limit = (2 if rounds_first(self.form) else 1) * ULPS[self.dtype]
         if not bool((off <= limit * (exact.abs() + 1e-2)).all()):
             yield f"the norm is off by {float(off.max()):.3g}"
-        # Another order of the squares turns few roundings to 16 bits; another form turns a tenth of them at least.
+        # Another order of the squares turns few roundings to 16 bits; another form turns a tenth of
+        # them at least.
         turned = float((norms[0] != expected).float().mean()) if self.dtype != FP32 else 0.0
         if turned > 0.02:
             yield f"{turned:.1%} of the norm's numbers are not those of {self.form}"

@@ -1,4 +1,5 @@
-"""Which calls the report counts as served on a GPU: eager ones, captured ones, no replays; and what counting costs.
+"""Which calls the report counts as served on a GPU: eager ones, captured ones, no replays; and what
+counting costs.
 
     python tests/gpu/served_check.py    # needs one GPU; the group's collectives are torch's fake ones
 

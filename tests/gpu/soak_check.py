@@ -1,14 +1,17 @@
-"""Many fused calls with fresh payloads, each result compared bit for bit; and memory that stays flat.
+"""Many fused calls with fresh payloads, each result compared bit for bit; and memory that stays
+flat.
 
     python tests/gpu/soak_check.py                         # 2 GPUs, two minutes
     python tests/gpu/soak_check.py --calls 10000000 --limit 900
     python tests/gpu/soak_check.py --one-gpu               # both ranks as streams of one GPU
     python tests/gpu/soak_check.py --cpu --calls 600       # gloo, without GPUs
 
-A CUDA graph holds CALLS calls, one after another, each with a payload of its own. A replay takes the next payloads, so no
-two calls in a row are alike. The payloads are multiples of 1/8, whose sums are exact in every dtype: every number of
-every sum is compared with the exact one inside the graph, every norm with the norm of that sum. Prints a line per shape
-as it goes. Exits with 1 if a number was wrong, a call failed, or GPU memory grew by more than 2 MiB.
+A CUDA graph holds CALLS calls, one after another, each with a payload of its own. A replay takes
+the next payloads, so no two calls in a row are alike. The payloads are multiples of 1/8, whose sums
+are exact in every
+dtype: every number of every sum is compared with the exact one inside the graph, every norm with
+the norm of that sum. Prints a line per shape as it goes. Exits with 1 if a number was wrong, a call
+failed, or GPU memory grew by more than 2 MiB.
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ class Pattern:
 
 
 def steps(pattern, rank, call, device):
-    """Return a function that makes CALLS calls with the next payloads, and the count of wrong numbers."""
+    """Return a function that makes CALLS calls with the next payloads, and the count of wrong
+    numbers."""
     at, wrong = torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)
     order = torch.arange(CALLS, device=device) * 7
 

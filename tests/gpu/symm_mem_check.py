@@ -253,8 +253,8 @@ def exact_norm(
     like: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The norm in float64, its numbers off by `slack` before each rounding (to `dtype`, or the rows'); with the mean
-    squares of `like`.
+    """The norm in float64, its numbers off by `slack` before each rounding (to `dtype`, or the
+    rows'); with the mean squares of `like`.
     """
     round_first = norm.form in (ROUND, WIDE_ROUND)
     wide, squares = rows.double(), (rows if like is None else like).double()

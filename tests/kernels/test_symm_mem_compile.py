@@ -155,7 +155,8 @@ def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, 
 
 @pytest.mark.parametrize("kind", ["one_shot", "two_shot"])
 def test_no_rounding_to_fp16_is_fused_away(kind):
-    """A product that is rounded to fp16, plus the residual: one fused operation would round the sum only."""
+    """A product that is rounded to fp16, plus the residual: one fused operation would round the sum
+    only."""
     text = compiled(call_on_cpu(kind, 2, 4096, FP16, 4, weight=FP16, form=ROUND, inner=(FP16, ROUND))).asm["ptx"]
     assert "fma." not in text
 

@@ -125,7 +125,8 @@ SCENARIOS |= {
     for gone, turns in ((2, 0), (1, 12))
     for name, (kind, options) in PROTOCOLS.items()
 }  # fmt: skip
-# A rank is late by more than the time limit while the others replay CUDA graphs: they know of no error and go on.
+# A rank is late by more than the time limit while the others replay CUDA graphs: they know of no
+# error and go on.
 SCENARIOS |= {
     f"{name}: rank {gone} is late after {turns} turns": (
         3, 64, BF16, [(kind, 4 + i % 2, {**options, **INNER} if i % 3 == 1 else options) for i in range(6)],

@@ -19,11 +19,11 @@ from fusewire.custom_ops.providers.symm_mem import protocol as symm_mem_protocol
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem_provider
 from fusewire.custom_ops.providers.symm_mem import workspace as spaces
 from fusewire.custom_ops.providers.symm_mem.protocol import differences, least_multiprocessors
-from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.errors import ArgumentError, ConfigError
 
 from support.distributed import shared_pool
+from support.plain_provider import PlainProvider
 
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
@@ -173,38 +173,15 @@ def test_the_ranks_refuse_together():
         assert least == 131
 
 
-class Buffers(interface.Workspace):
-    def release(self):
-        pass
-
-
-class Provider(interface.WorkspaceProvider):
+class Provider(PlainProvider):
     """Makes nothing and remembers what was asked for."""
-
-    name, variants = "nothing", ()
-    limits = token_limit = bind = None
 
     def __init__(self):
         self.requests = []
 
-    def machine(self, group, device):
-        return {}
-
-    def validate(self, facts):
-        return YES
-
-    def max_tokens(self, hidden, dtype, world_size):
-        return 64
-
-    def nbytes(self, hidden, dtype, world_size, tokens):
-        return 0
-
     def create(self, request, channel):
         self.requests.append(request)
-        return Buffers(request.key, request.max_tokens, 0, request.device)
-
-    def self_test(self, made, stage):
-        pass
+        return super().create(request, channel)
 
 
 def job_sizes():

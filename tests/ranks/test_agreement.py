@@ -225,7 +225,8 @@ def test_a_rank_that_has_loaded_another_graph(first_meeting):
 
 
 def _loaded_all(first):
-    """Rank 0 runs two graphs that it has loaded; rank 1 compiles both before it runs one, as vLLM does."""
+    """Rank 0 runs two graphs that it has loaded; rank 1 compiles both before it runs one, as vLLM
+    does."""
     name, x, found = dist.group.WORLD.group_name, torch.zeros(1), []
     if dist.get_rank() != first:
         found = [agreement.agree(_print(program, rewritten)) for program, rewritten in ("a1", "b2")]

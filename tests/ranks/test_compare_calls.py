@@ -37,7 +37,8 @@ def call(tokens=4, dtype=torch.float32, residual=True, eps=1e-6, policy="native"
 
 
 def job_differs(calls, options):
-    """Rank 0 makes `calls` plain calls and one more; rank 1 makes one with these options instead of the last."""
+    """Rank 0 makes `calls` plain calls and one more; rank 1 makes one with these options instead of
+    the last."""
     with debugging():
         for _ in range(calls):
             call()

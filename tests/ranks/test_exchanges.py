@@ -24,7 +24,8 @@ from fusewire.errors import PeerTimeoutError, WorkspaceError
 from support.distributed import shared_pool
 from support.votes import OUTCOME_S, WAIT_S, ask, channel, on_ranks
 
-# --- Exchanges, aborts and busy ranks ----------------------------------------------------------------------------
+# --- Exchanges, aborts and busy ranks
+# ----------------------------------------------------------------------------
 
 
 def job_exchange(rank):

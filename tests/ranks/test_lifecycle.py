@@ -83,7 +83,8 @@ def test_a_call_after_close_raises_and_a_new_workspace_can_be_made():
     assert shared_pool(2).run(job_use_after_close) == [True, True]
 
 
-# --- Captured workspaces ----------------------------------------------------------------------------------------
+# --- Captured workspaces
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -132,7 +133,8 @@ def test_a_captured_workspace_is_not_closed_but_on_demand(workspace):
 
 
 def test_a_captured_workspace_whose_entry_goes_keeps_its_buffers(workspace):
-    """Its group is gone, or its kernels could not be compiled ahead: replays still use the buffers."""
+    """Its group is gone, or its kernels could not be compiled ahead: replays still use the
+    buffers."""
     workspace.capturing(True)
     call(workspace)
     REGISTRY.drop(workspace.key)

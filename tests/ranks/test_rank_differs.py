@@ -52,8 +52,8 @@ VARIABLES = {
     "FUSEWIRE_TUNE": "1",
     "FUSEWIRE_CACHE_DIR": "",
 }
-# FUSEWIRE_TIMEOUT_S scales all limits. The other is read once in a process: see test_compare_calls.py.
-# vLLM's front end reads the last and hands all ranks one configuration.
+# FUSEWIRE_TIMEOUT_S scales all limits. The other is read once in a process: see
+# test_compare_calls.py. vLLM's front end reads the last and hands all ranks one configuration.
 LEFT_OUT = {*(limit.variable for limit in Limit), compare_calls.VARIABLE, "FUSEWIRE_VLLM"}
 
 

@@ -52,8 +52,9 @@ _PRELOAD = (
 _STACKS_GRACE_S = 1.0
 _EXIT_GRACE_S = 5.0
 _DEATH_GRACE_S = 0.3
-# A graph that Dynamo captured keeps its process group alive (torch 2.13), and with it gloo's threads, which
-# wake a hundred times a second each. After this many calls the processes are replaced.
+# A graph that Dynamo captured keeps its process group alive (torch 2.13), and with it gloo's
+# threads, which wake a hundred times a second each. After this many calls the processes are
+# replaced.
 _CALLS_PER_PROCESS = 16
 
 
@@ -112,9 +113,9 @@ def run_ranks(
 class RankPool:
     """`world_size` processes kept between calls of `run`; see `run_ranks` for what a call does.
 
-    Processes start at the first call, and anew after `_CALLS_PER_PROCESS` calls. Between calls a process
-    drops its process group, Dynamo's state and Inductor's in-memory caches; modules that a test changed
-    stay changed.
+    Processes start at the first call, and anew after `_CALLS_PER_PROCESS` calls. Between calls a
+    process drops its process group, Dynamo's state and Inductor's in-memory caches; modules that a
+    test changed stay changed.
     """
 
     def __init__(self, world_size: int, *, backend: str = "gloo") -> None:

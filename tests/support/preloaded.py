@@ -1,7 +1,8 @@
 """Compile once in the fork server of the ranks, which imports this module last.
 
-Ranks forked later have what a process makes at its first compilation, among it the patterns of Inductor's passes and a
-hash of Triton's files: three seconds for each. No thread may be started here.
+Ranks forked later have what a process makes at its first compilation, among it the patterns of
+Inductor's passes and a hash of Triton's files: three seconds for each. No thread may be started
+here.
 """
 
 import torch

@@ -64,8 +64,8 @@ def make_call(
 
 
 def norm_of(rows, weight, eps, bias, form, config, layout, dtype):
-    """The norm as the kernels take it: eight (four) numbers a lane, lanes of a slice, slices in order. Rows are of the
-    dtype, or sums in fp32 that are not rounded to it.
+    """The norm as the kernels take it: eight (four) numbers a lane, lanes of a slice, slices in
+    order. Rows are of the dtype, or sums in fp32 that are not rounded to it.
     """
     packets = layout.packets
     each = 16 // layout.itemsize

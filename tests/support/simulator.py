@@ -381,8 +381,8 @@ def install(machine):
 
 def simulate(world, hidden, dtype, specs, seed=0, multiprocessors=3, missing=None, late=None):
     """Run the calls on all ranks. `multiprocessors`: of every rank's GPU, or a tuple of each rank's. `missing`: (rank,
-    call, turns), a rank that stops in the middle of a call. `late`: likewise, but it goes on once the others have ended
-    all their calls, which are replays and so go on after an error.
+    call, turns), a rank that stops in the middle of a call. `late`: likewise, but it goes on once
+    the others have ended all their calls, which are replays and so go on after an error.
     """
     torch.manual_seed(seed)
     machine = Machine(seed)
@@ -448,7 +448,8 @@ def check_missing(machine, calls, gone, last, turns):
 
 
 def check_late(machine, calls, late):
-    """After an error all later calls are NaN on that rank and wait no more; and nobody ever has a wrong number."""
+    """After an error all later calls are NaN on that rank and wait no more; and nobody ever has a
+    wrong number."""
     assert machine.now < 4 * LIMIT_S * 1e9, "calls after an error wait for the clock"
     awaited = machine.ranks[late]
     awaited.dies = None
@@ -471,7 +472,8 @@ def check_late(machine, calls, late):
 
 
 def simulate_differing(world, hidden, dtype, alike, one, other):
-    """All ranks make the calls `alike`; then the last rank makes the call `other` where the others make `one`."""
+    """All ranks make the calls `alike`; then the last rank makes the call `other` where the others
+    make `one`."""
     machine = Machine(0)
     install(machine)
     layout = Layout(world, hidden, dtype.itemsize, ONE_SHOT_TOKENS, DATA_TOKENS, MAX_TOKENS, 1)

@@ -1,4 +1,5 @@
-"""vLLM's norms, written again from their definition (vllm/ir/ops/layernorm.py in 0.32), and their operators."""
+"""vLLM's norms, written again from their definition (vllm/ir/ops/layernorm.py in 0.32), and their
+operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Workspaces of which only the error word is real: memory of this process that a kernel would write."""
+"""Workspaces of which only the error word is real: memory of this process that a kernel would
+write."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ import ctypes
 
 import torch
 
-from fusewire.custom_ops.ops.registry import YES
 from fusewire.custom_ops.providers.symm_mem.provider import HeldWorkspace
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
-from fusewire.custom_ops.workspaces.provider import Request, WorkspaceKey, WorkspaceProvider
+from fusewire.custom_ops.workspaces.provider import Request, WorkspaceKey
 from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
+
+from support.plain_provider import PlainProvider
 
 CPU = torch.device("cpu")
 
@@ -44,23 +46,10 @@ def register(workspace):
     REGISTRY.entries[workspace.key] = Entry(workspace.key, lambda: None, workspace)
 
 
-class WordProvider(WorkspaceProvider):
+class WordProvider(PlainProvider):
     """Makes such workspaces, with all the votes of a real provider."""
 
-    name, variants = "words", ()
-    limits = token_limit = bind = None
-
-    def machine(self, group, device):
-        return {}
-
-    def validate(self, facts):
-        return YES
-
-    def max_tokens(self, hidden, dtype, world_size):
-        return 64
-
-    def nbytes(self, hidden, dtype, world_size, tokens):
-        return 0
+    name = "words"
 
     def create(self, request, channel):
         channel.barrier()

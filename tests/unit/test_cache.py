@@ -576,7 +576,8 @@ def test_a_second_process_runs_fused(tmp_path):
 
 
 def test_real_ranks_do_not_find_a_graph_compiled_for_a_fake_group():
-    """The fake group's graph compares nothing between ranks; the real ranks' report would name peers to compare with."""
+    """The fake group's graph compares nothing between ranks; the real ranks' report would name
+    peers to compare with."""
     options = {"expect_fused": "all"}
     assert not hit(**options)
     folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]

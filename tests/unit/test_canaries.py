@@ -769,7 +769,8 @@ def test_groups_by_name(fake_world):
 
 @canary("torch._C._distributed_c10d._register_process_group", "torch._C._distributed_c10d._unregister_process_group")
 def test_a_group_can_have_further_names(fake_world):
-    """register_group_name in custom_ops/_torch_private.py: a name that is taken must be given up first."""
+    """register_group_name in custom_ops/_torch_private.py: a name that is taken must be given up
+    first."""
     from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
     resolve = dist.distributed_c10d._resolve_process_group
@@ -793,7 +794,8 @@ def test_store_of_a_group(fake_world):
 
 @canary("torch._C._cuda_isCurrentStreamCapturing")
 def test_capture_of_the_current_stream():
-    """is_capturing in custom_ops/_torch_private.py takes nothing; torch.cuda's own function calls it."""
+    """is_capturing in custom_ops/_torch_private.py takes nothing; torch.cuda's own function calls
+    it."""
     source = inspect.getsource(torch.cuda.graphs.is_current_stream_capturing)
     assert "_cuda_isCurrentStreamCapturing()" in source
 

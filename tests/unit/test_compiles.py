@@ -1,4 +1,5 @@
-"""What keeps the compilations of the tests cheap (support/compiles.py, support/preloaded.py) is in force."""
+"""What keeps the compilations of the tests cheap (support/compiles.py, support/preloaded.py) is in
+force."""
 
 from __future__ import annotations
 

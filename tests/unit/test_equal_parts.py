@@ -1,4 +1,5 @@
-"""Equal parts of a model: one name, one compilation as serving engines have it, and counts of the running model."""
+"""Equal parts of a model: one name, one compilation as serving engines have it, and counts of the
+running model."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ class StopCompiling(BaseException):
 
 
 class Engine:
-    """Splits a graph at its all-reduces and compiles equal parts once, as vLLM does (CompilerManager.compile)."""
+    """Splits a graph at its all-reduces and compiles equal parts once, as vLLM does
+    (CompilerManager.compile)."""
 
     def __init__(self):
         self.compiled, self.loaded = 0, {}
@@ -145,7 +147,8 @@ def test_equal_parts_found_after_the_report_was_cleared_are_reported_again():
 @pytest.mark.parametrize("stop", [StopCompiling, KeyboardInterrupt, GeneratorExit, SystemExit])
 @pytest.mark.parametrize("way", ["backend", "enable"])
 def test_what_is_no_error_is_not_taken_for_a_failure(monkeypatch, way, stop):
-    """Nobody is told that this rank could not compile, nothing is counted, and the next compilation works."""
+    """Nobody is told that this rank could not compile, nothing is counted, and the next compilation
+    works."""
     told = []
     monkeypatch.setattr("fusewire.fusion_passes.backend.announce_unfused", told.append)
     with mock.patch.object(autograd_cache, "autograd_cache_key", side_effect=stop), pytest.raises(stop):

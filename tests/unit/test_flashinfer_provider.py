@@ -590,7 +590,8 @@ def test_subgroups_vote_apart():
 
 
 def job_streams():
-    """A call on another stream waits for what the last stream holds. Captures are ordered among themselves."""
+    """A call on another stream waits for what the last stream holds. Captures are ordered among
+    themselves."""
     log = []
 
     class Stream:

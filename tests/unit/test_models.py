@@ -1,9 +1,10 @@
 """Real models from transformers, tensor-parallel over gloo processes: fused results against eager and against fp64.
 
 What is compared, and why it can be compared so strictly: with `emulate_precision_casts=True` Inductor rounds where
-eager does, native sums with the group's own all-reduce, and tanh, gelu and softmax are left to eager's kernels, so fused
-and eager are equal bit for bit in bf16. In fp32 Inductor's arithmetic differs from eager's in the last bits. Without the
-emulation, fused must be no farther from the whole model in fp64 than what plain torch.compile gives.
+eager does, native sums with the group's own all-reduce, and tanh, gelu and softmax are left to
+eager's kernels, so fused and eager are equal bit for bit in bf16. In fp32 Inductor's arithmetic
+differs from eager's in the last bits. Without the emulation, fused must be no farther from the
+whole model in fp64 than what plain torch.compile gives.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from support.distributed import shared_pool
 from support.zoo import MODELS, forward_logits, prefill_and_decode
 
 NAMES = ["llama", "qwen3", "gemma1", "gemma2", "gemma3"]
-# (model, ranks, whether Inductor generates code): on three ranks the code is that of two, of smaller shards.
+# (model, ranks, whether Inductor generates code): on three ranks the code is that of two, of
+# smaller shards.
 QUICK = [*((name, 2, True) for name in NAMES), ("llama", 3, False), ("gemma2", 3, False)]
 REST = [(name, 3, True) for name in NAMES]
 BATCH, TOKENS, STEPS = 2, 8, 2
@@ -45,7 +47,8 @@ def _verdict():
 
 @contextlib.contextmanager
 def _eagers_tanh():
-    """Within the block Inductor calls eager's tanh, gelu and softmax: its own are others in the last bits."""
+    """Within the block Inductor calls eager's tanh, gelu and softmax: its own are others in the
+    last bits."""
     ops = (torch.ops.aten.tanh.default, torch.ops.aten.gelu.default, torch.ops.aten._softmax.default)
     left = {op: function for op, function in compile_fx.select_decomp_table().items() if op not in ops}
     calls = {op: lowering.fallback_handler(op, add_to_fallback_set=False) for op in ops}
@@ -66,8 +69,8 @@ def exact_in_bf16(name, code):
         got = prefill_and_decode(_compiled(model, **options), ids, STEPS)
         worst = _largest_difference(want, got)
         if worst:
-            # Some other code of Inductor's is not eager's in every last bit: then plain torch.compile, rounding in the
-            # same places, is what fused must equal.
+            # Some other code of Inductor's is not eager's in every last bit: then plain
+            # torch.compile, rounding in the same places, is what fused must equal.
             torch._dynamo.reset()
             plain = torch.compile(model, fullgraph=True, dynamic=False, options=options)
             worst = _largest_difference(prefill_and_decode(plain, ids, STEPS), got)

@@ -1,4 +1,5 @@
-"""Which provider served which calls: counts by operator, group, hidden size, dtype and tokens, and their text."""
+"""Which provider served which calls: counts by operator, group, hidden size, dtype and tokens, and
+their text."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ def test_derived_operators_are_counted_under_their_own_names():
 
 
 def test_a_capture_counts_by_itself(monkeypatch):
-    """Simulated: without a GPU nothing can be captured. tests/gpu/one_gpu_check.py has the real thing."""
+    """Simulated: without a GPU nothing can be captured. tests/gpu/one_gpu_check.py has the real
+    thing."""
     call(4)
     x = torch.ones(4, 64, dtype=BF16)
     held = dispatch.decide(op, (x, x, None, 1e-6, 0.0, "scale_then_round", "0"), "native").served

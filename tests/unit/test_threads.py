@@ -20,7 +20,6 @@ from fusewire.custom_ops.dispatch.decisions import Decision, Decisions
 from fusewire.custom_ops.dispatch.served import ServedCounter
 from fusewire.custom_ops.environment import scoped_variable
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
-from fusewire.custom_ops.ops.registry import YES
 from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem_provider
@@ -32,6 +31,7 @@ from fusewire.errors import WorkspaceError
 
 from support.distributed import fake_group, shared_pool
 from support.fake_flashinfer import args_of
+from support.plain_provider import PlainProvider
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 VARIABLE = "FUSEWIRE_TEST_VARIABLE"
@@ -357,16 +357,8 @@ def test_kernels_are_tried_once():
 # --- Workspaces of real ranks -------------------------------------------------------------------------------
 
 
-class Buffers(interface.Workspace):
-    def release(self):
-        pass
-
-
-class Provider(interface.WorkspaceProvider):
+class Provider(PlainProvider):
     """Counts the votes on machines and the workspaces that are made."""
-
-    name, variants = "counted", ()
-    limits = token_limit = bind = None
 
     def __init__(self):
         self.machines, self.made = 0, 0
@@ -376,22 +368,10 @@ class Provider(interface.WorkspaceProvider):
         time.sleep(0.1)
         return {}
 
-    def validate(self, facts):
-        return YES
-
-    def max_tokens(self, hidden, dtype, world_size):
-        return 64
-
-    def nbytes(self, hidden, dtype, world_size, tokens):
-        return 0
-
     def create(self, request, channel):
         self.made += 1
         time.sleep(0.1)
-        return Buffers(request.key, request.max_tokens, 0, request.device)
-
-    def self_test(self, made, stage):
-        pass
+        return super().create(request, channel)
 
 
 def job_two_threads():

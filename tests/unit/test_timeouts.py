@@ -102,7 +102,8 @@ def test_no_other_module_has_a_limit_of_its_own():
     }
 
 
-# --- Busy ranks -----------------------------------------------------------------------------------------------
+# --- Busy ranks
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -148,7 +149,8 @@ def test_the_messages_of_a_compilation_without_end_stop(world, monkeypatch):
 
 
 def test_a_busy_rank_that_waits_itself_is_silent(world):
-    """Otherwise two ranks that compile different graphs would wait for each other until their compilers' limit."""
+    """Otherwise two ranks that compile different graphs would wait for each other until their
+    compilers' limit."""
     with busy():
         found = poll_ranks(lambda: [0], lambda: None, 0.3)  # for itself
         assert found is None

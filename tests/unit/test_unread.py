@@ -1,4 +1,5 @@
-"""All-reduces that are operators of their own: counted, explained, and no ground for `expect_fused`."""
+"""All-reduces that are operators of their own: counted, explained, and no ground for
+`expect_fused`."""
 
 from __future__ import annotations
 

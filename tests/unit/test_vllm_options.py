@@ -56,7 +56,8 @@ def test_the_configuration_goes_before_the_variable(monkeypatch):
 
 
 def test_a_configuration_that_was_completed_stays_as_it_is():
-    """vLLM copies its configuration, for a drafting model for example, and completes the copy again."""
+    """vLLM copies its configuration, for a drafting model for example, and completes the copy
+    again."""
     first = options(fusewire={"output_in_place": True})
     assert options(fusewire=first, fusewire_key="a hash") == first
 

@@ -1,4 +1,5 @@
-"""The watchdog: faults that no call notices, each reported once, by a thread that ends with the last workspace."""
+"""The watchdog: faults that no call notices, each reported once, by a thread that ends with the
+last workspace."""
 
 from __future__ import annotations
 
@@ -197,7 +198,8 @@ def test_a_forked_child_watches_nothing():
         WATCHDOG.unwatch(workspace)
 
 
-# --- In a process of its own ------------------------------------------------------------------------------------
+# --- In a process of its own
+# ------------------------------------------------------------------------------------
 
 
 PROGRAM = """
@@ -239,7 +241,8 @@ def test_a_fault_at_the_end_of_a_process_is_reported():
     assert run.stderr.count("a fused call failed") == 1
 
 
-# --- The public names -------------------------------------------------------------------------------------------
+# --- The public names
+# -------------------------------------------------------------------------------------------
 
 
 def test_the_process_goes_on_by_default_and_check_raises(monkeypatch, lines):

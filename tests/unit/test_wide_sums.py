@@ -1,4 +1,5 @@
-"""Norms of a sum that is not rounded before, and norms and weights in vLLM's spellings: read in the form they have."""
+"""Norms of a sum that is not rounded before, and norms and weights in vLLM's spellings: read in the
+form they have."""
 
 from __future__ import annotations
 
@@ -204,7 +205,8 @@ def test_sums_that_fp32_only_adds_are_plain(way, norm):
 
 
 def test_steps_before_a_sum_in_fp32_move():
-    """A scale and a bias go before the all-reduce and to the residual; they round elsewhere, and so may be forbidden."""
+    """A scale and a bias go before the all-reduce and to the residual; they round elsewhere, and so
+    may be forbidden."""
 
     def block(x, r, w, bias):
         total = (reduce_functional(x) * 0.5 + bias).float() + r.float()
@@ -281,7 +283,8 @@ def test_what_the_operator_does_not_compute_stays(block, says):
 
 
 def test_batch_invariant_mode_raises_sums_in_fp32_too():
-    """Norms without an all-reduce, of a sum that is rounded afterwards and of one that stays in fp32."""
+    """Norms without an all-reduce, of a sum that is rounded afterwards and of one that stays in
+    fp32."""
 
     def block(x, r, w):
         total = x.float() + r.float()

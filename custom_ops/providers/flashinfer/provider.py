@@ -6,11 +6,10 @@ other rank and sums all rows (lowest latency). Two-shot: every rank sums a share
 pushes the sums to the others (least traffic).
 
 Numerics: the sum over ranks is in rank order, in fp32, and rounded once; so are the sum with the
-residual and the norm. `form="round_then_scale"` therefore rounds once less than native. The forms of
-a wide sum would round once more, so calls with a residual are refused there. One-shot
-turns -0.0 into +0.0. The kernels use fast math: magnitudes below 2**-126 become zero, bf16
-subnormals included. Not batch-invariant: how a row's squares are summed depends on the number of
-tokens.
+residual and the norm. `form="round_then_scale"` therefore rounds once less than native. The forms
+of a wide sum would round once more, so calls with a residual are refused there. One-shot turns -0.0
+into +0.0. The kernels use fast math: magnitudes below 2**-126 become zero, bf16 subnormals
+included. Not batch-invariant: how a row's squares are summed depends on the number of tokens.
 """
 
 from __future__ import annotations
@@ -404,7 +403,7 @@ def _prove_arguments(workspace: FlashInferWorkspace) -> None:
 
 
 def _prove_results(workspace: FlashInferWorkspace) -> None:
-    """Raise WorkspaceError if a variant's results are wrong, PeerTimeoutError if it does not end."""
+    """Raise WorkspaceError if a result is wrong, PeerTimeoutError if a call does not end."""
     hidden, dtype, ranks = workspace.key.hidden, workspace.key.dtype, workspace.world_size
     wrong: list[tuple[str, Tensor]] = []
     for variant, tokens, weight_bias in ((ONE_SHOT, 1, 1.0), (TWO_SHOT, ranks + 1, 0.0)):

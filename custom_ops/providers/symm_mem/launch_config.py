@@ -94,8 +94,8 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """The options that Triton compiles the kernel with.
 
-        In fp16, LLVM would fuse a product that is rounded to fp16 (an inner norm's) with the residual
-        add after it, and so drop the rounding.
+        In fp16, LLVM would fuse a product that is rounded to fp16 (an inner norm's) with the
+        residual add after it, and so drop the rounding.
         """
         return {**self.config.options, "enable_fp_fusion": self.tensors.x.dtype != torch.float16}
 

@@ -30,7 +30,8 @@ CACHE_LINE_BYTES = 128
 WAIT_ONE_SHOT, WAIT_PARTIAL_DATA, WAIT_RESULT_DATA, WAIT_PARTIAL_FLAG, WAIT_RESULT_FLAG, WAIT_SLICE = range(1, 7)
 OTHER_CALL = 7  # no time-out: a flag says that its writer makes another call
 
-# A flag has the number of its protocol's call in its low bits, then what both sides must have alike.
+# A flag has the number of its protocol's call in its low bits, then what both sides must have
+# alike.
 FLAG_CALL_BITS, FLAG_OPTION_BITS = 40, 5
 
 MAX_WORLD_SIZE = 8

@@ -71,8 +71,10 @@ class SymmMemWorkspace:
         hidden: hidden size, a multiple of 8, at most 16384.
         dtype: of the activations: bfloat16, float16 or float32.
         max_tokens: the most tokens of a call.
-        one_shot_tokens: the most tokens of a one-shot; needs 2 * world size rows of memory per token.
-        data_tokens: the most tokens of a data-as-flag two-shot; needs three rows of memory per token.
+        one_shot_tokens: the most tokens of a one-shot; needs 2 * world size rows of memory per
+            token.
+        data_tokens: the most tokens of a data-as-flag two-shot; needs three rows of memory per
+            token.
         outputs: number of buffers of (max_tokens, hidden) in which a two-shot can leave its result.
         timeout_s: seconds that a kernel waits for a peer before it gives up; equal on all ranks.
         device: this rank's GPU; the current one by default.

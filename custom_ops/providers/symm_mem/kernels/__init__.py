@@ -27,8 +27,8 @@ norm's, or None), then constants:
     WRITE_RESIDUAL         whether residual_out is written
     INNER, INNER_WKIND, INNER_ROUND_FIRST   an RMSNorm of the sum before the residual is added
     ROUND_FIRST            whether the norm is rounded before it is multiplied by the weight
-    WIDE_SUM               whether the norm reads the sum with the residual before it is rounded; for
-                           16-bit dtypes and with a residual only
+    WIDE_SUM               whether the norm reads the sum with the residual before it is rounded;
+                           for 16-bit dtypes and with a residual only
     SLICES, BLOCK, UNROLL, THREADS          as in `launch_config.LaunchConfig`
 
 INNER does not change what is sent. Blocks that share a row then exchange two sums of squares, each
@@ -66,11 +66,11 @@ Hence:
   written again in the next call of its kind at the earliest, by a writer that waits for the same
   events as for the data. Tags repeat after 2**31 calls.
 
-**After a fault.** (I) holds only as long as no rank gives up. A rank that has given up in call n and
-went on would write slots that a late peer still reads, and would take the peer's late data of call
-n for that of a later call. So after a rank has given up, its kernels send nothing, wait for nothing
-and store NaN. A late peer gets what was sent for call n, or waits past its limit and gives up too.
-tests/support/simulator.py (`late`) runs this.
+**After a fault.** (I) holds only as long as no rank gives up. A rank that has given up in call n
+and went on would write slots that a late peer still reads, and would take the peer's late data of
+call n for that of a later call. So after a rank has given up, its kernels send nothing, wait for
+nothing and store NaN. A late peer gets what was sent for call n, or waits past its limit and gives
+up too. tests/support/simulator.py (`late`) runs this.
 
 **What the memory model does not promise.** With data as its own flag, a reset and the next write of
 the same packet come from different GPUs. Only kernel boundaries and relaxed accesses order them,

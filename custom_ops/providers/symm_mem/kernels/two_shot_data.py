@@ -119,7 +119,8 @@ def two_shot_data_kernel(
         tokens: rows of x and norm_out, (tokens, hidden). With REPLICATE_RESIDUAL also of residual
             and residual_out; else these are this rank's own rows, (shard, hidden).
         shard, rank: rows per rank; this rank.
-        slots, slot_bytes, source_bytes: byte offset of two slots; bytes of a slot, of a rank's part.
+        slots, slot_bytes, source_bytes: byte offset of two slots; bytes of a slot, of a rank's
+            part.
         results: byte offset of the peers' rows, (tokens, hidden).
         squares_at: byte offset of the rows' squares, cache lines of tagged words.
         slices_at: byte offset of the words that a row's blocks exchange, a cache line per row.
