@@ -171,8 +171,9 @@ def _prepare_one(
             REGISTRY.forget(key)
         elif existing.workspace.max_tokens < wanted:
             raise WorkspaceError(
-                f"the workspace ({key}) holds {existing.workspace.max_tokens} tokens, {wanted} are asked for; "
-                "fusewire.close() it first on every rank (CUDA graphs captured with it become invalid: captured=True)"
+                f"the workspace ({key}) holds {existing.workspace.max_tokens} tokens, {wanted} "
+                "are asked for; fusewire.close() it first on every rank (CUDA graphs captured "
+                "with it become invalid: captured=True)"
             )
     entry = REGISTRY.open(provider, group, dtype, hidden, device, lambda machine: wanted, outputs)
     compile_ahead(provider, entry, group)

@@ -54,9 +54,9 @@ from fusewire.fusion_passes.spmd.agreement import PUBLISHED, Posting, agree, ann
 
 _DISABLED = f"has set {DISABLE_VARIABLE}"
 _NOTHING_COMPILED = (
-    "in a block of fusewire.enable() nothing was compiled with Inductor: what was compiled before, or "
-    "was loaded from an engine's own cache, runs as it is, with fusewire or without; make the "
-    "model's first call in the block"
+    "in a block of fusewire.enable() nothing was compiled with Inductor: what was compiled "
+    "before, or was loaded from an engine's own cache, runs as it is, with fusewire or without; "
+    "make the model's first call in the block"
 )
 _NOT_DUMPED = (
     "dump_graphs wrote nothing of graphs from the compile cache, on which no pass runs; "

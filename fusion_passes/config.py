@@ -148,9 +148,10 @@ class PassConfig:
     )
     expect_fused: int | str | None = _report(
         None,
-        "Number of all-reduces that must be fused in each graph that has any. 'all': every one, also "
-        "those that are operators of their own, which no pass reads. Otherwise the compilation "
-        "fails with the report. Where the program is known to be whole, one must have been fused.",
+        "Number of all-reduces that must be fused in each graph that has any. 'all': every one, "
+        "also those that are operators of their own, which no pass reads. Otherwise the "
+        "compilation fails with the report. Where the program is known to be whole, one must "
+        "have been fused.",
     )
     dump_graphs: str | None = _report(
         None,

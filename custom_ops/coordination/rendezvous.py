@@ -209,9 +209,10 @@ class _Meetings:
         )
         if differing is None:
             raise PeerTimeoutError(
-                f"{who()}: did not come within {most_s:.0f} s. Either it runs something else there (the program without "
-                "compiling it, another graph, a graph that breaks elsewhere), or it has stopped, or it takes longer: "
-                f"{TIMEOUT_VARIABLE} sets how long to wait, and the group's own timeout bounds it. Make every rank run the "
+                f"{who()}: did not come within {most_s:.0f} s. Either it runs something else "
+                "there (the program without compiling it, another graph, a graph that breaks "
+                f"elsewhere), or it has stopped, or it takes longer: {TIMEOUT_VARIABLE} sets how "
+                "long to wait, and the group's own timeout bounds it. Make every rank run the "
                 "same program, or set FUSEWIRE_DISABLE=1 on all of them"
             )
         if differing:

@@ -111,9 +111,10 @@ def _ordered(base: str, *texts: str) -> tuple[float, ...]:
     if not kernel_s > outcome_s > vote_s > agreement_s > announcement_s:
         listed = ", ".join(f"{limit.variable} {value:g}" for limit, value in zip(_ORDER, values, strict=False))
         raise ConfigError(
-            f"the time limits are out of order: {listed} (seconds). Each must be longer than the next, and a kernel's "
-            f"longer than a vote with its outcome ({outcome_s:g} s), because the awaited rank may be in the shorter "
-            f"wait. {TIMEOUT_VARIABLE} ({base_s:g}) scales all of them in order"
+            f"the time limits are out of order: {listed} (seconds). Each must be longer than the "
+            f"next, and a kernel's longer than a vote with its outcome ({outcome_s:g} s), because "
+            f"the awaited rank may be in the shorter wait. {TIMEOUT_VARIABLE} ({base_s:g}) scales "
+            "all of them in order"
         )
     return values
 
@@ -151,6 +152,7 @@ def check_kernel_timeouts(by_rank: Mapping[int, float]) -> None:
     if len(set(by_rank.values())) > 1:
         listed = ", ".join(f"rank {rank} {value:g} s" for rank, value in sorted(by_rank.items()))
         raise ConfigError(
-            f"the ranks' kernels would give up after different times: {listed}. Set {TIMEOUT_VARIABLE}, "
-            f"{Limit.KERNEL.variable} and the process group's timeout alike on every rank"
+            f"the ranks' kernels would give up after different times: {listed}. Set "
+            f"{TIMEOUT_VARIABLE}, {Limit.KERNEL.variable} and the process group's timeout alike "
+            "on every rank"
         )

@@ -165,8 +165,9 @@ class Channel:
             self._store.delete(own)
         if outcome is None:
             raise PeerTimeoutError(
-                f"{self.label}: rank {self.global_ranks[0]} did not publish the outcome of {topic!r} within {most_s:.0f} "
-                f"s; has it died, or does it run another program? ({TIMEOUT_VARIABLE} sets how long to wait)"
+                f"{self.label}: rank {self.global_ranks[0]} did not publish the outcome of "
+                f"{topic!r} within {most_s:.0f} s; has it died, or does it run another program? "
+                f"({TIMEOUT_VARIABLE} sets how long to wait)"
             )
         return outcome
 

@@ -63,8 +63,9 @@ def _compare(group: dist.ProcessGroup, text: str) -> None:
     if len(set(texts)) > 1:
         listed = "; ".join(f"rank {rank}: {text}" for rank, text in zip(result.ranks, texts, strict=True))
         raise RankMismatchError(
-            f"the ranks of group {group.group_name!r} make different calls, and nothing was launched. {listed}. Make every "
-            "rank make the same calls in the same order, on equal shapes"
+            f"the ranks of group {group.group_name!r} make different calls, and nothing was "
+            f"launched. {listed}. Make every rank make the same calls in the same order, on equal "
+            "shapes"
         )
 
 

@@ -37,8 +37,8 @@ def name_group(name: str, group: dist.ProcessGroup, all_reduce: Callable[[Tensor
         raise ArgumentError(f"the group's name is {name!r}; it must be a text of at least one character")
     if not isinstance(group, dist.ProcessGroup):
         raise ArgumentError(
-            f"name_group({name!r}) takes a torch.distributed process group that this rank belongs to, not "
-            f"{type(group).__name__}"
+            f"name_group({name!r}) takes a torch.distributed process group that this rank belongs "
+            f"to, not {type(group).__name__}"
         )
     if all_reduce is not None and not callable(all_reduce):
         raise ArgumentError(f"name_group({name!r}): all_reduce is a {type(all_reduce).__name__}; it must be a function")

@@ -95,8 +95,8 @@ class GpuTimer(Timer):
             waited = time.monotonic() - start
             if waited > most_s:
                 raise PeerTimeoutError(
-                    f"a call that was being timed did not end within {most_s:.0f} s: a rank is missing, or its GPU "
-                    "cannot reach the others; this process cannot go on"
+                    f"a call that was being timed did not end within {most_s:.0f} s: a rank is "
+                    "missing, or its GPU cannot reach the others; this process cannot go on"
                 )
             if waited > 0.05:  # poll without sleeping before, to keep the ranks close together
                 time.sleep(0.0005)

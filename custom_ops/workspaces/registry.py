@@ -228,7 +228,8 @@ class WorkspaceRegistry:
         if found:
             raise WorkspaceError(
                 "CUDA graphs have captured calls on these workspaces and would use freed memory: "
-                f"{'; '.join(map(str, found))}. Delete the graphs, then call fusewire.close(captured=True) on every rank"
+                f"{'; '.join(map(str, found))}. Delete the graphs, then call "
+                "fusewire.close(captured=True) on every rank"
             )
 
 

@@ -76,6 +76,7 @@ def _wait(stream: torch.cuda.Stream, earlier: torch.cuda.Stream, captured: bool)
         if not captured:
             raise
         raise CaptureError(
-            "two streams capture fused calls at the same time, and their calls cannot be ordered: capture one CUDA graph "
-            f"after the other, or fork both streams from one capture ({error})"
+            "two streams capture fused calls at the same time, and their calls cannot be "
+            "ordered: capture one CUDA graph after the other, or fork both streams from one "
+            f"capture ({error})"
         ) from error

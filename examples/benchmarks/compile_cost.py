@@ -292,8 +292,9 @@ def problems(rows: list[Row]) -> list[str]:
 
 def as_table(rows: list[Row]) -> str:
     lines = [
-        "| layers | shapes | nodes | all-reduces fused | passes, s | per layer, ms | peak memory, MB | kept, MB "
-        "| compile, s | share of it | compile, processor s | share of it | collected meanwhile, s |",
+        "| layers | shapes | nodes | all-reduces fused | passes, s | per layer, ms | peak "
+        "memory, MB | kept, MB | compile, s | share of it | compile, processor s | share of it | "
+        "collected meanwhile, s |",
         "|--:|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:

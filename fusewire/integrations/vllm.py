@@ -115,8 +115,8 @@ def configure(config: Any) -> None:
         return
     if compilation.mode != CompilationMode.VLLM_COMPILE:
         log.warning(
-            "fusewire stays out, and nothing is fused: vLLM compiles nothing (--enforce-eager), or not with its own "
-            "backend. The compilation mode is %s and must be VLLM_COMPILE",
+            "fusewire stays out, and nothing is fused: vLLM compiles nothing (--enforce-eager), "
+            "or not with its own backend. The compilation mode is %s and must be VLLM_COMPILE",
             getattr(compilation.mode, "name", compilation.mode),
         )
         return

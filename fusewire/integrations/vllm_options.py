@@ -20,8 +20,8 @@ def read_options(config: Any) -> dict[str, Any] | None:
     if not isinstance(given, dict):
         if os.environ.get(VARIABLE):
             raise ConfigError(
-                f"{VARIABLE} is set, but vLLM's additional_config is a {type(given).__name__}, which cannot hold "
-                "fusewire's options; fusewire needs a dictionary there"
+                f"{VARIABLE} is set, but vLLM's additional_config is a {type(given).__name__}, "
+                "which cannot hold fusewire's options; fusewire needs a dictionary there"
             )
         return None
     asked = given.get(OPTIONS, _from_environment())
@@ -45,7 +45,8 @@ def _from_environment() -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ConfigError(
-            f"{VARIABLE} is neither on (1), nor off (0, unset), nor JSON ({error}); for options write for example "
+            f"{VARIABLE} is neither on (1), nor off (0, unset), nor JSON ({error}); for options "
+            "write for example "
             f"""{VARIABLE}='{{"output_in_place": true}}'"""
         ) from None
 

@@ -220,8 +220,8 @@ def _of_sum(norm: Norm, total: Node, residual: Node) -> Norm:
     refusal = norm.refusal
     if reader is not None and not refusal:
         refusal = (
-            f"the sum that is normalised is also read in {dtype_of(total)} ({reader}), and the fused operator returns it "
-            f"in {dtype_of(norm.source)}"
+            f"the sum that is normalised is also read in {dtype_of(total)} ({reader}), and the "
+            f"fused operator returns it in {dtype_of(norm.source)}"
         )
     return dataclasses.replace(
         norm,
@@ -366,8 +366,8 @@ def _vllm_options(x: Any, residual: Any, weight: Any) -> tuple[Any, Any, str, st
             form = ROUND_THEN_SCALE
         elif dtype_of(weight) != torch.float32:
             refusal = (
-                f"vLLM's norm rounds to the weight's dtype, {dtype_of(weight)}, and its input is {dtype}; store the "
-                f"weight in {dtype}"
+                f"vLLM's norm rounds to the weight's dtype, {dtype_of(weight)}, and its input is "
+                f"{dtype}; store the weight in {dtype}"
             )
     if residual is not None and dtype is not None and keeps_wide_sum(with_wide_sum(form), dtype):
         form = with_wide_sum(form)

@@ -49,10 +49,10 @@ def check_program(graphs: Sequence[GraphReport], expected: Expected) -> None:
     if expected and not count_entries(graphs)[0]:
         what = describe_graphs(graphs) if graphs else "nothing was compiled"
         raise ExpectationError(
-            f"expect_fused={expected!r} is not met: no all-reduce of the program was fused; {what}. "
-            "Either the model is not split over ranks, or its all-reduces are issued outside the "
-            "compiled part, or it was compiled before; give expect_fused only where all-reduces are."
-            f"\n{Report(tuple(graphs))}"
+            f"expect_fused={expected!r} is not met: no all-reduce of the program was fused; "
+            f"{what}. Either the model is not split over ranks, or its all-reduces are issued "
+            "outside the compiled part, or it was compiled before; give expect_fused only where "
+            f"all-reduces are.\n{Report(tuple(graphs))}"
         )
 
 

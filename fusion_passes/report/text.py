@@ -73,7 +73,8 @@ def describe_graph(graph: GraphReport) -> Iterator[str]:
     others = f" and {scattered} reduce-scatters" if scattered else ""
     places = f", run in {graph.uses} places of the model" if graph.uses > 1 else ""
     yield (
-        f"graph {graph.number} ({kind}): {len(graph.entries) - scattered} all-reduces{others}, {len(fused)} fused{places}"
+        f"graph {graph.number} ({kind}): {len(graph.entries) - scattered} all-reduces{others}, "
+        f"{len(fused)} fused{places}"
     )
     alike = Counter((e.fusion, e.spelling, e.provider, e.reason) for e in fused)
     for (fusion, spelling, provider, reason), count in alike.items():

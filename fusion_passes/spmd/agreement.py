@@ -132,10 +132,11 @@ class GraphAgreement:
         decision = poll_ranks(lambda: missing, read_or_write_decision, most_s, waiting_for=describe_missing)
         if decision is None:
             raise PeerTimeoutError(
-                f"waited {most_s:.0f} s for {describe_missing()}. They run the program without compiling it, or "
-                "compile something else there, or have stopped, or take longer: "
-                f"{TIMEOUT_VARIABLE} sets how long to wait, and the group's own timeout bounds it. Set FUSEWIRE_DISABLE=1 "
-                "on every rank, or, where one rank compiles for the others, compile with PassConfig(compile_alone=True)"
+                f"waited {most_s:.0f} s for {describe_missing()}. They run the program without "
+                "compiling it, or compile something else there, or have stopped, or take longer: "
+                f"{TIMEOUT_VARIABLE} sets how long to wait, and the group's own timeout bounds "
+                "it. Set FUSEWIRE_DISABLE=1 on every rank, or, where one rank compiles for the "
+                "others, compile with PassConfig(compile_alone=True)"
             )
         return decision
 

@@ -388,8 +388,9 @@ def main():
             problem = judge(case, debug, not arguments.cpu, found, statuses)
             passed, failed = passed + (not problem), failed + bool(problem)
             print(
-                f"{'pass' if not problem else 'FAIL'} {case}, {protocol}{', debug' if debug else ''}, "
-                f"time {time_number + 1}, {time.monotonic() - begin:.1f} s {problem}",
+                f"{'pass' if not problem else 'FAIL'} {case}, "
+                f"{protocol}{', debug' if debug else ''}, time {time_number + 1}, "
+                f"{time.monotonic() - begin:.1f} s {problem}",
                 flush=True,
             )
             for rank, each in enumerate(found):

@@ -34,8 +34,8 @@ def operators() -> list[torch.library.Library]:
     engine.impl("all_reduce", lambda tensor, group_name: tensor.clone(), "CompositeExplicitAutograd")
     ir.define("rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor")
     ir.define(
-        "fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, int? variance_size=None)"
-        " -> (Tensor, Tensor)"
+        "fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, int? "
+        "variance_size=None) -> (Tensor, Tensor)"
     )
     ir.impl("rms_norm", rms_norm, "CompositeExplicitAutograd")
     ir.impl("fused_add_rms_norm", fused_add_rms_norm, "CompositeExplicitAutograd")

@@ -186,8 +186,8 @@ def test_text():
     assert list(describe_served(rows)) == [
         "served since start (calls that a CUDA graph replays run no host code and are not counted):",
         "  all_reduce_rms_norm, hidden 64, bfloat16, group 0: native 1 token (1 call)",
-        "  all_reduce_rms_norm, hidden 4096, bfloat16, group 0: symm_mem 1-256 tokens (312 calls, 5 captured), "
-        "native 8192 tokens (3 calls), symm_mem 8192 tokens (1 call)",
+        "  all_reduce_rms_norm, hidden 4096, bfloat16, group 0: symm_mem 1-256 tokens (312 "
+        "calls, 5 captured), native 8192 tokens (3 calls), symm_mem 8192 tokens (1 call)",
         "  all_reduce_rms_norm, hidden 4096, bfloat16, group tp:0: native 1 token (2 captured)",
     ]
     assert list(describe_served([])) == []

@@ -69,7 +69,8 @@ def test_calls_within_auto_functionalized_are_counted():
     report = fusewire.report()
     assert (report.found, report.fused, report.unread) == (0, 0, 7)
     assert report.summary.startswith(
-        f"fusewire: found no all-reduce that it can read, but the graph calls {NAME}.shm_allreduce 7 times; passes took "
+        "fusewire: found no all-reduce that it can read, but the graph calls "
+        f"{NAME}.shm_allreduce 7 times; passes took "
     )
     assert f"  not read: 7 x {NAME}.shm_allreduce\n       an operator of its own that fusewire does not " in str(report)
     assert json.loads(report.to_json())["unread"] == 7
@@ -81,8 +82,8 @@ def test_calls_beside_all_reduces_that_are_read():
     report = fusewire.report()
     assert (report.found, report.fused, report.unread) == (1, 1, 8)
     assert report.summary.startswith(
-        "fusewire: 1 of 1 all-reduces fused in 2 graphs; besides, there are calls that it cannot read: "
-        f"{NAME}.qr_all_reduce 1 time, {NAME}.shm_allreduce 7 times; passes took "
+        "fusewire: 1 of 1 all-reduces fused in 2 graphs; besides, there are calls that it cannot "
+        f"read: {NAME}.qr_all_reduce 1 time, {NAME}.shm_allreduce 7 times; passes took "
     )
 
 
@@ -248,8 +249,8 @@ def test_text_of_a_graph_that_places_of_the_model_share():
     graph = GraphReport(0, "inference", uses=28, unread=(Unread("_C.shm_allreduce", 2, "why"),))
     report = fusewire.Report((graph, dataclasses.replace(graph, number=1, uses=1)))
     assert str(report).splitlines() == [
-        "fusewire: found no all-reduce that it can read, but the graphs call _C.shm_allreduce 58 times; "
-        "passes took 0.00 s",
+        "fusewire: found no all-reduce that it can read, but the graphs call _C.shm_allreduce 58 "
+        "times; passes took 0.00 s",
         "graph 0 (inference): 0 all-reduces, 0 fused, run in 28 places of the model",
         "  not read: 2 x _C.shm_allreduce",
         "       an operator of its own that fusewire does not rewrite: why",

@@ -50,8 +50,8 @@ _WAITS = {
 
 
 _AFTERWARDS = (
-    "Later calls on this workspace have NaN as their results. Find the cause, close the workspace on all ranks and make a "
-    "new one"
+    "Later calls on this workspace have NaN as their results. Find the cause, close the "
+    "workspace on all ranks and make a new one"
 )
 
 
@@ -260,14 +260,16 @@ class SymmMemWorkspace:
         where = f"call {failure.call} of the workspace of group {self.group_name!r}, {self.dtype}, hidden {self.hidden}"
         if failure.kind == OTHER_CALL:
             return RankMismatchError(
-                f"rank {failure.rank} makes another call than rank {self.rank}, with other tokens or options, where rank "
-                f"{self.rank} makes {where} (two-shot all-reduce + norm, flags). {_AFTERWARDS}"
+                f"rank {failure.rank} makes another call than rank {self.rank}, with other tokens "
+                f"or options, where rank {self.rank} makes {where} (two-shot all-reduce + norm, "
+                f"flags). {_AFTERWARDS}"
             )
         what = _WAITS.get(failure.kind, f"wait {failure.kind}")
         return PeerTimeoutError(
-            f"rank {failure.rank} of group {self.group_name!r} did not take part in time: rank {self.rank} waited over "
-            f"{self.timeout_s:g} s for it in a {what}, {where}. Either that rank has stopped, or it is busy with other "
-            f"work, or the ranks do not make the same calls in the same order. {_AFTERWARDS}, or let kernels wait longer "
+            f"rank {failure.rank} of group {self.group_name!r} did not take part in time: rank "
+            f"{self.rank} waited over {self.timeout_s:g} s for it in a {what}, {where}. Either "
+            "that rank has stopped, or it is busy with other work, or the ranks do not make the "
+            f"same calls in the same order. {_AFTERWARDS}, or let kernels wait longer "
             f"({TIMEOUT_VARIABLE})"
         )
 
