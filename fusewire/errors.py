@@ -37,7 +37,10 @@ class WorkspaceError(FusewireError):
 
 
 class PeerTimeoutError(FusewireError):
-    """A rank does not arrive within the time limit; the message names operation and rank."""
+    """A rank does not arrive within the time limit, or the group's store is gone.
+
+    The message names operation and rank.
+    """
 
 
 class RankMismatchError(FusewireError):

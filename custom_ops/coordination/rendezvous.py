@@ -303,11 +303,15 @@ def fail(group: dist.ProcessGroup, reason: str) -> None:
 
 
 def host() -> str:
-    """Return an identifier of the machine, the same for all its containers."""
+    """Return an identifier of the processes that can share memory with this one.
+
+    It is the machine's boot id and the number space of process ids. Containers of one machine
+    differ: peers open each other's memory by process ids, which mean another process there.
+    """
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
         return socket.gethostname()
 
 

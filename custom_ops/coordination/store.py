@@ -12,7 +12,7 @@ import torch.distributed as dist
 from fusewire.custom_ops._torch_private import store_of
 from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
-from fusewire.errors import ProcessGroupError
+from fusewire.errors import PeerTimeoutError, ProcessGroupError
 
 T = TypeVar("T")
 _PREFIX = "fusewire/"
@@ -24,10 +24,11 @@ _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05
 class GroupStore:
     """The store of a process group, with a prefix for fusewire's keys.
 
-    Thread-safe if torch's store is. No method waits.
+    Thread-safe if torch's store is. No method waits for another rank.
 
     Raises:
         ProcessGroupError: torch.distributed did not make the group and knows no store of it.
+        PeerTimeoutError: of every method: the process that serves the store has ended.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -38,28 +39,42 @@ class GroupStore:
                 f"the ranks of group {group.group_name!r} have no store in which they could compare what they run; "
                 "make the group with torch.distributed (init_process_group, new_group, split_group)"
             ) from None
+        self._group_name = group.group_name
 
     def set(self, key: str, value: str) -> None:
         """Write a value, replacing any earlier one."""
-        self._store.set(_PREFIX + key, value)
+        self._call(self._store.set, _PREFIX + key, value)
 
     def get(self, key: str) -> str | None:
         """Return the value of a key; None if there is none."""
         # The store's own get would wait for a missing key, even if it is removed just before.
-        value = self._store.compare_set(_PREFIX + key, _NO_VALUE, _NO_VALUE).decode()
+        value = self._compare_set(key, _NO_VALUE, _NO_VALUE)
         return None if value == _NO_VALUE else value
 
     def set_once(self, key: str, value: str) -> str:
         """Write a value if there is none, atomically; return the value in the store afterwards."""
-        return self._store.compare_set(_PREFIX + key, "", value).decode()
+        return self._compare_set(key, "", value)
 
     def replace(self, key: str, old: str, new: str) -> bool:
         """Replace the value `old` by `new`, atomically; return whether the key had `old`."""
-        return self._store.compare_set(_PREFIX + key, old, new).decode() == new
+        return self._compare_set(key, old, new) == new
 
     def delete(self, key: str) -> None:
         """Remove a key if it exists."""
-        self._store.delete_key(_PREFIX + key)
+        self._call(self._store.delete_key, _PREFIX + key)
+
+    def _compare_set(self, key: str, old: str, new: str) -> str:
+        return self._call(self._store.compare_set, _PREFIX + key, old, new).decode()
+
+    def _call(self, method: Callable[..., T], *args: str) -> T:
+        try:
+            return method(*args)
+        except dist.DistError as error:
+            raise PeerTimeoutError(
+                f"the store of group {self._group_name!r}, in which its ranks compare what they run, does not answer "
+                f"({error}). The process that serves it (the first rank, or torchrun's agent on its host) has ended, or "
+                "its host cannot be reached; restart all ranks"
+            ) from error
 
 
 def poll(

@@ -64,7 +64,7 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
     if found is None:
         provider = dataclasses.replace(decision.provider, fn=_function(op, decision, args))
         variant = "" if decision.bound is None else decision.bound[2]
-        found = provider, counter_of(op.name, args[0], args[-1], provider.name, variant)
+        found = provider, counter_of(op.name, args[0], args[-1], provider.name, variant, decision.served.reason)
         if not capturing():  # during capture a provider may not have been able to test its kernel
             decision.derived[key] = found
     provider, served = found

@@ -141,8 +141,13 @@ def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[Decision, boo
         provider = dataclasses.replace(provider, fn=PROVIDERS[name].bind(workspace, label, read.slot))
     elif name == NATIVE and norm_kernel_serves(args):
         provider = dataclasses.replace(provider, fn=native_with_norm_kernel)
-    counter = counter_of(op.name, x, args[6], name, "" if bound is None else label)
+    counter = counter_of(op.name, x, args[6], name, "" if bound is None else label, _why_without(entries))
     return Decision(provider, snapshot, weakref.ref(group), bound, {}, counter), keep
+
+
+def _why_without(entries: Mapping[str, Entry]) -> str:
+    """Return why providers have no workspace, or ""."""
+    return "; ".join(f"{name}: {entry.refusal}" for name, entry in entries.items() if entry.refusal)
 
 
 def on_gpu(x: torch.Tensor) -> bool:

@@ -25,6 +25,7 @@ class ServedCalls(NamedTuple):
         variant: which of the provider's kernels, as cost tables name it, or "".
         calls: how many calls ran, those of CUDA graphs left out.
         captured: how many calls were captured into CUDA graphs, however often these are replayed.
+        reason: why providers of higher priority have no workspace for such calls, or "".
     """
 
     op: str
@@ -36,6 +37,7 @@ class ServedCalls(NamedTuple):
     variant: str
     calls: int
     captured: int
+    reason: str = ""
 
 
 class ServedCounter:
@@ -46,33 +48,40 @@ class ServedCounter:
 
     Attributes:
         on_gpu: whether a CUDA graph may capture these calls.
+        reason: as in `ServedCalls`; of the latest decision.
     """
 
-    __slots__ = ("calls", "captured", "on_gpu")
+    __slots__ = ("calls", "captured", "on_gpu", "reason")
 
     def __init__(self, on_gpu: bool) -> None:
         self.calls = self.captured = 0
         self.on_gpu = on_gpu
+        self.reason = ""
 
 
 _counters: dict[tuple[tuple[Any, ...], bool], ServedCounter] = {}
 _lock = threading.Lock()
 
 
-def counter_of(op: str, x: torch.Tensor, group: str, provider: str, variant: str) -> ServedCounter:
-    """Return the counter for calls like this one. Thread-safe."""
+def counter_of(op: str, x: torch.Tensor, group: str, provider: str, variant: str, reason: str = "") -> ServedCounter:
+    """Return the counter for calls like this one, and give it the reason. Thread-safe."""
     hidden = x.shape[-1]
     dtype = str(x.dtype).removeprefix("torch.")
     tokens = x.numel() // hidden if hidden else 0
     key = (op, group, hidden, dtype, tokens, provider, variant)
     with _lock:
-        return _counters.setdefault((key, x.is_cuda), ServedCounter(x.is_cuda))
+        counter = _counters.setdefault((key, x.is_cuda), ServedCounter(x.is_cuda))
+        counter.reason = reason
+        return counter
 
 
 def served_calls() -> list[ServedCalls]:
     """Return the calls served since the start, or since `forget_served`. Thread-safe."""
     with _lock:
-        found = [ServedCalls(*(*key, counter.calls, counter.captured)) for (key, _), counter in _counters.items()]
+        found = [
+            ServedCalls(*(*key, counter.calls, counter.captured, counter.reason))
+            for (key, _), counter in _counters.items()
+        ]
     return sorted(row for row in found if row.calls or row.captured)
 
 

@@ -125,23 +125,32 @@ class WorkspaceProvider(abc.ABC):
     name: str
     # Ways to compute a call, named as in cost models ("flashinfer/oneshot", ...).
     variants: tuple[str, ...]
-    # The limit of `machine`, including compilation.
-    machine_limit = Limit.MACHINE_CHECK
+    # The limit of `load`, including compilation.
+    load_limit = Limit.MACHINE_CHECK
 
     @abc.abstractmethod
     def machine(self, group: dist.ProcessGroup, device: torch.device) -> Mapping[str, Any]:
-        """Return facts about this rank's machine (JSON types), or raise if it cannot serve."""
+        """Return facts about this rank's machine (JSON types), or raise if it cannot serve.
+
+        Compiles nothing: the machines may not fit together.
+        """
 
     def validate(self, facts: Sequence[Mapping[str, Any]]) -> Support:
         """Return whether all ranks' facts fit together. Pure, so that every rank agrees."""
         hosts, gpus = {fact.get("host") for fact in facts}, [fact.get("uuid") for fact in facts]
         return Support.all_of(
-            (len(hosts) == 1, f"the group's ranks are on {len(hosts)} hosts; peer-to-peer kernels need one"),
+            (
+                len(hosts) == 1,
+                f"the group's ranks are on {len(hosts)} hosts, or in as many containers; peer-to-peer kernels need one",
+            ),
             (
                 None in gpus or len(set(gpus)) == len(gpus),
                 "two ranks of the group share one GPU; give each rank its own (torch.cuda.set_device)",
             ),
         )
+
+    def load(self, group: dist.ProcessGroup) -> None:  # noqa: B027 - most have nothing to load
+        """Load or compile what every call needs, once the ranks' machines fit together."""
 
     @abc.abstractmethod
     def limits(self, hidden: int, dtype: torch.dtype, world_size: int) -> Support:

@@ -24,7 +24,6 @@ import torch.distributed as dist
 from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.coordination.watchdog import WATCHDOG, action
-from fusewire.custom_ops.ops.registry import YES
 from fusewire.custom_ops.workspaces.capture import refuse_capture
 from fusewire.custom_ops.workspaces.provider import Request, Workspace, WorkspaceKey, WorkspaceProvider
 from fusewire.errors import PeerTimeoutError, WorkspaceError
@@ -64,7 +63,7 @@ class WorkspaceRegistry:
             self.version += 1
 
     def machine(self, provider: WorkspaceProvider, group: dist.ProcessGroup, device: torch.device) -> Entry:
-        """Return the vote on the ranks' machines, held once per provider and group. A collective.
+        """Return the votes on the ranks' machines, held once per provider and group. A collective.
 
         Raises:
             CaptureError: the ranks must still vote, and a CUDA graph is being captured.
@@ -81,12 +80,16 @@ class WorkspaceRegistry:
             if found is not None and found.serves(group):  # voted on by another thread meanwhile
                 return found
             channel = Channel(group, f"{provider.name} group {name}")
-            result = vote(
-                channel, "machine", lambda: provider.machine(group, device), work_s=limit_s(provider.machine_limit)
-            )
-            support = provider.validate(result.facts) if result.ok else YES
+            machine = functools.partial(provider.machine, group, device)
+            result = vote(channel, "machine", machine, work_s=limit_s(Limit.MACHINE_CHECK))
+            refusal, facts = result.reason, result.facts
+            if not refusal:
+                refusal = provider.validate(facts).reason
+            if not refusal:
+                load = functools.partial(provider.load, group)
+                refusal = vote(channel, "load", load, work_s=limit_s(provider.load_limit)).reason
             key = WorkspaceKey(provider.name, name, torch.uint8, 0)
-            entry = Entry(key, weakref.ref(group), None, result.reason or support.reason, result.facts)
+            entry = Entry(key, weakref.ref(group), None, refusal, facts)
             self.machines[provider.name, name] = entry
             return entry
 

@@ -105,15 +105,18 @@ def _describe_refused(entry: Entry) -> Iterator[str]:
 def describe_served(served: Iterable[ServedCalls]) -> Iterator[str]:
     """Yield a heading and one line for each operator, group, dtype and hidden size that was called.
 
-    Neighbouring numbers of tokens that one provider served are shown as one range.
+    Neighbouring numbers of tokens that one provider served are shown as one range. Below stand the
+    reasons why others have no workspace.
     """
     rows = sorted(served)
     if rows:
         yield "served since start (calls that a CUDA graph replays run no host code and are not counted):"
     for (op, group, hidden, dtype), same in itertools.groupby(rows, key=lambda row: row[:4]):
-        ranges = itertools.groupby(same, key=lambda row: row.provider)
+        calls = list(same)
+        ranges = itertools.groupby(calls, key=lambda row: row.provider)
         listed = ", ".join(_describe_range(provider, list(found)) for provider, found in ranges)
         yield f"  {op}, hidden {hidden}, {dtype}, group {group}: {listed}"
+        yield from (f"       {reason}" for reason in dict.fromkeys(row.reason for row in calls) if reason)
 
 
 def _describe_range(provider: str, rows: Sequence[ServedCalls]) -> str:

@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch._inductor import config as inductor_config
 
 from support.compiles import leave_out_measurements
+from support.hosts import Host
 
 DEFAULT_TIMEOUT_S = 180.0
 # What every job needs anyway. The fork server imports it once and each rank is then forked in milliseconds.
@@ -56,6 +57,7 @@ _DEATH_GRACE_S = 0.3
 # threads, which wake a hundred times a second each. After this many calls the processes are
 # replaced.
 _CALLS_PER_PROCESS = 16
+_FIRST_PORT = 29500  # of the stores of ranks on several hosts, whose ports nobody else takes
 
 
 class RankFailure(RuntimeError):
@@ -116,13 +118,17 @@ class RankPool:
     Processes start at the first call, and anew after `_CALLS_PER_PROCESS` calls. Between calls a
     process drops its process group, Dynamo's state and Inductor's in-memory caches; modules that a
     test changed stay changed.
+
+    With `hosts`, each has as many ranks, the first ranks on the first, and the ranks find each other
+    by a TCPStore there.
     """
 
-    def __init__(self, world_size: int, *, backend: str = "gloo") -> None:
+    def __init__(self, world_size: int, *, backend: str = "gloo", hosts: Sequence[Host] = ()) -> None:
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
         self.world_size = world_size
         self.backend = backend
+        self.hosts = hosts
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         self._directory: tempfile.TemporaryDirectory[str] | None = None
@@ -141,8 +147,12 @@ class RankPool:
         *args: Any,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         cache_dir: str | Path | None = None,
+        may_die: Sequence[int] = (),
     ) -> list[Any]:
-        """Call `fn(*args)` on every rank; return the results in rank order."""
+        """Call `fn(*args)` on every rank; return the results in rank order.
+
+        Ranks in `may_die` may end their process; their result is then None.
+        """
         call = pickle.dumps((fn, args))
         cache = None if cache_dir is None else os.fspath(cache_dir)
         try:
@@ -151,10 +161,14 @@ class RankPool:
             if not self._processes:
                 self._start()
             self._jobs += 1
-            job = _Job(list(sys.path), call, self._path(f"store{self._jobs}"), self.backend, timeout_s, cache)
-            self._send(job)
-            results = self._collect(timeout_s)
+            port = _FIRST_PORT + self._jobs
+            store = f"{self.hosts[0].address}:{port}" if self.hosts else self._path(f"store{self._jobs}")
+            self._send(_Job(list(sys.path), call, store, self.backend, timeout_s, cache))
+            results = self._collect(timeout_s, may_die)
             self._send(None)
+            if may_die:
+                self._failed = True
+                self.close()
             return results
         except BaseException:
             # Ranks that wait in a collective for the one that failed cannot be asked to stop.
@@ -189,7 +203,8 @@ class RankPool:
             multiprocessing.forkserver.ensure_running()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            args = (rank, self.world_size, theirs, self._path(f"stacks{rank}"), "nccl" in self.backend)
+            host = self.hosts[rank * len(self.hosts) // self.world_size] if self.hosts else None
+            args = (rank, self.world_size, theirs, self._path(f"stacks{rank}"), "nccl" in self.backend, host)
             process = context.Process(target=_worker, args=args, daemon=True, name=f"rank{rank}")
             process.start()
             theirs.close()
@@ -207,7 +222,7 @@ class RankPool:
             with contextlib.suppress(BrokenPipeError):
                 connection.send(message)
 
-    def _collect(self, timeout_s: float) -> list[Any]:
+    def _collect(self, timeout_s: float, may_die: Sequence[int]) -> list[Any]:
         deadline = time.monotonic() + timeout_s
         results: dict[int, Any] = {}
         while len(results) < self.world_size:
@@ -217,13 +232,15 @@ class RankPool:
                 raise RankTimeout(self._describe_timeout(timeout_s, results))
             for connection in ready:
                 rank = self._connections.index(connection)  # type: ignore[arg-type]
-                results[rank] = self._receive(rank)
+                results[rank] = self._receive(rank, rank in may_die)
         return [results[rank] for rank in range(self.world_size)]
 
-    def _receive(self, rank: int) -> Any:
+    def _receive(self, rank: int, may_die: bool) -> Any:
         try:
             message = self._connections[rank].recv_bytes()
         except (EOFError, OSError):
+            if may_die:
+                return None
             raise self._death(rank) from None
         kind, payload, details = pickle.loads(message)
         if kind == "result":
@@ -271,13 +288,15 @@ def _importable(name: str) -> bool:
         return False
 
 
-def _worker(rank: int, world_size: int, connection: Connection, stacks: str, gpu: bool) -> None:
+def _worker(rank: int, world_size: int, connection: Connection, stacks: str, gpu: bool, host: Host | None) -> None:
     os.setpgid(0, 0)
+    if host is not None:
+        host.enter()  # while there is one thread
     _die_with_parent()
     with open(stacks, "w") as stacks_file:
         faulthandler.register(signal.SIGUSR1, file=stacks_file, all_threads=False)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-        os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
+        os.environ["GLOO_SOCKET_IFNAME"] = _loopback() if host is None else host.interface
         if not gpu:
             # transformers puts a model on whatever accelerator it sees.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -366,9 +385,14 @@ def _inductor_cache(cache_dir: str | None) -> Iterator[None]:
 def _process_group(job: _Job, rank: int, world_size: int) -> Iterator[None]:
     if "nccl" in job.backend:
         torch.cuda.set_device(rank)
+    address, _, port = job.store.partition(":")
+    if port:
+        store = dist.TCPStore(address, int(port), world_size, is_master=rank == 0)
+    else:
+        store = dist.FileStore(job.store, world_size)  # type: ignore[attr-defined]
     dist.init_process_group(
         job.backend,
-        store=dist.FileStore(job.store, world_size),  # type: ignore[attr-defined]
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=job.timeout_s),

@@ -274,14 +274,16 @@ class FlashInferProvider(WorkspaceProvider):
 
     name = PROVIDER
     variants = (ONE_SHOT, TWO_SHOT)
-    machine_limit = Limit.COMPILATION
+    load_limit = Limit.COMPILATION
 
     def machine(self, group: dist.ProcessGroup, device: torch.device) -> Mapping[str, Any]:
         support = machine_support(all_reduce_rms_norm.providers[PROVIDER])
         if not support:
             raise WorkspaceError(support.reason)
-        flashinfer_library.load_kernels(is_logging_rank=group.rank() == 0)
         return {**device_facts(device), "flashinfer": flashinfer_library.library().version}
+
+    def load(self, group: dist.ProcessGroup) -> None:
+        flashinfer_library.load_kernels(is_logging_rank=group.rank() == 0)
 
     def validate(self, facts: Sequence[Mapping[str, Any]]) -> Support:
         versions = sorted({str(fact.get("flashinfer")) for fact in facts})
