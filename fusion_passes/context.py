@@ -9,9 +9,12 @@ from fusewire.fusion_passes.config import PassConfig
 
 MATCH, SUPPORTED, PROVIDER = "match", "supported", "provider"
 MERGED = "merged into"
-# What each option lets the passes assume to be equal on every rank, in singular and plural.
+MATRICES = "assume_replicated_residuals, matrices"
+# What the passes assume to be equal on every rank, in singular and plural. A key begins with the
+# option that lets them.
 _ASSUMED_EQUAL = {
     "assume_replicated_residuals": ("the residual or weight of 1 operator", "the residual or weight of {} operators"),
+    MATRICES: ("1 matrix", "{} matrices"),
     "assume_replicated_scales": ("1 scale", "{} scales"),
     "assume_replicated_gates": ("1 gate", "{} gates"),
 }
@@ -55,7 +58,8 @@ class RunContext:
         second_norms: canonicalized second norms, with the names of their nodes as they arrived.
         notes: further notes for the report.
         changes: the passes that changed the graph.
-        assumed: how many values were assumed to be equal on every rank, by option.
+        assumed: how many values were assumed to be equal on every rank, by option; matrices are
+            counted apart (MATRICES).
     """
 
     config: PassConfig
@@ -85,9 +89,9 @@ class RunContext:
     def assumptions(self) -> list[str]:
         """Return the note on what was assumed to be equal on every rank, if anything was."""
         parts = [
-            f"{(one if count == 1 else many).format(count)} ({option})"
-            for option, (one, many) in _ASSUMED_EQUAL.items()
-            if (count := self.assumed[option])
+            f"{(one if count == 1 else many).format(count)} ({key.split(',')[0]})"
+            for key, (one, many) in _ASSUMED_EQUAL.items()
+            if (count := self.assumed[key])
         ]
         return [f"taken to be equal on all ranks: {', '.join(parts)}"] if parts else []
 

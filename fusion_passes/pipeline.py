@@ -339,8 +339,9 @@ class _Run:
             switched_off = self._switched_off(self.entries[name].collective)
             site = read_all_reduce(nodes[name])
             assert site is not None
-            refused = Refused(MATCH, switched_off) if switched_off else explain_unfused(site, norms, fused_sums)
-            context.refused[name] = refused
+            context.refused[name] = (
+                Refused(MATCH, switched_off) if switched_off else explain_unfused(site, norms, fused_sums, self.config)
+            )
 
     def _switched_off(self, collective: str) -> str:
         """Return which option keeps this kind of collective from being fused, or ""."""

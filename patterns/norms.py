@@ -88,7 +88,9 @@ DIVIDED = Variant("divided by the root", "divides by a square root instead of mu
 WEIGHTED_ROOT = Variant("root weighted first", "multiplies the root by the weight before it multiplies the input")
 # (x * w) * r
 WEIGHTED_INPUT = Variant("input weighted first", "multiplies the input by the weight before it multiplies by the root")
-VARIANTS = (SUMMED, SCALED, SQUARED_ROOT, RECIPROCAL, DIVIDED, WEIGHTED_ROOT, WEIGHTED_INPUT)
+# x * rsqrt(sum(x ** 2) + eps), RMSNorm with the weight 1 / sqrt(size) and the epsilon eps / size
+LENGTH = Variant("L2", "divides by the row's length, which is a factor of the weight")
+VARIANTS = (LENGTH, SUMMED, SCALED, SQUARED_ROOT, RECIPROCAL, DIVIDED, WEIGHTED_ROOT, WEIGHTED_INPUT)
 
 
 def variant_names(variants: Collection[Variant]) -> str:

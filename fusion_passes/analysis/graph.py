@@ -129,6 +129,13 @@ def plain_add(node: Any) -> tuple[Any, Any] | None:
     return node.args[0], node.args[1]
 
 
+def plain_sub(node: Any) -> tuple[Any, Any] | None:
+    """Return the operands of a subtraction with alpha 1, or None."""
+    if not isinstance(node, Node) or node.target is not aten.sub.Tensor or len(node.args) != 2:
+        return None
+    return None if node.kwargs.get("alpha", 1) != 1 else (node.args[0], node.args[1])
+
+
 def wide_addends(total: Any) -> tuple[Node, Node] | None:
     """Return the two 16-bit tensors whose sum in fp32 a node is, or None.
 

@@ -139,18 +139,38 @@ class Row:
         return self.sizes == -1 and math.isclose(self.divisor, 1, rel_tol=1e-9)
 
     @property
+    def is_length(self) -> bool:
+        """Return whether this is `rsqrt(S + eps)`, an L2 norm's, with a known eps and size."""
+        known = isinstance(last_size(self.wide), int) and (self.eps is None or is_number(self.eps))
+        if not known or self.divisor is None or self.power != -0.5 or self.is_mean:
+            return False
+        return math.isclose(self.divisor, 1, rel_tol=1e-9)
+
+    @property
+    def weight_scale(self) -> float:
+        """Return the factor of the weight that makes this an RMSNorm: 1, or an L2 norm's."""
+        return float(last_size(self.wide)) ** -0.5 if self.is_length else 1.0
+
+    @property
     def epsilon(self) -> Any:
         """Return the eps of the RMSNorm that this row scales."""
         if self.eps is None:
             return 0.0
+        if self.is_length:
+            return self.eps / self.factor**2 / last_size(self.wide)
         scaled = self.factor != 1 and self.is_mean and is_number(self.eps)
         return self.eps / self.factor**2 if scaled else self.eps
 
     @property
     def norm_refusal(self) -> str:
         """Return why this cannot scale a row as RMSNorm does, or ""."""
-        if self.refusal or self.is_mean:
+        if self.refusal or self.is_mean or self.is_length:
             return self.refusal
+        return self.divisor_refusal
+
+    @property
+    def divisor_refusal(self) -> str:
+        """Return the refusal of a norm that divides by something else than the hidden size."""
         size = last_size(self.wide)
         by = f"{self.divisor:g}" if isinstance(size, int) and self.divisor is not None else "something else"
         return f"the norm divides the sum of squares by {by}, where RMSNorm's mean square divides by the hidden size {size}"

@@ -46,8 +46,10 @@ from fusewire.fusion_passes.analysis.norm_weights import Weight, read_weight, we
 from fusewire.patterns.collectives import op_name, positional
 from fusewire.patterns.norms import (
     DIVIDED,
+    LENGTH,
     NORM_OPS,
     ROUND,
+    SUMMED,
     WEIGHTED_INPUT,
     WEIGHTED_ROOT,
     WIDE_SUM,
@@ -79,6 +81,7 @@ class Norm:
         refusal: why this norm cannot become an IR operator, or "".
         variants: why it rounds elsewhere than the IR operator, or "".
         total: the sum in fp32 that is normalised before it is rounded, or None.
+        weight_scale: a factor of the weight that stands in no node of the graph (L2 norms).
     """
 
     source: Node
@@ -93,6 +96,7 @@ class Norm:
     refusal: str = ""
     variants: str = ""
     total: Node | None = None
+    weight_scale: float = 1.0
 
     @property
     def input(self) -> Node:
@@ -203,14 +207,25 @@ def _described(
     found = list(norms)
     if refusal and not found:
         found = [_norm(source, value, None, row.epsilon, ())]
+    variants = row.variants - {SUMMED} | {LENGTH} if row.is_length else row.variants
     for norm in found:
         described = dataclasses.replace(
             norm,
-            refusal=refusal or norm.refusal,
-            spelling=norm.spelling + variant_names(row.variants),
-            variants=describe_variants(row.variants),
+            refusal=refusal or norm.refusal or (_length_refusal(row, norm) if row.is_length else ""),
+            spelling=norm.spelling + variant_names(variants),
+            variants=describe_variants(variants),
+            weight_scale=row.weight_scale,
         )
         yield described if addends is None else _of_sum(described, row.wide, addends[1])
+
+
+def _length_refusal(row: Row, norm: Norm) -> str:
+    """Return why an L2 norm's weight cannot be divided by the root of the hidden size, or ""."""
+    if norm.weight_bias:
+        return row.divisor_refusal
+    if norm.weight is None or dtype_of(norm.weight) != torch.float16:
+        return ""
+    return f"{row.divisor_refusal}; float16 is too small for the weight divided by the root of {last_size(row.wide)}"
 
 
 def _of_sum(norm: Norm, total: Node, residual: Node) -> Norm:

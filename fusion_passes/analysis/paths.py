@@ -1,19 +1,27 @@
 """Find the path from an all-reduce to a norm, and whether the steps on it can move out of the way.
 
 Views move before the all-reduce, which works elementwise. A bias, or any other addend, joins the
-residual. A scale moves before the all-reduce, since a sum of multiples is the multiple of the sum.
+residual, multiplied by the scales that follow it. A scale moves before the all-reduce, since a sum
+of multiples is the multiple of the sum. A subtraction adds the negated operand.
+
 Addends and scales then round elsewhere than in the source, so they move only with
-PassConfig.allow_reassociation. In float16 a scale above 1 and a whole tensor do not move: a rank's
-part, or the residual, could become too large for the dtype although the sum is not.
+PassConfig.allow_reassociation. A sign, and an addend that becomes the residual by itself, round
+nowhere else. In float16 a scale above 1 does not move, nor does a whole tensor to a residual: a
+rank's part, or the residual, could become too large for the dtype although the sum is not.
 
-A scale may move only if it is equal on every rank. A number in the program is. For a tensor the
-graph does not show it:
+A scale may move only if it is equal on every rank. A number or a constant tensor in the program is.
+For another tensor the graph does not show it:
 
-- a one-element parameter, buffer or input (Gemma's embedding scale, a layer scale) is assumed to
-  be, unless PassConfig.assume_replicated_scales is off;
+- a one-element parameter, buffer or input (Gemma's embedding scale, a layer scale), or a value that
+  is computed from such ones alone, is assumed to be, unless PassConfig.assume_replicated_scales is
+  off;
 - a gate (one computed number a token: the sigmoid gate of a shared expert) is assumed to be only
   with PassConfig.assume_replicated_gates, and only if it is computed from results of collectives,
   inputs and parameters alone (fusion_passes/analysis/replication.py).
+
+A product with a matrix of parameters (LoRA) is on a path only where all-reduces are merged. That
+the matrix is equal on every rank is assumed with PassConfig.assume_replicated_residuals, since it
+makes what is added to the other all-reduce.
 """
 
 from __future__ import annotations
@@ -37,32 +45,43 @@ from fusewire.fusion_passes.analysis.graph import (
     plain_add,
     plain_div,
     plain_mul,
+    plain_sub,
     same_shape,
     same_size,
     value_of,
 )
 from fusewire.fusion_passes.analysis.replication import UNKNOWN, Replication
+from fusewire.fusion_passes.analysis.scales import constant_of, is_gate, is_one_element, is_scale, unviewed
 from fusewire.fusion_passes.config import PassConfig
+from fusewire.fusion_passes.context import MATRICES
 from fusewire.patterns.collectives import AllReduce, read_all_reduce
 
-VIEW, CAST, SCALE, ADDEND = "view", "cast", "scale", "addend"
+VIEW, CAST, SCALE, ADDEND, MATRIX = "view", "cast", "scale", "addend", "matrix"
 _LIMIT = 12
 
 
 @dataclass(frozen=True)
 class Step:
-    """One node of a path.
+    """One node of a path, or the one half of a subtraction from the path's value.
 
     Attributes:
-        kind: VIEW, CAST, SCALE or ADDEND.
-        value: the factor of a scale, or what an add adds.
-        assumption: the option that assumes a scale equal on every rank; "" if none is needed.
+        kind: VIEW, CAST, SCALE, ADDEND or MATRIX.
+        value: the factor of a scale, what an add adds, or the right factor of a matrix product.
+        assumption: what is assumed to be equal on every rank, as a key of RunContext.assumed; "" if
+            nothing is.
+        negated: whether the value is subtracted.
     """
 
     kind: str
     node: Node
     value: Any = None
     assumption: str = ""
+    negated: bool = False
+
+    @property
+    def is_sign(self) -> bool:
+        """Return whether this is a scale by 1 or -1, which rounds nothing."""
+        return self.kind == SCALE and is_number(self.value) and abs(self.value) == 1
 
 
 @dataclass(frozen=True)
@@ -77,20 +96,32 @@ class Path:
         """Return the steps of these kinds, from the all-reduce on."""
         return tuple(step for step in self.steps if step.kind in kinds)
 
-    def views_after(self, step: Step) -> tuple[Node, ...]:
-        """Return the views between a step and the end."""
-        later = self.steps[self.steps.index(step) + 1 :]
-        return tuple(other.node for other in later if other.kind == VIEW)
-
     def moved_input(self, call: Callable[..., Node]) -> Node:
-        """Return the all-reduce's input with the path's views and scales, as new nodes."""
+        """Return the all-reduce's input with the path's views and products, as new nodes."""
         x: Node = self.all_reduce.x
-        for step in self.of_kind(VIEW, SCALE):
+        for step in self.of_kind(VIEW, SCALE, MATRIX):
             if step.kind == VIEW:
                 x = call(step.node.target, (x, *step.node.args[1:]), step.node.kwargs, step.node)
             else:
-                x = call(aten.mul.Tensor, (x, step.value), {}, step.node)
+                product = aten.mul.Tensor if step.kind == SCALE else aten.mm.default
+                x = call(product, (x, step.value), {}, step.node)
         return x
+
+    def moved_addend(self, step: Step, call: Callable[..., Node]) -> Any:
+        """Return what an add of the path adds at the end, with the later views and scales.
+
+        Its shape is the end's, or (hidden,).
+        """
+        addend = call(aten.neg.default, (step.value,), {}, step.node) if step.negated else step.value
+        for later in self.steps[self.steps.index(step) + 1 :]:
+            vector = is_vector(addend, last_size(later.node))
+            if later.kind == SCALE:
+                addend = call(aten.mul.Tensor, (addend, later.value), {}, later.node)
+                if vector and is_one_element(later.value):  # it may have several dimensions
+                    addend = call(aten.view.default, (addend, [-1]), {}, later.node)
+            elif later.kind == VIEW and (not vector or same_shape(addend, later.node.args[0])):
+                addend = call(later.node.target, (addend, *later.node.args[1:]), later.node.kwargs, later.node)
+        return addend
 
     @property
     def other_readers(self) -> int:
@@ -99,21 +130,27 @@ class Path:
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """Return for each scale that is assumed to be equal on every rank the option for it."""
-        return tuple(step.assumption for step in self.of_kind(SCALE) if step.assumption)
+        """Return what is assumed to be equal on every rank, once for each factor that needs it."""
+        return tuple(step.assumption for step in self.steps if step.assumption)
 
-    def refusal(self, allow_reassociation: bool) -> str:
-        """Return why the steps cannot move out of the way, or ""."""
-        moves = first_refusal(case for index in range(len(self.steps)) for case in self._step_refusals(index))
-        if moves or allow_reassociation or not self.of_kind(SCALE, ADDEND):
+    def refusal(self, allow_reassociation: bool, residual: Any = None) -> str:
+        """Return why the steps cannot move out of the way, or "".
+
+        Args:
+            residual: what is added to the path's end, or None.
+        """
+        addends = self.of_kind(ADDEND)
+        is_residual = residual is None and len(addends) == 1  # the addend becomes the residual
+        moves = first_refusal(case for step in self.steps for case in self._step_refusals(step, is_residual))
+        rounds = any(not step.is_sign for step in self.of_kind(SCALE)) or (addends and not is_residual)
+        if moves or allow_reassociation or not rounds:
             return moves
         return (
             "a scale or a bias stands between the all-reduce and the norm; moving it rounds elsewhere, which "
             "allow_reassociation=False forbids"
         )
 
-    def _step_refusals(self, index: int) -> Iterator[tuple[bool, str]]:
-        step = self.steps[index]
+    def _step_refusals(self, step: Step, is_residual: bool) -> Iterator[tuple[bool, str]]:
         source, value = step.node.args[0], value_of(step.value)
         before, after = dtype_of(source), dtype_of(step.node)
         half = after == torch.float16
@@ -128,17 +165,15 @@ class Path:
             )
         elif step.kind == ADDEND:
             yield (
-                half and (value is None or value.dim() != 1),
+                half and not is_residual and (value is None or value.dim() != 1),
                 "a tensor is added between the all-reduce and the norm; added to the residual first, they could make "
                 "more than float16 holds",
             )
-        else:
+        elif step.kind == SCALE:
             number, before = step.value if is_number(step.value) else None, dtype_of(self.all_reduce.value)
-            late = any(earlier.kind == ADDEND for earlier in self.steps[:index])
-            yield late, "a scale after a bias stands between the all-reduce and the norm"
             yield (
                 before != after or after is None or not after.is_floating_point,
-                f"a scale between the all-reduce and the norm makes {after} of {before}; scale after the norm's cast",
+                f"a scale between the all-reduce and the norm makes {after} of {before}; keep the scale in {before}",
             )
             yield (
                 half and (number is None or abs(number) > 1),
@@ -154,11 +189,13 @@ class PathFinder:
         by_value: the all-reduces' nodes, by the nodes that are their finished values. Read at each
             call of `find`.
         config: the options.
+        matrices: whether products with matrices may be on a path.
     """
 
-    def __init__(self, by_value: dict[Node, Node], config: PassConfig) -> None:
+    def __init__(self, by_value: dict[Node, Node], config: PassConfig, matrices: bool = False) -> None:
         self.by_value = by_value
         self.config = config
+        self.matrices = matrices
         self.replication = Replication()
 
     def find(self, node: Any) -> Path | None:
@@ -182,44 +219,66 @@ class PathFinder:
             return None
         seen.add(node)
         found = []
-        for source, step in self._back(node):
+        for source, steps in self.steps_back(node):
             path = self._walk(source, seen, limit - 1)
             if path is not None:
-                found.append((path[0], [*path[1], step]))
+                found.append((path[0], [*path[1], *steps]))
         # Of several all-reduces the last with the fewest other readers, so that their order stays.
         return max(found, key=lambda path: (-_other_readers(path[0], path[1]), path[0]), default=None)
 
-    def _back(self, node: Node) -> Iterator[tuple[Any, Step]]:
-        """Yield the sources of a node that can be on a path, each with the step from there."""
+    def steps_back(self, node: Node) -> Iterator[tuple[Any, tuple[Step, ...]]]:
+        """Yield the sources of a node that can be on a path, each with the steps from there."""
         if node.target in VIEWS:
-            yield node.args[0], Step(VIEW, node)
+            yield node.args[0], (Step(VIEW, node),)
         elif (source := cast_source(node)) is not None:
-            yield source, Step(CAST, node)
-        elif (factors := plain_mul(node)) is not None:
-            for value, factor in (factors, factors[::-1]):
-                if isinstance(value, Node) and (assumption := self._may_scale(factor, value)) is not None:
-                    yield value, Step(SCALE, node, factor, assumption)
-        elif (quotient := plain_div(node)) is not None:
-            value, divisor = quotient
-            if is_number(divisor) and 1e-30 < abs(divisor) < 1e30:
-                yield value, Step(SCALE, node, 1.0 / divisor)
-        elif node.target is aten.neg.default:
-            yield node.args[0], Step(SCALE, node, -1.0)
-        elif (operands := plain_add(node)) is not None:
-            for value, addend in (operands, operands[::-1]):
-                if _is_addend(addend, value, node):
-                    yield value, Step(ADDEND, node, addend)
+            yield source, (Step(CAST, node),)
+        elif node.target is aten.mm.default and (step := self.matrix(node, node.args[1])) is not None:
+            yield node.args[0], (step,)
+        else:
+            yield from self._scales_back(node)
+            yield from _addends_back(node)
 
-    def _may_scale(self, factor: Any, value: Node) -> str | None:
-        """Return the option that lets a factor move: "" if none is needed, None if it may not."""
-        if is_number(factor):
-            return ""
-        if self.config.assume_replicated_scales and _is_scale(factor, value):
-            return "assume_replicated_scales"
-        if self.config.assume_replicated_gates and _is_gate(factor, value):
-            origin = self.replication.origin(factor)
-            return None if origin.unknown else "assume_replicated_gates" if origin.assumed else ""
-        return None
+    def _scales_back(self, node: Node) -> Iterator[tuple[Any, tuple[Step, ...]]]:
+        factors, quotient = plain_mul(node), plain_div(node)
+        for value, factor in (factors, factors[::-1]) if factors is not None else ():
+            if isinstance(value, Node) and (step := self._scale(node, value, factor)) is not None:
+                yield value, (step,)
+        if quotient is not None and same_shape(quotient[0], node):
+            divisor = constant_of(quotient[1])
+            if divisor is not None and 1e-30 < abs(divisor) < 1e30:
+                yield quotient[0], (Step(SCALE, node, 1.0 / divisor),)
+        if node.target is aten.neg.default:
+            yield node.args[0], (Step(SCALE, node, -1.0),)
+
+    def matrix(self, product: Node, matrix: Any) -> Step | None:
+        """Return the step of a product with a matrix that parameters or inputs make, or None."""
+        if not self.matrices or not isinstance(matrix, Node):
+            return None
+        origin = self.replication.origin(matrix)
+        if origin.unknown or origin.groups or (origin.assumed and not self.config.assume_replicated_residuals):
+            return None
+        return Step(MATRIX, product, matrix, MATRICES if origin.assumed else "")
+
+    def _scale(self, node: Node, value: Node, factor: Any) -> Step | None:
+        """Return the step of a product with a factor that may move, or None."""
+        if not same_shape(value, node) or not value_of(value).dim():  # type: ignore[union-attr]
+            return None
+        number = constant_of(factor)
+        if number is not None:
+            return Step(SCALE, node, number)
+        if not isinstance(factor, Node):
+            return None
+        small, config = unviewed(factor), self.config
+        if is_scale(small):
+            option, may_assume = "assume_replicated_scales", config.assume_replicated_scales
+        elif is_gate(factor, value):
+            small, option, may_assume = factor, "assume_replicated_gates", config.assume_replicated_gates
+        else:
+            return None
+        origin = self.replication.origin(small)
+        if origin.unknown or (origin.assumed and not may_assume):
+            return None
+        return Step(SCALE, node, small, option if origin.assumed else "")
 
     def _fits_group(self, factor: Any, site: AllReduce) -> bool:
         """Return whether a factor is equal on the ranks of an all-reduce's group."""
@@ -229,30 +288,20 @@ class PathFinder:
 
 
 def _other_readers(value: Node, steps: Sequence[Step]) -> int:
-    return sum(len(node.users) - 1 for node in (value, *(step.node for step in steps)))
+    return sum(len(node.users) - 1 for node in {value, *(step.node for step in steps)})
 
 
-def _is_scale(factor: Any, value: Node) -> bool:
-    """Return whether a factor is a one-element parameter, buffer or input that keeps the dtype."""
-    tensor, scaled = value_of(factor), value_of(value)
-    return (
-        tensor is not None
-        and scaled is not None
-        and factor.op in ("placeholder", "get_attr")
-        and tuple(tensor.shape) in ((), (1,))
-        and scaled.dim() > 0
-        and torch.result_type(scaled, tensor) == scaled.dtype
-    )
-
-
-def _is_gate(factor: Any, value: Node) -> bool:
-    """Return whether a factor is one computed number a token, in the value's dtype."""
-    gate, scaled = value_of(factor), value_of(value)
-    if gate is None or scaled is None or gate.dim() == 0 or factor.op != "call_function":
-        return False
-    one = isinstance(gate.shape[-1], int) and gate.shape[-1] == 1
-    rows = gate.dim() == scaled.dim() and all(map(same_size, gate.shape[:-1], scaled.shape[:-1]))
-    return bool(one and rows and gate.dtype == scaled.dtype)
+def _addends_back(node: Node) -> Iterator[tuple[Any, tuple[Step, ...]]]:
+    operands, difference = plain_add(node), plain_sub(node)
+    for value, addend in (operands, operands[::-1]) if operands is not None else ():
+        if _is_addend(addend, value, node):
+            yield value, (Step(ADDEND, node, addend),)
+    if difference is not None:
+        minuend, subtrahend = difference
+        if _is_addend(subtrahend, minuend, node):
+            yield minuend, (Step(ADDEND, node, subtrahend, negated=True),)
+        if _is_addend(minuend, subtrahend, node):
+            yield subtrahend, (Step(SCALE, node, -1.0), Step(ADDEND, node, minuend))
 
 
 def _is_addend(addend: Any, value: Any, node: Node) -> bool:

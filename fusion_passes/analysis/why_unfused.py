@@ -3,56 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch.fx import Node
 
-from fusewire.fusion_passes.analysis.graph import CASTS, VIEWS, aten, first_refusal, plain_add, plain_mul
+from fusewire.fusion_passes.analysis.graph import (
+    CASTS,
+    VIEWS,
+    aten,
+    depends_on,
+    dtype_of,
+    first_refusal,
+    plain_add,
+    plain_div,
+    plain_mul,
+    plain_sub,
+)
+from fusewire.fusion_passes.analysis.paths import PathFinder
+from fusewire.fusion_passes.analysis.replication import UNKNOWN
+from fusewire.fusion_passes.analysis.scales import is_gate, is_scale, unviewed
+from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import MATCH, Refused
-from fusewire.patterns.collectives import OTHER_COLLECTIVES, AllReduce, op_name
+from fusewire.patterns.collectives import OTHER_COLLECTIVES, WAIT, AllReduce, op_name
 
 _LAYER_NORMS = {"aten::native_layer_norm", "aten::var_mean", "prims::var"}
 _MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "aten::convolution"}
 _PASSED = VIEWS | CASTS | {aten.div.Tensor, aten.sub.Tensor, aten.add.Tensor, aten.neg.default}
 _STEPS = 24
+_BEYOND = (
+    "lies beyond a graph break or the end of a nested_compile_region, or outside the compiled part; compile with "
+    "fullgraph=True to see what breaks the graph"
+)
 
 
-def explain_unfused(site: AllReduce, norms: set[Node], fused_sums: set[str]) -> Refused:
+def explain_unfused(site: AllReduce, norms: set[Node], fused_sums: set[str], config: PassConfig) -> Refused:
     """Return why an all-reduce was not fused with a norm.
 
     Args:
         site: the all-reduce, in the graph as it arrived.
         norms: the inputs of that graph's norms.
         fused_sums: names of sums that were fused with another all-reduce.
+        config: the options.
     """
-    return Refused(MATCH, first_refusal(_at_site(site)) or first_refusal(_after(site, norms, fused_sums)))
+    return Refused(MATCH, first_refusal(_at_site(site)) or first_refusal(_after(site, norms, fused_sums, config)))
 
 
 def _at_site(site: AllReduce) -> Iterator[tuple[bool, str]]:
+    users = list(site.node.users)
+    waits = [user for user in users if user.target is WAIT]
+    unwaited = site.value is site.node and site.spelling.waits
     yield site.spelling.in_place, "the all-reduce overwrites its input in place, so it cannot be moved to the norm"
     yield (
-        site.value is site.node and site.spelling.waits,
-        "its result is waited for in several places, or nowhere, in this graph",
+        unwaited and not waits and any(user.op == "output" for user in users),
+        f"its result leaves this graph before it is waited for: the wait {_BEYOND}",
+    )
+    yield unwaited and not waits, "its result is waited for nowhere in this graph"
+    yield (
+        unwaited,
+        "its result is waited for in several places of this graph, or also read before it is waited for; wait for it "
+        "once, and read what the wait returns",
     )
     yield not site.value.users, "nothing reads its result in this graph"
     yield (
         all(user.op == "output" for user in site.value.users),
-        "its result is an output of this graph: the norm lies beyond a graph break or the end of a "
-        "nested_compile_region, or outside the compiled part; compile with fullgraph=True to see what breaks the graph",
+        f"its result is an output of this graph: the norm {_BEYOND}",
     )
 
 
-def _after(site: AllReduce, norms: set[Node], fused_sums: set[str]) -> Iterator[tuple[bool, str]]:
-    reached = _reach(site.value, norms)
+def _after(site: AllReduce, norms: set[Node], fused_sums: set[str], config: PassConfig) -> Iterator[tuple[bool, str]]:
+    previous = _reach(site.value, norms)
+    reached = list(previous)
     names = [op_name(node) for node in reached]
-    gate = next((node for node in reached if node not in norms and plain_mul(node) is not None), None)
     other_sum = next((node for node in reached if node.name in fused_sums), None)
-    collective = next((OTHER_COLLECTIVES[name] for name in names if name in OTHER_COLLECTIVES), "")
-    reaches_norm = not norms.isdisjoint(reached)
-    yield (
-        gate is not None and (reaches_norm or other_sum is not None),
-        f"it is multiplied by a tensor ({gate}) before the norm; the product of a sum is the sum of products only if "
-        "that tensor is the same on every rank, which the graph does not prove",
-    )
+    norm = next((node for node in reached if node in norms), None)
+    blocker, refusal = _blocker(site, norm or other_sum, previous, config)
+    yield blocker is not None and (plain_mul(blocker) or plain_div(blocker)) is not None, refusal
     yield (
         other_sum is not None,
         f"it is added to another all-reduce ({other_sum}), and a sum can be fused with one of its two all-reduces only; "
@@ -62,24 +87,99 @@ def _after(site: AllReduce, norms: set[Node], fused_sums: set[str]) -> Iterator[
         not _LAYER_NORMS.isdisjoint(names) or {"aten::mean", "aten::sub"} <= set(names),
         "a LayerNorm follows, which subtracts the mean; only RMSNorm has a fused kernel",
     )
+    collective = next((OTHER_COLLECTIVES[name] for name in names if name in OTHER_COLLECTIVES), "")
     yield collective != "", f"{collective} follows, not a norm"
-    yield reaches_norm, "an operation between the all-reduce and the norm cannot be carried over it"
+    yield blocker is not None, refusal
+    yield (
+        norm is not None,
+        f"the norm of {norm} was tried with another all-reduce that reaches it, or more than 12 operations stand between",
+    )
     yield not _MATMULS.isdisjoint(names[:4]), "a matrix product follows, not a norm"
     yield any(node.op == "output" for node in reached), "its result leaves the graph without an RMSNorm after it"
     yield True, f"no RMSNorm follows; {names[0] or reached[0].target} reads its result"
 
 
-def _reach(start: Node, norms: set[Node]) -> list[Node]:
-    """Return the nodes that read a value, through at most 24 elementwise steps, nearest first."""
-    seen: list[Node] = []
-    pending = list(start.users)
-    while pending and len(seen) < _STEPS:
-        node = pending.pop(0)
-        if node in seen:
+def _reach(start: Node, norms: set[Node]) -> dict[Node, Node]:
+    """Return the nodes that read a value, each with the node that it was reached from.
+
+    They stand behind at most 24 elementwise steps, nearest first.
+    """
+    found: dict[Node, Node] = {}
+    pending = [(user, start) for user in start.users]
+    while pending and len(found) < _STEPS:
+        node, source = pending.pop(0)
+        if node in found:
             continue
-        seen.append(node)
+        found[node] = source
         if node in norms:
             continue
         if node.target in _PASSED or plain_add(node) is not None or plain_mul(node) is not None:
-            pending.extend(node.users)
-    return seen
+            pending.extend((user, node) for user in node.users)
+    return found
+
+
+def _blocker(
+    site: AllReduce, end: Node | None, previous: dict[Node, Node], config: PassConfig
+) -> tuple[Node | None, str]:
+    """Return the first node before `end` that the all-reduce cannot be moved over, and why."""
+    finder = PathFinder({site.value: site.node}, config)
+    steps = []
+    while end is not None and end is not site.value:
+        steps.append((previous[end], end))
+        end = previous[end]
+    for source, node in reversed(steps):
+        if not any(found is source for found, _ in finder.steps_back(node)):
+            return node, _why_not_over(node, source, site, finder)
+    return None, ""
+
+
+def _why_not_over(node: Node, source: Node, site: AllReduce, finder: PathFinder) -> str:
+    """Return why an all-reduce cannot be moved over a node that reads its value `source`."""
+    name = f"{op_name(node) or node.target} ({node})"
+    if (factors := plain_mul(node)) is not None:
+        factor = factors[factors[0] is source]
+        return f"it is multiplied by a tensor ({node}) before the norm; {_why_not_moved(factor, source, site, finder)}"
+    if plain_div(node) is not None:
+        return (
+            f"it is divided by a tensor ({node}) before the norm; only a product, or a quotient by a number, can move"
+        )
+    addends = plain_add(node) or plain_sub(node)
+    if addends is None:
+        return (
+            f"{name} between the all-reduce and the norm cannot be carried over it: only views, scales and sums can, and "
+            "no option helps"
+        )
+    addend = addends[addends[0] is source]
+    if isinstance(addend, Node) and dtype_of(addend) != dtype_of(source):
+        return (
+            f"{name} adds a tensor in {dtype_of(addend)} to the all-reduce's result in {dtype_of(source)}, so it cannot "
+            "be carried over it; add in one dtype"
+        )
+    return (
+        f"{name} adds a number, or a tensor of another shape than the all-reduce's result and its rows, so it cannot be "
+        "carried over it; no option helps"
+    )
+
+
+def _why_not_moved(factor: Any, source: Node, site: AllReduce, finder: PathFinder) -> str:
+    """Return why a factor cannot move before the all-reduce."""
+    if not isinstance(factor, Node):
+        return "its dtype or shape is another after that"
+    order = {node: index for index, node in enumerate(factor.graph.nodes)}
+    if depends_on(factor, site.node, order):
+        return "that tensor is computed from the all-reduce's own result, so it cannot move before it; no option helps"
+    equal = "the product of a sum is the sum of products only if that tensor is the same on every rank"
+    options = {
+        "assume_replicated_scales": is_scale(unviewed(factor)),
+        "assume_replicated_gates": is_gate(factor, source),
+    }
+    verdict = finder.replication.judge(factor, site.group)
+    option = next((name for name, holds in options.items() if holds and not getattr(finder.config, name)), "")
+    if any(options.values()) and verdict.kind == UNKNOWN:
+        return f"{equal}, and it {verdict.reason}; no option helps"
+    if option:
+        return f"{equal}, which the graph does not prove; {option}=True assumes it"
+    return (
+        f"{equal}, which the graph does not prove and no option assumes; multiply before the all-reduce instead (a vector "
+        "of the hidden size: in the projection's weight)"
+    )

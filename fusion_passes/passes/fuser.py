@@ -19,6 +19,7 @@ from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.ops.registry import YES, Support
 from fusewire.errors import ProcessGroupError
 from fusewire.fusion_passes.analysis.graph import (
+    cast_source,
     copy_origin,
     depends_on,
     dtype_of,
@@ -231,10 +232,26 @@ def check_epsilon(captures: Captures) -> Support:
     eps = captures["eps"]
     if is_number(eps):
         return Support.all_of((eps >= 0, f"epsilon is {eps}; the operators take zero or a positive number"))
+    if not _may_be_float(eps):
+        return Support.no(
+            f"epsilon is not a number but a tensor ({eps}), as a buffer is; the operators take a number, so keep it as a "
+            "Python float in the module"
+        )
     return Support.no(
         f"epsilon is not a number but a value of the graph ({eps}), because dynamic=True made it an input; compile with "
         "backend='fusewire' or torch._dynamo.config.specialize_float=True, which keep it a number"
     )
+
+
+def _may_be_float(eps: Any) -> bool:
+    """Return whether dynamic=True may have made this node of a Python float.
+
+    Dynamo passes those as symbols or as float64 tensors without dimensions.
+    """
+    while (source := cast_source(eps)) is not None:
+        eps = source
+    value = value_of(eps)
+    return value is None or (eps.op == "placeholder" and value.dim() == 0 and value.dtype == torch.float64)
 
 
 def check_weight_bias(captures: Captures) -> Support:

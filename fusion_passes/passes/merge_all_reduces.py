@@ -20,6 +20,8 @@ from fusewire.fusion_passes.analysis.graph import (
     aten,
     dtype_of,
     erase_unused,
+    is_vector,
+    last_size,
     mutation_regions,
     new_call,
     plain_add,
@@ -27,11 +29,13 @@ from fusewire.fusion_passes.analysis.graph import (
     same_shape,
     sort_topologically,
 )
-from fusewire.fusion_passes.analysis.paths import SCALE, VIEW, Path, PathFinder
+from fusewire.fusion_passes.analysis.paths import ADDEND, CAST, Path, PathFinder
 from fusewire.fusion_passes.context import MERGED, RunContext
 from fusewire.fusion_passes.passes.coalesced import drop_taken_tensors
-from fusewire.fusion_passes.spmd.fingerprint import scale_text
+from fusewire.fusion_passes.spmd.fingerprint import moved_texts
 from fusewire.patterns.collectives import ALL_REDUCE, COALESCED_PART, SUM, WAIT, AllReduce, read_all_reduce
+
+_SUMS = ADDS | {aten.addmm.default}
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class _Merger:
             and site.value is not site.node
             and (site.node.target is ALL_REDUCE or site.spelling is COALESCED_PART)
         }
-        self.paths = PathFinder(self.values, context.config)
+        self.paths = PathFinder(self.values, context.config, matrices=True)
 
     def run(self) -> bool:
         changed = False
@@ -74,7 +78,7 @@ class _Merger:
             return False
         regions = mutation_regions(self.graph)
         for node in list(self.graph.nodes):
-            pair = self._pair_at(node) if node.target in ADDS and not node._erased else None
+            pair = self._pair_at(node) if node.target in _SUMS and not node._erased else None
             if pair is None:
                 continue
             # Both all-reduces must read their inputs between the same two in-place writes.
@@ -88,39 +92,47 @@ class _Merger:
 
     def _pair_at(self, node: Node) -> _Pair | None:
         """Return the all-reduces behind the operands of an add, if they can be merged."""
-        left, right = plain_add(node) or (None, None)
-        if not isinstance(left, Node) or not isinstance(right, Node):
-            return None
-        paths = self._path_to(left), self._path_to(right)
-        if paths[0] is not None and paths[1] is not None:
-            return self._pair(paths[0], paths[1], None)
-        for path, other in ((paths[0], right), (paths[1], left)):
-            pair = self._pair_behind(path, other, node) if path is not None else None
-            if pair is not None:
-                return pair
+        if node.target is aten.addmm.default:
+            operands = [(node.args[0], self._path_to(node.args[0])), (None, self._path_to_product(node))]
+        else:
+            operands = [(operand, self._path_to(operand)) for operand in plain_add(node) or ()]
+        match [path for _, path in operands if path is not None]:
+            case [first, second]:
+                return self._pair(first, second, None)
+            case [path]:
+                other = next(operand for operand, found in operands if found is None)
+                return self._pair_behind(path, other, node)
         return None
 
-    def _pair_behind(self, path: Path, other: Node, node: Node) -> _Pair | None:
-        """Return the pair where `other`, the add's other operand, is a sum with a residual."""
-        inner = plain_add(other) if len(other.users) == 1 else None
+    def _pair_behind(self, path: Path, other: Any, node: Node) -> _Pair | None:
+        """Return the pair where `other`, the add's other operand, is a sum with a residual or a bias."""
+        inner = plain_add(other) if isinstance(other, Node) and len(other.users) == 1 else None
         for summed, residual in (inner, inner[::-1]) if inner is not None else ():
             second = self._path_to(summed)
-            fits = same_shape(residual, node) and same_shape(other, node)
+            fits = same_shape(residual, node) or is_vector(residual, last_size(node))
+            fits = fits and same_shape(other, node)
             if second is not None and fits and dtype_of(residual) == dtype_of(other) == dtype_of(node):
                 return self._pair(second, path, residual)
         return None
 
     def _path_to(self, operand: Any) -> Path | None:
-        """Return a path of views and scales that nothing else reads, or None.
+        """Return a path of views and products that nothing else reads, or None.
 
         So neither a gate nor the input of another all-reduce depends on this one's result.
         """
         if not self._may_lead(operand):
             return None
         path = self.paths.find(operand)
-        if path is None or path.other_readers or len(path.of_kind(VIEW, SCALE)) != len(path.steps):
+        if path is None or path.other_readers or path.of_kind(CAST, ADDEND):
             return None
         return None if path.refusal(True) else path
+
+    def _path_to_product(self, node: Node) -> Path | None:
+        """Return the path to the product of an addmm, or None."""
+        summed, matrix = node.args[1:]
+        path = None if node.kwargs else self._path_to(summed)
+        step = self.paths.matrix(node, matrix)
+        return None if path is None or step is None else Path(path.all_reduce, (*path.steps, step), node)
 
     def _may_lead(self, node: Any, limit: int = 6) -> bool:
         """Return whether an all-reduce stands behind at most 6 views and products."""
@@ -128,7 +140,8 @@ class _Merger:
             return False
         if node in self.values:
             return True
-        behind = plain_mul(node) or (node.args[:1] if node.target in VIEWS else ())
+        first_only = node.target in VIEWS or node.target is aten.mm.default
+        behind = plain_mul(node) or (node.args[:1] if first_only else ())
         return any(self._may_lead(source, limit - 1) for source in behind)
 
     def _pair(self, first: Path, second: Path, residual: Node | None) -> _Pair | None:
@@ -168,7 +181,7 @@ class _Merger:
         first, second = (context.origin.pop(path.all_reduce.name, path.all_reduce.name) for path in pair.paths)
         context.origin[reduced.name] = first
         context.merged[second] = f"{MERGED} {first}"
-        texts = [" ".join(["one sum", *(scale_text(s.value) for s in path.of_kind(SCALE))]) for path in pair.paths]
+        texts = [" ".join(["one sum", *moved_texts(path)]) for path in pair.paths]
         moved = [*context.moved.pop(second, []), f"merged: {texts[0]} + {texts[1]}"]
         context.moved.setdefault(first, []).extend(moved)
         context.assumed.update(option for path in pair.paths for option in path.assumptions)

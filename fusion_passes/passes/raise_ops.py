@@ -14,6 +14,7 @@ The search goes back from each norm to its all-reduce, so a refusal can name wha
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -28,20 +29,18 @@ from fusewire.fusion_passes.analysis.graph import (
     first_refusal,
     getitem,
     is_row_major,
-    is_vector,
-    last_size,
     mutation_regions,
     new_call,
     same_shape,
     sort_topologically,
 )
 from fusewire.fusion_passes.analysis.norm_reader import Norm, norm_roots, norms_at
-from fusewire.fusion_passes.analysis.paths import ADDEND, SCALE, PathFinder
+from fusewire.fusion_passes.analysis.paths import ADDEND, PathFinder
 from fusewire.fusion_passes.analysis.sites import Site, site_refusals, spans_write
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import MATCH, RunContext
 from fusewire.fusion_passes.passes.coalesced import drop_taken_tensors
-from fusewire.fusion_passes.spmd.fingerprint import scale_text
+from fusewire.fusion_passes.spmd.fingerprint import moved_texts
 from fusewire.patterns.collectives import ALL_REDUCE, WAIT, AllReduce, read_all_reduce
 
 
@@ -119,7 +118,7 @@ class _Canonicalizer:
         name = self.context.origin.get(path.all_reduce.name, path.all_reduce.name)
         if name in self.context.excluded or name in self.taken:
             return False
-        refusal = norm.refusal or path.refusal(self.config.allow_reassociation)
+        refusal = norm.refusal or path.refusal(self.config.allow_reassociation, site.residual)
         refusal = refusal or first_refusal(site_refusals(site, self.regions, self.order))
         if refusal:
             self.context.refuse(name, MATCH, refusal)
@@ -127,9 +126,9 @@ class _Canonicalizer:
         self.taken.add(name)
         self.context.spelling[name] = norm.spelling
         self.context.refused.pop(name, None)  # a norm on a longer path may have been refused before
-        scales = [scale_text(step.value) for step in path.of_kind(SCALE)]
-        if scales:
-            self.context.moved.setdefault(name, []).extend(scales)
+        moved = moved_texts(path)
+        if moved:
+            self.context.moved.setdefault(name, []).extend(moved)
         self.context.assumed.update(path.assumptions)
         summed = self._moved_all_reduce(site)
         self.context.origin[summed.all_input_nodes[0].name] = name
@@ -178,10 +177,7 @@ class _Canonicalizer:
         """Return the residual with the path's addends in the order of the source, or None."""
         path, residual = site.path, site.residual
         for step in path.of_kind(ADDEND):
-            addend = step.value
-            if not is_vector(addend, last_size(summed)) or same_shape(addend, step.node):
-                for view in path.views_after(step):
-                    addend = self._call(view.target, (addend, *view.args[1:]), view.kwargs, view)
+            addend = path.moved_addend(step, self._call)
             if residual is not None:
                 residual = self._call(aten.add.Tensor, (residual, addend), {}, step.node)
             elif same_shape(addend, summed):
@@ -194,7 +190,8 @@ class _Canonicalizer:
 
     def _replace_site(self, site: Site, summed: Node) -> None:
         """Replace the norm, and the value that was normalised, by the IR operator's results."""
-        norm, old = site.norm, site.path.all_reduce
+        old = site.path.all_reduce
+        norm = self._with_scaled_weight(site.norm, summed)
         with self.graph.inserting_before(norm.out):
             residual = self._residual(site, summed)
             if residual is None:
@@ -212,6 +209,21 @@ class _Canonicalizer:
             self.graph.erase_node(sum_out)
         if summed is not old.value:
             self._drop(old)
+
+    def _with_scaled_weight(self, norm: Norm, summed: Node) -> Norm:
+        """Return a norm whose weight has its weight_scale in it, for `summed`."""
+        if norm.weight_scale == 1:
+            return norm
+        given, like = norm.weight, summed.meta["val"]
+        early = given is None or given.op != "call_function"  # then the collective need not move
+        with self.graph.inserting_before(summed.all_input_nodes[0] if early else norm.out):
+            if given is not None:
+                weight = self._call(aten.mul.Tensor, (given, norm.weight_scale), {}, norm.out)
+            else:
+                size, kind = like.shape[-1], {"dtype": like.dtype, "device": like.device}
+                weight = self.graph.call_function(aten.full.default, ([size], norm.weight_scale), kind)
+                weight.meta["val"] = like.new_full((size,), norm.weight_scale)
+        return dataclasses.replace(norm, weight=weight, weight_scale=1.0)
 
     def _fused_add(self, summed: Node, residual: Any, norm: Norm) -> tuple[Node, Node, Node]:
         """Return a new fused_add_rms_norm call and its two results: the norm and the sum."""
@@ -284,6 +296,7 @@ class _Canonicalizer:
         dtype = dtype_of(norm.out)
         return (
             not norm.refusal
+            and norm.weight_scale == 1
             and dtype is not None
             and dtype == dtype_of(norm.source)
             and isinstance(norm.eps, float)

@@ -18,6 +18,8 @@ from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import shard_rows
 from fusewire.errors import ProcessGroupError
 from fusewire.fusion_passes.analysis.graph import aten, new_call, value_of
+from fusewire.fusion_passes.analysis.paths import MATRIX, SCALE, Path
+from fusewire.fusion_passes.analysis.scales import is_scale
 from fusewire.patterns.collectives import ALL_REDUCE, SUM, op_name, positional, read_all_reduce
 
 _GROUP_ARGUMENTS = ("group_name", "group")
@@ -178,16 +180,23 @@ def _written_freely(graph: Graph, tensor: Node) -> Node:
     return new_call(graph, aten.clone.default, (tensor,), {}, tensor)
 
 
-def scale_text(factor: Any) -> str:
-    """Return as text a factor that moves across a collective; a constant with its value."""
+def moved_texts(path: Path) -> list[str]:
+    """Return as texts the factors that move across a path's collective; constants with values."""
+    return [f"times {_factor_text(step.value)}" for step in path.of_kind(SCALE, MATRIX)]
+
+
+def _factor_text(factor: Any) -> str:
     if not isinstance(factor, Node):
-        return f"times {factor!r}"
+        return repr(factor)
     value, owner = value_of(factor), factor.graph.owning_module
     constant = getattr(owner, str(factor.target), None) if factor.op == "get_attr" else None
     if isinstance(constant, torch.Tensor) and type(constant) is torch.Tensor and constant.device.type != "meta":
-        return f"times {constant.detach().cpu().tolist()!r}"
-    kind = "an input" if factor.op in ("placeholder", "get_attr") else "a gate"
-    return f"times {kind} ({_tensor_text(value, rows=False)})"
+        return repr(constant.detach().cpu().tolist())
+    text = _tensor_text(value, rows=False)
+    if factor.op == "call_function" and is_scale(factor):  # with the constants in it
+        arguments = ", ".join(_factor_text(argument) for argument in (*factor.args, *factor.kwargs.values()))
+        return f"{op_name(factor)}({arguments}) ({text})"
+    return f"{'an input' if factor.op in ('placeholder', 'get_attr') else 'a gate'} ({text})"
 
 
 def _as_written(node: Node, text: str) -> str:
