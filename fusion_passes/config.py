@@ -82,8 +82,8 @@ class PassConfig:
     )
     merge_allreduces: bool = _fusion(
         True,
-        "Replace the sum of two all-reduces over one group by one all-reduce of the sum. This rounds elsewhere, so it "
-        "needs allow_reassociation.",
+        "Replace the sum of two all-reduces over one group by one all-reduce of the sum, also where a matrix multiplies "
+        "one of them (LoRA). This rounds elsewhere, so it needs allow_reassociation.",
     )
     shard_residual: bool = _fusion(
         False,
@@ -102,8 +102,8 @@ class PassConfig:
     allow_reassociation: bool = _numeric(
         True,
         "Move a bias or a scale between the all-reduce and the norm across the sum, and accept norms that divide by a "
-        "root or by the hidden size. Both round elsewhere: the norms by one unit of float32. In float16 nothing moves "
-        "that could exceed the largest number.",
+        "root or by the hidden size. Both round elsewhere: the norms by one unit of float32; L2 norms round their weight "
+        "divided by the root of the hidden size. In float16 nothing moves that could exceed the largest number.",
     )
     batch_invariant: bool = _numeric(
         False,
@@ -126,7 +126,8 @@ class PassConfig:
     assume_replicated_scales: bool = _assumption(
         True,
         "Assume that a one-element parameter, buffer or input that multiplies an all-reduced value (Gemma's embedding "
-        "scale) is equal on every rank, so that it can move before the all-reduce.",
+        "scale), or a scale computed from such ones alone, is equal on every rank, so that it can move before the "
+        "all-reduce.",
     )
     assume_replicated_gates: bool = _assumption(
         False,
@@ -138,8 +139,9 @@ class PassConfig:
         True,
         "Assume that the residual added after an all-reduce, and the norm's weight, are equal on every rank. Kernels "
         "(every provider but native and rank_ordered) and shard_residual need it, since the rank that owns a row adds "
-        "its own residual for all ranks. False: where the graph does not prove it, native serves, which adds each "
-        "rank's own, and the residual is not sharded.",
+        "its own residual for all ranks. A matrix that makes what is added (LoRA's second) moves before the all-reduce. "
+        "False: where the graph does not prove it, native serves, which adds each rank's own, the residual is not "
+        "sharded, and no matrix moves.",
     )
     compile_alone: bool = _assumption(
         False,

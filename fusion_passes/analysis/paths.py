@@ -205,7 +205,7 @@ class PathFinder:
             return None
         start, steps = found
         site = read_all_reduce(self.by_value[start])
-        if site is None or any(not self._fits_group(step.value, site) for step in steps if step.kind == SCALE):
+        if site is None or any(not self.fits_group(step, site) for step in steps):
             return None
         return Path(site, tuple(steps), node)
 
@@ -280,9 +280,10 @@ class PathFinder:
             return None
         return Step(SCALE, node, small, option if origin.assumed else "")
 
-    def _fits_group(self, factor: Any, site: AllReduce) -> bool:
-        """Return whether a factor is equal on the ranks of an all-reduce's group."""
-        if not isinstance(factor, Node) or factor.op != "call_function":
+    def fits_group(self, step: Step, site: AllReduce) -> bool:
+        """Return whether a step's factor, if it is one, is equal on the ranks of an all-reduce's group."""
+        factor = step.value
+        if step.kind != SCALE or not isinstance(factor, Node) or factor.op != "call_function":
             return True
         return self.replication.judge(factor, site.group).kind != UNKNOWN
 

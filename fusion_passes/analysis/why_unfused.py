@@ -128,7 +128,8 @@ def _blocker(
         steps.append((previous[end], end))
         end = previous[end]
     for source, node in reversed(steps):
-        if not any(found is source for found, _ in finder.steps_back(node)):
+        ways = [taken for found, taken in finder.steps_back(node) if found is source]
+        if not any(all(finder.fits_group(step, site) for step in taken) for taken in ways):
             return node, _why_not_over(node, source, site, finder)
     return None, ""
 
@@ -175,7 +176,7 @@ def _why_not_moved(factor: Any, source: Node, site: AllReduce, finder: PathFinde
     }
     verdict = finder.replication.judge(factor, site.group)
     option = next((name for name, holds in options.items() if holds and not getattr(finder.config, name)), "")
-    if any(options.values()) and verdict.kind == UNKNOWN:
+    if verdict.kind == UNKNOWN:
         return f"{equal}, and it {verdict.reason}; no option helps"
     if option:
         return f"{equal}, which the graph does not prove; {option}=True assumes it"

@@ -50,6 +50,10 @@ def scaled(x, r, w, scale=0.5):
     return norm(r + reduce(torch.tanh(x)) * scale, w)
 
 
+def in_a_tensor(scale):
+    return lambda x, r, w: norm(r + reduce(torch.tanh(x)) * x.new_full((1,), scale), w)
+
+
 def layers(x, r, w):
     for _ in range(16):
         r = r + reduce(x)
@@ -113,6 +117,7 @@ def test_the_same_program_has_the_same_fingerprint():
     ("one", "other"),
     [
         ((merged, {}), (lambda x, r, w: norm(r + (reduce(torch.tanh(x)) + reduce(x) * 0.5), w), {})),
+        ((in_a_tensor(0.5), {}), (in_a_tensor(0.25), {})),
         ((scaled, {}), (lambda x, r, w: scaled(x, r, w, 0.25), {})),
         ((scaled, {}), (lambda x, r, w: norm(r + -reduce(torch.tanh(x)), w), {})),
         ((scaled, {}), (scaled, {"dtype": torch.bfloat16})),
@@ -126,7 +131,16 @@ def test_the_same_program_has_the_same_fingerprint():
             (lambda x, r, w: norm(r + reduce(torch.tanh(x)), w, 1e-6), {"inline_native": False}),
         ),
     ],
-    ids=["merged scale", "scale", "sign", "dtype", "provider", "policy", "epsilon of a kernel"],
+    ids=[
+        "merged scale",
+        "constant tensor",
+        "scale",
+        "sign",
+        "dtype",
+        "provider",
+        "policy",
+        "epsilon of a kernel",
+    ],
 )
 def test_what_moved_is_in_the_fingerprint(one, other):
     (first, first_options), (second, second_options) = one, other
@@ -138,6 +152,15 @@ def test_constants_by_value_and_inputs_by_name():
     inputs = printed(lambda x, r, w, s: norm(r + reduce(torch.tanh(x)) * s, w), half)[0]
     assert "times an input (float32" in inputs.label
     assert "times 0.5" in printed(scaled)[0].label
+
+
+def test_numbers_that_a_moved_scale_is_computed_with():
+    def program(number):
+        return lambda x, r, w, s: norm(r + reduce(torch.tanh(x)) * (s * number).sqrt(), w)
+
+    one, other, again = (printed(program(number), torch.tensor(0.5))[0] for number in (2.0, 3.0, 2.0))
+    assert one.rewritten == again.rewritten != other.rewritten
+    assert "times aten::sqrt(aten::mul(an input (float32[]), 2.0) (float32[])) (float32[])" in one.label
 
 
 def test_rows_are_no_difference():

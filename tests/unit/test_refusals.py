@@ -297,13 +297,6 @@ def test_value_between_is_read_elsewhere():
     refused(block, *tensors(shape=(2, 3)), gate="match", says="also read elsewhere")
 
 
-def test_scale_after_a_bias():
-    def block(x, r, w):
-        return NORMS["L"]((reduce_functional(x) + w) * 0.5 + r, w, 1e-5)
-
-    refused(block, *tensors(), gate="match", says="a scale after a bias")
-
-
 def test_tensor_scale_between():
     def block(x, r, w, gate):
         return NORMS["L"](reduce_functional(x) * gate + r, w, 1e-5)

@@ -421,7 +421,7 @@ def _gathered(x, r, w):
         (_leaves, "its result leaves the graph without an RMSNorm after it"),
         (_relu, "no RMSNorm follows; aten::relu reads its result"),
         (_gated, "multiplied by a tensor (mul) before the norm"),
-        (_broadcast, "an operation between the all-reduce and the norm cannot be carried over it"),
+        (_broadcast, "aten::add (add) adds a number, or a tensor of another shape than the all-reduce's result"),
         (_scattered, "a reduce-scatter (sequence parallelism) follows, not a norm"),
         (_gathered, "an all-gather follows, not a norm"),
     ],
@@ -473,13 +473,20 @@ def test_explanation_of_several_waits():
     made = _Handmade()
     reduced = made.call(ALL_REDUCE, made.x, "sum", dist.group.WORLD.group_name)
     says = made.explain(made.call(WAIT, reduced), made.call(WAIT, reduced))
-    assert says == "its result is waited for in several places, or nowhere, in this graph"
+    assert says.startswith("its result is waited for in several places of this graph, or also read before it")
 
 
 def test_explanation_of_no_wait():
     made = _Handmade()
     reduced = made.call(ALL_REDUCE, made.x, "sum", dist.group.WORLD.group_name)
-    assert "or nowhere" in made.explain(made.call(aten.relu.default, reduced))
+    assert made.explain(made.call(aten.relu.default, reduced)) == "its result is waited for nowhere in this graph"
+
+
+def test_explanation_of_a_wait_behind_a_graph_break():
+    made = _Handmade()
+    says = made.explain(made.call(ALL_REDUCE, made.x, "sum", dist.group.WORLD.group_name))
+    assert says.startswith("its result leaves this graph before it is waited for: the wait lies beyond a graph break")
+    assert says.endswith("compile with fullgraph=True to see what breaks the graph")
 
 
 def test_explanation_of_an_unread_result():

@@ -1,0 +1,393 @@
+"""Subtractions, scales after addends, constants, L2 norms and LoRA between an all-reduce and its norm.
+
+The tensors hold small whole numbers, so that every sum is exact in any order: what was moved must
+give the same bits.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.patterns.collectives import ALL_REDUCE
+
+from support.blocks import HIDDEN, NORMS, reduce_functional, tensors
+from support.compiles import WITHOUT_CODE
+from support.distributed import fake_group, shared_pool
+from support.graphs import capture
+
+OTHER = []
+FUSED_OP = all_reduce_rms_norm.torch_op
+
+
+@pytest.fixture
+def world():
+    with fake_group(2) as group:
+        OTHER[:] = [dist.new_group([0, 1])]
+        yield group
+
+
+def norm(x, w):
+    return NORMS["L"](x, w, 1e-5)
+
+
+def whole(shape, most, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-most, most + 1, shape, generator=generator).to(dtype)
+
+
+def inputs(dtype=torch.float32, shape=(6,)):
+    """x, r, s: (*shape, HIDDEN); w, b: (HIDDEN,); c: one element; the matrices of a projection and of LoRA."""
+    full = (*shape, HIDDEN)
+    x, r, s = (whole(full, 4, dtype, seed) for seed in range(3))
+    w, b = (whole((HIDDEN,), 4, dtype, seed) for seed in (3, 4))
+    matrices = whole((HIDDEN, HIDDEN), 2, dtype, 5), whole((HIDDEN, 8), 2, dtype, 6), whole((8, HIDDEN), 2, dtype, 7)
+    return x, r, w, s, b, torch.tensor(0.25, dtype=dtype), *matrices
+
+
+# --- What fuses. `y` is the all-reduced value -----------------------------------------------------------------
+
+SUBTRACTIONS = {
+    "r - y": lambda y, r, s, b, c: r - y,
+    "y - r": lambda y, r, s, b, c: y - r,
+    "r - y * 0.5": lambda y, r, s, b, c: r - y * 0.5,
+    "r - (y + b)": lambda y, r, s, b, c: r - (y + b),
+    "r - (s - y)": lambda y, r, s, b, c: r - (s - y),
+    "r + (y - b)": lambda y, r, s, b, c: r + (y - b),
+    "(y - s) + r": lambda y, r, s, b, c: (y - s) + r,
+    "b - y": lambda y, r, s, b, c: b - y,
+    "rsub": lambda y, r, s, b, c: torch.rsub(y, r),
+}
+SCALES_AFTER_ADDENDS = {
+    "r + (y + s) * 0.25": lambda y, r, s, b, c: r + (y + s) * 0.25,
+    "(b + y) * 0.25 + r": lambda y, r, s, b, c: (b + y) * 0.25 + r,
+    "r + (y * 0.5 + s) / 4": lambda y, r, s, b, c: r + (y * 0.5 + s) / 4.0,
+    "r + ((y + s) + b) * c": lambda y, r, s, b, c: r + ((y + s) + b) * c,
+    "r + ((y + s) * 0.5 + b) * c": lambda y, r, s, b, c: r + ((y + s) * 0.5 + b) * c,
+    "r - -(y + s)": lambda y, r, s, b, c: r - -(y + s),
+    "(y + b) * c": lambda y, r, s, b, c: (y + b) * c,
+    "(r + y) * 0.25": lambda y, r, s, b, c: (r + y) * 0.25,
+    "flat": lambda y, r, s, b, c: (
+        r + (((y.reshape(-1, HIDDEN) + s.reshape(-1, HIDDEN)) + b) * c).reshape(r.shape) * 0.5
+    ),
+    "c in two dimensions": lambda y, r, s, b, c: r + (y.reshape(-1, HIDDEN) + b).mul(c.view(1, 1)).reshape(r.shape),
+}
+SCALES = {
+    "torch.tensor": lambda y, r, s, b, c: r + y * torch.tensor(0.5, dtype=y.dtype),
+    "torch.tensor in fp32": lambda y, r, s, b, c: r + y * torch.tensor(0.25),
+    "over torch.tensor": lambda y, r, s, b, c: r + y / torch.tensor(4.0, dtype=y.dtype),
+    "full": lambda y, r, s, b, c: r + torch.full((1,), 0.5, dtype=y.dtype) * y,
+    "full_like": lambda y, r, s, b, c: r + y * torch.full_like(y, 0.5),
+    "new_full": lambda y, r, s, b, c: r + y * y.new_full((), 0.5),
+    "full, cast": lambda y, r, s, b, c: r + y * torch.full((), 0.5, dtype=torch.float64).to(y.dtype),
+    "cast": lambda y, r, s, b, c: r + y * c.double().to(y.dtype),
+    "viewed": lambda y, r, s, b, c: r + y * c.view(1, 1),
+    "expanded": lambda y, r, s, b, c: r + y * c.view(1).expand(HIDDEN),
+    "computed": lambda y, r, s, b, c: r + y * (torch.sqrt(c) * 2 + 1),
+}
+KINDS = {**SUBTRACTIONS, **SCALES_AFTER_ADDENDS, **SCALES}
+
+
+def of_kind(name):
+    def block(x, r, w, s, b, c, *_):
+        total = KINDS[name](reduce_functional(x), r, s, b, c)
+        return norm(total, w), total
+
+    return block
+
+
+def lora(x, r, w, s, b, c, base, down, up):
+    total = r + (reduce_functional(x @ base) + (reduce_functional(x @ down) @ up) * 2.0)
+    return norm(total, w), total
+
+
+def lora_unscaled(x, r, w, s, b, c, base, down, up):
+    """Inductor writes it as one addmm."""
+    total = r + (reduce_functional(x @ base) + reduce_functional(x @ down) @ up)
+    return norm(total, w), total
+
+
+def lora_of_a_biased_projection(x, r, w, s, b, c, base, down, up):
+    total = r + ((reduce_functional(x @ base) + b) + (reduce_functional(x @ down) @ up.t().t()) * c)
+    return norm(total, w), total
+
+
+def lora_beside_the_residual(x, r, w, s, b, c, base, down, up):
+    total = (r + reduce_functional(x @ base)) + reduce_functional(x @ down) @ up
+    return norm(total, w), total
+
+
+LORA = {f.__name__: f for f in (lora, lora_unscaled, lora_of_a_biased_projection, lora_beside_the_residual)}
+
+
+def length(x):
+    return torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-5)
+
+
+L2_NORMS = {
+    "weightless": lambda x, w: (x.float() * length(x.float())).to(x.dtype),
+    "L": lambda x, w: w * (x.float() * length(x.float())).to(x.dtype),
+    "M": lambda x, w: (w * (x.float() * length(x.float()))).to(x.dtype),
+    "F": lambda x, w: (x.float() * length(x.float()) * w.float()).to(x.dtype),
+    "divided": lambda x, w: (x.float() / (x.float().pow(2).sum(-1, keepdim=True) + 1e-5).sqrt()).to(x.dtype) * w,
+}
+
+
+def l2(name):
+    def block(x, r, w, *_):
+        total = r + reduce_functional(x)
+        return L2_NORMS[name](total, w), L2_NORMS[name](reduce_functional(x + 1), w), total
+
+    return block
+
+
+def equal(got, want):
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_fuse(world, name):
+    """Scales in bf16, whose rounding they have; the others in fp32 with a symbolic number of tokens."""
+    dtype, dynamic = (torch.bfloat16, False) if name in SCALES else (torch.float32, True)
+    given = inputs(dtype, (2, 3))
+    captured = capture(of_kind(name), *given, dynamic=dynamic, inline_native=False)
+    assert captured.verdicts() == [("fused", "")], captured.reasons()
+    assert (captured.count(FUSED_OP), captured.count(ALL_REDUCE)) == (1, 0)
+    equal(captured.result, of_kind(name)(*given))
+
+
+@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize("shape", [(6,), (2, 3)], ids=["rank 2", "rank 3"])
+def test_lora_becomes_one_all_reduce(world, name, shape):
+    given = inputs(shape=shape)
+    captured = capture(LORA[name], *given, inline_native=False)
+    assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
+    assert (captured.count(FUSED_OP), captured.count(ALL_REDUCE)) == (1, 0)
+    (note,) = captured.account.notes
+    assert "1 matrix (assume_replicated_residuals)" in note
+    equal(captured.result, LORA[name](*given))
+
+
+@pytest.mark.parametrize("name", L2_NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_l2_norms_fuse(world, name, dtype):
+    """The root of 64 is a power of two, so that the weight is exact."""
+    given = inputs(dtype)
+    captured = capture(l2(name), *given, inline_native=False)
+    assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
+    calls = captured.graph.find_nodes(op="call_function", target=FUSED_OP)
+    assert [call.args[3] for call in calls] == [1e-5 / HIDDEN] * 2
+    assert all(", L2" in entry.spelling for entry in captured.account.entries)
+    for got, want in zip(captured.result, l2(name)(*given), strict=True):
+        torch.testing.assert_close(got, want, rtol=0 if name != "divided" else 1e-6, atol=0)
+
+
+def _largest_differences():
+    """On a rank: the kinds whose compiled result is not eager's, or that did not fuse."""
+    x, *rest = inputs()
+    given, wrong = (x * (1 + dist.get_rank()), *rest), []
+    blocks = {**{name: of_kind(name) for name in KINDS}, **LORA, "l2": l2("L")}
+    for name, block in blocks.items():
+        torch._dynamo.reset()
+        with torch.no_grad():
+            want = block(*given)
+            options = {"expect_fused": "all", **WITHOUT_CODE}
+            got = torch.compile(block, backend="fusewire", fullgraph=True, options=options)(*given)
+        if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
+            wrong.append(name)
+    return wrong
+
+
+def test_results_on_ranks():
+    assert shared_pool(2).run(_largest_differences, timeout_s=300) == [[], []]
+
+
+@pytest.mark.parametrize("name", ["r - y", "y - r", "b - y", "rsub"])
+def test_signs_are_exact(world, name):
+    """They need no allow_reassociation, and fuse in float16 too."""
+    for dtype in (torch.float16, torch.float32):
+        x, r, w = tensors(dtype, (6,))
+        given = x, r, w, *inputs(dtype)[3:]
+        captured = capture(of_kind(name), *given, allow_reassociation=False)
+        assert captured.verdicts() == [("fused", "")], captured.reasons()
+        equal(captured.result, of_kind(name)(*given))
+
+
+# --- What does not --------------------------------------------------------------------------------------------
+
+
+def refused(block, *given, says, **options):
+    captured = capture(block, *given, **options)
+    reasons = [entry.reason for entry in captured.account.entries if entry.status == "refused"]
+    assert any(says in reason for reason in reasons), reasons
+    assert _calls(str(captured.graph)) == _calls(captured.before[0])
+    return reasons
+
+
+def _calls(text):
+    """Return a graph's lines without unused constants, with all-reduces as before Inductor reuses their inputs."""
+    return [line.replace("all_reduce_.", "all_reduce.") for line in text.splitlines() if "num_users=0" not in line]
+
+
+def test_scales_that_are_assumed_are_counted(world):
+    captured = capture(of_kind("computed"), *inputs())
+    assert captured.account.notes == ("taken to be equal on all ranks: 1 scale (assume_replicated_scales)",)
+    assert capture(of_kind("full"), *inputs()).account.notes == ()
+    says = "which the graph does not prove; assume_replicated_scales=True assumes it"
+    refused(of_kind("computed"), *inputs(), says=says, assume_replicated_scales=False)
+    capture(of_kind("full"), *inputs(), assume_replicated_scales=False, expect_fused="all")
+
+
+@pytest.mark.parametrize("name", ["r - y * 0.5", "r + (y - b)", "(r + y) * 0.25", "full", "cast"])
+def test_other_kinds_need_reassociation(world, name):
+    refused(of_kind(name), *inputs(), says="allow_reassociation=False forbids", allow_reassociation=False)
+
+
+TENSOR = "no option assumes; multiply before the all-reduce instead"
+FACTORS = {
+    "vector": (lambda y, x, r, b, c: r + y * b, TENSOR),
+    "of the input": (lambda y, x, r, b, c: r + y * x.abs().max(), TENSOR),
+    "two numbers": (lambda y, x, r, b, c: r + y * torch.tensor([0.5, 2.0]).repeat(HIDDEN // 2), TENSOR),
+    "random": (lambda y, x, r, b, c: r + y * torch.rand_like(c), "comes from random numbers"),
+    "another group's": (
+        lambda y, x, r, b, c: r + y * functional.all_reduce(c, "sum", OTHER[0]),
+        "comes from a collective over another group",
+    ),
+    "its own": (lambda y, x, r, b, c: r - y * y, "it is multiplied by a tensor (mul) before the norm; that tensor is"),
+    "divisor": (lambda y, x, r, b, c: r + y / c, "it is divided by a tensor (div) before the norm; only a product"),
+    "alpha": (
+        lambda y, x, r, b, c: torch.sub(r, y, alpha=2),
+        "aten::sub (sub) between the all-reduce and the norm cannot",
+    ),
+    "rolled": (lambda y, x, r, b, c: torch.cat([r, y]), "aten::cat (cat) between the all-reduce and the norm cannot"),
+    "wide": (
+        lambda y, x, r, b, c: r.double() - y,
+        "a tensor in torch.float64 to the all-reduce's result in torch.float32",
+    ),
+    "number": (lambda y, x, r, b, c: r + (y + 1.5), "aten::add (add) adds a number, or a tensor of another shape"),
+    "its own addend": (
+        lambda y, x, r, b, c: r + (y + y.sin()) * 0.5,
+        "computed from that result, which has to be there",
+    ),
+    "its own residual": (lambda y, x, r, b, c: y - y.sin(), "computed from that result, which has to be there first"),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_factors_and_operations_that_stay(world, name):
+    function, says = FACTORS[name]
+
+    def block(x, r, w, s, b, c, *_):
+        return norm(function(reduce_functional(x), x, r, b, c).to(x.dtype), w)
+
+    reasons = refused(block, *inputs(), says=says)
+    assert not any("=True assumes it" in reason for reason in reasons)
+
+
+def test_an_addend_in_float16_stays_unless_it_becomes_the_residual(world):
+    given = inputs(torch.float16)
+    refused(of_kind("r + (y + s) * 0.25"), *given, says="make more than float16 holds")
+    for name in ("(r + y) * 0.25", "(b + y) * 0.25 + r", "r + (y - b)"):
+        assert capture(of_kind(name), *given).verdicts() == [("fused", "")]
+    refused(of_kind("computed"), *given, says="a scale (of unknown size)")
+
+
+def test_a_scaled_sum_that_is_read_elsewhere_stays(world):
+    def block(x, r, w, s, *_):
+        inner = reduce_functional(x) + s
+        return norm(r + inner * 0.5, w), inner
+
+    refused(block, *inputs(), says="add, between the all-reduce and the norm, is also read elsewhere")
+
+
+def test_l2_norms_that_stay(world):
+    given = inputs()
+    refused(l2("L"), *given, says="by the row's length", allow_reassociation=False)
+    half = inputs(torch.float16)
+    refused(lambda x, r, w, *_: L2_NORMS["L"](r + reduce_functional(x), w), *half, says="float16 is too small")
+    assert capture(lambda x, r, w, *_: L2_NORMS["weightless"](r + reduce_functional(x), w), *half).verdicts() == [
+        ("fused", "")
+    ]
+
+    def tensor_eps(x, r, w, s, b, c, *_):
+        total = r + reduce_functional(x)
+        return total * torch.rsqrt(total.pow(2).sum(-1, keepdim=True) + c)
+
+    refused(tensor_eps, *given, says="divides the sum of squares by 1, where")
+
+
+def test_an_l2_norm_without_an_all_reduce_stays(world):
+    """No operator is made of it, where every other norm becomes one."""
+
+    def block(x, r, w, *_):
+        return L2_NORMS["L"](r, w) + norm(reduce_functional(x), w)
+
+    captured = capture(block, *inputs(), batch_invariant=True)
+    assert captured.verdicts() == [("fused", "")]
+    assert captured.count(torch.ops.fusewire.rms_norm.default) == 0
+
+
+def _own_matrix(x, r, w, s, b, c, base, down, up):
+    return norm(r + (reduce_functional(x @ base) + reduce_functional(x @ down) @ reduce_functional(up)), w)
+
+
+def _random_matrix(x, r, w, s, b, c, base, down, up):
+    return norm(r + (reduce_functional(x @ base) + reduce_functional(x @ down) @ torch.rand_like(up)), w)
+
+
+def _read_twice(x, r, w, s, b, c, base, down, up):
+    low = reduce_functional(x @ down)
+    return norm(r + (reduce_functional(x @ base) + low @ up), w), low.sin()
+
+
+def _alone(x, r, w, s, b, c, base, down, up):
+    return norm(r + reduce_functional(x @ down) @ up, w)
+
+
+def _two_groups(x, r, w, s, b, c, base, down, up):
+    return norm(r + (reduce_functional(x @ base) + functional.all_reduce(x @ down, "sum", OTHER[0]) @ up), w)
+
+
+def _beta(x, r, w, s, b, c, base, down, up):
+    return norm(r + torch.addmm(reduce_functional(x @ base), reduce_functional(x @ down), up, beta=0.5), w)
+
+
+@pytest.mark.parametrize(
+    ("block", "options"),
+    [
+        (_own_matrix, {}),
+        (_random_matrix, {}),
+        (_read_twice, {}),
+        (_alone, {}),
+        (_two_groups, {}),
+        (_beta, {}),
+        (lora, {"allow_reassociation": False}),
+        (lora, {"assume_replicated_residuals": False}),
+        (lora, {"merge_allreduces": False}),
+    ],
+)
+def test_matrices_that_stay(world, block, options):
+    captured = capture(block, *inputs(), inline_native=False, **options)
+    assert not any(entry.fusion.startswith("merged") for entry in captured.account.entries)
+    assert not any("matri" in note for note in captured.account.notes)
+    products = [
+        node
+        for node in captured.graph.nodes
+        if node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    ]
+    assert len(products) == captured.before[0].count("aten.mm.default") + captured.before[0].count("aten.addmm.default")
+
+
+def test_lora_in_float16_is_not_merged(world):
+    captured = capture(lora, *inputs(torch.float16))
+    assert [entry.status for entry in captured.account.entries] == ["refused"] * 2
+
+
+def test_an_epsilon_that_is_a_buffer(world):
+    def block(x, r, w, s, b, c, *_):
+        return NORMS["L"](r + reduce_functional(x), w, c)
+
+    refused(block, *inputs(), says="epsilon is not a number but a tensor (arg", dynamic=True)
