@@ -183,7 +183,7 @@ NEAR = {
     "clamped root": (lambda x, w: x / torch.sqrt(mean(x)).clamp(min=1e-6) * w, "clamps"),
     "clamped mean": (lambda x, w: x * torch.rsqrt(mean(x).clamp_min(1e-6)) * w, "clamps"),
     "maximum": (lambda x, w: x * torch.rsqrt(torch.maximum(mean(x), mean(x) * 0 + 1e-6)) * w, "clamps"),
-    "twice the length": (lambda x, w: x / length(x) * 2.0 * w, "divides the sum of squares by 0.25, where"),
+    "twice the length": (lambda x, w: x / length(x) * 2.0 * w, "divides the sum of squares by 4, where"),
     "length with 1 + weight": (lambda x, w: x / length(x) * (1 + w), "divides the sum of squares by 1, where"),
     "sum over another number": (
         lambda x, w: x * torch.rsqrt(total(x) / 32 + 1e-5) * w,
