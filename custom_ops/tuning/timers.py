@@ -17,6 +17,7 @@ from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.ops.all_reduce_norm import sum_in_rank_order
 from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, normalize
+from fusewire.custom_ops.workspaces.capture import temporary_graph
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
 EPS = 1e-6
@@ -106,7 +107,7 @@ class GpuTimer(Timer):
             call(i)
         self.wait()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with temporary_graph(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for i in range(calls):
                 call(i)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(self.WARM_UP + self.RUNS + 1)]

@@ -249,7 +249,7 @@ class _Run(Measurement):
     def close(self) -> None:
         """Free the workspaces that were made for this tuning."""
         for key in self.opened:
-            REGISTRY.drop(key, captured=True)  # the timers' graphs are gone
+            REGISTRY.drop(key)
         if self.device.type == "cuda" and self.opened:
             torch.cuda.empty_cache()
 

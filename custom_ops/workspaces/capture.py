@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 
 from fusewire.errors import CaptureError
 
 _PREPARE = "call fusewire.prepare(..., max_tokens=...) on every rank, or run the model once, before capture"
+
+
+_temporary: ContextVar[bool] = ContextVar("fusewire_temporary_graph", default=False)
+graph_is_temporary: Callable[[], bool] = _temporary.get
+
+
+@contextmanager
+def temporary_graph() -> Iterator[None]:
+    """Make captures inside mark no workspace as captured, so that it can be closed afterwards.
+
+    Only for graphs that fusewire itself makes, replays and drops. Applies to this thread only.
+    """
+    token = _temporary.set(True)
+    try:
+        yield
+    finally:
+        _temporary.reset(token)
 
 
 def capturing() -> bool:

@@ -19,6 +19,7 @@ from fusewire.custom_ops.coordination.timeouts import Limit
 from fusewire.custom_ops.coordination.vote import Channel
 from fusewire.custom_ops.coordination.watchdog import WATCHDOG
 from fusewire.custom_ops.ops.registry import Support
+from fusewire.custom_ops.workspaces.capture import graph_is_temporary
 from fusewire.custom_ops.workspaces.stream_order import StreamOrder
 from fusewire.errors import FusewireError, WorkspaceError
 
@@ -41,7 +42,7 @@ class Workspace(abc.ABC):
     Attributes:
         closed: whether calls are refused.
         released: whether the buffers are freed.
-        captured: whether a CUDA graph has captured a call, and so needs the buffers.
+        captured: whether a CUDA graph of the program has captured a call, and so needs the buffers.
     """
 
     def __init__(self, key: WorkspaceKey, max_tokens: int, nbytes: int, device: torch.device) -> None:
@@ -77,7 +78,7 @@ class Workspace(abc.ABC):
 
     def enter(self, device_index: int) -> None:
         """Order the next launch after earlier calls; `order.lock` must be held until the launch."""
-        if self.order.enter(device_index):
+        if self.order.enter(device_index) and not graph_is_temporary():
             self.captured = True
 
     def retire(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 import fusewire
 from fusewire.custom_ops.coordination.watchdog import WATCHDOG
+from fusewire.custom_ops.tuning.timers import GpuTimer
 from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces.registry import REGISTRY
 from fusewire.errors import PeerTimeoutError, WorkspaceError
@@ -130,6 +132,43 @@ def test_a_captured_workspace_is_not_closed_but_on_demand(workspace):
     assert other.made.freed
     with pytest.raises(WorkspaceError, match="is closed"):
         call(workspace)
+
+
+def test_the_tuners_graphs_leave_a_workspace_closable(workspace, monkeypatch):
+    """They are dropped with the measurement; a graph of the program's own still counts."""
+
+    @contextlib.contextmanager
+    def graph(made, capture_error_mode):
+        workspace.capturing(True)
+        yield
+        workspace.capturing(False)
+
+    def event(enable_timing=False):
+        return SimpleNamespace(record=lambda: None, query=lambda: True, elapsed_time=lambda other: 1.0)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    seen = []
+
+    def timed(_):
+        call(workspace)
+        seen.append(workspace.order.capturing)
+
+    GpuTimer(torch.device("cuda")).time(timed, 8)
+    assert seen.count(True) == 8
+    fusewire.close()
+    assert workspace.made.freed
+
+    again = held("again")
+    again.order = workspace.order
+    register(again)
+    GpuTimer(torch.device("cuda")).time(lambda _: call(again), 8)
+    workspace.capturing(True)
+    call(again)
+    with pytest.raises(WorkspaceError, match="CUDA graphs have captured"):
+        fusewire.close()
+    fusewire.close(captured=True)
 
 
 def test_a_captured_workspace_whose_entry_goes_keeps_its_buffers(workspace):
