@@ -6,22 +6,16 @@ squares in the order that the launch configuration gives them.
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
-import time
-import traceback
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import numpy as np
-
 from fusewire.custom_ops.providers.symm_mem.launch_config import LaunchConfig
+
+from support.interpreted import main, run_cases
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE, ROUND = "scale_then_round", "round_then_scale"
@@ -188,26 +182,9 @@ def every_scenario():
     return found
 
 
-def run_scenarios(names):
-    """Results by name, from a process in which Triton interprets."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, __file__]
-    run = subprocess.run(
-        command, input=json.dumps(names), env=environment, capture_output=True, text=True, timeout=590, check=False
-    )
-    results = dict(json.loads(line) for line in run.stdout.splitlines() if line.startswith("["))
-    missing = run.stdout[-2000:] + run.stderr[-4000:]
-    return {name: results.get(name, f"the process ended with {run.returncode}: {missing}") for name in names}
-
-
 @pytest.fixture(scope="module")
 def results():
-    from triton.runtime import interpreter
-
-    if not all(hasattr(interpreter, n) for n in ("GridExecutor", "_patch_lang", "_implicit_cvt")):
-        pytest.skip("this Triton's interpreter is not the one that this simulation knows")
-    return run_scenarios([*SCENARIOS, *DIFFERING])
+    return run_cases(__file__, [*SCENARIOS, *DIFFERING])
 
 
 @pytest.mark.parametrize("name", [*SCENARIOS, *DIFFERING])
@@ -218,29 +195,18 @@ def test_ranks_agree_with_the_definition(name, results):
 @pytest.mark.nightly
 @pytest.mark.parametrize("part", range(PARTS))
 def test_ranks_agree_with_the_definition_in_every_case(part):
-    failed = {name: text for name, text in run_scenarios(list(every_scenario())[part::PARTS]).items() if text}
+    failed = {name: text for name, text in run_cases(__file__, list(every_scenario())[part::PARTS]).items() if text}
     assert not failed, f"{len(failed)} scenarios failed: {dict(list(failed.items())[:2])}"
 
 
-def main():
+def run_case(name):
     from support.simulator import simulate, simulate_differing
 
-    torch.set_num_threads(1)
-    np.seterr(all="ignore")
-    everything = {**every_scenario(), **SCENARIOS}
-    for name in json.load(sys.stdin):
-        start = time.monotonic()
-        try:
-            if name in DIFFERING:
-                simulate_differing(*DIFFERING[name])
-            else:
-                simulate(*everything[name])
-            text = ""
-        except Exception:
-            text = traceback.format_exc()[-3000:]
-        print(json.dumps([name, text]), flush=True)
-        print(f"{time.monotonic() - start:.1f} s {name}", file=sys.stderr, flush=True)
+    if name in DIFFERING:
+        simulate_differing(*DIFFERING[name])
+    else:
+        simulate(*{**every_scenario(), **SCENARIOS}[name])
 
 
 if __name__ == "__main__":
-    main()
+    main(run_case)

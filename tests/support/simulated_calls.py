@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.layout import Failure
+from fusewire.errors import PeerTimeoutError
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE, ROUND = "scale_then_round", "round_then_scale"
 WIDE_SCALE, WIDE_ROUND = "wide_sum_scale_then_round", "wide_sum_round_then_scale"
 EPS, INNER_EPS = 1e-5, 1e-3
 ONE_SHOT_TOKENS, DATA_TOKENS, MAX_TOKENS = 9, 16, 24
+LIMIT_S = 1.0  # of simulated time
 
 
 def launch_of(ws, call, mine):
@@ -38,7 +43,8 @@ def make_call(
         big = torch.randn(tokens, hidden // 2) * {BF16: 3e6, FP16: 8e3, FP32: 3e3}[dtype]
         parts[0][:, ::2], parts[1][:, ::2] = big.to(dtype), -big.to(dtype)
     if tokens > 1:
-        parts[0].view(torch.int16 if dtype.itemsize == 2 else torch.int32)[0, 2:4] = -1
+        for part in (parts[0], parts[-1]):  # the owner of row 0 keeps its own part and gets another's
+            part.view(torch.int16 if dtype.itemsize == 2 else torch.int32)[0, 2:4] = -1
     for part in parts:
         part[-1, 5] = -0.0
     full = torch.randn(tokens, hidden).to(dtype) if residual else None
@@ -132,3 +138,52 @@ def protocol_of(call):
         return "one"
     fits = call.tokens <= DATA_TOKENS and call.options.get("output") is None
     return call.options.get("protocol") or ("data" if fits else "flags")
+
+
+def check_missing(machine, calls, gone, last, turns):
+    """The others end, say whom they waited for, refuse further calls, and have nothing wrong but NaN."""
+    for index, call in enumerate(calls):
+        call.absent = [rank.ws.rank for rank in machine.ranks if index >= (last if rank.dies else rank.begun)]
+        if len(call.absent) < len(calls[0].ranks):
+            check_call(call, lost=index >= last)
+    named = {}
+    for rank in machine.ranks:
+        if rank.dies:
+            continue
+        with pytest.raises(PeerTimeoutError, match=r"rank \d of group") as error:
+            rank.ws.check()
+        named[rank.ws.rank] = int(re.match(r"rank (\d)", str(error.value))[1])
+        made = calls[rank.begun - 1].ranks[rank.ws.rank]
+        if turns == 0:  # it sent nothing of that call, so every row lacks something
+            assert rank.begun == last + 1
+            assert made.norm_out.isnan().all()
+            assert made.residual_out[: len(calls[last].total[made.rows])].isnan().all()
+        if rank.begun < len(calls):
+            assert isinstance(rank.error, PeerTimeoutError)
+            assert (calls[rank.begun].ranks[rank.ws.rank].norm_out == 77).all(), "a call after the error was made"
+    # A rank that got all it needed of that call waits in the next, perhaps for one that itself waits in this.
+    assert gone in named.values(), named
+    assert turns or set(named.values()) == {gone}, named
+    assert all(other != rank for rank, other in named.items()), named
+
+
+def check_late(machine, calls, late):
+    """After an error all later calls are NaN on that rank and wait no more; and nobody ever has a
+    wrong number."""
+    assert machine.now < 4 * LIMIT_S * 1e9, "calls after an error wait for the clock"
+    machine.ranks[late].come_back()
+    machine.run()
+    for call in calls:
+        check_call(call, lost=True)
+    for rank in machine.ranks:
+        with pytest.raises(PeerTimeoutError, match=r"rank \d of group .* call \d+ of the workspace"):
+            raise rank.ws.fault()
+        failed = Failure.of(rank.ws._error_word.value).call - 1
+        assert rank.begun == len(calls)
+        if rank.ws.rank != late:
+            assert failed < len(calls) - 2, "the error came too late to see what follows"
+        for call in calls[failed + 1 :]:
+            mine = call.ranks[rank.ws.rank]
+            kept = mine.residual_out[: len(call.total[mine.rows])]
+            assert mine.norm_out.isnan().all(), f"rank {rank.ws.rank}: a norm after the fault is not NaN"
+            assert kept.isnan().all(), f"rank {rank.ws.rank}: a residual after the fault is not NaN"

@@ -33,7 +33,7 @@ from fusewire.custom_ops.providers.symm_mem.kernels import one_shot, two_shot_da
 from fusewire.custom_ops.providers.symm_mem.kernels import packets as blocks
 from fusewire.custom_ops.providers.symm_mem.kernels import rows as arithmetic
 from fusewire.custom_ops.providers.symm_mem.launch_config import check_launch_config
-from fusewire.custom_ops.providers.symm_mem.layout import Failure, Layout
+from fusewire.custom_ops.providers.symm_mem.layout import Layout
 from fusewire.errors import PeerTimeoutError, RankMismatchError
 
 from .ptx import BITS, assembled
@@ -42,16 +42,17 @@ from .simulated_calls import (
     DATA_TOKENS,
     FP16,
     FP32,
+    LIMIT_S,
     MAX_TOKENS,
     ONE_SHOT_TOKENS,
     check_call,
+    check_late,
+    check_missing,
     launch_of,
     make_call,
     protocol_of,
     refer,
 )
-
-LIMIT_S = 1.0  # of simulated time
 
 
 class CpuWorkspace(spaces.SymmMemWorkspace):
@@ -155,10 +156,16 @@ class Block:
 
 
 class Rank:
-    """A rank's stream: one launch after the other. `dies`: (call, turns), when it stops for good."""
+    """A rank's stream: one launch after the other.
 
-    def __init__(self, machine, ws, calls, dies):
-        self.machine, self.ws, self.calls, self.dies = machine, ws, calls, dies
+    `dies`: (call, turns), when it stops for good; or, if it `returns`, until nothing else can go on. `resident`: how
+    many blocks of a launch are on the GPU at once; the next starts when one ends, in the order of their
+    numbers or in `any_order`.
+    """
+
+    def __init__(self, machine, ws, calls, dies=None, returns=False, resident=None, any_order=False):
+        self.machine, self.ws, self.calls, self.dies, self.returns = machine, ws, calls, dies, returns
+        self.resident, self.any_order = resident, any_order
         self.blocks, self.next, self.begun, self.turns, self.error = [], 0, 0, 0, None
 
     @property
@@ -167,7 +174,20 @@ class Rank:
 
     @property
     def finished(self):
-        return self.dead or (not self.blocks and (self.next == len(self.calls) or self.error is not None))
+        if self.dead:
+            return not self.returns
+        return not self.blocks and (self.next == len(self.calls) or self.error is not None)
+
+    @property
+    def running(self):
+        """The blocks that are on the GPU."""
+        return [] if self.dead else [block for block in self.blocks if not block.over][: self.resident]
+
+    def come_back(self):
+        """Go on where it stopped."""
+        self.dies = None
+        if self.begun < self.next:  # just before a call
+            self.begin(self.calls[self.begun])
 
     def advance(self):
         """End a launch whose blocks are all over; begin the next call."""
@@ -190,6 +210,8 @@ class Rank:
         assert check_launch_config(launch.config, self.ws.layout.packets, self.ws.own_multiprocessors) is None
         refer(call, launch.config, self.ws)
         self.blocks = self.machine.blocks_of(launch)
+        if self.any_order:
+            self.machine.random.shuffle(self.blocks)
 
     def end(self):
         for block in self.blocks:
@@ -264,7 +286,7 @@ class Machine:
             for rank in self.ranks:
                 if self.random.random() < 0.5:
                     rank.advance()
-            live = [(b, rank) for rank in self.ranks if not rank.dead for b in rank.blocks if not b.over]
+            live = [(block, rank) for rank in self.ranks for block in rank.running]
             late = [b for rank in self.ranks if not rank.dead for b in rank.blocks if b.pending]
             soon = [block for block in late if not block.lazy]
             if soon and self.random.random() < 0.5:
@@ -274,13 +296,15 @@ class Machine:
             if first:
                 self.resume(*self.random.choice(first))
                 spins = 0
-            elif any(not rank.finished and all(block.over for block in rank.blocks) for rank in self.ranks):
+            elif any(not (r.finished or r.dead) and all(block.over for block in r.blocks) for r in self.ranks):
                 continue  # it goes on to its next call before any block that is starved
             elif ready:
                 self.resume(*self.random.choice(ready))
                 spins = 0
             elif late:
                 self.random.choice(late).flush(self.random.choice((0.1, 0.5)))
+            elif away := [rank for rank in self.ranks if rank.dead and rank.returns]:
+                away[0].come_back()
             elif live:
                 spins += 1
                 assert spins < 100, "a wait goes on for ever"
@@ -379,10 +403,15 @@ def install(machine):
     tl.debug_barrier = lambda: machine.running.barrier()
 
 
-def simulate(world, hidden, dtype, specs, seed=0, multiprocessors=3, missing=None, late=None):
+def simulate(
+    world, hidden, dtype, specs, seed=0, multiprocessors=3, missing=None, late=None,
+    delayed=None, resident=None, any_order=False,
+):  # fmt: skip
     """Run the calls on all ranks. `multiprocessors`: of every rank's GPU, or a tuple of each rank's. `missing`: (rank,
     call, turns), a rank that stops in the middle of a call. `late`: likewise, but it goes on once
     the others have ended all their calls, which are replays and so go on after an error.
+    `delayed`: likewise, but it goes on once nobody else can, so before any time limit.
+    `resident`, `any_order`: see `Rank`; `resident` is a tuple of each rank's.
     """
     torch.manual_seed(seed)
     machine = Machine(seed)
@@ -400,9 +429,10 @@ def simulate(world, hidden, dtype, specs, seed=0, multiprocessors=3, missing=Non
     plan_alike(spaces_of_ranks)
     for rank, ws in enumerate(spaces_of_ranks):
         machine.hold(ws._host_error)
-        gone, ws.replays = missing or late, late is not None
+        gone, ws.replays = missing or late or delayed, late is not None
         dies = gone[1:] if gone and gone[0] == rank else None
-        machine.ranks.append(Rank(machine, ws, calls, dies))
+        fits = resident[rank] if resident else None
+        machine.ranks.append(Rank(machine, ws, calls, dies, delayed is not None, fits, any_order))
     machine.run()
     if late:
         check_late(machine, calls, late[0])
@@ -420,57 +450,6 @@ def simulate(world, hidden, dtype, specs, seed=0, multiprocessors=3, missing=Non
         assert rank.ws.ctl[:3].tolist() == [n << 16 for n in launches], "counters"
 
 
-def check_missing(machine, calls, gone, last, turns):
-    """The others end, say whom they waited for, refuse further calls, and have nothing wrong but NaN."""
-    for index, call in enumerate(calls):
-        call.absent = [rank.ws.rank for rank in machine.ranks if index >= (last if rank.dies else rank.begun)]
-        if len(call.absent) < len(calls[0].ranks):
-            check_call(call, lost=index >= last)
-    named = {}
-    for rank in machine.ranks:
-        if rank.dies:
-            continue
-        with pytest.raises(PeerTimeoutError, match=r"rank \d of group") as error:
-            rank.ws.check()
-        named[rank.ws.rank] = int(re.match(r"rank (\d)", str(error.value))[1])
-        made = calls[rank.begun - 1].ranks[rank.ws.rank]
-        if turns == 0:  # it sent nothing of that call, so every row lacks something
-            assert rank.begun == last + 1
-            assert made.norm_out.isnan().all()
-            assert made.residual_out[: len(calls[last].total[made.rows])].isnan().all()
-        if rank.begun < len(calls):
-            assert isinstance(rank.error, PeerTimeoutError)
-            assert (calls[rank.begun].ranks[rank.ws.rank].norm_out == 77).all(), "a call after the error was made"
-    # A rank that got all it needed of that call waits in the next, perhaps for one that itself waits in this.
-    assert gone in named.values(), named
-    assert turns or set(named.values()) == {gone}, named
-    assert all(other != rank for rank, other in named.items()), named
-
-
-def check_late(machine, calls, late):
-    """After an error all later calls are NaN on that rank and wait no more; and nobody ever has a
-    wrong number."""
-    assert machine.now < 4 * LIMIT_S * 1e9, "calls after an error wait for the clock"
-    awaited = machine.ranks[late]
-    awaited.dies = None
-    if awaited.begun < awaited.next:  # it stopped just before the call
-        awaited.begin(calls[awaited.begun])
-    machine.run()
-    for call in calls:
-        check_call(call, lost=True)
-    for rank in machine.ranks:
-        with pytest.raises(PeerTimeoutError, match=r"rank \d of group .* call \d+ of the workspace"):
-            raise rank.ws.fault()
-        failed = Failure.of(rank.ws._error_word.value).call - 1
-        assert rank.begun == len(calls)
-        if rank.ws.rank != late:
-            assert failed < len(calls) - 2, "the error came too late to see what follows"
-        for call in calls[failed + 1 :]:
-            mine = call.ranks[rank.ws.rank]
-            assert mine.norm_out.isnan().all()
-            assert mine.residual_out[: len(call.total[mine.rows])].isnan().all()
-
-
 def simulate_differing(world, hidden, dtype, alike, one, other):
     """All ranks make the calls `alike`; then the last rank makes the call `other` where the others
     make `one`."""
@@ -485,7 +464,7 @@ def simulate_differing(world, hidden, dtype, alike, one, other):
             buffer[layout.offsets[name] : layout.offsets[name] + layout.sizes[name]] = 255
         ws = CpuWorkspace(rank, buffers, layout, dtype, 3)
         machine.hold(ws._host_error)
-        machine.ranks.append(Rank(machine, ws, [*calls[:-2], calls[-1 if rank == world - 1 else -2]], None))
+        machine.ranks.append(Rank(machine, ws, [*calls[:-2], calls[-1 if rank == world - 1 else -2]]))
     machine.run()
     assert machine.now < LIMIT_S * 1e9, "a difference is noticed by the clock"
     for rank in machine.ranks:
