@@ -24,7 +24,8 @@ class LaunchConfig:
     """The grid, warps and tiles of a kernel launch.
 
     Attributes:
-        programs: blocks in the grid; all must fit on the GPU at once.
+        programs: blocks in the grid; an idle GPU must have room for all at once. Which of them must
+            be resident together is in the docstring of `kernels`, under Progress.
         warps: warps per block, a power of two. A multiprocessor holds 16 warps in all.
         block: packets of 16 bytes per block and row, a power of two, at least 32 * warps.
         slices: blocks that share a row (one-shot and data-as-flag two-shot).

@@ -78,11 +78,23 @@ without a fence. PTX's memory model does not promise that order; tests/gpu/symm_
 it on real GPUs. The protocol with flags has a fence or an acquire on every such path.
 
 **Progress.** A block does its pushes of a step before any wait of that step, and waits only for
-pushes of the same or an earlier step. Blocks that work on one row must be resident together: the
-SLICES blocks of a row, and in two_shot_data the blocks that copy parts of one row. Blocks that own
-whole rows (one-shot with SLICES == 1, two-shot with flags) need no residency. The host launches no
-more blocks than fit on the GPU (`check_launch_config`). Endless kernels on other streams can still
-keep blocks off the GPU; then the waits time out.
+pushes of the same or an earlier step. How many blocks of a launch must be resident, that is on
+their GPU at once:
+
+* Blocks that own whole rows (one-shot with SLICES == 1, two-shot with flags): one, whatever other
+  ranks have room for, if a GPU starts blocks in the order of their numbers. A block waits only for
+  the blocks of its number on the peers. So the unfinished block with the least number of all ranks
+  is resident wherever it is unfinished, and goes on. GPUs start blocks in that order, but CUDA does
+  not promise it. In other orders ranks with room for some blocks may start different ones.
+* The SLICES blocks of a row wait for each other, so they must be resident together.
+* In two_shot_data a row also waits for the tiles in which peers copy its parts, and a tile for the
+  owners of all its rows. So blocks that copy parts of one row must be resident together, and blocks
+  whose rows share a tile. With few rows these are all blocks of the launch.
+
+The host launches no more blocks than an idle GPU has room for (`check_launch_config`). Beside
+another kernel there may be room for fewer. If that kernel ends by itself, the call is late; if it
+waits for this call or for a peer, blocks that must be resident may never be, and the waits time
+out. tests/kernels/test_symm_mem_controls.py launches with less room.
 
 **Counting calls.** A launch adds exactly 2**16 to its counter, whatever its grid (block 0 adds the
 remainder). A block reads the counter before it adds its share, so `counter >> 16` is the number of

@@ -113,7 +113,7 @@ def two_shot_data_kernel(
     blocks share an own row: they poll the partial rows, reset them, and push the result (if it is
     not normalised, with the row's squares in tagged words). Last, the peers' rows are polled in
     tiles, written to the results and reset. Stores to peers are relaxed, without fences: each
-    packet is its own flag. Blocks that work on one row must be resident together.
+    packet is its own flag. Blocks with rows or tiles in common must be resident together.
 
     Args (the others are in the package's docstring):
         tokens: rows of x and norm_out, (tokens, hidden). With REPLICATE_RESIDUAL also of residual
