@@ -1,7 +1,8 @@
-"""What the other ranks see when one is killed, stopped, leaves out a call, or makes another one.
+"""What the other ranks see when one is killed, stopped, leaves out a call, makes another one, or lacks
+something while workspaces are made.
 
-    python tests/gpu/fault_check.py                  # 2 GPUs; each case once, under 3 minutes
-    python tests/gpu/fault_check.py --times 20 --limit 3000
+    python tests/gpu/fault_check.py                  # 2 GPUs; each case once, 4 minutes
+    python tests/gpu/fault_check.py --times 20 --limit 5000
     python tests/gpu/fault_check.py --cpu            # 2 gloo ranks, no GPU: what the votes and the debug mode show
     python tests/gpu/fault_check.py --one-gpu        # a late rank during replays, both ranks as streams of one GPU
     python tests/gpu/fault_check.py --case replay-kill --case stop
@@ -25,13 +26,20 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from harness import all_reduce_norm, eighths, run_ranks, shorten_kernels
 
 import fusewire
+from fusewire.custom_ops.providers.symm_mem import launcher
+from fusewire.custom_ops.workspaces import registry
+from fusewire.custom_ops.workspaces.provider import PROVIDERS
 from fusewire.errors import FusewireError
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from support.words import WordProvider
 
 HIDDEN, TOKENS, CALLS_AFTER = 4096, {"one-shot": 4, "data": 64, "flags": 1200}, 4
 DEBUG = {"FUSEWIRE_DEBUG_CALLS": "1"}
@@ -122,17 +130,17 @@ def stop(seconds):
 
 def job(rank, case, folder, tokens, gpu):
     me = Rank(rank, folder, tokens, gpu)
-    me.warm_up(me.stop_s + 4.0 if "stop" in case else 2.0)
+    me.warm_up(me.stop_s + 4.0 if case in ("stop", "replay-stop") else 2.0)
     if case.startswith("replay"):
         me.capture()
     begin = getattr(Cases, case.replace("-", "_"))
     begin(me)
-    if gpu and not me.victim and "stop" not in case:
+    if gpu and not me.victim and "stop" not in case and case not in LACKS:
         wait_for(lambda: me.found["heard"] or case == "none")  # a fault is noticed without a call
         with me.noted():
             fusewire.check()
     me.save()
-    if rank == 0 and "kill" not in case:  # the store lives in this process
+    if rank == 0 and "kill" not in case and case != "stop-for-good":  # the store lives in this process
         wait_for(lambda: all((Path(folder) / f"rank{other}").exists() for other in range(me.size)))
 
 
@@ -187,6 +195,12 @@ class Cases:
         Cases._go_on(me)
 
     @staticmethod
+    def stop_for_good(me):
+        if me.victim:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        Cases._go_on(me)
+
+    @staticmethod
     def skip(me):
         """The victim leaves out a call. The next has other tokens, so the debug mode sees it."""
         if not me.victim:
@@ -237,8 +251,61 @@ class Cases:
         for call in range(10, 16):
             me.replay(call)
 
+    @staticmethod
+    def _lacks(me, lack):
+        """All ranks make a workspace anew, the victim with `lack`; then again without."""
+        fusewire.close()
+        device = torch.device("cuda", me.rank) if me.gpu else torch.device("cpu")
+        provider = PROVIDERS["symm_mem"] if me.gpu else WordProvider()
+
+        def make():
+            return registry.REGISTRY.open(provider, dist.group.WORLD, me.dtype, HIDDEN, device, lambda _: 2048)
+
+        with lack(provider) if me.victim else contextlib.nullcontext():
+            entry = make()
+        me.found["errors"].append(entry.refusal)
+        registry.REGISTRY.forget(entry.key)
+        again = make()
+        me.found["again"] = again.workspace is not None
+        me.check(10, me.call(10))
+        fusewire.close()
+
+    @staticmethod
+    def no_memory(me):
+        @contextlib.contextmanager
+        def lack(provider):
+            if not me.gpu:
+                with mock.patch.object(registry, "check_memory", side_effect=MemoryError("none is free")):
+                    yield
+                return
+            torch.cuda.empty_cache()
+            taken = torch.empty(torch.cuda.mem_get_info()[0] - (48 << 20), dtype=torch.uint8, device="cuda")
+            yield
+            del taken
+            torch.cuda.empty_cache()
+
+        Cases._lacks(me, lack)
+
+    @staticmethod
+    def no_import(me):
+        def lack(provider):
+            if me.gpu:
+                return mock.patch.dict(sys.modules, {"triton": None})
+            return mock.patch.object(provider, "machine", side_effect=ImportError("no module named triton"))
+
+        Cases._lacks(me, lack)
+
+    @staticmethod
+    def no_compile(me):
+        def lack(provider):
+            target = (launcher, "kernel") if me.gpu else (provider, "self_test")
+            return mock.patch.object(*target, side_effect=RuntimeError("the compiler failed"))
+
+        Cases._lacks(me, lack)
+
 
 KILLS = ("kill-before", "kill-in", "kill-after")
+LACKS = ("no-memory", "no-import", "no-compile")
 DIFFERS = ("skip", "count", "dtype", "path")
 
 
@@ -256,6 +323,11 @@ def judge(case, debug, gpu, found, statuses):
         return "an error although every rank came" if lost or statuses[victim] else ""
     if not texts:
         return "no error"
+    if case in LACKS:
+        every = [*survivors, found[victim]]
+        alike = all(each and each.get("again") and len(set(each["errors"])) == 1 for each in every)
+        alike = alike and len({each["errors"][0] for each in every}) == 1 and not any(each["lost"] for each in every)
+        return "" if alike and f"rank {victim}" in texts[0] else "no refusal on every rank, or no workspace afterwards"
     if debug and case in DIFFERS:
         every = [*survivors, found[victim]]
         named = all(each and any("RankMismatchError" in text for text in each["errors"]) for each in every)
@@ -270,11 +342,12 @@ def judge(case, debug, gpu, found, statuses):
 def plan(arguments):
     """(case, protocol, debug) in order."""
     if arguments.cpu:
-        found = [(case, "data", True) for case in ("none", *KILLS, "stop", *DIFFERS)]
+        found = [(case, "data", True) for case in ("none", *KILLS, "stop", "stop-for-good", *LACKS, *DIFFERS)]
     else:
         found = [("none", "one-shot", False), ("kill-before", "flags", False), ("kill-after", "data", False)]
         found += [(case, protocol, False) for protocol in TOKENS for case in ("kill-in", "replay-kill")]
         found += [("stop", "data", False), ("replay-stop", "one-shot", False), ("count", "flags", False)]
+        found += [("stop-for-good", "one-shot", False), *((case, "data", False) for case in LACKS)]
         found += [(case, "data", debug) for case in DIFFERS for debug in (False, True)]
     return [item for item in found if not arguments.case or item[0] in arguments.case]
 
@@ -366,7 +439,7 @@ def main():
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--times", type=int, default=1, help="how often each case runs")
     parser.add_argument("--case", action="append", help="only these cases")
-    parser.add_argument("--limit", type=float, default=170.0, help="seconds after which no further case begins")
+    parser.add_argument("--limit", type=float, default=290.0, help="seconds after which no further case begins")
     arguments = parser.parse_args()
     if arguments.one_gpu:
         return int(bool(one_gpu()))

@@ -1,6 +1,6 @@
-"""Workspaces made and closed, captured, put to sleep and woken; many graphs; several streams.
+"""Workspaces made and closed, captured, put to sleep and woken; many graphs; streams and threads.
 
-    python tests/gpu/lifecycle_check.py              # 2 GPUs, under 3 minutes
+    python tests/gpu/lifecycle_check.py              # 2 GPUs, under 4 minutes
     python tests/gpu/lifecycle_check.py --one-gpu    # making and closing only, both ranks in one process on one GPU
     python tests/gpu/lifecycle_check.py --rounds 20 --part graphs
 
@@ -13,18 +13,20 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import threading
 import time
 
 import torch
 import torch.distributed as dist
-from harness import all_reduce_norm, eighths, held, run_ranks, say
+from harness import SCALE, all_reduce_norm, eighths, held, run_ranks, say
 
 import fusewire
+from fusewire.custom_ops.workspaces.registry import REGISTRY
 from fusewire.errors import WorkspaceError
 
 HIDDEN, BF16 = 4096, torch.bfloat16
 MEMORY_BYTES = 2 << 20
-PARTS = ("rounds", "captured", "sleep", "graphs", "streams", "branches")
+PARTS = ("after_close", "captured", "streams", "threads", "branches", "graphs", "sleep", "rounds")
 
 
 class Calls:
@@ -97,6 +99,21 @@ def rounds(calls, options):
     return grown(before, held())
 
 
+def after_close(calls, options):
+    """A closed workspace serves no call; the operator makes a new one."""
+    prepare()
+    (workspace,) = [made for made in REGISTRY.made() if made.key.provider == "symm_mem"]
+    fusewire.close()
+    try:
+        workspace.run(None, calls.payload(4, 1), None, calls.weight, 1e-6, 0.0, SCALE)
+    except WorkspaceError:
+        calls.eager(4)
+    else:
+        raise RuntimeError("a closed workspace was used")
+    fusewire.close()
+    return {}
+
+
 def captured(calls, options):
     """A captured workspace is neither closed nor grown, and its graph stays right."""
     prepare()
@@ -160,6 +177,38 @@ def streams(calls, options):
             calls.check(tokens, 2 * number + i, results)
     fusewire.close()
     return {"pairs": 100}
+
+
+def threads(calls, options):
+    """Two threads with a stream each, whose calls take turns and whose checks do not."""
+    prepare()
+    turns, errors = [threading.Semaphore(1), threading.Semaphore(0)], []
+
+    def work(which):
+        try:
+            torch.cuda.set_device(calls.rank)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for number in range(which, 200, 2):
+                    tokens = (4, 64, 600)[number % 3]
+                    x = calls.payload(tokens, number)
+                    turns[which].acquire()
+                    results = calls.call(x)
+                    turns[1 - which].release()
+                    torch.cuda.current_stream().synchronize()
+                    calls.check(tokens, number, results)
+        except Exception as error:
+            errors.append(error)
+            turns[1 - which].release(200)
+
+    both = [threading.Thread(target=work, args=(which,)) for which in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    if errors:
+        raise errors[0]
+    fusewire.close()
+    return {"calls": 200}
 
 
 def branches(calls, options):
@@ -232,7 +281,7 @@ def main():
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--part", action="append", choices=PARTS)
-    parser.add_argument("--limit", type=float, default=150.0, help="seconds after which no further part begins")
+    parser.add_argument("--limit", type=float, default=200.0, help="seconds after which no further part begins")
     options = parser.parse_args()
     if options.one_gpu:
         return one_gpu(options)
