@@ -311,6 +311,8 @@ def _more_rooms():
     found = {}
     for name, (*_, alike, alone) in LAUNCHES.items():
         two, three = itertools.product((1, 2, 3, 4, ALL), repeat=2), itertools.permutations((2, 3, 4))
+        if name == "data, slices, sharded":
+            three = ()  # the tiles of a row are twice as many, and so are the blocks that copy it
         for fits in (*two, *three):
             if min(fits) >= alike or (ALL in fits and min(fits) >= alone):
                 found[f"room, {name}, {fits}, often"] = (name, fits, True, 3)
