@@ -15,6 +15,7 @@ import random
 import sys
 import threading
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,10 +103,10 @@ def rounds(calls, options):
 def after_close(calls, options):
     """A closed workspace serves no call; the operator makes a new one."""
     prepare()
-    (workspace,) = [made for made in REGISTRY.made() if made.key.provider == "symm_mem"]
+    found: list[Any] = [made for made in REGISTRY.made() if made.key.provider == "symm_mem"]
     fusewire.close()
     try:
-        workspace.run(None, calls.payload(4, 1), None, calls.weight, 1e-6, 0.0, SCALE)
+        found[0].run(None, calls.payload(4, 1), None, calls.weight, 1e-6, 0.0, SCALE)
     except WorkspaceError:
         calls.eager(4)
     else:
