@@ -17,6 +17,7 @@ from torch._inductor import config as inductor_config
 
 import fusewire
 
+from support.compiles import WITHOUT_CODE
 from support.distributed import shared_pool
 from support.zoo import MODELS
 
@@ -43,8 +44,9 @@ def _settings(model, way, backend):
     return {**cache, "disable_compile": True}
 
 
-def _generate(name, way, backend):
-    """(tokens, logits) of each call, and what had been compiled after each: graphs, and frames that Dynamo looked at."""
+def _generate(name, way, backend, code):
+    """Return (tokens, logits) of each call, and what had been compiled after each: graphs, and frames
+    that Dynamo looked at."""
     torch._dynamo.reset()
     counters.clear()
     fusewire.clear_report()
@@ -54,7 +56,8 @@ def _generate(name, way, backend):
     chosen = "inductor" if way == "auto enabled" and backend == "fusewire" else backend
     settings = _settings(model, "eager" if backend == "eager" else way, chosen)
     results, compiled = [], []
-    with enabled, inductor_config.patch(emulate_precision_casts=True, fx_graph_cache=False):
+    options = {"emulate_precision_casts": True, "fx_graph_cache": False, **({} if code else WITHOUT_CODE)}
+    with enabled, inductor_config.patch(options):
         for tokens, new in CALLS:
             made = model.generate(
                 spec.inputs(BATCH, tokens), max_new_tokens=new, min_new_tokens=new, **GREEDY, **settings
@@ -71,23 +74,23 @@ def _difference(one, other):
     return max(float((a.float() - b.float()).abs().max()) for (_, a), (_, b) in zip(one, other, strict=True))
 
 
-def compare(name, way, with_eager):
+def compare(name, way, with_eager, code):
     """On each rank: differences from inductor's and (or 0) eager's results, how often each compiled, and the report."""
-    plain, plain_compiled = _generate(name, way, "inductor")
-    fused, fused_compiled = _generate(name, way, "fusewire")
+    plain, plain_compiled = _generate(name, way, "inductor", code)
+    fused, fused_compiled = _generate(name, way, "fusewire", code)
     report = fusewire.report()
     refused = [f"{entry.module}: {entry.reason}" for entry in report.entries if entry.status != "fused"]
     counts = (len(report.graphs), report.found, report.fused)
     breaks = dict(counters["graph_break"])
-    from_eager = _difference(_generate(name, way, "eager")[0], fused) if with_eager else 0.0
+    from_eager = _difference(_generate(name, way, "eager", code)[0], fused) if with_eager else 0.0
     return _difference(plain, fused), from_eager, plain_compiled, fused_compiled, counts, refused, breaks
 
 
-def check(name, way, with_eager=False):
+def check(name, way, with_eager=False, code=True):
     spec = MODELS[name]
     if spec.skip_reason or not spec.counted:
         pytest.skip(spec.skip_reason or "the zoo's numbers are of another version of transformers")
-    for answer in shared_pool(2).run(compare, name, way, with_eager, timeout_s=TIMEOUT_S):
+    for answer in shared_pool(2).run(compare, name, way, with_eager, code, timeout_s=TIMEOUT_S):
         from_inductor, from_eager, plain_compiled, fused_compiled, (graphs, found, fused), refused, breaks = answer
         assert from_inductor is not None, "a token differs"
         assert from_inductor <= (0.05 if spec.merges else 0.0)
@@ -101,13 +104,13 @@ def check(name, way, with_eager=False):
 
 
 def test_decode_as_transformers_compiles_it_itself():
-    check("llama", "auto", with_eager=True)
+    check("llama", "auto", with_eager=True, code=False)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("way", ["auto enabled", "static forward", "dynamic forward", "dynamic module"])
+@pytest.mark.parametrize("way", ["auto", "auto enabled", "static forward", "dynamic forward", "dynamic module"])
 def test_every_way_to_compile(way):
-    check("llama", way)
+    check("llama", way, with_eager=way == "auto")
 
 
 @pytest.mark.nightly

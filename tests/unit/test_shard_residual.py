@@ -224,7 +224,7 @@ def _same_on_a_rank(name: str, tokens: int, dynamic: bool, inline: bool) -> list
 @pytest.mark.parametrize(
     ("ranks", "name", "tokens", "dynamic", "inline"),
     [
-        (2, "residual_returned", 32, False, True),
+        (2, "residual_returned", 32, False, False),
         (2, "sandwiches", 17, True, True),
         (2, "three_dimensions", 17, True, False),
         (3, "auxiliary_head", 2, False, False),
