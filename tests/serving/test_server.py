@@ -5,6 +5,7 @@ Ten minutes: `make test-serving TEST_ARGS="-m nightly"`.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -96,3 +97,14 @@ def test_disabled_it_is_vllms_own(ask, plain):
 def test_an_expectation_that_is_not_met_stops_the_start(ask):
     with pytest.raises(serve.ServerError, match="the server ended"):
         ask("expected", FUSEWIRE_VLLM='{"expect_fused": 3}')
+
+
+def test_the_benchmark_of_steps_compares_two_modes(tmp_path):
+    script = Path(serve.HERE) / "benchmarks" / "vllm_steps.py"
+    sizes = "--hidden 256 --layers 2 --batches 1 2 --prefills 16 --modes plain fusewire".split()
+    command = [sys.executable, str(script), *sizes, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| decode", "| prefill"))]
+    assert [row.split("|")[1].strip() for row in rows] == ["decode 1", "decode 2", "prefill 16"]
+    assert "5 of 5 all-reduces fused" in done.stdout
