@@ -101,8 +101,8 @@ def test_an_expectation_that_is_not_met_stops_the_start(ask):
 
 def test_the_benchmark_of_steps_compares_two_modes(tmp_path):
     script = Path(serve.HERE) / "benchmarks" / "vllm_steps.py"
-    sizes = "--hidden 256 --layers 2 --batches 1 2 --prefills 16 --modes plain fusewire".split()
-    command = [sys.executable, str(script), *sizes, "--out", str(tmp_path)]
+    sizes = ["--hidden", "256", "--layers", "2", "--batches", "1", "2", "--prefills", "16"]
+    command = [sys.executable, str(script), *sizes, "--modes", "plain", "fusewire", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith(("| decode", "| prefill"))]
