@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 export TORCH TORCH_INDEX_URL PROMPT
 
-.PHONY: help env demo serve test serving-env test-serving nightly lint clean
+.PHONY: help env demo serve test serving-env test-serving nightly lint style types types-of-scripts clean $(VENV)/types
 .DEFAULT_GOAL := help
 
 help:
@@ -68,17 +68,25 @@ TYPES_LEFT_OUT = annotation-unchecked arg-type assignment call-overload dict-ite
   index list-item misc no-redef operator override return-value str-format truthy-function type-var union-attr valid-type \
   var-annotated
 
-lint: $(VENV)/.ready
+lint: style types types-of-scripts
+
+style: $(VENV)/.ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	@# mypy follows no editable install whose folders are mapped, so it reads links laid out as the package is installed.
-	rm -rf $(TYPES)/fusewire && mkdir -p $(TYPES)/fusewire
-	ln -s $(CURDIR)/fusewire/* $(CURDIR)/custom_ops $(CURDIR)/patterns $(CURDIR)/fusion_passes $(TYPES)/fusewire/
+
+types: $(TYPES)
 	cd $(TYPES) && ../bin/mypy --config-file ../../pyproject.toml -p fusewire
-	@# CI has no GPUs and cannot run these. At least the names and arguments that they use must exist.
-	cd $(TYPES) && MYPYPATH=.:../../examples/benchmarks ../bin/mypy --config-file= --check-untyped-defs \
-	  --ignore-missing-imports $(TYPES_LEFT_OUT:%=--disable-error-code %) \
+
+# CI has no GPUs and cannot run these. At least the names and arguments that they use must exist.
+types-of-scripts: $(TYPES)
+	cd $(TYPES) && MYPYPATH=.:../../examples/benchmarks ../bin/mypy --config-file= --cache-dir .mypy_cache_of_scripts \
+	  --check-untyped-defs --ignore-missing-imports $(TYPES_LEFT_OUT:%=--disable-error-code %) \
 	  ../../tests/gpu/*.py ../../examples/*.py ../../examples/benchmarks/*.py
+
+# mypy follows no editable install whose folders are mapped, so it reads links laid out as the package is installed.
+$(TYPES): $(VENV)/.ready
+	rm -rf $@/fusewire && mkdir -p $@/fusewire
+	ln -s $(CURDIR)/fusewire/* $(CURDIR)/custom_ops $(CURDIR)/patterns $(CURDIR)/fusion_passes $@/fusewire/
 
 clean:
 	rm -rf $(VENV) $(SERVING) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
