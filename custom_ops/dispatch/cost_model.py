@@ -1,21 +1,22 @@
-"""Estimate the time of a call by variant and size, from the tuned table or the shipped tables.
+"""Estimate the time of a call by variant and number of tokens, from tables and a formula.
 
-A cost is microseconds per call by bytes of x (tokens * hidden size * element size). The time
-depends on the bytes moved, so the costs of one hidden size serve for similar ones.
+The tuned table serves first, then the shipped table for rows of this size. Between measured numbers
+of tokens the formula (`cost_formula`) gives the curve and the table the level. Where no table was
+measured, the formula serves alone.
 """
 
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, SYMM_ONE_SHOT, SYMM_TWO_SHOT, TABLES, ShippedTable
+from fusewire.custom_ops.dispatch.cost_formula import CostFormula
+from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, SYMM_ONE_SHOT, SYMM_TWO_SHOT, TABLES
 
-Points = tuple[tuple[int, float], ...]
+Times = Mapping[str, Sequence[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -24,35 +25,41 @@ class CostModel:
 
     Attributes:
         source: the origin of the costs, for people.
-        points: (bytes of x, microseconds per call) of each measured variant, by growing size.
+        times: (tokens, microseconds per call) of each measured variant, by growing number of tokens.
+        formula: the curve between and beyond the measured numbers of tokens; None on GPUs that it
+            was not fitted to.
+        only_measured: whether variants without times have no cost, since a tuner left them out.
         limits: the most bytes of x that each unmeasured variant serves.
     """
 
     source: str
-    points: Mapping[str, Points] = field(default_factory=dict)
+    times: Times = field(default_factory=dict)
+    formula: CostFormula | None = None
+    only_measured: bool = False
     limits: Mapping[str, int] = field(default_factory=dict)
 
-    @staticmethod
-    def of_times(
-        source: str, times: Mapping[str, Sequence[tuple[int, float]]], hidden: int, dtype: torch.dtype
-    ) -> CostModel:
-        """Return a cost model from microseconds per call by number of tokens."""
-        row = hidden * dtype.itemsize
-        return CostModel(source, {v: tuple((tokens * row, us) for tokens, us in found) for v, found in times.items()})
+    def cost(self, variant: str, tokens: int) -> float | None:
+        """Return microseconds per call; None for a variant without a known cost.
 
-    def cost(self, variant: str, nbytes: int) -> float | None:
-        """Return microseconds per call, interpolated linearly; None for an unmeasured variant."""
-        points = self.points.get(variant)
+        Between measured numbers of tokens, the ratio of measurement to formula lies on a line;
+        beyond them it is that of the nearest. Without a formula, the times lie on a line, and
+        beyond the largest number of tokens they grow with it.
+        """
+        points = self.times.get(variant)
         if not points:
-            return None
-        after = bisect.bisect_left(points, (nbytes, 0.0))
-        if after == 0:
-            return points[0][1]
-        low, cost = points[after - 1]
-        if after == len(points):
-            return cost * nbytes / low
-        high, above = points[after]
-        return cost + (above - cost) * (nbytes - low) / (high - low)
+            return None if self.only_measured or self.formula is None else self.formula.cost(variant, tokens)
+        after = bisect.bisect_left(points, (tokens, 0.0))
+        (low, below), (high, above) = points[max(after - 1, 0)], points[min(after, len(points) - 1)]
+        if high == tokens:
+            return above
+        share = (tokens - low) / (high - low) if high > low else 0.0
+        estimates = [self._estimate(variant, size) for size in (low, tokens, high)]
+        below, above = below / estimates[0], above / estimates[2]
+        return estimates[1] * (below + (above - below) * share)
+
+    def _estimate(self, variant: str, tokens: int) -> float:
+        found = None if self.formula is None else self.formula.cost(variant, tokens)
+        return max(1.0, tokens / self.times[variant][-1][0]) if found is None else found
 
 
 # Limits for unmeasured GPUs and world sizes: only sizes where latency dominates.
@@ -62,7 +69,9 @@ _CAUTIOUS_LIMITS = {2: 1 << 20, 3: 512 << 10, 4: 512 << 10, **dict.fromkeys((5, 
 def find_cost_model(
     gpu: str, world_size: int, hidden: int, dtype: torch.dtype, tuned: CostModel | None = None
 ) -> CostModel:
-    """Return the costs on a GPU: tuned, or of the nearest measured hidden size, or a default.
+    """Return the costs on a GPU: tuned, or measured for rows of this size, or by the formula.
+
+    On GPUs without measurements there are only limits.
 
     Args:
         gpu: CUDA's name of the GPU.
@@ -71,36 +80,31 @@ def find_cost_model(
     if tuned is not None:
         return tuned
     tables = [table for table in TABLES if gpu in table.gpus]
-    if world_size in (table.world_size for table in tables):
-        return _nearest([table for table in tables if table.world_size == world_size], gpu, hidden, dtype)
-    below = max((table.world_size for table in tables if table.world_size < world_size), default=0)
-    above = min((table.world_size for table in tables if table.world_size > world_size), default=0)
-    if below and above:
-        fewer, more = (find_cost_model(gpu, size, hidden, dtype) for size in (below, above))
-        return _between(fewer, more, math.log(world_size / below) / math.log(above / below))
+    formula = find_formula(gpu, world_size, hidden, dtype)
+    if formula is None:
+        return _cautious(gpu, world_size)
+    note = "" if gpu == tables[0].gpus[0] else f", taken for {gpu}"
+    same = [t for t in tables if (t.world_size, t.row_bytes) == (world_size, formula.row_bytes)]
+    if not same:
+        sizes = ", ".join(map(str, sorted({table.world_size for table in tables})))
+        source = f"by a formula fitted to measurements of {sizes} x {tables[0].gpus[0]}"
+        return CostModel(source + note, formula=formula)
+    if same[0].dtype != dtype:
+        note += f", at as many bytes of {str(same[0].dtype).removeprefix('torch.')}"
+    return CostModel(same[0].source + note, same[0].times, formula)
+
+
+def find_formula(gpu: str, world_size: int, hidden: int, dtype: torch.dtype) -> CostFormula | None:
+    """Return the formula for a GPU that it was fitted to, or None."""
+    world_sizes = [table.world_size for table in TABLES if gpu in table.gpus]
+    if not world_sizes or not min(world_sizes) <= world_size <= max(world_sizes):
+        return None
+    return CostFormula(hidden * dtype.itemsize, world_size)
+
+
+def _cautious(gpu: str, world_size: int) -> CostModel:
     limit = _CAUTIOUS_LIMITS.get(world_size, 0)
-    where = f"{world_size} x {gpu}"
     return CostModel(
-        f"nothing was measured on {where}: one kernel up to {limit >> 10} KiB",
+        f"nothing was measured on {world_size} x {gpu}: one kernel up to {limit >> 10} KiB",
         limits={SYMM_ONE_SHOT: limit // 8, SYMM_TWO_SHOT: limit, ONE_SHOT: limit},
     )
-
-
-def _nearest(tables: Sequence[ShippedTable], gpu: str, hidden: int, dtype: torch.dtype) -> CostModel:
-    """Return the costs of the table with the nearest hidden size."""
-    nearest = min(
-        tables, key=lambda table: (max(table.hidden, hidden) / min(table.hidden, hidden), table.dtype != dtype)
-    )
-    note = "" if gpu == nearest.gpus[0] else f", taken for {gpu}"
-    if (nearest.hidden, nearest.dtype) != (hidden, dtype):
-        note += f", at hidden size {nearest.hidden} in {str(nearest.dtype).removeprefix('torch.')}, by bytes"
-    return CostModel.of_times(nearest.source + note, nearest.times, nearest.hidden, nearest.dtype)
-
-
-def _between(below: CostModel, above: CostModel, share: float) -> CostModel:
-    """Return costs interpolated between two world sizes, `share` of the way to `above`."""
-    costs: dict[str, Points] = {}
-    for label, points in below.points.items():
-        pairs = ((size, cost, above.cost(label, size)) for size, cost in points)
-        costs[label] = tuple((size, low ** (1 - share) * high**share) for size, low, high in pairs if high is not None)
-    return CostModel(f"between what was {below.source} and {above.source}", costs)

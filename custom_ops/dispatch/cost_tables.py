@@ -31,6 +31,11 @@ class ShippedTable:
     source: str
     times: Mapping[str, Sequence[tuple[int, float]]]
 
+    @property
+    def row_bytes(self) -> int:
+        """The size of a row of x, in bytes."""
+        return self.hidden * self.dtype.itemsize
+
 
 def _doubling(*costs: float) -> tuple[tuple[int, float], ...]:
     """Return microseconds at 1, 2, 4, ... tokens."""
@@ -39,6 +44,9 @@ def _doubling(*costs: float) -> tuple[tuple[int, float], ...]:
 
 # Hopper boards with NVSwitch: 18 NVLink 4 links, 450 GB/s per direction, 132 SMs.
 _H200 = ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
+# Bytes per second out of each of so many GPUs, of a plain copy to all peers at once
+# (docs/benchmarks.md).
+LINK_RATES = {2: 383e9, 4: 355e9, 8: 344e9}
 TABLES = (
     ShippedTable(
         _H200,

@@ -78,7 +78,9 @@ def pick(
             continue
         found = _candidates(name, shape, policy, costs, capacities, refusals)
         limited = policy.max_bytes(name) is not None
-        has_costs = name == NATIVE or name in PROVIDERS or any(c.label in costs.points for c in found)
+        has_costs = (
+            name == NATIVE or name in PROVIDERS or any(costs.cost(c.label, shape.tokens) is not None for c in found)
+        )
         if found and not known and (limited or not has_costs):
             known = found
             break
@@ -128,8 +130,8 @@ def _too_small(provider: WorkspaceProvider, shape: Shape, policy: Policy, costs:
     larger = _variants(provider, shape, cap)
     if not larger:
         return f"{shape.tokens} tokens; it takes at most {cap} at this hidden size"
-    native = costs.cost(NATIVE, shape.nbytes)
-    times = [cost for c in larger if (cost := costs.cost(c.label, shape.nbytes)) is not None]
+    native = costs.cost(NATIVE, shape.tokens)
+    times = [cost for c in larger if (cost := costs.cost(c.label, shape.tokens)) is not None]
     if not policy.forced and not (native and times and min(times) < native):
         return f"not the fastest for {shape.tokens} tokens"
     return (
@@ -140,7 +142,7 @@ def _too_small(provider: WorkspaceProvider, shape: Shape, policy: Policy, costs:
 
 def _by_time(found: Sequence[Candidate], shape: Shape, costs: CostModel) -> tuple[Candidate, str] | None:
     """Return the fastest candidate with a known cost, and why; None if there is none."""
-    pairs = [(candidate, costs.cost(candidate.label, shape.nbytes)) for candidate in found]
+    pairs = [(candidate, costs.cost(candidate.label, shape.tokens)) for candidate in found]
     timed = [(cost, candidate) for candidate, cost in pairs if cost is not None]
     if not timed:
         return None

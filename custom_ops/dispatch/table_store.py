@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusewire.custom_ops.dispatch.cost_model import CostModel
+from fusewire.custom_ops.dispatch.cost_model import CostModel, find_formula
 from fusewire.custom_ops.workspaces.provider import device_facts
 from fusewire.errors import FusewireError
 
@@ -95,8 +95,9 @@ class Table:
 
     def cost_model(self) -> CostModel:
         """Return the table as a cost model."""
-        source = f"tuned on this machine, {self.measured}"
-        return CostModel.of_times(source, self.times, self.key.hidden, getattr(torch, self.key.dtype))
+        key = self.key
+        formula = find_formula(key.gpu, key.world_size, key.hidden, getattr(torch, key.dtype))
+        return CostModel(f"tuned on this machine, {self.measured}", self.times, formula, only_measured=True)
 
     def floor(self, tokens: int) -> float | None:
         """Return a two-shot's least microseconds: 2(R-1)/R of x's bytes leave each GPU."""

@@ -99,8 +99,7 @@ def compare(table: table_store.Table) -> None:
     """How far from the shipped table, where there is one for this machine: for people, not a check."""
     shipped = cost_model.find_cost_model(table.key.gpu, table.key.world_size, table.key.hidden, BF16)
     for label, points in table.times.items():
-        row = table.key.hidden * BF16.itemsize
-        ratios = [us / cost for tokens, us in points if (cost := shipped.cost(label, tokens * row))]
+        ratios = [us / cost for tokens, us in points if (cost := shipped.cost(label, tokens))]
         if ratios:
             say(f"{label}: {min(ratios):.2f} to {max(ratios):.2f} times the shipped table's ({shipped.source})")
 
@@ -134,7 +133,7 @@ def use(group: dist.ProcessGroup, args: argparse.Namespace) -> None:
             for name, us in times.items()
             if us is not None and (name == "native" or tokens <= limits.get(name.partition("/")[0], 0))
         }
-        cost = known.cost_model().cost(label, tokens * args.hidden * BF16.itemsize)
+        cost = known.cost_model().cost(label, tokens)
         best = min(able.values())
         verdict(f"{tokens} tokens: {label}", cost is not None and cost <= best * 1.0001, f"{cost} us, best {able}")
     told = [info.table for info in fusewire.workspaces()]

@@ -16,6 +16,7 @@ from torch import Tensor
 from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.coordination.timeouts import check_kernel_timeouts, kernel_timeout_s
 from fusewire.custom_ops.coordination.vote import Channel, vote
+from fusewire.custom_ops.dispatch.cost_formula import data_tokens
 from fusewire.custom_ops.dispatch.cost_tables import SYMM_ONE_SHOT, SYMM_TWO_SHOT
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
 from fusewire.custom_ops.ops.registry import YES, Support
@@ -88,11 +89,6 @@ def supports_args(
             "the weight must be bfloat16, float16 or float32",
         ),
     )
-
-
-def data_tokens(world_size: int) -> int:
-    """Return the most tokens of the data-as-flag protocol, which grow with the number of ranks."""
-    return 1024 if world_size > 4 else 512
 
 
 def _layout(hidden: int, dtype: torch.dtype, world_size: int, tokens: int) -> Layout:
