@@ -1,9 +1,9 @@
 """Compute the time of a call from its size, by a formula fitted to the shipped tables.
 
 The time of a variant is that of its bytes on the links, at the rate of a plain copy, and a few
-`TERMS` with a coefficient each (`cost_parameters`): latency, and what the protocol adds for each
-row or byte. Only additions, products, quotients and square roots, which round alike on every
-machine, so that all ranks compute the same bits.
+terms with a coefficient each (`cost_parameters`): latency (`LATENCY`), and what the protocol adds
+for each row or byte (`THROUGHPUT`). Only additions, products, quotients and square roots, which
+round alike on every machine, so that all ranks compute the same bits.
 """
 
 from __future__ import annotations
@@ -32,16 +32,23 @@ class Size(NamedTuple):
 
 
 _KIB, _MIB = 1 << 10, 1 << 20
-TERMS: Mapping[str, Callable[[Size], float]] = {
+Terms = Mapping[str, Callable[[Size], float]]
+LATENCY: Terms = {
     "call": lambda size: 1.0,  # launches and hops
     "row_to_peers": lambda size: (size.world_size - 1) * size.row_bytes / _KIB,  # the first row
-    # From latency to throughput: more blocks wait for the slowest; NCCL uses more channels.
+    # Blocks wait for the slowest of more and more; NCCL uses more channels.
     "root": lambda size: math.sqrt(size.nbytes / _MIB),
     "fourth_root": lambda size: math.sqrt(math.sqrt(size.nbytes / _MIB)),
-    "own_rows": lambda size: size.tokens / size.world_size / 1000,  # what an owner does for each row
-    "x": lambda size: size.nbytes / _MIB,  # local memory
-    "all_x": lambda size: size.world_size * size.nbytes / _MIB,  # local memory, a copy of each rank's x
 }
+THROUGHPUT: Terms = {
+    "rows": lambda size: size.tokens / 1000,
+    "own_rows": lambda size: size.tokens / size.world_size / 1000,  # those that a rank sums
+    "x": lambda size: size.nbytes / _MIB,  # in local memory
+    "all_x": lambda size: size.world_size * size.nbytes / _MIB,  # in local memory, from every rank
+}
+# Each call sends its data while it waits for the first: the root of the sum of the squares of
+# latency and throughput. The others' hops and blocks wait for each other: their sum.
+OVERLAPPING = (ONE_SHOT,)
 
 
 def data_tokens(world_size: int) -> int:
@@ -79,7 +86,23 @@ class CostFormula:
             return None
         size = Size(tokens, self.row_bytes, self.world_size)
         protocol = protocols[0 if tokens <= data_tokens(self.world_size) else -1]
-        total = link_us(variant, size)
-        for term, coefficient in protocol.items():
-            total += coefficient * TERMS[term](size)
-        return total
+        latency, throughput = parts(variant, size, protocol)
+        return combine(variant, latency, throughput)
+
+
+def parts(variant: str, size: Size, protocol: Mapping[str, float]) -> tuple[float, float]:
+    """Return the microseconds of latency and of throughput."""
+    latency, throughput = 0.0, link_us(variant, size)
+    for term, coefficient in protocol.items():
+        if term in LATENCY:
+            latency += coefficient * LATENCY[term](size)
+        else:
+            throughput += coefficient * THROUGHPUT[term](size)
+    return latency, throughput
+
+
+def combine(variant: str, latency: float, throughput: float) -> float:
+    """Return the time of a call with these parts."""
+    if variant in OVERLAPPING:
+        return math.sqrt(latency * latency + throughput * throughput)
+    return latency + throughput

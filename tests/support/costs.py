@@ -10,6 +10,7 @@ are left out of the fit.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,17 @@ from typing import NamedTuple
 
 import torch
 
-from fusewire.custom_ops.dispatch.cost_formula import TERMS, CostFormula, Size, data_tokens, link_us
+from fusewire.custom_ops.dispatch.cost_formula import (
+    LATENCY,
+    OVERLAPPING,
+    THROUGHPUT,
+    CostFormula,
+    Size,
+    combine,
+    data_tokens,
+    link_us,
+    parts,
+)
 from fusewire.custom_ops.dispatch.cost_model import CostModel
 from fusewire.custom_ops.dispatch.cost_parameters import Parameters
 from fusewire.custom_ops.dispatch.cost_tables import (
@@ -34,10 +45,11 @@ from fusewire.custom_ops.dispatch.cost_tables import (
 PROTOCOLS = {
     SYMM_ONE_SHOT: (("call", "row_to_peers", "fourth_root"),),
     SYMM_TWO_SHOT: (("call", "row_to_peers", "fourth_root"), ("call", "own_rows")),
-    ONE_SHOT: (("call", "row_to_peers", "all_x"),),
+    ONE_SHOT: (("call", "row_to_peers", "fourth_root", "rows", "all_x"),),
     TWO_SHOT: (("call", "row_to_peers", "x"),),
     NATIVE: (("call", "row_to_peers", "root"),),
 }
+_STEPS = 10
 POLICIES = (("symm_mem", "flashinfer", "native"), ("symm_mem", "native"), ("flashinfer", "native"))
 
 
@@ -60,14 +72,27 @@ def _points(tables: Sequence[ShippedTable], variant: str, protocol: int | None) 
 
 
 def _fit_protocol(variant: str, terms: Sequence[str], points: Sequence[tuple[Size, float]]) -> dict[str, float]:
-    rows = [[TERMS[term](size) / us for term in terms] for size, us in points]
-    wanted = [[1 - link_us(variant, size) / us] for size, us in points]
-    solved = torch.linalg.lstsq(torch.tensor(rows, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64))
-    found = dict(zip(terms, solved.solution.flatten().tolist(), strict=True))
-    least = min(found, key=found.__getitem__)
-    if found[least] < 0:  # a term costs time or nothing
-        return _fit_protocol(variant, [term for term in terms if term != least], points)
+    """Return the coefficients with the least squares of relative errors, by repeated linear fits."""
+    found = dict.fromkeys(terms, 1.0)
+    for _ in range(_STEPS if variant in OVERLAPPING else 1):
+        rows, wanted = [], []
+        for size, us in points:
+            latency, throughput = parts(variant, size, found)
+            total = combine(variant, latency, throughput)
+            # The time's derivatives by latency and throughput, with which it is their sum.
+            by = (latency / total, throughput / total) if variant in OVERLAPPING else (1.0, 1.0)
+            rows.append([_derivative(term, size, by) / us for term in terms])
+            wanted.append([1 - by[1] * link_us(variant, size) / us])
+        solved = torch.linalg.lstsq(torch.tensor(rows, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64))
+        found = dict(zip(terms, solved.solution.flatten().tolist(), strict=True))
+        least = min(found, key=found.__getitem__)
+        if found[least] < 0:  # a term costs time or nothing
+            return _fit_protocol(variant, [term for term in terms if term != least], points)
     return {term: float(f"{value:.4g}") for term, value in found.items()}
+
+
+def _derivative(term: str, size: Size, by: tuple[float, float]) -> float:
+    return by[0] * LATENCY[term](size) if term in LATENCY else by[1] * THROUGHPUT[term](size)
 
 
 # --- Leaving points out -------------------------------------------------------------------------------------
@@ -87,8 +112,13 @@ class Choice(NamedTuple):
 
 def without_hidden_size(table: ShippedTable, tokens: int) -> CostModel:
     """Return the costs at a table's hidden size from a fit without that table."""
-    fitted = fit([other for other in TABLES if other is not table])
+    fitted = _fit_without(TABLES.index(table))
     return CostModel("", formula=CostFormula(table.row_bytes, table.world_size, fitted))
+
+
+@functools.cache
+def _fit_without(number: int) -> Parameters:
+    return fit([*TABLES[:number], *TABLES[number + 1 :]])
 
 
 def without_tokens(table: ShippedTable, tokens: int) -> CostModel:
@@ -145,8 +175,9 @@ def as_source(parameters: Parameters) -> str:
     lines = ["PARAMETERS: Parameters = {"]
     for variant, protocols in parameters.items():
         inner = ["{" + ", ".join(f'"{term}": {value!r}' for term, value in p.items()) + "}" for p in protocols]
-        if len(inner) == 1:
-            lines.append(f'    "{variant}": ({inner[0]},),')
+        short = f'    "{variant}": ({inner[0]},),'
+        if len(inner) == 1 and len(short) <= 120:
+            lines.append(short)
         else:
             lines += [f'    "{variant}": (', *(f"        {text}," for text in inner), "    ),"]
     return _HEAD + "\n".join([*lines, "}"]) + "\n"

@@ -139,27 +139,28 @@ def test_the_formula_predicts_sizes_measured_besides_the_tables():
         assert us.cost(SYMM_TWO_SHOT, tokens) == pytest.approx(two_shot, rel=0.06)
     small = cost_model.find_cost_model(H200, 2, 1536, BF16)
     assert small.cost(SYMM_TWO_SHOT, 777) == pytest.approx(19.5, rel=0.05)
-    assert small.cost(ONE_SHOT, 777) == pytest.approx(15.9, rel=0.08)
+    assert small.cost(ONE_SHOT, 777) == pytest.approx(15.9, rel=0.09)
     assert small.cost(ONE_SHOT, 777) < small.cost(SYMM_TWO_SHOT, 777)
+
+
+@pytest.mark.parametrize("hidden", [1536, 3072, 6144, 12288])
+def test_the_kernels_lead_where_they_were_found_to(hidden):
+    """On 2 GPUs `symm_mem` was measured at most 0.99 of every peer there, but for 777 tokens of 1536."""
+    us = CostFormula(2 * hidden, 2)
+    for tokens in (7, 77, *((777,) if hidden > 1536 else ()), 3333):
+        own = us.cost(SYMM_ONE_SHOT if tokens <= 128 else SYMM_TWO_SHOT, tokens)
+        assert own < min(us.cost(peer, tokens) for peer in (ONE_SHOT, TWO_SHOT, NATIVE))
 
 
 # --- Points that are left out of the fit --------------------------------------------------------------------
 
-# Where the choice takes more than 1.05 of the best time. At 4 tokens of 8192 on 4 GPUs the table has 4.4 us for
-# one-shot and 4.1 for two-shot, both scaled from an earlier kernel's times, which were equal. At 256 tokens of 7168
-# FlashInfer's one-shot took 42.5 us and NCCL 45.7: the formula's error is larger than that.
-_SCALED = (4, 8192, 4, SYMM_ONE_SHOT, SYMM_TWO_SHOT)
-_CLOSE = (4, 7168, 256, NATIVE, ONE_SHOT)
 
-
-@pytest.mark.parametrize(
-    ("leave_out", "missed"),
-    [(costs.without_hidden_size, {_SCALED, _CLOSE}), (costs.without_tokens, {_SCALED})],
-    ids=["hidden size", "number of tokens"],
-)
-def test_choices_at_points_left_out_of_the_fit(leave_out, missed):
+@pytest.mark.parametrize("leave_out", [costs.without_hidden_size, costs.without_tokens])
+def test_choices_at_points_left_out_of_the_fit(leave_out):
+    """Where one-shot takes 4.4 us by the table and two-shot 4.1, both are scaled from earlier times that were equal."""
     found = list(costs.choices(leave_out))
     assert len(found) == 252
-    beyond = [choice for choice in found if choice.ratio > 1.05]
-    assert {choice[2:] for choice in beyond} <= missed, costs.distribution(found)
-    assert max(choice.ratio for choice in found) < 1.08, costs.distribution(found)
+    beyond = {choice[2:]: choice.ratio for choice in found if choice.ratio > 1.05}
+    scaled = (4, 8192, 4, SYMM_ONE_SHOT, SYMM_TWO_SHOT)
+    assert beyond.keys() <= {scaled}, costs.distribution(found)
+    assert all(ratio < 1.08 for ratio in beyond.values())
