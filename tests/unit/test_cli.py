@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -310,6 +312,45 @@ def test_prebuild_compiles_and_says_where(monkeypatch, tmp_path, capsys):
     assert f"kernels: {tmp_path / 'x.so'}" in said.out
     assert "compiled for 9.0a" in said.out
     assert f"into {tmp_path}" in said.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_prebuild_says_how_far_it_is(monkeypatch, tmp_path):
+    """Each line of the progress, at each step of a fake build: ninja and two compilers below it."""
+    details, said = [], []
+
+    @contextlib.contextmanager
+    def log_progress(text, *, after_s, detail):
+        details.append(detail)
+        yield
+
+    def build():
+        names = ["csrc_one.cuda.o", "csrc_two.cuda.o", "csrc_three.o"]
+        (tmp_path / "build.ninja").write_text("".join(f"build {tmp_path / name}: compile x.cu\n" for name in names))
+        said.append(details[0]())
+        compilers = "".join(f"sh -c 'echo; read line <&3' nvcc -o {tmp_path / name} & " for name in names[:2])
+        arguments = ["ninja", "-c", f"exec 3<&0; {compilers}wait", "ninja", "-f", str(tmp_path / "build.ninja")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(arguments, executable="/bin/sh", **pipes) as run:
+            for _ in names[:2]:
+                run.stdout.readline()  # they run
+            (tmp_path / names[2]).touch()
+            (tmp_path / names[0]).touch()  # not done yet
+            said.append(details[0]())  # the compilers end with the input
+        (tmp_path / names[1]).touch()
+        said.append(details[0]())
+
+    monkeypatch.setattr(flashinfer_library, "log_progress", log_progress)
+    (tmp_path / "csrc_old.o").touch()  # of an earlier build
+    assert run_prebuild(monkeypatch, tmp_path, ["missing", "cached"], build) == 0
+    assert said[0] == "; 0 of 3 objects done"
+    during = re.fullmatch(
+        r"; 1 of 3 objects done, compiling csrc_one.cuda.o, csrc_two.cuda.o; "
+        r"the compilers have used (\d+) s of processor time",
+        said[1],
+    )
+    assert during is not None, said[1]
+    assert said[2] == "; 3 of 3 objects done"
 
 
 def test_prebuild_leaves_prebuilt_kernels(monkeypatch, tmp_path, capsys):

@@ -23,13 +23,13 @@ from fusewire.custom_ops.coordination.log import log_progress
 from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.coordination.vote import describe
 from fusewire.custom_ops.ops.registry import Support
+from fusewire.custom_ops.providers.flashinfer.compile_progress import CompileProgress
 from fusewire.errors import WorkspaceError
 
 MIN_VERSION = (0, 6, 15)
 TWO_SHOT_VERSION = (0, 7, 2)
 CAPABILITIES = (9, 10, 12)
 MODULE = "trtllm_comm"
-_OBJECTS = 3
 _NEEDED = {
     "create_allreduce_fusion_workspace": (
         *("backend", "world_size", "rank", "max_token_num", "hidden_dim", "dtype", "group", "comm_backend"),
@@ -131,11 +131,6 @@ class Kernels:
     state: str
     path: Path
 
-    @property
-    def objects(self) -> list[tuple[str, float]]:
-        """The object files compiled so far, each with its modification time."""
-        return [(path.name, path.stat().st_mtime) for path in self.path.parent.glob("*.o")]
-
 
 def kernels() -> Kernels:
     """Locate the kernels for this machine's GPU architectures. Imports FlashInfer."""
@@ -226,10 +221,9 @@ _HINT = " (`python -m fusewire prebuild` does it ahead)"
 
 def announcement(state: Kernels, after_s: float = 0.0, hint: str = _HINT) -> contextlib.AbstractContextManager[None]:
     """Return a context that logs the compilation's progress and where its result goes."""
-    before = set(state.objects)
     return log_progress(
         f"FlashInfer compiles its all-reduce kernels ({MODULE}) into {state.path.parent}: minutes, once for "
         f"each version and GPU architecture{hint}",
         after_s=after_s,
-        detail=lambda: f"; {len(set(state.objects) - before)} of {_OBJECTS} objects done",
+        detail=CompileProgress(state.path.parent).__str__,
     )
