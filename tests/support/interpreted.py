@@ -41,7 +41,7 @@ def main(run_case):
         try:
             run_case(name)
             text = ""
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             text = traceback.format_exc()[-3000:]
         print(json.dumps([name, text]), flush=True)
         print(f"{time.process_time() - start:.2f} s {name}", file=sys.stderr, flush=True)
