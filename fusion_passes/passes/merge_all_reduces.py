@@ -16,8 +16,11 @@ from torch.fx import Graph, Node
 
 from fusewire.fusion_passes.analysis.graph import (
     ADDS,
+    CASTS,
     VIEWS,
+    addends_of,
     aten,
+    cast_source,
     dtype_of,
     erase_unused,
     is_vector,
@@ -35,7 +38,7 @@ from fusewire.fusion_passes.passes.coalesced import drop_taken_tensors
 from fusewire.fusion_passes.spmd.fingerprint import moved_texts
 from fusewire.patterns.collectives import ALL_REDUCE, COALESCED_PART, SUM, WAIT, AllReduce, read_all_reduce
 
-_SUMS = ADDS | {aten.addmm.default}
+_SUMS = ADDS | CASTS | {aten.addmm.default}
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class _Merger:
         if node.target is aten.addmm.default:
             operands = [(node.args[0], self._path_to(node.args[0])), (None, self._path_to_product(node))]
         else:
-            operands = [(operand, self._path_to(operand)) for operand in plain_add(node) or ()]
+            operands = [(operand, self._path_to(operand)) for operand in _addends_at(node)]
         match [path for _, path in operands if path is not None]:
             case [first, second]:
                 return self._pair(first, second, None)
@@ -185,6 +188,16 @@ class _Merger:
         moved = [*context.moved.pop(second, []), f"merged: {texts[0]} + {texts[1]}"]
         context.moved.setdefault(first, []).extend(moved)
         context.assumed.update(option for path in pair.paths for option in path.assumptions)
+
+
+def _addends_at(node: Node) -> tuple[Any, ...]:
+    """Return what a sum adds, also one in fp32 that is rounded at once; () if it is none.
+
+    Nothing else reads the sum in fp32 and its casts, so they go away with it.
+    """
+    total = cast_source(node)
+    inner = () if total is None else (total, *total.all_input_nodes)
+    return () if any(len(step.users) > 1 for step in inner) else addends_of(node) or ()
 
 
 def _same_reduction(a: AllReduce, b: AllReduce) -> bool:

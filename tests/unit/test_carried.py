@@ -381,6 +381,28 @@ def test_matrices_that_stay(world, block, options):
     assert len(products) == captured.before[0].count("aten.mm.default") + captured.before[0].count("aten.addmm.default")
 
 
+def _wide_pair(x, r, w, s, *_):
+    """Routed and shared experts, added in fp32 and rounded at once (Hunyuan V3)."""
+    total = r + (reduce_functional(x).float() + reduce_functional(s).float()).to(r.dtype)
+    return norm(total, w), total
+
+
+def _wide_pair_also_read(x, r, w, s, *_):
+    wide = reduce_functional(x).float() + reduce_functional(s).float()
+    return norm(r + wide.to(r.dtype), w), wide
+
+
+def test_a_sum_in_fp32_that_is_rounded_at_once_is_merged(world):
+    given = inputs(torch.bfloat16)
+    captured = capture(_wide_pair, *given, inline_native=False)
+    assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
+    assert (captured.count(FUSED_OP), captured.count(ALL_REDUCE)) == (1, 0)
+    equal(captured.result, _wide_pair(*given))
+    read = capture(_wide_pair_also_read, *given, inline_native=False)
+    assert not any(entry.fusion.startswith("merged") for entry in read.account.entries)
+    equal(read.result, _wide_pair_also_read(*given))
+
+
 def test_lora_in_float16_is_not_merged(world):
     captured = capture(lora, *inputs(torch.float16))
     assert [entry.status for entry in captured.account.entries] == ["refused"] * 2
