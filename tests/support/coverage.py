@@ -180,7 +180,7 @@ versions.
 
 - **all-reduces**: in the compiled graphs of one forward pass, counted without fusewire.
   Reduce-scatters of sequence parallelism count too.
-- **fusible**: those that mathematics allows to fuse with an RMSNorm. `tests/support/zoo.py` says
+- **fusible**: those that mathematics allows to fuse with an RMSNorm. `tests/support/zoo_hf.py` says
   for each model why not all are. `?`: not known for these versions.
 - **fused**: by fusewire. In brackets: how many of these are gone, since a sum of two all-reduces
   became one.
@@ -188,7 +188,7 @@ versions.
 """
 _ALSO = " --also DIRECTORY"
 _ELSEWHERE = (
-    "The zoo's numbers are of transformers 5.23.\nHere a model's all-reduces count as fusible if all of them were "
+    "The zoo's numbers are of transformers 5.24.\nHere a model's all-reduces count as fusible if all of them were "
     "fused,\nand as not fusible if every norm is a LayerNorm."
 )
 _COLUMNS = "| model | all-reduces | fusible | fused | breaks | remarks |\n|---|--:|--:|--:|--:|---|"
