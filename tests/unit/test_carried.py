@@ -159,6 +159,17 @@ def test_kinds_fuse(world, name):
     equal(captured.result, of_kind(name)(*given))
 
 
+def test_a_constant_has_its_tensors_rounding(world):
+    """0.3 in bfloat16 is 0.30078125; its number moves."""
+
+    def block(x, r, w, *_):
+        return norm(r + reduce_functional(x) * torch.full((1,), 0.3, dtype=x.dtype), w)
+
+    captured = capture(block, *inputs(torch.bfloat16), inline_native=False)
+    (call,) = captured.graph.find_nodes(op="call_function", target=FUSED_OP)
+    assert call.args[0].args[1] == 0.30078125
+
+
 @pytest.mark.parametrize("name", LORA)
 @pytest.mark.parametrize("shape", [(6,), (2, 3)], ids=["rank 2", "rank 3"])
 def test_lora_becomes_one_all_reduce(world, name, shape):
