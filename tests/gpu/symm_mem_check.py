@@ -49,6 +49,7 @@ except ModuleNotFoundError:  # not installed: take the packages from the checkou
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank  # noqa: E402
 from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm  # noqa: E402
 from fusewire.custom_ops.providers.symm_mem.launch_config import (  # noqa: E402
+    ONE_SHOT_KERNEL,
     LaunchConfig,
     check_launch_config,
     launch_config_two_shot_flags,
@@ -619,7 +620,8 @@ def sweep_configs(kind: str, tokens: int, ws: SymmMemWorkspace, world: int) -> l
                 new["result_lag"] = result_lag
                 configs.append(dataclasses.replace(base, block=max(base.block, 32 * warps), **new))
     rest = 2 if kind == "data" else 1
-    configs = [p for p in dict.fromkeys(configs) if check_launch_config(p, packets, sms) is None]
+    kernel = ONE_SHOT_KERNEL if kind == "one_shot" else ""
+    configs = [p for p in dict.fromkeys(configs) if check_launch_config(p, packets, sms, kernel) is None]
     return [p for p in configs if p.slices * rows <= rest * sms or p.slices == 1]
 
 

@@ -24,6 +24,8 @@ from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
 from fusewire.custom_ops.providers.symm_mem.kernels import peer_copy as symm_mem_copy
 from fusewire.custom_ops.providers.symm_mem.kernels.packets import peer_at
 from fusewire.custom_ops.providers.symm_mem.launch_config import (
+    ONE_SHOT_KERNEL,
+    LaunchConfig,
     check_launch_config,
     launch_config_one_shot,
     launch_config_two_shot_data,
@@ -57,7 +59,7 @@ def call_on_cpu(kind, world, hidden, dtype, tokens, weight=BF16, form=SCALE, res
         None if weight is None else torch.zeros(hidden, dtype=weight),
     )
     launch = getattr(symm_mem, f"{kind}_launch")(*args, 1e-5, 1.0, form, **options)
-    assert check_launch_config(launch.config, ws.layout.packets, ws.multiprocessors) is None
+    assert check_launch_config(launch.config, ws.layout.packets, ws.multiprocessors, launch.kernel) is None
     return launch
 
 
@@ -186,14 +188,33 @@ def test_default_configurations_fit(world, hidden):
         for tokens in (1, 2, 3, 5, 16, 31, 33, 64, 128, 257, 1000, 4096, 8192):
             shard = rows_per_rank(tokens, world)
             configs = [
-                launch_config_one_shot(tokens, packets, 132),
-                launch_config_two_shot_data(shard, packets, world, 132),
-                *(launch_config_two_shot_flags(shard, packets, world, 132, full) for full in (True, False)),
+                (launch_config_one_shot(tokens, packets, 132), ONE_SHOT_KERNEL),
+                (launch_config_two_shot_data(shard, packets, world, 132), "two_shot_data_kernel"),
+                *(
+                    (launch_config_two_shot_flags(shard, packets, world, 132, full), "two_shot_flags_kernel")
+                    for full in (True, False)
+                ),
             ]
-            assert [check_launch_config(config, packets, 132) for config in configs] == [None] * 4
+            assert [check_launch_config(config, packets, 132, kernel) for config, kernel in configs] == [None] * 4
             owned = [owned_rows(tokens, world, rank) for rank in range(world)]
             assert sum(owned) == tokens
             assert max(owned) == owned[0] == shard
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (LaunchConfig(3, 1, 32, slices=2), "no multiple of the 2 slices"),  # one of them would wait for ever
+        (LaunchConfig(1, 1, 32, slices=2), "fewer than the 2 slices"),
+        (LaunchConfig(132 * 16 + 1, 1, 64), "do not all fit on 132"),
+        (LaunchConfig(2, 3, 128), "warps is 3"),
+        (LaunchConfig(2, 1, 48), "block is 48"),
+        (LaunchConfig(2, 1, 32), "do not cover 64 packets"),
+        (LaunchConfig(2, 1, 64, unroll=3), "unroll 3"),
+    ],
+)
+def test_configurations_that_cannot_run_are_refused(config, said):
+    assert said in (check_launch_config(config, 64, 132, ONE_SHOT_KERNEL) or "")
 
 
 @pytest.mark.parametrize("world", range(2, 9))

@@ -207,7 +207,9 @@ class Rank:
             self.error = error
             return
         self.begun += 1
-        assert check_launch_config(launch.config, self.ws.layout.packets, self.ws.own_multiprocessors) is None
+        assert not check_launch_config(
+            launch.config, self.ws.layout.packets, self.ws.own_multiprocessors, launch.kernel
+        )
         refer(call, launch.config, self.ws)
         self.blocks = self.machine.blocks_of(launch)
         if self.any_order:

@@ -114,8 +114,11 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def check_launch_config(config: LaunchConfig, packets: int, multiprocessors: int) -> str | None:
-    """Return why a configuration cannot be launched for rows of `packets` packets, or None."""
+ONE_SHOT_KERNEL = "one_shot_kernel"
+
+
+def check_launch_config(config: LaunchConfig, packets: int, multiprocessors: int, kernel: str) -> str | None:
+    """Return why a kernel cannot be launched so for rows of `packets` packets, or None."""
     per_multiprocessor = max(1, 16 // config.warps)  # with the most registers per thread
     if config.warps not in (1, 2, 4, 8, 16, 32):
         return f"warps is {config.warps}; it must be a power of two, at most 32"
@@ -127,6 +130,11 @@ def check_launch_config(config: LaunchConfig, packets: int, multiprocessors: int
         return (
             f"{config.programs} programs of {config.warps} warps do not all fit on {multiprocessors} "
             f"multiprocessors at once (or are fewer than the {config.slices} slices)"
+        )
+    if kernel == ONE_SHOT_KERNEL and config.programs % config.slices:
+        return (
+            f"{config.programs} programs are no multiple of the {config.slices} slices of a row; the last would wait for "
+            "slices that no program sends"
         )
     if config.unroll not in (1, 2, 4, 8) or config.lookahead < 1 or config.result_lag < 0:
         return (

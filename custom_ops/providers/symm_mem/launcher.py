@@ -47,6 +47,7 @@ from fusewire.custom_ops.providers.symm_mem.arguments import (
     weight_for,
 )
 from fusewire.custom_ops.providers.symm_mem.launch_config import (
+    ONE_SHOT_KERNEL,
     KernelTensors,
     Launch,
     LaunchConfig,
@@ -137,7 +138,7 @@ def one_shot_launch(
     config = config or launch_config_one_shot(tokens, layout.packets, ws.multiprocessors)
     return _launch(
         ws,
-        "one_shot_kernel",
+        ONE_SHOT_KERNEL,
         config,
         (rows, residual, norm_out, residual_out),
         (tokens, ws.rank, at["one_shot_slots"], ws.world_size * source, source, at["one_shot_slices"]),
@@ -359,7 +360,7 @@ def run(ws: SymmMemWorkspace, launch: Launch) -> Any:
     config = launch.config
     if not config.programs:
         return None
-    reason = check_launch_config(config, ws.layout.packets, ws.multiprocessors)
+    reason = check_launch_config(config, ws.layout.packets, ws.multiprocessors, launch.kernel)
     if reason:
         raise ArgumentError(f"this launch configuration cannot be used: {reason}")
     grid, arguments = (config.programs, 1, 1), (*launch.tensors, *launch.arguments)
