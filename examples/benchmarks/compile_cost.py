@@ -197,13 +197,13 @@ def measure_passes(model: Model, ids: Tensor, repeat: int, shapes: str) -> Row:
         gc.collect()
         tracemalloc.start()
         try:
-            account = fusewire.run_passes(copied)
+            report = fusewire.run_passes(copied)
             gc.collect()
             kept, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        fused = sum(entry.status == "fused" for entry in account.entries)
-        found = len(account.entries)
+        fused = sum(entry.status == "fused" for entry in report.entries)
+        found = len(report.entries)
         return Row(
             len(model.layers),
             shapes,

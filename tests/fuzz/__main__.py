@@ -176,7 +176,7 @@ def _show(seeds: Iterable[int]) -> None:
             compiled.execute("before")
             for name in ("before", "operator", "default"):
                 print(f"--- {name}\n{compiled.variants[name].text}")
-            for entry in compiled.variants["default"].account.entries:
+            for entry in compiled.variants["default"].report.entries:
                 print(entry)
 
 

@@ -217,8 +217,8 @@ def _check_texts(compiled: Compiled) -> Iterator[str]:
     for name, baseline in (("default", "off"), ("operator", "off"), ("exact", "off"), ("untouched", "before")):
         if name not in variants:
             continue
-        account = variants[name].account
-        refused = all(entry.status == REFUSED for entry in account.entries)
+        report = variants[name].report
+        refused = all(entry.status == REFUSED for entry in report.entries)
         lowered = "fusewire." in variants["before"].text  # the program's own calls are lowered, whatever is refused
         texts = [_without_comparison(variants[which].text) for which in (name, baseline)]
         if refused and not lowered and texts[0] != texts[1]:
@@ -228,10 +228,10 @@ def _check_texts(compiled: Compiled) -> Iterator[str]:
 def _check_verdicts(compiled: Compiled) -> Iterator[str]:
     program = compiled.program
     for name, variant in compiled.variants.items():
-        if variant.account is None:
+        if variant.report is None:
             continue
-        entries = list(variant.account.entries)
-        notes = [note for note in variant.account.notes if not note.startswith(_NO_NOTE_OF)]
+        entries = list(variant.report.entries)
+        notes = [note for note in variant.report.notes if not note.startswith(_NO_NOTE_OF)]
         if notes:
             yield f"{name}: {'; '.join(notes)}"
         if len(program.sites) != len(entries):

@@ -46,7 +46,7 @@ class Variant:
     """A copy of a program's graph, rewritten with one configuration; `late`, with everything computed where it is read."""
 
     module: torch.fx.GraphModule
-    account: GraphReport | None = None
+    report: GraphReport | None = None
     text: str = ""
     late: torch.fx.GraphModule | None = None
 
@@ -294,10 +294,10 @@ class Compiled:
         self.variants["before"] = Variant(copy_of(graph), None, str(graph))
         for name, config in self.configs.items():
             module = copy_of(graph)
-            account = run_passes(module.graph, config)
+            report = run_passes(module.graph, config)
             module.graph.lint()
             late = computed_late(module.graph) if config.output_in_place else None
-            self.variants[name] = Variant(module, account, str(module.graph), late)
+            self.variants[name] = Variant(module, report, str(module.graph), late)
 
     def _backend(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         if self.other_sizes:

@@ -64,7 +64,7 @@ def layers(x, r, w):
 def printed(fn, *given, dtype=torch.float32, shape=(5,), **options):
     """The fingerprint of the one group, and what was captured."""
     captured = capture(fn, *tensors(dtype, shape), *given, **options)
-    (found,) = captured.account.fingerprints
+    (found,) = captured.report.fingerprints
     return found, captured
 
 
@@ -170,7 +170,7 @@ def test_rows_are_no_difference():
     given = tensors(torch.float32, (7,))
     for tensor in given[:2]:
         torch._dynamo.mark_dynamic(tensor, 0)
-    (symbolic,) = capture(merged, *given, dynamic=None).account.fingerprints
+    (symbolic,) = capture(merged, *given, dynamic=None).report.fingerprints
     assert few.rewritten == many.rewritten == symbolic.rewritten
     assert len({few.program, many.program, symbolic.program}) == 3
 
@@ -213,13 +213,13 @@ def test_passes_that_run_twice_keep_the_fingerprint():
 
 def test_training_graphs_are_left_alone():
     captured = capture(plain, *(tensor.requires_grad_() for tensor in tensors(torch.float32)), grad=True)
-    for graph, account in zip(captured.graphs, captured.accounts, strict=True):
+    for graph, report in zip(captured.graphs, captured.graph_reports, strict=True):
         assert not graph.find_nodes(op="call_function", target=RENDEZVOUS)
-        assert account.kind == "training"
+        assert report.kind == "training"
 
 
 def test_a_group_without_peers_is_no_ones_business(fake_world):
     with mock.patch.object(fingerprint, "has_peers", return_value=False):
         captured = capture(merged, *tensors(torch.float32))
-    assert captured.account.fingerprints == ()
+    assert captured.report.fingerprints == ()
     assert captured.count(RENDEZVOUS) == 0

@@ -332,9 +332,9 @@ def _cached(state, folder):
     with environment(TORCHINDUCTOR_CACHE_DIR=str(own)):
         if state == "cleaned" and ranks.rank == 0:
             shutil.rmtree(own)
-        if state == "account lost" and ranks.rank == 0:
+        if state == "report lost" and ranks.rank == 0:
             shutil.rmtree(own / "fusewire")
-        if state == "account damaged" and ranks.rank == 0:
+        if state == "report damaged" and ranks.rank == 0:
             for file in (own / "fusewire").iterdir():
                 file.write_text("{}")
         if state == "copied" and ranks.rank == 0:
@@ -357,8 +357,8 @@ def _cached(state, folder):
     [
         nightly("warm", True),
         nightly("cleaned", False),
-        ("account lost", False),
-        nightly("account damaged", False),
+        ("report lost", False),
+        nightly("report damaged", False),
         nightly("copied", True),
         ("artifacts", True),
     ],

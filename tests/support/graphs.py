@@ -26,7 +26,7 @@ class Captured:
 
     graphs: list[torch.fx.Graph] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
-    accounts: list[GraphReport] = field(default_factory=list)
+    graph_reports: list[GraphReport] = field(default_factory=list)
     run: Callable[..., Any] | None = None
 
     @property
@@ -35,9 +35,9 @@ class Captured:
         return self.graphs[0]
 
     @property
-    def account(self) -> GraphReport:
-        assert len(self.accounts) == 1, f"{len(self.accounts)} graphs were compiled"
-        return self.accounts[0]
+    def report(self) -> GraphReport:
+        assert len(self.graph_reports) == 1, f"{len(self.graph_reports)} graphs were compiled"
+        return self.graph_reports[0]
 
     def targets(self) -> list[str]:
         """What the rewritten graph calls, in order."""
@@ -48,10 +48,10 @@ class Captured:
 
     def verdicts(self) -> list[tuple[str, str]]:
         """(status, gate) of each all-reduce."""
-        return [(entry.status, entry.gate) for entry in self.account.entries]
+        return [(entry.status, entry.gate) for entry in self.report.entries]
 
     def reasons(self) -> list[str]:
-        return [entry.reason for entry in self.account.entries]
+        return [entry.reason for entry in self.report.entries]
 
 
 class _Recorder(CustomGraphPass):
@@ -63,7 +63,7 @@ class _Recorder(CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.captured.before.append(str(graph))
-        self.captured.accounts.append(run_passes(graph, self.config))
+        self.captured.graph_reports.append(run_passes(graph, self.config))
         graph.lint()
         self.captured.graphs.append(graph)
 

@@ -46,7 +46,7 @@ def mixed(x, r, w):
 def recorded(block, dtype=torch.bfloat16) -> GraphReport:
     """The report with pictures of one function's graph, on rank 0 of two."""
     with fake_group(2), pictures_recorded():
-        return capture(block, *tensors(dtype)).account
+        return capture(block, *tensors(dtype)).report
 
 
 class Reader(html.parser.HTMLParser):

@@ -26,7 +26,7 @@ LAYERS = 2
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model and the account of its all-reduces in one forward pass of the compiled graph.
+    """A model and the report of its all-reduces in one forward pass of the compiled graph.
 
     - `all_reduces`: tensors all-reduced, counted by `count_all_reduces`. The same for 2 and 3 ranks.
     - `fusible`: those among them, or reduce-scatters in their place, that reach an RMSNorm through a bias, a scale,

@@ -240,8 +240,8 @@ def test_a_graph_without_all_reduces_is_left_alone(kind):
 
     captured = capture(fn, *tensors())
     assert str(captured.graph) == captured.before[0]
-    assert captured.account.entries == ()
-    assert captured.account.nodes_before == captured.account.nodes_after
+    assert captured.report.entries == ()
+    assert captured.report.nodes_before == captured.report.nodes_after
 
 
 def test_epsilon_of_a_module_under_dynamic(native_calls):
@@ -514,9 +514,9 @@ def test_passes_on_a_graph_by_hand(native_calls, way):
 
 def test_run_passes_returns_the_account_and_takes_defaults():
     module = traced(block, *tensors())
-    account = fusewire.run_passes(module.graph)
-    assert fusewire.report().graphs == (account,)
-    assert account.entries[0].status == "fused"
+    report = fusewire.run_passes(module.graph)
+    assert fusewire.report().graphs == (report,)
+    assert report.entries[0].status == "fused"
 
 
 # FUSEWIRE_DISABLE

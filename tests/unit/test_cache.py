@@ -444,9 +444,9 @@ def test_the_report_is_kept_by_the_passes_themselves():
     with report_cache.reports_kept("name") as cache:
         backend.FusewirePass(PassConfig())(graph)
         kept = json.loads((cache_folder() / "name.json").read_text())
-    (account,) = reports.graph_reports_from_json(kept["graphs"])
-    assert account.entries == fusewire.report().entries
-    assert len(account.entries) == 1
+    (report,) = reports.graph_reports_from_json(kept["graphs"])
+    assert report.entries == fusewire.report().entries
+    assert len(report.entries) == 1
     assert cache.key == f"name-{kept['salt']}"
 
 

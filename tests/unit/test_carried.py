@@ -177,7 +177,7 @@ def test_lora_becomes_one_all_reduce(world, name, shape):
     captured = capture(LORA[name], *given, inline_native=False)
     assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
     assert (captured.count(FUSED_OP), captured.count(ALL_REDUCE)) == (1, 0)
-    (note,) = captured.account.notes
+    (note,) = captured.report.notes
     assert "1 matrix (assume_replicated_residuals)" in note
     equal(captured.result, LORA[name](*given))
 
@@ -191,7 +191,7 @@ def test_l2_norms_fuse(world, name, dtype):
     assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
     calls = captured.graph.find_nodes(op="call_function", target=FUSED_OP)
     assert [call.args[3] for call in calls] == [1e-5 / HIDDEN] * 2
-    assert all(", L2" in entry.spelling for entry in captured.account.entries)
+    assert all(", L2" in entry.spelling for entry in captured.report.entries)
     for got, want in zip(captured.result, l2(name)(*given), strict=True):
         torch.testing.assert_close(got, want, rtol=0 if name != "divided" else 1e-6, atol=0)
 
@@ -232,7 +232,7 @@ def test_signs_are_exact(world, name):
 
 def refused(block, *given, says, **options):
     captured = capture(block, *given, **options)
-    reasons = [entry.reason for entry in captured.account.entries if entry.status == "refused"]
+    reasons = [entry.reason for entry in captured.report.entries if entry.status == "refused"]
     assert any(says in reason for reason in reasons), reasons
     assert _calls(str(captured.graph)) == _calls(captured.before[0])
     return reasons
@@ -245,8 +245,8 @@ def _calls(text):
 
 def test_scales_that_are_assumed_are_counted(world):
     captured = capture(of_kind("computed"), *inputs())
-    assert captured.account.notes == ("taken to be equal on all ranks: 1 scale (assume_replicated_scales)",)
-    assert capture(of_kind("full"), *inputs()).account.notes == ()
+    assert captured.report.notes == ("taken to be equal on all ranks: 1 scale (assume_replicated_scales)",)
+    assert capture(of_kind("full"), *inputs()).report.notes == ()
     says = "which the graph does not prove; assume_replicated_scales=True assumes it"
     refused(of_kind("computed"), *inputs(), says=says, assume_replicated_scales=False)
     capture(of_kind("full"), *inputs(), assume_replicated_scales=False, expect_fused="all")
@@ -382,8 +382,8 @@ def _beta(x, r, w, s, b, c, base, down, up):
 )
 def test_matrices_that_stay(world, block, options):
     captured = capture(block, *inputs(), inline_native=False, **options)
-    assert not any(entry.fusion.startswith("merged") for entry in captured.account.entries)
-    assert not any("matri" in note for note in captured.account.notes)
+    assert not any(entry.fusion.startswith("merged") for entry in captured.report.entries)
+    assert not any("matri" in note for note in captured.report.notes)
     products = [
         node
         for node in captured.graph.nodes
@@ -410,13 +410,13 @@ def test_a_sum_in_fp32_that_is_rounded_at_once_is_merged(world):
     assert (captured.count(FUSED_OP), captured.count(ALL_REDUCE)) == (1, 0)
     equal(captured.result, _wide_pair(*given))
     read = capture(_wide_pair_also_read, *given, inline_native=False)
-    assert not any(entry.fusion.startswith("merged") for entry in read.account.entries)
+    assert not any(entry.fusion.startswith("merged") for entry in read.report.entries)
     equal(read.result, _wide_pair_also_read(*given))
 
 
 def test_lora_in_float16_is_not_merged(world):
     captured = capture(lora, *inputs(torch.float16))
-    assert [entry.status for entry in captured.account.entries] == ["refused"] * 2
+    assert [entry.status for entry in captured.report.entries] == ["refused"] * 2
 
 
 def test_an_epsilon_that_is_a_buffer(world):

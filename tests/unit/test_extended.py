@@ -44,7 +44,7 @@ def test_sandwich_fuses(world, spelling):
     captured = _called(lambda x, r, w: sandwich(x, r, w, spelling))
     assert captured.count(SANDWICH) == 1
     assert captured.count(all_reduce_rms_norm.torch_op) == 0
-    (entry,) = captured.account.entries
+    (entry,) = captured.report.entries
     assert entry.fusion == "all_reduce + rms_norm + fused_add_rms_norm"
 
 
@@ -183,12 +183,12 @@ def test_sequence_fuses(world, spelling):
     assert (
         captured.count(RING.reduce_scatter_tensor.default) == captured.count(RING.all_gather_into_tensor.default) == 0
     )
-    (entry,) = captured.account.entries
+    (entry,) = captured.report.entries
     assert (entry.collective, entry.fusion) == (
         "reduce_scatter",
         "reduce_scatter + fused_add_rms_norm + all_gather",
     )
-    assert Report((captured.account,)).summary.startswith("fusewire: 1 of 1 reduce-scatters fused in 1 graph")
+    assert Report((captured.report,)).summary.startswith("fusewire: 1 of 1 reduce-scatters fused in 1 graph")
 
 
 def two_layers(x, w):
@@ -208,7 +208,7 @@ def test_sequence_with_dynamic_tokens(world):
 def test_sequence_with_a_wide_weight_is_refused(world):
     x, shard, w = sequence_inputs()
     captured = _called(sequence, x, shard, w.float())
-    (entry,) = captured.account.entries
+    (entry,) = captured.report.entries
     assert (entry.status, captured.count(SHARDED)) == ("refused", 0)
 
 
@@ -291,7 +291,7 @@ def _own_weight(x, shard, w):
 )
 def test_sequence_refusals(world, block, says):
     captured = _called(block, *sequence_inputs())
-    (entry,) = [e for e in captured.account.entries if e.collective == "reduce_scatter"]
+    (entry,) = [e for e in captured.report.entries if e.collective == "reduce_scatter"]
     assert (entry.status, captured.count(SHARDED)) == ("refused", 0)
     assert says in entry.reason
     assert captured.count(RING.reduce_scatter_tensor.default) == 1
@@ -304,7 +304,7 @@ def test_sequence_of_two_groups_is_refused(world):
         return gather(NORMS["L"](shard + scatter(x), w, 1e-5), other)
 
     captured = _called(block, *sequence_inputs())
-    (entry,) = captured.account.entries
+    (entry,) = captured.report.entries
     assert "they must be one group" in entry.reason
 
 
@@ -367,7 +367,7 @@ def test_sums_that_do_not_fuse_are_not_merged(world):
 
     captured = _called(block)
     assert len([name for name in captured.targets() if "all_reduce" in name]) == 2
-    assert [entry.fusion for entry in captured.account.entries] == ["", ""]
+    assert [entry.fusion for entry in captured.report.entries] == ["", ""]
 
 
 # --- The same results -----------------------------------------------------------------------------------------

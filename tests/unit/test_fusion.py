@@ -127,7 +127,7 @@ def test_parallelize_module(fake_world):
     block = parallelize_module(Block(), mesh, {"down": RowwiseParallel()})
     captured = capture(block, torch.randn(4, HIDDEN // 2), torch.randn(4, HIDDEN))
     assert captured.verdicts() == [("fused", "")]
-    assert captured.account.entries[0].module == "down"
+    assert captured.report.entries[0].module == "down"
 
 
 def test_ir_operators_in_the_model():
@@ -242,7 +242,7 @@ def test_inlined_native_leaves_plain_operators():
     captured = capture(lambda x, r, w: NORMS["L"](reduce_functional(x) + r, w, 1e-5), *tensors())
     assert captured.count(FUSED_OP) == 0
     assert captured.count(ALL_REDUCE) == 1
-    assert captured.account.entries[0].provider == "native"
+    assert captured.report.entries[0].provider == "native"
 
 
 def test_opaque_operators_of_other_engines():
@@ -284,7 +284,7 @@ def test_sum_of_two_all_reduces_becomes_one():
     captured = capture(block, *inputs)
     assert captured.verdicts() == [("fused", "")] * 2
     assert collectives(captured) == 1
-    assert [entry.fusion for entry in captured.account.entries][1].startswith("merged into")
+    assert [entry.fusion for entry in captured.report.entries][1].startswith("merged into")
     for got, want in zip(captured.result, block(*inputs), strict=True):
         torch.testing.assert_close(got, want, atol=0.04, rtol=0.02)
     apart = capture(block, *inputs, merge_allreduces=False)
@@ -323,7 +323,7 @@ def test_batch_invariant_mode_says_why_faster_providers_are_left_out():
     inputs = tensors()
     captured = capture(block, *inputs, batch_invariant=True)
     assert captured.verdicts() == [("fused", "")]
-    entry = captured.account.entries[0]
+    entry = captured.report.entries[0]
     assert entry.provider == "rank_ordered_batch_invariant"
     assert "flashinfer: not batch-invariant" in entry.reason
 

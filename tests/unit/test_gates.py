@@ -86,7 +86,7 @@ def wider_dtype(x, residual, w, g):
 
 
 def fused(captured):
-    return [entry.status for entry in captured.account.entries].count("fused")
+    return [entry.status for entry in captured.report.entries].count("fused")
 
 
 @pytest.mark.parametrize(("block", "by_default", "assumed"), [(shared_expert, 2, 3), (one_gated, 1, 2)])
@@ -111,7 +111,7 @@ def test_what_is_no_such_gate_is_refused(world, block):
 
 def test_an_all_reduce_that_the_others_gate_needs_is_not_merged(world):
     captured = capture(other_ones_result, *inputs(), assume_replicated_gates=True, inline_native=False)
-    assert not any(entry.fusion.startswith("merged") for entry in captured.account.entries)
+    assert not any(entry.fusion.startswith("merged") for entry in captured.report.entries)
 
 
 def test_reassociation_has_its_own_say(world):

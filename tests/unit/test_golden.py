@@ -163,7 +163,7 @@ def _made(name):
     captured = capture(fn, *inputs, **options)
     verdicts = [
         f"# {entry.status}: {entry.fusion or entry.reason}, {entry.spelling or 'no norm'}"
-        for entry in captured.account.entries
+        for entry in captured.report.entries
     ]
     return "\n".join([f"# {fn.__doc__}", *verdicts, text_of(captured.graph), ""])
 

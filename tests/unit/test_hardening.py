@@ -94,7 +94,9 @@ def test_sums_in_float16_do_not_merge(dtype):
 
     captured = capture(block, x, r, w)
     assert sum(str(node.target) == str(ALL_REDUCE) for node in captured.graph.nodes) == (dtype == torch.float16)
-    assert sum(entry.fusion.startswith("merged") for entry in captured.accounts[0].entries) == (dtype != torch.float16)
+    assert sum(entry.fusion.startswith("merged") for entry in captured.graph_reports[0].entries) == (
+        dtype != torch.float16
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -141,7 +143,7 @@ def test_tokens_that_depend_on_data_are_not_sharded():
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         captured = capture(block, x, torch.arange(len(x)) % 3, w, shard_residual=True)
     assert captured.verdicts() == [("fused", "")] * 3
-    assert any("the number of tokens depends on data" in note for note in captured.accounts[0].notes)
+    assert any("the number of tokens depends on data" in note for note in captured.graph_reports[0].notes)
 
 
 def test_a_size_of_the_collective_is_no_reader():
@@ -279,7 +281,7 @@ def test_a_dump_that_cannot_be_written_costs_nothing():
     with tempfile.NamedTemporaryFile() as file:
         captured = capture(norm_after, *tensors(), dump_graphs=file.name)
     assert captured.verdicts() == [("fused", "")]
-    (note,) = captured.accounts[0].notes
+    (note,) = captured.graph_reports[0].notes
     assert note.startswith(f"dump_graphs: graphs are missing in {file.name}")
 
 

@@ -50,7 +50,7 @@ def test_every_way_fuses(way, tail, dtype):
     captured = capture(blocks(norm), *inputs, inline_native=False)
     assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
     named = (IN_FP32[tail] if dtype == torch.float32 else tail) + name_of(way)
-    assert [entry.spelling for entry in captured.account.entries] == [named] * 2
+    assert [entry.spelling for entry in captured.report.entries] == [named] * 2
     calls = [node for node in captured.graph.nodes if node.target is FUSED_OP]
     assert [call.args[2].op for call in calls] == ["placeholder"] * 2
     wanted = [0.125, 1e-5] if WAYS[way].fixed_eps is None else [WAYS[way].fixed_eps] * 2
@@ -73,7 +73,7 @@ def test_weights_that_are_not_multiplied_last(way, dtype):
     captured = capture(blocks(norm), *inputs, inline_native=False)
     assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
     if dtype != torch.float32:
-        assert [entry.spelling for entry in captured.account.entries] == [tail + name] * 2
+        assert [entry.spelling for entry in captured.report.entries] == [tail + name] * 2
     calls = [node for node in captured.graph.nodes if node.target is FUSED_OP]
     assert {(call.args[2].op, call.args[4], call.args[5]) for call in calls} == {
         ("placeholder", 1.0 if "1 +" in way else 0.0, "scale_then_round")
@@ -110,10 +110,10 @@ def test_norms_raised_alone_and_second_norms_obey_allow_reassociation():
     others = {"rms_norm": ["native"], "fused_add_rms_norm": ["native"], "all_reduce_rms_norm": ["native"]}
     allowed = capture(block, *tensors(), batch_invariant=True)
     assert allowed.count(fusewire.rms_norm.torch_op) == 1
-    assert allowed.account.entries[0].fusion.count("norm") == 2
+    assert allowed.report.entries[0].fusion.count("norm") == 2
     kept = capture(block, *tensors(), batch_invariant=True, allow_reassociation=False)
     assert kept.count(fusewire.rms_norm.torch_op) == 0
-    assert kept.account.entries[0].fusion.count("norm") == 1
+    assert kept.report.entries[0].fusion.count("norm") == 1
     inputs = tensors()
     exact = capture(block, *inputs, allow_reassociation=False, ir_op_priority=others)
     for got, want in zip(exact.result, block(*inputs), strict=True):
@@ -401,7 +401,7 @@ def test_numbers_that_are_no_scale(way, factor):
         return norms[way](reduce_functional(x) + r, w)
 
     captured = capture(block, *tensors(torch.float32))
-    assert not captured.account.notes, captured.account.notes
+    assert not captured.report.notes, captured.report.notes
     assert [status for status, _ in captured.verdicts()] == ["refused"]
 
 

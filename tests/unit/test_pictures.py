@@ -28,8 +28,8 @@ def roles(drawing, role):
 
 
 def test_picture_of_a_fused_site():
-    account = recorded(fuses)
-    (picture,) = account.pictures
+    report = recorded(fuses)
+    (picture,) = report.pictures
     before, after = picture.before, picture.after
     assert roles(before, "collective") == ["all-reduce"]
     assert {"residual", "weight"} <= set(roles(before, "input"))
@@ -87,9 +87,9 @@ def test_picture_of_a_layer_norm():
 
 
 def test_picture_of_merged_all_reduces_is_shared():
-    account = recorded(merged)
-    (picture,) = account.pictures
-    assert [entry.picture for entry in account.entries] == [0, 0]
+    report = recorded(merged)
+    (picture,) = report.pictures
+    assert [entry.picture for entry in report.entries] == [0, 0]
     assert roles(picture.before, "collective") == ["all-reduce", "another all-reduce"]
     assert roles(picture.after, "collective") == []
     assert "add" in roles(picture.after, "step")
@@ -100,18 +100,18 @@ def test_an_all_reduce_that_stays_is_in_both_pictures():
         shared = reduce_functional(x.sin()) * torch.sigmoid(r)
         return NORMS["L"](r + (reduce_functional(x) + shared), w, 1e-5)
 
-    account = recorded(experts)
-    fused = next(entry for entry in account.entries if entry.status == "fused")
-    picture = account.pictures[fused.picture]
+    report = recorded(experts)
+    fused = next(entry for entry in report.entries if entry.status == "fused")
+    picture = report.pictures[fused.picture]
     assert roles(picture.before, "collective") == ["all-reduce", "another all-reduce"]
     assert roles(picture.after, "collective") == ["another all-reduce"]
 
 
 def test_the_same_site_in_every_layer_is_one_picture():
-    account = recorded(two_layers)
-    assert account.entries[1].picture == account.entries[0].picture
-    assert len(account.entries) == 3
-    assert len(account.pictures) == 2  # the last sum is read by the graph's result, the others by the next layer
+    report = recorded(two_layers)
+    assert report.entries[1].picture == report.entries[0].picture
+    assert len(report.entries) == 3
+    assert len(report.pictures) == 2  # the last sum is read by the graph's result, the others by the next layer
 
 
 def test_module_of_a_model_that_a_function_closes_over(fake_world):
@@ -120,14 +120,14 @@ def test_module_of_a_model_that_a_function_closes_over(fake_world):
             return NORMS["L"](reduce_functional(x), x[0], 1e-5)
 
     model = torch.nn.Sequential(Model())
-    (entry,) = capture(lambda x: model(x), tensors()[0]).account.entries
+    (entry,) = capture(lambda x: model(x), tensors()[0]).report.entries
     assert entry.module == "model.0"
 
 
 def test_pictures_are_kept_only_where_wanted(fake_world):
-    account = capture(fuses, *tensors()).account
-    assert account.pictures == ()
-    assert [entry.picture for entry in account.entries] == [-1]
+    report = capture(fuses, *tensors()).report
+    assert report.pictures == ()
+    assert [entry.picture for entry in report.entries] == [-1]
 
 
 def test_reports_beside_the_compile_cache_hold_no_pictures():
@@ -150,11 +150,11 @@ def test_a_picture_that_fails_costs_nothing(monkeypatch):
         raise ZeroDivisionError("planted")
 
     monkeypatch.setattr(pictures, "_Before", broken)
-    account = recorded.__wrapped__(fuses)
-    assert account.entries[0].status == "fused"
-    assert account.entries[0].picture == -1
-    assert account.notes == ("pictures for the HTML report are missing: ZeroDivisionError: planted",)
-    assert "planted" in page(Report((account,)), "title")
+    report = recorded.__wrapped__(fuses)
+    assert report.entries[0].status == "fused"
+    assert report.entries[0].picture == -1
+    assert report.notes == ("pictures for the HTML report are missing: ZeroDivisionError: planted",)
+    assert "planted" in page(Report((report,)), "title")
 
 
 # --- How they are drawn -------------------------------------------------------------------------------------

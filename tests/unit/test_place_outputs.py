@@ -304,7 +304,7 @@ def test_off_by_default(world):
 
 def test_what_is_copied_is_noted(world):
     captured = capture(cheap_value_used_late, *inputs(cheap_value_used_late), **CONFIG)
-    note, assumed = captured.account.notes
+    note, assumed = captured.report.notes
     assert note.startswith("output_in_place: 1 of 3 results are copied")
     assert assumed.startswith("taken to be equal on all ranks: the residual or weight of 4 operators")
 

@@ -343,10 +343,10 @@ def test_nothing_moves_past_a_write(program, dtype, inline):
     module = traced(scope["function"], *inputs)
     want = run(module, inputs)
     copied = fuzz.copy_of(module.graph)
-    account = run_passes(copied.graph, PassConfig(inline_native=inline))
+    report = run_passes(copied.graph, PassConfig(inline_native=inline))
     copied.graph.lint()
     got = run(copied, inputs)
-    assert all(note.startswith("taken to be equal on all ranks: 1 scale") for note in account.notes)
+    assert all(note.startswith("taken to be equal on all ranks: 1 scale") for note in report.notes)
     for before, after in zip([*want.outputs, *want.inputs], [*got.outputs, *got.inputs], strict=True):
         assert torch.equal(before, after), program
     assert len(got.collectives) <= len(want.collectives)

@@ -320,7 +320,7 @@ def test_training_graphs_are_left_alone():
     x, r, w = tensors(torch.float32)
     w.requires_grad_()
     captured = capture(norm_after, x, r, w, grad=True)
-    assert captured.accounts[0].kind == "training"
+    assert captured.graph_reports[0].kind == "training"
     assert captured.verdicts() == [("refused", "match")]
     assert "torch.no_grad()" in captured.reasons()[0]
     captured.result.sum().backward()
@@ -338,7 +338,7 @@ def test_a_failing_pass_leaves_the_graph(monkeypatch):
 
     monkeypatch.setattr(FusionMatcher, "apply", broken)
     captured = refused(norm_after, *tensors(), gate="match", says="planted")
-    assert any("planted" in note for note in captured.account.notes)
+    assert any("planted" in note for note in captured.report.notes)
 
 
 def test_a_pass_that_fails_on_the_graph_itself_is_taken_back(monkeypatch):

@@ -75,7 +75,7 @@ def policies(captured):
 def test_a_kernels_assumption_is_in_the_report(world):
     captured = capture(two_layers, *tensors(), **WITH_KERNEL)
     assert policies(captured) == [f"{KERNEL},native"] * 2
-    assert captured.account.notes == (f"{TAKEN}the residual or weight of 2 operators (assume_replicated_residuals)",)
+    assert captured.report.notes == (f"{TAKEN}the residual or weight of 2 operators (assume_replicated_residuals)",)
     assert TAKEN in str(fusewire.report())
 
 
@@ -84,9 +84,9 @@ def test_without_the_assumption_native_serves(world, dynamic):
     captured = capture(two_layers, *tensors(), dynamic=dynamic, assume_replicated_residuals=False, **WITH_KERNEL)
     assert captured.verdicts() == [("fused", "")] * 2
     assert policies(captured) == []
-    assert [entry.provider for entry in captured.account.entries] == ["native"] * 2
+    assert [entry.provider for entry in captured.report.entries] == ["native"] * 2
     assert captured.reasons() == [f"{KERNEL}: the residual {PARAMETERS}"] * 2
-    assert captured.account.notes == ()
+    assert captured.report.notes == ()
 
 
 def test_without_the_assumption_the_call_carries_native_alone(world):
@@ -99,7 +99,7 @@ def test_without_the_assumption_the_call_carries_native_alone(world):
 def test_what_is_proved_needs_no_assumption(world, assume):
     captured = capture(proved, *tensors(), assume_replicated_residuals=assume, **WITH_KERNEL)
     assert policies(captured) == [f"{KERNEL},native"] * 5
-    assert captured.account.notes == ()
+    assert captured.report.notes == ()
     assert not any("assume_replicated" in reason for reason in captured.reasons())
 
 
@@ -121,7 +121,7 @@ def test_a_forced_kernel_does_not_serve_without_the_assumption(world):
 def test_providers_that_add_each_ranks_own_residual_stay(world, options, policy):
     captured = capture(two_layers, *tensors(), assume_replicated_residuals=False, **options)
     assert policies(captured) == [policy] * 2
-    assert captured.account.notes == ()
+    assert captured.report.notes == ()
 
 
 @pytest.mark.parametrize("provider", ["rank_ordered", "native"])
@@ -129,7 +129,7 @@ def test_providers_that_add_each_ranks_own_residual_assume_nothing(world, provid
     options = {"ir_op_priority": {"all_reduce_rms_norm": (provider,)}, "inline_native": False}
     captured = capture(two_layers, *tensors(), **options)
     assert policies(captured) == [provider] * 2
-    assert captured.account.notes == ()
+    assert captured.report.notes == ()
 
 
 def test_a_batch_invariant_provider_of_the_users_is_taken_for_a_kernel(world):
@@ -141,15 +141,15 @@ def test_a_batch_invariant_provider_of_the_users_is_taken_for_a_kernel(world):
     finally:
         all_reduce_rms_norm.unregister_impl("test_steady")
     assert policies(taken) == ["test_steady,rank_ordered_batch_invariant"] * 2
-    assert len(taken.account.notes) == 1
+    assert len(taken.report.notes) == 1
     assert policies(kept) == ["rank_ordered_batch_invariant"] * 2
-    assert kept.account.notes == ()
+    assert kept.report.notes == ()
 
 
 def test_on_cpus_nothing_is_assumed(world):
     captured = capture(two_layers, *tensors())
     assert captured.verdicts() == [("fused", "")] * 2
-    assert captured.account.notes == ()
+    assert captured.report.notes == ()
 
 
 def test_inner_weights_of_sandwich_norms(world):
@@ -159,7 +159,7 @@ def test_inner_weights_of_sandwich_norms(world):
         return NORMS["weightless"](total, None, 1e-6), total
 
     options = {**WITH_KERNEL, "inline_native": False}
-    assert len(capture(block, *tensors(), **options).account.notes) == 1
+    assert len(capture(block, *tensors(), **options).report.notes) == 1
     captured = capture(block, *tensors(), assume_replicated_residuals=False, **options)
     assert captured.count(SANDWICH) == 1
     assert policies(captured) == ["native"]
@@ -178,9 +178,9 @@ def test_sequence_parallelism_needs_equal_weights_only(world):
     for weight, notes, policy in ((w, 1, "native"), (None, 0, f"{KERNEL},native")):
         inputs = (x, residual[:3], weight)
         captured = capture(sequence, *inputs, **WITH_KERNEL, inline_native=False)
-        assert (policies(captured), len(captured.account.notes)) == ([f"{KERNEL},native"], notes)
+        assert (policies(captured), len(captured.report.notes)) == ([f"{KERNEL},native"], notes)
         captured = capture(sequence, *inputs, assume_replicated_residuals=False, **WITH_KERNEL, inline_native=False)
-        assert (policies(captured), len(captured.account.notes)) == ([policy], 0)
+        assert (policies(captured), len(captured.report.notes)) == ([policy], 0)
         assert (f"the weight {PARAMETERS}" in captured.reasons()[0]) == (weight is not None)
 
 
@@ -193,7 +193,7 @@ def test_calls_of_the_users_own(world):
 
     captured = capture(block, *tensors())
     assert policies(captured) == [KERNEL]
-    assert captured.account.notes == (f"{TAKEN}the residual or weight of 1 operator (assume_replicated_residuals)",)
+    assert captured.report.notes == (f"{TAKEN}the residual or weight of 1 operator (assume_replicated_residuals)",)
     captured = capture(block, *tensors(), assume_replicated_residuals=False, inline_native=False)
     assert policies(captured) == ["native"]
 
@@ -231,14 +231,14 @@ def test_a_sharded_residual_is_an_assumption(world, options):
     """Counted once an operator, whoever serves it."""
     captured = capture(chain, *tensors(shape=(32,)), shard_residual=True, **options)
     assert captured.count(SHARDED) == 4
-    assert captured.account.notes == (f"{TAKEN}the residual or weight of 4 operators (assume_replicated_residuals)",)
+    assert captured.report.notes == (f"{TAKEN}the residual or weight of 4 operators (assume_replicated_residuals)",)
 
 
 def test_without_the_assumption_the_residual_is_not_sharded(world):
     options = {"shard_residual": True, "assume_replicated_residuals": False, "inline_native": False}
     captured = capture(chain, *tensors(shape=(32,)), **options)
     assert (captured.count(SHARDED), captured.count(PLAIN)) == (0, 4)
-    assert captured.account.notes == (f"shard_residual: 4 operators stay as they are: the residual {PARAMETERS}",)
+    assert captured.report.notes == (f"shard_residual: 4 operators stay as they are: the residual {PARAMETERS}",)
 
 
 def test_a_proved_residual_is_sharded_without_the_assumption(world):
@@ -246,7 +246,7 @@ def test_a_proved_residual_is_sharded_without_the_assumption(world):
     captured = capture(proved, *tensors(shape=(32,)), **options)
     assert captured.count(SHARDED) == 5
     assert policies(captured) == [f"{KERNEL},native"] * 5
-    assert captured.account.notes == ()
+    assert captured.report.notes == ()
 
 
 def _wrong_where_residuals_differ(assume: bool) -> bool:
@@ -317,7 +317,7 @@ SCALE, GATE = torch.tensor(8.0, dtype=torch.bfloat16), torch.ones(HIDDEN, 1, dty
 )
 def test_what_moved_is_in_the_report(world, block, extra, options, note):
     captured = capture(block, *tensors(), extra, **options)
-    assert captured.account.notes == (TAKEN + note,)
+    assert captured.report.notes == (TAKEN + note,)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_what_moved_is_in_the_report(world, block, extra, options, note):
     ],
 )
 def test_what_did_not_move_or_is_proved_is_not(world, block, extra, options):
-    assert capture(block, *tensors(), extra, **options).account.notes == ()
+    assert capture(block, *tensors(), extra, **options).report.notes == ()
 
 
 def test_only_the_last_run_counts(world):
@@ -343,4 +343,4 @@ def test_only_the_last_run_counts(world):
 
     captured = capture(block, *tensors(), SCALE, torch.ones(HIDDEN))
     assert [status for status, _ in captured.verdicts()] == ["fused", "refused"]
-    assert captured.account.notes == (f"{TAKEN}1 scale (assume_replicated_scales)",)
+    assert captured.report.notes == (f"{TAKEN}1 scale (assume_replicated_scales)",)

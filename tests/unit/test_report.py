@@ -89,7 +89,7 @@ def test_clear_report_forgets_and_counts_anew():
 
 def test_entry_of_a_fused_all_reduce():
     captured = capture(fuses, *tensors(shape=(2, 3)))
-    (entry,) = captured.account.entries
+    (entry,) = captured.report.entries
     assert (entry.status, entry.gate) == ("fused", "")
     assert entry.fusion == "all_reduce + fused_add_rms_norm"
     assert entry.provider == "native"
@@ -101,17 +101,17 @@ def test_entry_of_a_fused_all_reduce():
 
 def test_account_of_a_graph():
     captured = capture(fuses, *tensors())
-    account = captured.account
-    assert account.kind == "inference"
-    assert not account.cached
-    assert account.notes == ()
+    report = captured.report
+    assert report.kind == "inference"
+    assert not report.cached
+    assert report.notes == ()
     assert (
-        account.nodes_before
+        report.nodes_before
         == captured.before[0].count("%")
         - sum(line.split(" = ", 1)[-1].count("%") for line in captured.before[0].splitlines())
         + 1
     )  # the output node has no name of its own
-    assert account.nodes_after == len(captured.graph.nodes)
+    assert report.nodes_after == len(captured.graph.nodes)
 
 
 def test_text_of_a_report():
@@ -130,9 +130,9 @@ def test_text_of_a_report():
         dtype="float32",
     )
     nameless = dataclasses.replace(refused, node="all_reduce_9", location="", module="")
-    account = GraphReport(0, "inference", (fused, fused, slow, refused, nameless), 1.5, notes=("a word more",))
+    report = GraphReport(0, "inference", (fused, fused, slow, refused, nameless), 1.5, notes=("a word more",))
     cached = GraphReport(1, "training", cached=True)
-    assert str(Report((account, cached))) == "\n".join(
+    assert str(Report((report, cached))) == "\n".join(
         [
             "fusewire: 3 of 5 all-reduces fused in 2 graphs, 2 refused; passes took 1.50 s",
             "graph 0 (inference): 5 all-reduces, 3 fused",
@@ -178,7 +178,7 @@ def test_location_is_the_users_line():
         reduced = dist._functional_collectives.all_reduce(x, "sum", dist.group.WORLD)  # the call
         return NORMS["L"](reduced + r, w, 1e-5)
 
-    (entry,) = capture(block, *tensors()).account.entries
+    (entry,) = capture(block, *tensors()).report.entries
     assert entry.location == f"unit/test_report.py:{line_of('the call')}"
 
 
@@ -188,7 +188,7 @@ def test_location_of_an_in_place_call():
         dist.all_reduce(x)  # the in-place call
         return NORMS["L"](x + r, w, 1e-5)
 
-    (entry,) = capture(block, *tensors()).account.entries
+    (entry,) = capture(block, *tensors()).report.entries
     assert entry.location == f"unit/test_report.py:{line_of('the in-place call')}"
 
 
@@ -216,7 +216,7 @@ def test_location_in_parallelize_module_is_the_layers_call():
 
     model = Model()
     parallelize_module(model.layers[1], init_device_mesh("cpu", (2,)), {"down": RowwiseParallel()})
-    (entry,) = capture(model, torch.randn(4, HIDDEN // 2), torch.randn(4, HIDDEN)).account.entries
+    (entry,) = capture(model, torch.randn(4, HIDDEN // 2), torch.randn(4, HIDDEN)).report.entries
     assert entry.status == "fused"
     assert entry.module == "layers.1.down"
     assert entry.location == f"unit/test_report.py:{line_of(chr(116) + 'he layer' + chr(39) + 's call')}"
@@ -292,14 +292,14 @@ NAMES_IN_FP32 = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_spelling(kind, dtype):
     captured = capture(lambda x, r, w: NORMS[kind](r + reduce_functional(x), w, 1e-5), *tensors(dtype))
-    (entry,) = captured.account.entries
+    (entry,) = captured.report.entries
     assert entry.spelling == (kind if dtype is torch.bfloat16 else NAMES_IN_FP32[kind])
     assert f"norm spelled {entry.spelling}" in str(fusewire.report())
 
 
 def test_spelling_of_an_operator_is_its_name():
     captured = capture(lambda x, r, w: fusewire.rms_norm(reduce_functional(x), w, 1e-5), *tensors())
-    (entry,) = captured.account.entries
+    (entry,) = captured.report.entries
     assert entry.spelling == "fusewire::rms_norm"
     assert entry.fusion == "all_reduce + rms_norm"
 
@@ -332,7 +332,7 @@ def test_training_graphs_are_left_alone():
     x, r, w = tensors(torch.float32)
     w.requires_grad_()
     captured = capture(fuses, x, r, w, grad=True)
-    assert captured.accounts[0].kind == "training"
+    assert captured.graph_reports[0].kind == "training"
     assert captured.verdicts() == [("refused", "match")]
 
 
@@ -361,7 +361,7 @@ def test_expectation_fails_torch_compile_with_the_report(way):
 
 def reason(block, *inputs, **options):
     captured = capture(block, *(inputs or tensors()), **options)
-    (entry,) = [e for e in captured.account.entries if e.status == "refused" and e.collective == "all_reduce"]
+    (entry,) = [e for e in captured.report.entries if e.status == "refused" and e.collective == "all_reduce"]
     assert entry.gate == "match"
     return entry.reason
 

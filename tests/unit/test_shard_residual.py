@@ -97,8 +97,8 @@ def test_chains(world, block, ops, gathers, takes, dynamic):
     assert captured.count(SHARDED) == ops
     assert (captured.count(GATHER), captured.count(TAKE)) == (gathers, takes)
     assert captured.count(PLAIN) == captured.count(SANDWICH) == 0
-    assert all(entry.fusion.endswith("residual sharded") for entry in captured.account.entries)
-    (note,) = captured.account.notes
+    assert all(entry.fusion.endswith("residual sharded") for entry in captured.report.entries)
+    (note,) = captured.report.notes
     assert note.startswith(f"taken to be equal on all ranks: the residual or weight of {ops} operators")
 
 
@@ -129,7 +129,7 @@ def single(x, residual, w):
 def test_not_worth_it(world, block, tokens, says):
     captured = sharded(block, *tensors(shape=(tokens,)))
     assert captured.count(SHARDED) == 0
-    (note,) = captured.account.notes
+    (note,) = captured.report.notes
     assert says in note
 
 
@@ -189,7 +189,7 @@ def test_two_groups_are_two_chains(world):
 
     captured = sharded(block)
     assert captured.count(SHARDED) == 2
-    assert [note.partition(":")[0] for note in captured.account.notes] == [
+    assert [note.partition(":")[0] for note in captured.report.notes] == [
         "shard_residual",
         "taken to be equal on all ranks",
     ]

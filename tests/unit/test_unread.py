@@ -63,7 +63,7 @@ def neither(x, r, w):
 def test_calls_within_auto_functionalized_are_counted():
     captured = capture(in_place, *tensors())
     assert "auto_functionalized" in captured.before[0]
-    (found,) = captured.account.unread
+    (found,) = captured.report.unread
     assert (found.op, found.calls) == (f"{NAME}.shm_allreduce", 7)
     assert found.reason.startswith(UNKNOWN)
     report = fusewire.report()

@@ -166,7 +166,7 @@ def test_sums_in_fp32(way, tail, dtype):
     plain = form.removeprefix("wide_sum_") if dtype != FP32 else SCALE
     assert call.args[4:6] == (bias, form if dtype != FP32 else plain)
     assert call.args[2] is None or call.args[2].op == "placeholder"
-    assert captured.account.entries[0].spelling.endswith("sum not rounded") == (dtype != FP32)
+    assert captured.report.entries[0].spelling.endswith("sum not rounded") == (dtype != FP32)
     equal(captured.result, block(*inputs))
     equal(capture(block, *inputs).result, block(*inputs))
 
