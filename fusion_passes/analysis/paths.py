@@ -5,8 +5,8 @@ residual, multiplied by the scales that follow it. A scale moves before the all-
 of multiples is the multiple of the sum. A subtraction adds the negated operand.
 
 Addends and scales then round elsewhere than in the source, so they move only with
-PassConfig.allow_reassociation. A sign, and an addend that becomes the residual by itself, round
-nowhere else. In float16 a scale above 1 does not move, nor does a whole tensor to a residual: a
+PassConfig.allow_reassociation. (A sign does not, but without that option an all-reduce carries the
+program's own values.) An addend that becomes the residual by itself moves nowhere. In float16 a scale above 1 does not move, nor does a whole tensor to a residual: a
 rank's part, or the residual, could become too large for the dtype although the sum is not.
 
 A scale may move only if it is equal on every rank. A number or a constant tensor in the program is.
@@ -142,9 +142,14 @@ class Path:
         addends = self.of_kind(ADDEND)
         is_residual = residual is None and len(addends) == 1  # the addend becomes the residual
         moves = first_refusal(case for step in self.steps for case in self._step_refusals(step, is_residual))
-        rounds = any(not step.is_sign for step in self.of_kind(SCALE)) or (addends and not is_residual)
-        if moves or allow_reassociation or not rounds:
+        scales = self.of_kind(SCALE)
+        if moves or allow_reassociation or not (scales or (addends and not is_residual)):
             return moves
+        if all(step.is_sign for step in scales) and (is_residual or not addends):
+            return (
+                "a sign stands between the all-reduce and the norm; with allow_reassociation=False an all-reduce "
+                "carries the program's own values, not their negatives"
+            )
         return (
             "a scale or a bias stands between the all-reduce and the norm; moving it rounds elsewhere, which "
             "allow_reassociation=False forbids"

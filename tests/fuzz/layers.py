@@ -199,7 +199,7 @@ class Layer(NormText):
         if self.rng.random() < 0.12 and self.rank > 1:
             bias = self.input("bias", (HIDDEN,))
             value = self.let(self.pick(f"{value} + {bias}", f"{bias} + {value}"), "v")
-            self.carried = True
+            self.carried = self.carried or self.residual  # a bias alone is the residual
         return value
 
     # The sum

@@ -68,6 +68,7 @@ MISSES = {
     "mean over everything": Miss(REFUSED),
     "mean of rows put back": Miss(EITHER),
     "sum of squares": Miss(REFUSED),
+    "L2": Miss(EITHER),
     "layer norm": Miss(REFUSED),
     "product, not square": Miss(REFUSED),
     "another tensor scaled": Miss(REFUSED),
@@ -139,7 +140,14 @@ _ROWS_OF_OTHER_RANKS = ("scatter: other world size", "gather: other world size")
 _ROUNDING = frozenset(
     ["tensor scale", "vector scale", "division", "negation", "number added", "scale after bias", "subtraction", "alpha"]
     + [name for name in MISSES if name.startswith(("bias ", "two "))]
-    + ["doubled", "divided by the root", "sum changed before the norm", "rows: biased", "rows: changed before the norm"]
+    + [
+        "doubled",
+        "L2",
+        "divided by the root",
+        "sum changed before the norm",
+        "rows: biased",
+        "rows: changed before the norm",
+    ]
 )
 # Whose collectives the fused graph may have fewer of, or in another order.
 _UNORDERED = ("coalesced", "gather: twice")

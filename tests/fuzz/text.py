@@ -169,8 +169,8 @@ class NormText(LayerText):
             return f"{square}.mean()"
         if self.miss == "mean of rows put back":
             return self.pick(f"{square}.mean(-1).unsqueeze(-1)", f"{square}.mean(-1)[..., None]")
-        if self.miss == "sum of squares":
-            return f"{square}.sum(-1, keepdim=True)"
+        if self.miss in ("sum of squares", "L2"):
+            return f"{square}.sum(-1, keepdim=True)" + (" * 0.5" if self.miss == "sum of squares" else "")
         return self.pick(
             f"{square}.mean(-1, keepdim=True)",
             f"torch.mean({square}, dim={square}.dim() - 1, keepdim=True)",
