@@ -6,8 +6,9 @@ of multiples is the multiple of the sum. A subtraction adds the negated operand.
 
 Addends and scales then round elsewhere than in the source, so they move only with
 PassConfig.allow_reassociation. (A sign does not, but without that option an all-reduce carries the
-program's own values.) An addend that becomes the residual by itself moves nowhere. In float16 a scale above 1 does not move, nor does a whole tensor to a residual: a
-rank's part, or the residual, could become too large for the dtype although the sum is not.
+program's own values.) An addend that becomes the residual by itself moves nowhere. In float16 a
+scale above 1 does not move, nor does a whole tensor to a residual: a rank's part, or the residual,
+could become too large for the dtype although the sum is not.
 
 A scale may move only if it is equal on every rank. A number or a constant tensor in the program is.
 For another tensor the graph does not show it:
