@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
-# Test processes side by side. Each starts up to five ranks of its own and compiles on one core.
-JOBS ?= 2
+# Test processes side by side. Each starts up to five ranks and compiles on one core; some wait for
+# each other, so two cores have work for three.
+JOBS ?= 3
 export TORCH TORCH_INDEX_URL PROMPT
 
 .PHONY: help env demo serve test serving-env test-serving nightly lint style types types-of-scripts clean $(VENV)/types
@@ -16,7 +17,7 @@ help:
 	@echo '               DEMO_ARGS="..."   further options (see examples/demo.py --help)'
 	@echo 'make serve   serve the same model with vLLM on 2 ranks, without fusewire and with it (10 minutes)'
 	@echo '               SERVE_ARGS="..."  options (see examples/serve.py --help)'
-	@echo 'make test    run the tests, JOBS=2 at a time (TEST_ARGS="..." goes to pytest)'
+	@echo 'make test    run the tests, JOBS=3 at a time (TEST_ARGS="..." goes to pytest)'
 	@echo 'make test-serving  run the tests in vLLM; TEST_ARGS="-m nightly" starts its servers'
 	@echo 'make nightly run the long tests, 10,000 random programs among them (hours)'
 	@echo 'make lint    run ruff and mypy'
