@@ -52,7 +52,7 @@ OVERLAPPING = (ONE_SHOT,)
 
 
 def data_tokens(world_size: int) -> int:
-    """Return the most tokens of `symm_mem`'s data-as-flag two-shot; more take the one with flags."""
+    """Return the most tokens of `symm_mem`'s data-as-flag two-shot; beyond, flags serve."""
     return 1024 if world_size > 4 else 512
 
 

@@ -25,7 +25,7 @@ class CostModel:
 
     Attributes:
         source: the origin of the costs, for people.
-        times: (tokens, microseconds per call) of each measured variant, by growing number of tokens.
+        times: (tokens, microseconds per call) of each measured variant, by growing tokens.
         formula: the curve between and beyond the measured numbers of tokens; None on GPUs that it
             was not fitted to.
         only_measured: whether variants without times have no cost, since a tuner left them out.

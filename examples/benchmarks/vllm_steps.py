@@ -174,7 +174,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(results: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> str:
-    """Return the table of all modes: milliseconds and the ratio to the first mode, medians of the rounds."""
+    """Return a table of milliseconds, medians of the rounds, with ratios to the first mode."""
     modes = list(results)
     lines = ["| step | " + " | ".join(modes) + " |", "|---|" + "--:|" * len(modes)]
     sizes = [f"decode {b}" for b in arguments.batches] + [f"prefill {n}" for n in arguments.prefills]
@@ -218,7 +218,7 @@ def main() -> int:
 
 
 def run_modes(arguments: argparse.Namespace) -> int:
-    """Run each mode in turn in a process of its own and print the table. Returns the exit status."""
+    """Run each mode in a process of its own, print the table, and return the exit status."""
     results: dict[str, list[dict[str, Any]]] = {mode: [] for mode in arguments.modes}
     for number in range(arguments.rounds):
         for mode in arguments.modes:

@@ -287,7 +287,7 @@ class PathFinder:
         return Step(SCALE, node, small, option if origin.assumed else "")
 
     def fits_group(self, step: Step, site: AllReduce) -> bool:
-        """Return whether a step's factor, if it is one, is equal on the ranks of an all-reduce's group."""
+        """Return whether a step's factor, if any, is equal on the ranks of the all-reduce."""
         factor = step.value
         if step.kind != SCALE or not isinstance(factor, Node) or factor.op != "call_function":
             return True

@@ -108,7 +108,7 @@ class _Merger:
         return None
 
     def _pair_behind(self, path: Path, other: Any, node: Node) -> _Pair | None:
-        """Return the pair where `other`, the add's other operand, is a sum with a residual or a bias."""
+        """Return the pair where `other`, the other operand, is a sum with a residual or a bias."""
         inner = plain_add(other) if isinstance(other, Node) and len(other.users) == 1 else None
         for summed, residual in (inner, inner[::-1]) if inner is not None else ():
             second = self._path_to(summed)

@@ -1,4 +1,4 @@
-"""What the other ranks see when one is killed, stopped, leaves out a call, makes another one, or lacks
+"""What ranks see when another is killed, stopped, skips a call, makes another one, or lacks
 something while workspaces are made.
 
     python tests/gpu/fault_check.py                  # 2 GPUs; each case once, 4 minutes

@@ -1,11 +1,12 @@
 """What the `symm_mem` protocols rest on, in the simulator.
 
-* Controls: one wait, flag, fence, reset or generation is taken out at a time, by altering a line of a kernel's source.
-  It is missed if a number is wrong or a wait never ends, within `SCHEDULES` random schedules. What is taken out
-  and not missed is in `UNNOTICED`, with the reason.
+* Controls: one wait, flag, fence, reset or generation is taken out at a time, by altering a line
+  of a kernel's source. It is missed if a number is wrong or a wait never ends, within `SCHEDULES`
+  random schedules. What is taken out and not missed is in `UNNOTICED`, with the reason.
 * Delays: a rank that stops for a while, at any step, changes nothing.
-* Residency: a rank's GPU has room for some blocks of each launch only, as beside another kernel; the next starts when
-  one ends, in the order of their numbers. The rule is in `kernels/__init__`, under Progress.
+* Residency: a rank's GPU has room for some blocks of each launch only, as beside another kernel;
+  the next starts when one ends, in the order of their numbers. The rule is in `kernels/__init__`,
+  under Progress.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ SLICED = {"config": LaunchConfig(2, 1, 32, slices=2)}
 # With so many slices and packets a thread reads one sum of squares a row.
 ONE_WORD = {"config": LaunchConfig(3, 1, 32, slices=3, unroll=8)}
 
-# Scenarios: ranks, hidden size, calls, and whether rank 1 stops ("missing") or comes late in call 1.
+# Scenarios: ranks, hidden size, calls, and whether rank 1 stops ("missing") or comes late in call
+# 1.
 ONE = (2, 64, [("one_shot", 2, {})] * 5)
 ONE_SLICED = (2, 512, [("one_shot", 1, SLICED)] * 2)
 ONE_INNER = (2, 512, [("one_shot", 1, {**SLICED, **INNER})])
@@ -59,7 +61,7 @@ def once(scenario):
     return (*scenario[:2], scenario[2][:1])
 
 
-# --- What replaces a wait -----------------------------------------------------------------------------------
+# --- What replaces a wait -------------------------------------------------------------------------
 
 # The packets that are there, and the sums of tagged words whatever their tags.
 PACKETS = "sum((load16(a, a == a, True) for a in {}), ())"
@@ -87,7 +89,8 @@ INNER_AT = "CACHE_LINE_BYTES + CACHE_LINE_BYTES // 2"
 PARTIAL_FLAG = "wait_flag(flag, flag_value, is_peer, ctl_at, WAIT_PARTIAL_FLAG, thread, False)"
 RESULT_FLAG = "wait_flag(flag, flag_value, waits, ctl_at, WAIT_RESULT_FLAG, thread, True)"
 
-# What is taken out: the function, its text and the altered text; and the scenario that must miss it.
+# What is taken out: the function, its text and the altered text; and the scenario that must miss
+# it.
 CONTROLS = {
     "one-shot: the wait for rows": (
         ONE_SHOT, "poll16(addrs, ctl_at, WAIT_ONE_SHOT, 0, WORLD, 1, False)", PACKETS.format("addrs"), once(ONE),
@@ -218,7 +221,7 @@ def problem(scenario, seed):
     return ""
 
 
-# --- Ranks that stop for a while ----------------------------------------------------------------------------
+# --- Ranks that stop for a while ------------------------------------------------------------------
 
 PROTOCOLS = {
     "one-shot": ("one_shot", {}),
@@ -252,7 +255,7 @@ def run_delay(name, rank, turn):
     simulate(2, hidden, BF16, [(kind, tokens, options)] * 2, turn, delayed=(rank, 1, turn))
 
 
-# --- Residency ----------------------------------------------------------------------------------------------
+# --- Residency ------------------------------------------------------------------------------------
 
 BLOCKS = 4  # of each launch, on ranks with as many multiprocessors
 ALL = 99
@@ -262,8 +265,8 @@ def _config(slices=1, block=32, **options):
     return {"config": LaunchConfig(BLOCKS, 1, block, slices=slices, **options)}
 
 
-# Kind, tokens, options, hidden size; then how many blocks a rank needs if all ranks have no more, and if one rank has
-# fewer than the others, which have room for all.
+# Kind, tokens, options, hidden size; then how many blocks a rank needs if all ranks have no more,
+# and if one rank has fewer than the others, which have room for all.
 LAUNCHES = {
     # A block owns whole rows: one at a time is enough.
     "one-shot": ("one_shot", 6, _config(), 64, 1, 1),
@@ -334,7 +337,7 @@ def run_room(name, fits, enough, often):
         simulate(*given, resident=fits)
 
 
-# --- The tests ----------------------------------------------------------------------------------------------
+# --- The tests ------------------------------------------------------------------------------------
 
 
 def run_control(name):

@@ -1,6 +1,8 @@
-"""Ranks on two hosts: inside a host all fuses as ever, and a group across hosts reduces with its own collective.
+"""Ranks on two hosts: inside a host all fuses as ever, and a group across hosts reduces with its
+own collective.
 
-The hosts are Linux namespaces (tests/support/hosts.py): four ranks, two on each, that reach each other by TCP only.
+The hosts are Linux namespaces (tests/support/hosts.py): four ranks, two on each, that reach each
+other by TCP only.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def at_board(group):
 
 
 def job_groups():
-    """A program with a tensor-parallel group inside each host, and one across: as on GPUs, FlashInfer being faked."""
+    """A program with a tensor-parallel group inside each host, and one across: as on GPUs,
+    FlashInfer being faked.
+    """
     ranks = Ranks()
     pairs = [ranks.new_group(pair) for pair in ([0, 1], [2, 3])]
     inside, across = pairs[ranks.rank // 2], ranks.group
@@ -117,7 +121,9 @@ def test_groups_inside_a_host_and_across(pool):
 
 
 def job_across_only():
-    """The engine's own all-reduce serves a group across hosts, bit for bit, and FlashInfer is not even loaded."""
+    """The engine's own all-reduce serves a group across hosts, bit for bit, and FlashInfer is not
+    even loaded.
+    """
     ranks = Ranks()
     summed = []
 

@@ -1,4 +1,5 @@
-"""The report of a model that vLLM compiles in pieces: counts, caches and expectations, without a server.
+"""The report of a model that vLLM compiles in pieces: counts, caches and expectations, without a
+server.
 
 Runs where vLLM is installed: `make test-serving`.
 """
@@ -30,7 +31,9 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 class Manager:
-    """Compiles pieces as vLLM does: `new` runs fusewire's pass, `cached` does not; equal pieces are one object."""
+    """Compiles pieces as vLLM does: `new` runs fusewire's pass, `cached` does not; equal pieces are
+    one object.
+    """
 
     def __init__(self, expect_fused=None):
         from fusewire.integrations import vllm_passes

@@ -1,10 +1,11 @@
-"""Fit the cost formula to the shipped tables: `custom_ops/dispatch/cost_parameters.py` is what this command wrote.
+"""Fit the cost formula to the shipped tables: `custom_ops/dispatch/cost_parameters.py` is what this
+command wrote.
 
     python -m tests.support.costs                                                      # print it
-    python -m tests.support.costs --write custom_ops/dispatch/cost_parameters.py       # refresh the file
+    python -m tests.support.costs --write custom_ops/dispatch/cost_parameters.py
 
-Least squares of relative errors, all world sizes together. It also says how well the formula chooses at the points that
-are left out of the fit.
+Least squares of relative errors, all world sizes together. It also says how well the formula
+chooses at the points that are left out of the fit.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from fusewire.custom_ops.dispatch.cost_tables import (
     ShippedTable,
 )
 
-# The terms of each variant's protocols; `symm_mem`'s two-shot has one for few tokens and one for more.
+# The terms of each variant's protocols; `symm_mem`'s two-shot has one for few tokens and one for
+# more.
 PROTOCOLS = {
     SYMM_ONE_SHOT: (("call", "row_to_peers", "fourth_root"),),
     SYMM_TWO_SHOT: (("call", "row_to_peers", "fourth_root"), ("call", "own_rows")),
@@ -95,11 +97,13 @@ def _derivative(term: str, size: Size, by: tuple[float, float]) -> float:
     return by[0] * LATENCY[term](size) if term in LATENCY else by[1] * THROUGHPUT[term](size)
 
 
-# --- Leaving points out -------------------------------------------------------------------------------------
+# --- Leaving points out ---------------------------------------------------------------------------
 
 
 class Choice(NamedTuple):
-    """A choice at a point that was left out; `ratio` is its measured time divided by the measured best."""
+    """A choice at a point that was left out; `ratio` is its measured time divided by the measured
+    best.
+    """
 
     ratio: float
     policy: tuple[str, ...]
@@ -122,7 +126,9 @@ def _fit_without(number: int) -> Parameters:
 
 
 def without_tokens(table: ShippedTable, tokens: int) -> CostModel:
-    """Return the costs at a table's hidden size from the table and a fit, both without these tokens."""
+    """Return the costs at a table's hidden size from the table and a fit, both without these
+    tokens.
+    """
     times = {label: tuple(point for point in points if point[0] != tokens) for label, points in table.times.items()}
     rest = replace(table, times=times)
     fitted = fit([rest if other is table else other for other in TABLES])
@@ -130,7 +136,9 @@ def without_tokens(table: ShippedTable, tokens: int) -> CostModel:
 
 
 def choices(leave_out, tables: Sequence[ShippedTable] = TABLES) -> Iterator[Choice]:
-    """Yield the choice at every point of the tables, by the costs that `leave_out(table, tokens)` returns."""
+    """Yield the choice at every point of the tables, by the costs that `leave_out(table, tokens)`
+    returns.
+    """
     for table in tables:
         measured = {label: dict(points) for label, points in table.times.items()}
         for tokens in sorted({tokens for points in measured.values() for tokens in points}):
@@ -154,7 +162,7 @@ def distribution(found: Sequence[Choice]) -> str:
     return f"{len(ratios)} choices: {within}; the worst {max(ratios):.3f}"
 
 
-# --- The file -----------------------------------------------------------------------------------------------
+# --- The file -------------------------------------------------------------------------------------
 
 _HEAD = '''"""The coefficients of the cost formula: microseconds for each term, by variant and protocol.
 

@@ -1,9 +1,9 @@
 """Run test functions on several processes joined by a real process group, and never hang.
 
-`RankPool` keeps its processes between calls, because importing torch and transformers and starting a
-process cost more than most tests do. Each call gets a process group of its own, so that group names,
-collective counters and half-finished collectives never leak from one test into the next; after any
-failure the processes are killed and the next call starts fresh ones.
+`RankPool` keeps its processes between calls, because importing torch and transformers and starting
+a process cost more than most tests do. Each call gets a process group of its own, so that group
+names, collective counters and half-finished collectives never leak from one test into the next;
+after any failure the processes are killed and the next call starts fresh ones.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from support.compiles import leave_out_measurements
 from support.hosts import Host
 
 DEFAULT_TIMEOUT_S = 180.0
-# What every job needs anyway. The fork server imports it once and each rank is then forked in milliseconds.
+# What every job needs anyway. The fork server imports it once and each rank is then forked in
+# milliseconds.
 _PRELOAD = (
     "torch",
     "torch._dynamo",
@@ -63,8 +64,8 @@ _FIRST_PORT = 29500  # of the stores of ranks on several hosts, whose ports nobo
 class RankFailure(RuntimeError):
     """A rank failed: `rank` says which, `details` holds its own traceback as text.
 
-    It is the `__cause__` of the exception that `RankPool.run` raises, or that exception itself where the
-    rank's own could not travel between processes.
+    It is the `__cause__` of the exception that `RankPool.run` raises, or that exception itself
+    where the rank's own could not travel between processes.
     """
 
     def __init__(self, rank: int, details: str) -> None:
@@ -77,7 +78,9 @@ class RankFailure(RuntimeError):
 
 
 class RankTimeout(RuntimeError):
-    """The ranks did not finish in time; the message holds the stack of each rank that was still running."""
+    """The ranks did not finish in time; the message holds the stack of each rank that was still
+    running.
+    """
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,14 @@ def run_ranks(
     backend: str = "gloo",
     cache_dir: str | Path | None = None,
 ) -> list[Any]:
-    """Call `fn(*args)` on `world_size` fresh processes and return what each rank returned, in rank order.
+    """Call `fn(*args)` on `world_size` fresh processes and return what each rank returned, in rank
+    order.
 
-    `fn` must be importable by name in another process (a function at module level). It runs inside an
-    initialised process group of `backend` over the loopback interface. `cache_dir` is Inductor's cache
-    directory for the call (None leaves the environment's). Raises the first failing rank's exception, with
-    a `RankFailure` that holds its traceback as the cause, or `RankTimeout` after `timeout_s` seconds; either
-    way no process is left behind.
+    `fn` must be importable by name in another process (a function at module level). It runs inside
+    an initialised process group of `backend` over the loopback interface. `cache_dir` is Inductor's
+    cache directory for the call (None leaves the environment's). Raises the first failing rank's
+    exception, with a `RankFailure` that holds its traceback as the cause, or `RankTimeout` after
+    `timeout_s` seconds; either way no process is left behind.
     """
     with RankPool(world_size, backend=backend) as pool:
         return pool.run(fn, *args, timeout_s=timeout_s, cache_dir=cache_dir)
@@ -119,8 +123,8 @@ class RankPool:
     process drops its process group, Dynamo's state and Inductor's in-memory caches; modules that a
     test changed stay changed.
 
-    With `hosts`, each has as many ranks, the first ranks on the first, and the ranks find each other
-    by a TCPStore there.
+    With `hosts`, each has as many ranks, the first ranks on the first, and the ranks find each
+    other by a TCPStore there.
     """
 
     def __init__(self, world_size: int, *, backend: str = "gloo", hosts: Sequence[Host] = ()) -> None:
@@ -331,8 +335,9 @@ def _run_job(job: _Job, connection: Connection, rank: int, world_size: int) -> N
     try:
         with _inductor_cache(job.cache_dir), _process_group(job, rank, world_size):
             connection.send_bytes(_answer(job))
-            # The group's end would fail ranks that are still in a collective, and their errors would hide the
-            # first one: stay until every rank has answered, or until this process is killed.
+            # The group's end would fail ranks that are still in a collective, and their errors
+            # would hide the first one: stay until every rank has answered, or until this process is
+            # killed.
             connection.recv()
     except EOFError:
         raise
@@ -352,7 +357,9 @@ def _answer(job: _Job) -> bytes:
 
 
 def _failure(error: BaseException) -> bytes:
-    """The exception and its traceback for the test process; the exception is left out if it cannot travel."""
+    """The exception and its traceback for the test process; the exception is left out if it cannot
+    travel.
+    """
     details = traceback.format_exc()
     try:
         payload = pickle.dumps(error)
@@ -406,10 +413,11 @@ def _process_group(job: _Job, rank: int, world_size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fake_group(world_size: int, rank: int = 0) -> Iterator[dist.ProcessGroup]:
-    """A process group that communicates with nobody, in this one process: for tests that look at graphs only.
+    """A process group that communicates with nobody, in this one process: for tests that look at
+    graphs only.
 
-    Its collectives return right shapes and wrong values. It is gone when the block ends. Raises RuntimeError
-    where a process group exists already.
+    Its collectives return right shapes and wrong values. It is gone when the block ends. Raises
+    RuntimeError where a process group exists already.
     """
     if dist.is_initialized():
         raise RuntimeError("a process group exists already: leave it before fake_group(...)")

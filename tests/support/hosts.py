@@ -1,4 +1,5 @@
-"""Linux namespaces that stand for hosts: each with a network, a host name, a boot id and shared memory of its own.
+"""Linux namespaces that stand for hosts: each with a network, a host name, a boot id and shared
+memory of its own.
 
 Needs Linux, the programs `unshare`, `nsenter` and `ip`, and a user who may make namespaces.
 """

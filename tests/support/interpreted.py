@@ -13,7 +13,9 @@ import pytest
 
 
 def run_cases(script, names, timeout_s=590):
-    """Return what failed, by name ("" if nothing), from a process that runs `script`, which ends in `main`."""
+    """Return what failed, by name ("" if nothing), from a process that runs `script`, which ends in
+    `main`.
+    """
     from triton.runtime import interpreter
 
     if not all(hasattr(interpreter, n) for n in ("GridExecutor", "_patch_lang", "_implicit_cvt")):
@@ -30,7 +32,9 @@ def run_cases(script, names, timeout_s=590):
 
 
 def main(run_case):
-    """Call run_case(name) for each name from stdin and print what failed; an exception is a failure."""
+    """Call run_case(name) for each name from stdin and print what failed; an exception is a
+    failure.
+    """
     import numpy as np
     import torch
 

@@ -1,4 +1,6 @@
-"""A provider of workspaces that does nothing but take part in all votes; tests derive theirs from it."""
+"""A provider of workspaces that does nothing but take part in all votes; tests derive theirs from
+it.
+"""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ def launch_of(ws, call, mine):
 def make_call(
     kind, tokens, world, hidden, dtype, residual=True, weight=BF16, bias=0.0, form=SCALE, inner=None, **options
 ):
-    """Inputs of all ranks and places for their results. Holds -0.0, NaN, the sentinel, and sums that depend on
-    their order.
+    """Inputs of all ranks and places for their results. Holds -0.0, NaN, the sentinel, and sums
+    that depend on their order.
     """
     parts = [torch.randn(tokens, hidden).to(dtype) for _ in range(world)]
     if world > 2:  # from rank 2 on, what comes in before ranks 0 and 1 cancel is rounded away
@@ -117,8 +117,8 @@ def wrong(result, exact, lost):
 
 
 def check_call(call, lost=()):
-    """Results of all ranks that ended the call. `lost`: ranks whose wait gave up; what they have not got, and
-    what they pass on, is NaN.
+    """Results of all ranks that ended the call. `lost`: ranks whose wait gave up; what they have
+    not got, and what they pass on, is NaN.
     """
     for rank, mine in enumerate(call.ranks):
         if rank in call.absent:
@@ -141,7 +141,9 @@ def protocol_of(call):
 
 
 def check_missing(machine, calls, gone, last, turns):
-    """The others end, say whom they waited for, refuse further calls, and have nothing wrong but NaN."""
+    """The others end, say whom they waited for, refuse further calls, and have nothing wrong but
+    NaN.
+    """
     for index, call in enumerate(calls):
         call.absent = [rank.ws.rank for rank in machine.ranks if index >= (last if rank.dies else rank.begun)]
         if len(call.absent) < len(calls[0].ranks):
@@ -161,7 +163,8 @@ def check_missing(machine, calls, gone, last, turns):
         if rank.begun < len(calls):
             assert isinstance(rank.error, PeerTimeoutError)
             assert (calls[rank.begun].ranks[rank.ws.rank].norm_out == 77).all(), "a call after the error was made"
-    # A rank that got all it needed of that call waits in the next, perhaps for one that itself waits in this.
+    # A rank that got all it needed of that call waits in the next, perhaps for one that itself
+    # waits in this.
     assert gone in named.values(), named
     assert turns or set(named.values()) == {gone}, named
     assert all(other != rank for rank, other in named.items()), named

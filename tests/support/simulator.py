@@ -1,11 +1,13 @@
-"""The machine on which the `symm_mem` kernels run without a GPU: all blocks of all ranks in one process.
+"""The machine on which the `symm_mem` kernels run without a GPU: all blocks of all ranks in one
+process.
 
-Triton's interpreter executes the kernels. Their PTX, which it does not know, is executed by `support.ptx` instruction
-by instruction, so polls, flags, time limits and error words are those of the real kernels. A scheduler runs one
-block at a time and switches where memory is touched. Stores reach memory late and in any order, word by word,
-unless a fence, a barrier before a fence, or the end of the launch orders them; so a protocol that relies on
-more than it may is found out. Accesses outside the tensors and buffers of a launch are errors. Not modelled:
-stale caches, threads of a block drifting apart, and the compiler.
+Triton's interpreter executes the kernels. Their PTX, which it does not know, is executed by
+`support.ptx` instruction by instruction, so polls, flags, time limits and error words are those of
+the real kernels. A scheduler runs one block at a time and switches where memory is touched. Stores
+reach memory late and in any order, word by word, unless a fence, a barrier before a fence, or the
+end of the launch orders them; so a protocol that relies on more than it may is found out. Accesses
+outside the tensors and buffers of a launch are errors. Not modelled: stale caches, threads of a
+block drifting apart, and the compiler.
 
 Only for a process with TRITON_INTERPRET=1.
 """
@@ -56,8 +58,8 @@ from .simulated_calls import (
 
 
 class CpuWorkspace(spaces.SymmMemWorkspace):
-    """A workspace whose buffers are CPU memory: same layout, same control block. `multiprocessors`: of this rank's GPU;
-    `plan_alike` makes launches be planned by the least of all ranks.
+    """A workspace whose buffers are CPU memory: same layout, same control block. `multiprocessors`:
+    of this rank's GPU; `plan_alike` makes launches be planned by the least of all ranks.
     """
 
     def __init__(self, rank, buffers, layout, dtype, multiprocessors):
@@ -129,7 +131,9 @@ class Block:
                 entry[2] = True
 
     def fence(self, thread):
-        """What this thread stored, and what it saw of others at a barrier, goes before what it stores next."""
+        """What this thread stored, and what it saw of others at a barrier, goes before what it
+        stores next.
+        """
         for at, queue in list(self.pending.items()):
             covered = [i for i, (_, owner, seen) in enumerate(queue) if seen or owner == thread]
             self.deliver(at, covered[-1] + 1 if covered else 0)
@@ -158,9 +162,9 @@ class Block:
 class Rank:
     """A rank's stream: one launch after the other.
 
-    `dies`: (call, turns), when it stops for good; or, if it `returns`, until nothing else can go on. `resident`: how
-    many blocks of a launch are on the GPU at once; the next starts when one ends, in the order of their
-    numbers or in `any_order`.
+    `dies`: (call, turns), when it stops for good; or, if it `returns`, until nothing else can go
+    on. `resident`: how many blocks of a launch are on the GPU at once; the next starts when one
+    ends, in the order of their numbers or in `any_order`.
     """
 
     def __init__(self, machine, ws, calls, dies=None, returns=False, resident=None, any_order=False):
@@ -409,11 +413,11 @@ def simulate(
     world, hidden, dtype, specs, seed=0, multiprocessors=3, missing=None, late=None,
     delayed=None, resident=None, any_order=False,
 ):  # fmt: skip
-    """Run the calls on all ranks. `multiprocessors`: of every rank's GPU, or a tuple of each rank's. `missing`: (rank,
-    call, turns), a rank that stops in the middle of a call. `late`: likewise, but it goes on once
-    the others have ended all their calls, which are replays and so go on after an error.
-    `delayed`: likewise, but it goes on once nobody else can, so before any time limit.
-    `resident`, `any_order`: see `Rank`; `resident` is a tuple of each rank's.
+    """Run the calls on all ranks. `multiprocessors`: of every rank's GPU, or a tuple of each
+    rank's. `missing`: (rank, call, turns), a rank that stops in the middle of a call. `late`:
+    likewise, but it goes on once the others have ended all their calls, which are replays and so go
+    on after an error. `delayed`: likewise, but it goes on once nobody else can, so before any time
+    limit. `resident`, `any_order`: see `Rank`; `resident` is a tuple of each rank's.
     """
     torch.manual_seed(seed)
     machine = Machine(seed)

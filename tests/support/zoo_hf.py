@@ -28,18 +28,23 @@ LAYERS = 2
 class ModelSpec:
     """A model and the report of its all-reduces in one forward pass of the compiled graph.
 
-    - `all_reduces`: tensors all-reduced, counted by `count_all_reduces`. The same for 2 and 3 ranks.
-    - `fusible`: those among them, or reduce-scatters in their place, that reach an RMSNorm through a bias, a scale,
-      views, residual adds or a sum with another all-reduce, so that the mathematics lets them be fused with it.
-    - `merges`: collectives that go away when a sum of two all-reduces becomes the all-reduce of the sum; the
-      all-reduces concerned are in `fusible`.
-    - `gated`: further ones that could be fused if a gate between them were known to be equal on every rank.
+    - `all_reduces`: tensors all-reduced, counted by `count_all_reduces`. The same for 2 and 3
+      ranks.
+    - `fusible`: those among them, or reduce-scatters in their place, that reach an RMSNorm through
+      a bias, a scale, views, residual adds or a sum with another all-reduce, so that the
+      mathematics lets them be fused with it.
+    - `merges`: collectives that go away when a sum of two all-reduces becomes the all-reduce of the
+      sum; the all-reduces concerned are in `fusible`.
+    - `gated`: further ones that could be fused if a gate between them were known to be equal on
+      every rank.
     - `reduce_scatters`: collectives of sequence parallelism in place of all-reduces.
     - `has_cache`: `prefill_and_decode` can run it. `note`: what is odd about it.
-    - `skip_reason`: why the packages installed here cannot run it. `counted`: the numbers hold for them.
+    - `skip_reason`: why the packages installed here cannot run it. `counted`: the numbers hold for
+      them.
 
-    The numbers are transformers 5.24's, where every model compiles to one graph. Up to 5.17 at least, the
-    embedding of a model with untied weights is not sharded, and norms of queries and keys break the graph.
+    The numbers are transformers 5.24's, where every model compiles to one graph. Up to 5.17 at
+    least, the embedding of a model with untied weights is not sharded, and norms of queries and
+    keys break the graph.
     """
 
     name: str
@@ -88,7 +93,9 @@ def _unshared(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def fill(model: nn.Module) -> nn.Module:
-    """Random weights that depend on nothing but their names; vectors stay around their initial value."""
+    """Random weights that depend on nothing but their names; vectors stay around their initial
+    value.
+    """
     with torch.no_grad():
         for name, tensor in _unshared(model).items():
             if not tensor.is_floating_point():
@@ -159,7 +166,9 @@ _SCALES = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention
 
 
 def _plan(mlp: str, *names: str, attention: bool = False) -> dict[str, str]:
-    """Return a plan that shards the embedding, an MLP (`names`: gate, up, down) and perhaps attention."""
+    """Return a plan that shards the embedding, an MLP (`names`: gate, up, down) and perhaps
+    attention.
+    """
     plan = {"embed_tokens": "embedding_rowwise"}
     plan |= {f"layers.*.{mlp}.{name}": "colwise" for name in names[:-1]}
     plan[f"layers.*.{mlp}.{names[-1]}"] = "rowwise"
@@ -269,13 +278,15 @@ def _hf(
 
 
 LAYER_NORM = "LayerNorm, not RMSNorm: nothing may fuse"
-# h + (E + g * S) = (h + g * S) + E: the experts' all-reduce E fuses with g * S in its residual, whatever the gate g.
-# S could be fused, or be added to E before one all-reduce, only if g were known to be the same on every rank.
+# h + (E + g * S) = (h + g * S) + E: the experts' all-reduce E fuses with g * S in its residual,
+# whatever the gate g. S could be fused, or be added to E before one all-reduce, only if g were
+# known to be the same on every rank.
 _GATE = "experts + sigmoid(gate) * shared expert: the gate stands between the norm and the shared expert's all-reduce"
 _POST_NORM = "the embedding's all-reduce feeds projections, not a norm"
 _NO_PLAN = "a plan of the zoo's own: transformers shards the embedding only"
 _OWN_MLP = "a plan of the zoo's own, for the MLP: transformers shards the embedding only"
-# h + (E + S) * c = (h + S * c) + E * c: the shared expert S is whole on every rank and joins the residual.
+# h + (E + S) * c = (h + S * c) + E * c: the shared expert S is whole on every rank and joins the
+# residual.
 _SHARED_WHOLE = "the shared MLP is whole on every rank; a scale follows their sum"
 _WHOLE = "attention is whole on every rank"
 _EXPERTS_ONLY = "only the experts of one layer and the embedding are sharded"

@@ -1,4 +1,5 @@
-"""Subtractions, scales after addends, constants, L2 norms and LoRA between an all-reduce and its norm.
+"""Subtractions, scales after addends, constants, L2 norms and LoRA between an all-reduce and its
+norm.
 
 The tensors hold small whole numbers, so that every sum is exact in any order: what was moved must
 give the same bits.
@@ -40,7 +41,9 @@ def whole(shape, most, dtype, seed):
 
 
 def inputs(dtype=torch.float32, shape=(6,)):
-    """x, r, s: (*shape, HIDDEN); w, b: (HIDDEN,); c: one element; the matrices of a projection and of LoRA."""
+    """x, r, s: (*shape, HIDDEN); w, b: (HIDDEN,); c: one element; the matrices of a projection and
+    of LoRA.
+    """
     full = (*shape, HIDDEN)
     x, r, s = (whole(full, 4, dtype, seed) for seed in range(3))
     w, b = (whole((HIDDEN,), 4, dtype, seed) for seed in (3, 4))
@@ -48,7 +51,7 @@ def inputs(dtype=torch.float32, shape=(6,)):
     return x, r, w, s, b, torch.tensor(0.25, dtype=dtype), *matrices
 
 
-# --- What fuses. `y` is the all-reduced value -----------------------------------------------------------------
+# --- What fuses. `y` is the all-reduced value -----------------------------------------------------
 
 SUBTRACTIONS = {
     "r - y": lambda y, r, s, b, c: r - y,
@@ -150,7 +153,9 @@ def equal(got, want):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_kinds_fuse(world, name):
-    """Scales in bf16, whose rounding they have; the others in fp32 with a symbolic number of tokens."""
+    """Scales in bf16, whose rounding they have; the others in fp32 with a symbolic number of
+    tokens.
+    """
     dtype, dynamic = (torch.bfloat16, False) if name in SCALES else (torch.float32, True)
     given = inputs(dtype, (2, 3))
     captured = capture(of_kind(name), *given, dynamic=dynamic, inline_native=False)
@@ -229,7 +234,7 @@ def test_signs_are_exact(world, name):
             refused(of_kind(name), *given, says="the program's own values, not their", allow_reassociation=False)
 
 
-# --- What does not --------------------------------------------------------------------------------------------
+# --- What does not --------------------------------------------------------------------------------
 
 
 def refused(block, *given, says, **options):
@@ -241,7 +246,9 @@ def refused(block, *given, says, **options):
 
 
 def _calls(text):
-    """Return a graph's lines without unused constants, with all-reduces as before Inductor reuses their inputs."""
+    """Return a graph's lines without unused constants, with all-reduces as before Inductor reuses
+    their inputs.
+    """
     return [line.replace("all_reduce_.", "all_reduce.") for line in text.splitlines() if "num_users=0" not in line]
 
 

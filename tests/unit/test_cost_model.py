@@ -1,4 +1,6 @@
-"""Costs by size: the shipped tables, the formula fitted to them, and the choices at sizes that were not measured."""
+"""Costs by size: the shipped tables, the formula fitted to them, and the choices at sizes that were
+not measured.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def test_a_table_serves_other_dtypes_with_as_many_bytes():
     assert half.cost(NATIVE, 32) == wide.cost(NATIVE, 32) == MEASURED.cost(NATIVE, 32)
 
 
-# --- Between measured numbers of tokens ---------------------------------------------------------------------
+# --- Between measured numbers of tokens -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("table", cost_tables.TABLES, ids=lambda table: f"{table.world_size}x{table.hidden}")
@@ -95,11 +97,13 @@ def test_a_tuned_table_has_no_cost_for_what_the_tuner_left_out():
     assert Table(TableKey(**{**vars(key), "gpu": "NVIDIA B200"}), tuned.times).cost_model().formula is None
 
 
-# --- The formula --------------------------------------------------------------------------------------------
+# --- The formula ----------------------------------------------------------------------------------
 
 
 def test_the_parameters_are_those_of_the_shipped_tables():
-    """`python -m tests.support.costs --write custom_ops/dispatch/cost_parameters.py` after a change of either."""
+    """`python -m tests.support.costs --write custom_ops/dispatch/cost_parameters.py` after a change
+    of either.
+    """
     fitted = costs.fit()
     assert fitted.keys() == PARAMETERS.keys()
     for variant, protocols in fitted.items():
@@ -145,19 +149,23 @@ def test_the_formula_predicts_sizes_measured_besides_the_tables():
 
 @pytest.mark.parametrize("hidden", [1536, 3072, 6144, 12288])
 def test_the_kernels_lead_where_they_were_found_to(hidden):
-    """On 2 GPUs `symm_mem` was measured at most 0.99 of every peer there, but for 777 tokens of 1536."""
+    """On 2 GPUs `symm_mem` was measured at most 0.99 of every peer there, but for 777 tokens of
+    1536.
+    """
     us = CostFormula(2 * hidden, 2)
     for tokens in (7, 77, *((777,) if hidden > 1536 else ()), 3333):
         own = us.cost(SYMM_ONE_SHOT if tokens <= 128 else SYMM_TWO_SHOT, tokens)
         assert own < min(us.cost(peer, tokens) for peer in (ONE_SHOT, TWO_SHOT, NATIVE))
 
 
-# --- Points that are left out of the fit --------------------------------------------------------------------
+# --- Points that are left out of the fit ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("leave_out", [costs.without_hidden_size, costs.without_tokens])
 def test_choices_at_points_left_out_of_the_fit(leave_out):
-    """Where one-shot takes 4.4 us by the table and two-shot 4.1, both are scaled from earlier times that were equal."""
+    """Where one-shot takes 4.4 us by the table and two-shot 4.1, both are scaled from earlier times
+    that were equal.
+    """
     found = list(costs.choices(leave_out))
     assert len(found) == 252
     beyond = {choice[2:]: choice.ratio for choice in found if choice.ratio > 1.05}

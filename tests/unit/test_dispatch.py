@@ -1,4 +1,6 @@
-"""The choice of a provider by number of tokens: table, policy, cache, what it costs, how it explains."""
+"""The choice of a provider by number of tokens: table, policy, cache, what it costs, how it
+explains.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def label(tokens, policy, plan=MEASURED, hidden=8192, ranks=4, capacities=CAPACI
     return found.candidate.label if found.candidate else None
 
 
-# --- The choice ---------------------------------------------------------------------------------------------
+# --- The choice -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,9 @@ def test_eight_gpus_leave_large_inputs_to_nccl():
 
 
 def test_sizes_that_were_not_measured_are_chosen_by_the_formula():
-    """777 tokens of 1536 on 2 GPUs took 15.9 us by FlashInfer's one-shot, and 19.5 by symm_mem's two-shot with flags."""
+    """777 tokens of 1536 on 2 GPUs took 15.9 us by FlashInfer's one-shot, and 19.5 by symm_mem's
+    two-shot with flags.
+    """
     capacities = {"symm_mem": Capacity(4096), "flashinfer": Capacity(4096)}
     small = cost_model.find_cost_model(H200, 2, 1536, BF16)
     chosen = [label(tokens, "symm_mem,flashinfer,native", small, 1536, 2, capacities) for tokens in (1, 512, 777)]
@@ -138,7 +142,7 @@ def test_the_choice_is_the_same_for_equal_facts():
         assert [label(tokens, "flashinfer,native") for tokens in range(1, 600)] == before
 
 
-# --- Sizes of workspaces ------------------------------------------------------------------------------------
+# --- Sizes of workspaces --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hidden", [576, 4096, 8192])
@@ -168,7 +172,7 @@ def test_sizes_that_the_policy_asks_for():
     assert size("flashinfer,native", cost_model.CostModel("nothing", limits={})) == 0
 
 
-# --- The selector -------------------------------------------------------------------------------------------
+# --- The selector ---------------------------------------------------------------------------------
 
 
 def test_on_the_cpu_native_serves_without_vote_or_workspace():
@@ -283,7 +287,7 @@ def _time_of(args, calls=2000):
     return (time.perf_counter() - start) / calls
 
 
-# --- Explaining ---------------------------------------------------------------------------------------------
+# --- Explaining -----------------------------------------------------------------------------------
 
 
 def test_a_plan_is_explained_in_ranges_without_gaps():

@@ -1,9 +1,11 @@
-"""transformers' generate(): prefill and decode, with static and dynamic caches, compiled by "inductor" and by "fusewire".
+"""transformers' generate(): prefill and decode, with static and dynamic caches, compiled by
+"inductor" and by "fusewire".
 
-Of each pair the tokens must be the same and the logits equal bit for bit (bf16, `emulate_precision_casts`; native sums
-with the group's own all-reduce) or, where merged all-reduces move a rounding, close; every all-reduce that may fuse must
-be fused in every graph; and "fusewire" must compile exactly as often as "inductor" does: at the first call, at one of
-other lengths, and, not at all, when the first lengths come again.
+Of each pair the tokens must be the same and the logits equal bit for bit (bf16,
+`emulate_precision_casts`; native sums with the group's own all-reduce) or, where merged all-reduces
+move a rounding, close; every all-reduce that may fuse must be fused in every graph; and "fusewire"
+must compile exactly as often as "inductor" does: at the first call, at one of other lengths, and,
+not at all, when the first lengths come again.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def _settings(model, way, backend):
     from transformers import CompileConfig
 
     if way.startswith("auto"):
-        # What transformers does by itself on a GPU with a static cache: decode is compiled, prefill is not.
+        # What transformers does by itself on a GPU with a static cache: decode is compiled, prefill
+        # is not.
         compiling = CompileConfig(backend=backend)
         compiling._compile_all_devices = True
         return {"cache_implementation": "static", "compile_config": compiling}
@@ -45,8 +48,8 @@ def _settings(model, way, backend):
 
 
 def _generate(name, way, backend, code):
-    """Return (tokens, logits) of each call, and what had been compiled after each: graphs, and frames
-    that Dynamo looked at."""
+    """Return (tokens, logits) of each call, and what had been compiled after each: graphs, and
+    frames that Dynamo looked at."""
     torch._dynamo.reset()
     counters.clear()
     fusewire.clear_report()
@@ -75,7 +78,9 @@ def _difference(one, other):
 
 
 def compare(name, way, with_eager, code):
-    """On each rank: differences from inductor's and (or 0) eager's results, how often each compiled, and the report."""
+    """On each rank: differences from inductor's and (or 0) eager's results, how often each
+    compiled, and the report.
+    """
     plain, plain_compiled = _generate(name, way, "inductor", code)
     fused, fused_compiled = _generate(name, way, "fusewire", code)
     report = fusewire.report()

@@ -84,7 +84,7 @@ def weightless_and_pow(x, residual, w):
 
 
 def vllm_layer(x, residual, w, matrix):
-    """vLLM's norms after its lowering: the sum normalised before it is rounded, 1 added to the weight."""
+    """vLLM's norms, lowered: sums normalised before rounding, 1 added to the weight."""
     hidden, residual = vllm_norms.fused_add_rms_norm(reduce_functional(x), residual, w, 1e-5)
     return vllm_norms.fused_add_rms_norm(reduce_functional(hidden @ matrix), residual, w.float() + 1.0, 1e-6)
 

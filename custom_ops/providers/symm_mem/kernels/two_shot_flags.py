@@ -109,8 +109,8 @@ def two_shot_flags_kernel(
     fence.acq_rel.sys, then relaxed stores of the call's number. A reader acquires the flag at
     system scope before a barrier and loads rows after it. Flags contain their call's number, so
     nothing is reset, and its tokens and options, so that a rank that makes another call is noticed.
-    A block owns whole rows, so one resident block is enough (Progress). Rows whose wait gave up become
-    NaN.
+    A block owns whole rows, so one resident block is enough (Progress). Rows whose wait gave up
+    become NaN.
 
     Args (the others are in the package's docstring):
         tokens: rows of x and norm_out, (tokens, hidden). With REPLICATE_RESIDUAL also of residual
