@@ -144,8 +144,8 @@ def _check_counts(hidden: int, dtype: torch.dtype, max_tokens: int) -> None:
     counts = all(isinstance(number, int) and not isinstance(number, bool) for number in (hidden, max_tokens))
     if not counts or not isinstance(dtype, torch.dtype):
         raise ConfigError(
-            f"prepare(hidden={hidden!r}, dtype={dtype!r}, max_tokens={max_tokens!r}): hidden and max_tokens are whole "
-            "numbers, dtype a torch.dtype"
+            f"prepare(hidden={hidden!r}, dtype={dtype!r}, max_tokens={max_tokens!r}): hidden and "
+            "max_tokens are whole numbers, dtype a torch.dtype"
         )
     if max_tokens < 1 or hidden < 1:
         raise ConfigError(f"prepare(hidden={hidden}, max_tokens={max_tokens}): both must be at least 1")

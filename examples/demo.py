@@ -135,8 +135,8 @@ def _measure(job: dict[str, Any], model: Any, tokenizer: Any, device: Any) -> di
     limit = model.config.max_position_embeddings
     if len(prompt) + job["max_new_tokens"] > limit:
         raise smollm2.SetupError(
-            f"{len(prompt)} tokens of prompt and {job['max_new_tokens']} new ones exceed the model's {limit}; "
-            "shorten the prompt or lower --max-new-tokens"
+            f"{len(prompt)} tokens of prompt and {job['max_new_tokens']} new ones exceed the "
+            f"model's {limit}; shorten the prompt or lower --max-new-tokens"
         )
     if len(text) < 2:
         raise smollm2.SetupError(f"{job['text_file']} has too little text for a perplexity: {len(text)} tokens")
@@ -369,8 +369,8 @@ def choose_placement(ranks: int, device: str, gpus: int, cores: int) -> Placemen
     if ranks not in possible:
         sizes = ", ".join(f"{what}: {size}" for what, size in smollm2.SPLITS.items())
         raise smollm2.SetupError(
-            f"the model cannot be split over {ranks} ranks, which would have to divide all of {sizes}; "
-            f"use one of {possible} as --world-size"
+            f"the model cannot be split over {ranks} ranks, which would have to divide all of "
+            f"{sizes}; use one of {possible} as --world-size"
         )
     if device == "cuda" and gpus < ranks:
         raise smollm2.SetupError(f"--device cuda needs {ranks} GPUs, PyTorch sees {gpus}; use --device cpu")
@@ -418,8 +418,8 @@ def check_backend(name: str) -> None:
     """
     if name == "fusewire" and name not in metadata.entry_points(group="torch_dynamo_backends").names:
         raise smollm2.SetupError(
-            "fusewire is not installed for this Python, so torch.compile does not know the backend; "
-            "install it: pip install -e ."
+            "fusewire is not installed for this Python, so torch.compile does not know the "
+            "backend; install it: pip install -e ."
         )
 
 
@@ -517,8 +517,9 @@ def find_faults(plain: list[dict[str, Any]], fused: list[dict[str, Any]], dtype:
             faults.append(f"the texts differ in length: {len(one['tokens'])} and {len(two['tokens'])} tokens")
         else:
             faults.append(
-                f"the texts differ from token {at + 1} on: {one['words'][at]!r} and {two['words'][at]!r}, "
-                f"whose logits beat the next best by {one['margins'][at]:.3g} and {two['margins'][at]:.3g}"
+                f"the texts differ from token {at + 1} on: {one['words'][at]!r} and "
+                f"{two['words'][at]!r}, whose logits beat the next best by "
+                f"{one['margins'][at]:.3g} and {two['margins'][at]:.3g}"
             )
     difference = abs(two["perplexity"] / one["perplexity"] - 1)
     if not difference <= PERPLEXITY_TOLERANCE[dtype]:

@@ -15,8 +15,8 @@ from typing import Any as _Any
 # Python started in a clone finds this folder before an installed fusewire, but no other package.
 if _importlib_util.find_spec("fusewire.custom_ops") is None:
     raise ImportError(
-        f"{__file__} belongs to a clone of fusewire that is not installed; run `pip install -e .` in "
-        "the clone, or start Python in another folder"
+        f"{__file__} belongs to a clone of fusewire that is not installed; run `pip install -e .` "
+        "in the clone, or start Python in another folder"
     )
 
 import fusewire.fusion_passes.compiler.cache_artifact  # noqa: F401 (registers a kind of artifact)

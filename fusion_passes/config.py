@@ -82,18 +82,21 @@ class PassConfig:
     )
     merge_allreduces: bool = _fusion(
         True,
-        "Replace the sum of two all-reduces over one group by one all-reduce of the sum, also where a matrix multiplies "
-        "one of them (LoRA). This rounds elsewhere, so it needs allow_reassociation.",
+        "Replace the sum of two all-reduces over one group by one all-reduce of the sum, also "
+        "where a matrix multiplies one of them (LoRA). This rounds elsewhere, so it needs "
+        "allow_reassociation.",
     )
     shard_residual: bool = _fusion(
         False,
-        "Keep the residual sharded by rows between fused operators: each rank adds and normalises its own rows. Meant for "
-        "prefill of many tokens. Residual and weights must be equal on every rank (see assume_replicated_residuals).",
+        "Keep the residual sharded by rows between fused operators: each rank adds and normalises "
+        "its own rows. Meant for prefill of many tokens. Residual and weights must be equal on "
+        "every rank (see assume_replicated_residuals).",
     )
     output_in_place: bool = _fusion(
         False,
-        "Return a fused operator's result in the symmetric buffer where it arrives, without a copy, where the graph proves "
-        "that it is read before the buffer is written again. Takes the memory of two more buffers.",
+        "Return a fused operator's result in the symmetric buffer where it arrives, without a "
+        "copy, where the graph proves that it is read before the buffer is written again. Takes "
+        "the memory of two more buffers.",
     )
     eliminate_noops: bool = _fusion(
         True, "Drop views, reshapes and casts that change nothing before the graph is matched."
@@ -101,9 +104,10 @@ class PassConfig:
     disabled_passes: tuple[str, ...] = _fusion((), "Names of registered passes that do not run.")
     allow_reassociation: bool = _numeric(
         True,
-        "Move a bias or a scale between the all-reduce and the norm across the sum, and accept norms that divide by a "
-        "root or by the hidden size. Both round elsewhere: the norms by one unit of float32; L2 norms round their weight "
-        "divided by the root of the hidden size. In float16 nothing moves that could exceed the largest number.",
+        "Move a bias or a scale between the all-reduce and the norm across the sum, and accept "
+        "norms that divide by a root or by the hidden size. Both round elsewhere: the norms by "
+        "one unit of float32; L2 norms round their weight divided by the root of the hidden size. "
+        "In float16 nothing moves that could exceed the largest number.",
     )
     batch_invariant: bool = _numeric(
         False,
@@ -112,41 +116,42 @@ class PassConfig:
     )
     inline_native: bool = _numeric(
         True,
-        "Where only native can serve a fused operator, write its arithmetic into the graph, where Inductor fuses it with "
-        "its neighbours. False keeps the call of the operator.",
+        "Where only native can serve a fused operator, write its arithmetic into the graph, where "
+        "Inductor fuses it with its neighbours. False keeps the call of the operator.",
     )
     ir_op_priority: Mapping[str, tuple[str, ...]] = _numeric(
         {}, "For an operator, the providers to try, in order, e.g. {'rms_norm': ('triton', 'native')}."
     )
     fi_allreduce_fusion_max_size_mb: float | None = _numeric(
         None,
-        "Largest input, in MiB, that FlashInfer's kernels serve; larger ones go to the next provider by priority. "
-        "None: the measured table of this GPU decides.",
+        "Largest input, in MiB, that FlashInfer's kernels serve; larger ones go to the next "
+        "provider by priority. None: the measured table of this GPU decides.",
     )
     assume_replicated_scales: bool = _assumption(
         True,
-        "Assume that a one-element parameter, buffer or input that multiplies an all-reduced value (Gemma's embedding "
-        "scale), or a scale computed from such ones alone, is equal on every rank, so that it can move before the "
-        "all-reduce.",
+        "Assume that a one-element parameter, buffer or input that multiplies an all-reduced "
+        "value (Gemma's embedding scale), or a scale computed from such ones alone, is equal on "
+        "every rank, so that it can move before the all-reduce.",
     )
     assume_replicated_gates: bool = _assumption(
         False,
-        "Assume that a gate (one number a token, as of a shared expert) is equal on every rank if it is computed from "
-        "all-reduced values, inputs and parameters, so that it can move before the all-reduce. The graph does not prove "
-        "that the parameters are equal.",
+        "Assume that a gate (one number a token, as of a shared expert) is equal on every rank if "
+        "it is computed from all-reduced values, inputs and parameters, so that it can move "
+        "before the all-reduce. The graph does not prove that the parameters are equal.",
     )
     assume_replicated_residuals: bool = _assumption(
         True,
-        "Assume that the residual added after an all-reduce, and the norm's weight, are equal on every rank. Kernels "
-        "(every provider but native and rank_ordered) and shard_residual need it, since the rank that owns a row adds "
-        "its own residual for all ranks. A matrix that makes what is added (LoRA's second) moves before the all-reduce. "
-        "False: where the graph does not prove it, native serves, which adds each rank's own, the residual is not "
+        "Assume that the residual added after an all-reduce, and the norm's weight, are equal on "
+        "every rank. Kernels (every provider but native and rank_ordered) and shard_residual need "
+        "it, since the rank that owns a row adds its own residual for all ranks. A matrix that "
+        "makes what is added (LoRA's second) moves before the all-reduce. False: where the graph "
+        "does not prove it, native serves, which adds each rank's own, the residual is not "
         "sharded, and no matrix moves.",
     )
     compile_alone: bool = _assumption(
         False,
-        "Do not wait for the group's other ranks while compiling. Meant for a process that compiles what all of them load; "
-        "they compare what they run at its first call.",
+        "Do not wait for the group's other ranks while compiling. Meant for a process that "
+        "compiles what all of them load; they compare what they run at its first call.",
     )
     expect_fused: int | str | None = _report(
         None,
@@ -215,8 +220,8 @@ class PassConfig:
             names = kept + [n for n, p in op.providers.items() if p.batch_invariant and n not in kept]
             if not names:
                 raise ConfigError(
-                    f"batch_invariant=True, but no provider of {op_name} is batch-invariant; register one with "
-                    "register_impl(..., batch_invariant=True)"
+                    f"batch_invariant=True, but no provider of {op_name} is batch-invariant; "
+                    "register one with register_impl(..., batch_invariant=True)"
                 )
         text = ",".join(names)
         if op_name == "all_reduce_rms_norm" and self.fi_allreduce_fusion_max_size_mb is not None:

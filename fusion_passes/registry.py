@@ -117,8 +117,8 @@ def _source_of(name: str, run: UserPass) -> str:
             return source
         why = f"pass {name!r} depends on more than its source code, since it is a closure or a method"
     raise ConfigError(
-        f"{why}; pass source=..., a text that changes whenever the pass does, so that compiled graphs are not taken "
-        "from the cache wrongly"
+        f"{why}; pass source=..., a text that changes whenever the pass does, so that compiled "
+        "graphs are not taken from the cache wrongly"
     )
 
 

@@ -326,9 +326,9 @@ def _listed(ranks: list[int]) -> str:
 def _difference(group: dist.ProcessGroup, labels: Mapping[int, str]) -> str:
     listed = "; ".join(f"rank {rank}: {label}" for rank, label in sorted(labels.items()))
     return (
-        f"the ranks of group {group.group_name!r} are about to run graphs whose collectives do not fit together, and "
-        f"nothing was sent. {listed}. Make every rank run the same program with the same options on equal shapes, or set "
-        "FUSEWIRE_DISABLE=1 on all of them"
+        f"the ranks of group {group.group_name!r} are about to run graphs whose collectives do not "
+        f"fit together, and nothing was sent. {listed}. Make every rank run the same program with "
+        "the same options on equal shapes, or set FUSEWIRE_DISABLE=1 on all of them"
     )
 
 

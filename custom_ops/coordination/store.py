@@ -36,8 +36,9 @@ class GroupStore:
             self._store = store_of(group)
         except KeyError:
             raise ProcessGroupError(
-                f"the ranks of group {group.group_name!r} have no store in which they could compare what they run; "
-                "make the group with torch.distributed (init_process_group, new_group, split_group)"
+                f"the ranks of group {group.group_name!r} have no store in which they could "
+                "compare what they run; make the group with torch.distributed "
+                "(init_process_group, new_group, split_group)"
             ) from None
         self._group_name = group.group_name
 
@@ -71,9 +72,10 @@ class GroupStore:
             return method(*args)
         except dist.DistError as error:
             raise PeerTimeoutError(
-                f"the store of group {self._group_name!r}, in which its ranks compare what they run, does not answer "
-                f"({error}). The process that serves it (the first rank, or torchrun's agent on its host) has ended, or "
-                "its host cannot be reached; restart all ranks"
+                f"the store of group {self._group_name!r}, in which its ranks compare what they "
+                f"run, does not answer ({error}). The process that serves it (the first rank, or "
+                "torchrun's agent on its host) has ended, or its host cannot be reached; restart "
+                "all ranks"
             ) from error
 
 

@@ -117,8 +117,9 @@ class Channel:
         missing = [rank for rank, found in zip(self.global_ranks, ballots, strict=True) if found is None]
         if missing:
             raise PeerTimeoutError(
-                f"{self.label}: no vote on {topic!r} from rank(s) {_listed(missing)} within {self.wait_s:.0f} s; every "
-                f"rank of the group must make the same calls in the same order ({TIMEOUT_VARIABLE} sets how long to wait)"
+                f"{self.label}: no vote on {topic!r} from rank(s) {_listed(missing)} within "
+                f"{self.wait_s:.0f} s; every rank of the group must make the same calls in the "
+                f"same order ({TIMEOUT_VARIABLE} sets how long to wait)"
             )
         if self._session == _NO_SESSION:
             self._session = ballots[0]["nonce"]

@@ -135,8 +135,9 @@ def _too_small(provider: WorkspaceProvider, shape: Shape, policy: Policy, costs:
     if not policy.forced and not (native and times and min(times) < native):
         return f"not the fastest for {shape.tokens} tokens"
     return (
-        f"{shape.tokens} tokens; its workspace takes up to {capacity.max_tokens} (fusewire.prepare(..., "
-        "max_tokens=...) on every rank, before the first call, makes a larger one)"
+        f"{shape.tokens} tokens; its workspace takes up to {capacity.max_tokens} "
+        "(fusewire.prepare(..., max_tokens=...) on every rank, before the first call, makes a "
+        "larger one)"
     )
 
 

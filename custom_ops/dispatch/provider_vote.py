@@ -169,8 +169,8 @@ def _together(op: IrOp, name: str, result: VoteResult) -> str:
     if len(set(found)) > 1 and {_MISSING, _WORKSPACE} & set(found):
         each = VoteResult(tuple(found), result.facts, result.ranks).reason
         raise ConfigError(
-            f"the ranks have the provider {name!r} of {op.name} registered in ways that do not fit ({each}); register it "
-            "alike on every rank, or leave it out of the policy"
+            f"the ranks have the provider {name!r} of {op.name} registered in ways that do not fit "
+            f"({each}); register it alike on every rank, or leave it out of the policy"
         )
     return _CHECKS if _CHECKS in found else found[0]
 

@@ -24,15 +24,15 @@ def resolve_group(group_name: str) -> dist.ProcessGroup:
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ProcessGroupError(
-            f"no process group: {group_name!r} was asked for, but torch.distributed is not initialised in this "
-            "process; call torch.distributed.init_process_group first"
+            f"no process group: {group_name!r} was asked for, but torch.distributed is not "
+            "initialised in this process; call torch.distributed.init_process_group first"
         )
     try:
         return process_group(group_name)
     except Exception as error:
         raise ProcessGroupError(
-            f"there is no process group named {group_name!r} in this process ({error}); pass the group_name of a "
-            "group that this rank belongs to"
+            f"there is no process group named {group_name!r} in this process ({error}); pass the "
+            "group_name of a group that this rank belongs to"
         ) from error
 
 
@@ -140,8 +140,8 @@ def no_backward(op_name: str) -> Callable[..., None]:
 
     def refuse(ctx: Any, *grads: Tensor | None) -> None:
         raise TrainingError(
-            f"fusewire::{op_name} is for inference and has no backward; run the model under torch.no_grad(), or "
-            "compile the training step without fusewire"
+            f"fusewire::{op_name} is for inference and has no backward; run the model under "
+            "torch.no_grad(), or compile the training step without fusewire"
         )
 
     return refuse

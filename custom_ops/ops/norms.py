@@ -81,8 +81,8 @@ def check_norm_args(
     if weight is not None:
         if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
             raise ArgumentError(
-                f"the weight has shape {list(weight.shape)}; for x of shape {list(x.shape)} it must be "
-                f"[{x.shape[-1]}], one number per hidden unit"
+                f"the weight has shape {list(weight.shape)}; for x of shape {list(x.shape)} it "
+                f"must be [{x.shape[-1]}], one number per hidden unit"
             )
         _check_beside(x, "weight", weight)
     if residual is not None:

@@ -65,8 +65,9 @@ def _check(
         check_norm_args(residual, weight, eps, weight_bias, form)
         if residual.dim() != 2 or residual.device != x.device:
             raise ArgumentError(
-                f"the residual must be this rank's shard of shape [ceil(tokens / world size), {x.shape[-1]}] on "
-                f"{x.device}, not {list(residual.shape)} on {residual.device}; fusewire::shard_rows makes one"
+                "the residual must be this rank's shard of shape [ceil(tokens / world size), "
+                f"{x.shape[-1]}] on {x.device}, not {list(residual.shape)} on {residual.device}; "
+                "fusewire::shard_rows makes one"
             )
 
 

@@ -147,8 +147,9 @@ class _Run(Measurement):
         for rank, fact in zip(result.ranks, result.facts, strict=True):
             if fact["asked"] != result.facts[0]["asked"]:
                 raise ConfigError(
-                    f"the ranks are to tune different things: rank {result.ranks[0]} {result.facts[0]['asked']}, "
-                    f"rank {rank} {fact['asked']}; call tune alike on every rank"
+                    f"the ranks are to tune different things: rank {result.ranks[0]} "
+                    f"{result.facts[0]['asked']}, rank {rank} {fact['asked']}; call tune alike on "
+                    "every rank"
                 )
             for name, reason in fact["reasons"].items():
                 self.absent.setdefault(name, f"on rank {rank}: {reason}")

@@ -63,13 +63,14 @@ class Workspace(abc.ABC):
             raise WorkspaceError(f"the workspace ({self.key}) is closed; call fusewire.prepare(...) to make a new one")
         if tokens > self.max_tokens:
             raise WorkspaceError(
-                f"{tokens} tokens do not fit the workspace ({self.key}), made for {self.max_tokens}; close it with "
-                f"fusewire.close() and call fusewire.prepare(..., max_tokens={tokens})"
+                f"{tokens} tokens do not fit the workspace ({self.key}), made for "
+                f"{self.max_tokens}; close it with fusewire.close() and call fusewire.prepare(..., "
+                f"max_tokens={tokens})"
             )
         if device != self.device:
             raise WorkspaceError(
-                f"the input is on {device} but the workspace ({self.key}) is on {self.device}; call "
-                "torch.cuda.set_device before the first call or fusewire.prepare"
+                f"the input is on {device} but the workspace ({self.key}) is on {self.device}; "
+                "call torch.cuda.set_device before the first call or fusewire.prepare"
             )
 
     def fault(self) -> FusewireError | None:

@@ -251,8 +251,9 @@ def check_memory(nbytes: int, device: torch.device, spare: int = 64 << 20) -> No
         free, total = torch.cuda.mem_get_info(device)
     if free < nbytes + spare:
         raise WorkspaceError(
-            f"{device} has {free >> 20} MiB of {total >> 20} free and the workspace needs {(nbytes >> 20) + 1}; leave it "
-            "more memory (gpu_memory_utilization and the like), or ask fusewire.prepare for fewer tokens"
+            f"{device} has {free >> 20} MiB of {total >> 20} free and the workspace needs "
+            f"{(nbytes >> 20) + 1}; leave it more memory (gpu_memory_utilization and the like), or "
+            "ask fusewire.prepare for fewer tokens"
         )
 
 

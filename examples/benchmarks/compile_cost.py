@@ -285,7 +285,8 @@ def problems(rows: list[Row]) -> list[str]:
         growth = (last.pass_seconds / first.pass_seconds) / (last.layers / first.layers)
         if growth > MAX_GROWTH:
             found.append(
-                f"{shapes} shapes: from {first.layers} to {last.layers} layers the time per layer grew {growth:.2f} times"
+                f"{shapes} shapes: from {first.layers} to {last.layers} layers the time per layer "
+                f"grew {growth:.2f} times"
             )
     return found
 

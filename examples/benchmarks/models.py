@@ -326,10 +326,10 @@ def measure(name: str, arguments: argparse.Namespace, rows: list[Row]) -> None:
 
 def show(row: Row) -> str:
     return (
-        f"{row.model:12s} {row.world_size} GPUs {row.phase:8s}{row.tokens:6d}  baseline {row.baseline_ms:8.3f} ms  "
-        f"fused {row.fused_ms:8.3f} ms  ratio {row.ratio:.3f}  all-reduces {row.fused}/{row.found}  "
-        f"error eager {row.eager_error:.4f} baseline {row.baseline_error:.4f} fused {row.fused_error:.4f}"
-        + (f"  {row.variant}" if row.variant != DEFAULT else "")
+        f"{row.model:12s} {row.world_size} GPUs {row.phase:8s}{row.tokens:6d}  baseline "
+        f"{row.baseline_ms:8.3f} ms  fused {row.fused_ms:8.3f} ms  ratio {row.ratio:.3f}  "
+        f"all-reduces {row.fused}/{row.found}  error eager {row.eager_error:.4f} baseline "
+        f"{row.baseline_error:.4f} fused {row.fused_error:.4f}" + (f"  {row.variant}" if row.variant != DEFAULT else "")
     )
 
 
@@ -364,7 +364,8 @@ def main() -> int:
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     say(
-        f"{torch.cuda.get_device_name()} x {dist.get_world_size()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+        f"{torch.cuda.get_device_name()} x {dist.get_world_size()}, torch {torch.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}"
     )
     rows: list[Row] = []
     if arguments.profile_to and dist.get_rank() == 0:

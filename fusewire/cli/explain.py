@@ -53,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json-file", metavar="FILE", help="write the JSON object to a file")
     add("--expect-fused", action="store_true", help="fail unless there are all-reduces and every one of them was fused")
     text = (
-        "an option of fusewire.PassConfig, for example -o merge_allreduces=False or -o ir_op_priority=rms_norm=native; "
-        "may be given several times. A torch.compile(backend='fusewire') of the script's own keeps its options"
+        "an option of fusewire.PassConfig, for example -o merge_allreduces=False or -o "
+        "ir_op_priority=rms_norm=native; may be given several times. A "
+        "torch.compile(backend='fusewire') of the script's own keeps its options"
     )
     add("-o", "--option", action="append", default=[], metavar="NAME=VALUE", help=text)
     add("-m", dest="module", action="store_true", help="SCRIPT is a module's name, as in python -m")
@@ -328,12 +329,13 @@ def advise() -> str:
         return ""
     if _world_size() == 1:
         return (
-            "There was one rank, and the compiled graphs hold no all-reduce. Tensor parallelism needs several: "
-            "python -m fusewire explain --nproc-per-node 2 SCRIPT, or torchrun --nproc-per-node 2 -m fusewire explain "
-            "SCRIPT."
+            "There was one rank, and the compiled graphs hold no all-reduce. Tensor parallelism "
+            "needs several: python -m fusewire explain --nproc-per-node 2 SCRIPT, or torchrun "
+            "--nproc-per-node 2 -m fusewire explain SCRIPT."
         )
     return (
-        "The compiled graphs hold no all-reduce and no reduce-scatter. Either the model is not split over the ranks "
-        "(transformers: tp_plan='auto'; PyTorch: parallelize_module), or its all-reduces are issued outside the "
-        "compiled part: compile the whole model, with fullgraph=True to see what breaks the graph."
+        "The compiled graphs hold no all-reduce and no reduce-scatter. Either the model is not "
+        "split over the ranks (transformers: tp_plan='auto'; PyTorch: parallelize_module), or its "
+        "all-reduces are issued outside the compiled part: compile the whole model, with "
+        "fullgraph=True to see what breaks the graph."
     )

@@ -67,8 +67,8 @@ def choose_architectures(named: Sequence[str]) -> None:
         match = re.fullmatch(r"(\d+)\.(\d)[af]?", arch)
         if match is None or int(match.group(1)) not in flashinfer.CAPABILITIES:
             raise ConfigError(
-                f"--arch {arch}: name a compute capability that FlashInfer has all-reduce kernels for, "
-                "such as 9.0a (H100, H200), 10.0a (B200) or 12.0f"
+                f"--arch {arch}: name a compute capability that FlashInfer has all-reduce kernels "
+                "for, such as 9.0a (H100, H200), 10.0a (B200) or 12.0f"
             )
     if named:
         os.environ[ARCHITECTURES] = " ".join(named)

@@ -199,8 +199,8 @@ def _described(
     rounded = next((node for node in products if dtype_of(node) != wide), None)
     if wide != _computed_in(source):
         refusal = (
-            f"the norm is computed in {wide}, where the fused operator computes in torch.float32; convert its "
-            "input to float32 first, as torch.nn.RMSNorm does"
+            f"the norm is computed in {wide}, where the fused operator computes in torch.float32; "
+            "convert its input to float32 first, as torch.nn.RMSNorm does"
         )
     elif rounded is not None and not refusal:
         refusal = rounding_refusal(f"a product ({rounded.name})", dtype_of(rounded), wide)
@@ -324,8 +324,8 @@ def _weighted_or_not(source: Node, value: Node, eps: Any, steps: tuple[str, ...]
         refusal = ""
         if dtype_of(out) != dtype:
             refusal = (
-                f"the norm multiplies by a weight of dtype {dtype_of(weight.node)}, so its result is {dtype_of(out)} "
-                f"and not the input's {dtype}; store the weight in {dtype}"
+                f"the norm multiplies by a weight of dtype {dtype_of(weight.node)}, so its result "
+                f"is {dtype_of(out)} and not the input's {dtype}; store the weight in {dtype}"
             )
         yield _norm(source, out, weight, eps, (*steps, weight.step), refusal)
 

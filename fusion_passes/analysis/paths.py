@@ -148,12 +148,13 @@ class Path:
             return moves
         if all(step.is_sign for step in scales) and (is_residual or not addends):
             return (
-                "a sign stands between the all-reduce and the norm; with allow_reassociation=False an all-reduce "
-                "carries the program's own values, not their negatives"
+                "a sign stands between the all-reduce and the norm; with "
+                "allow_reassociation=False an all-reduce carries the program's own values, not "
+                "their negatives"
             )
         return (
-            "a scale or a bias stands between the all-reduce and the norm; moving it rounds elsewhere, which "
-            "allow_reassociation=False forbids"
+            "a scale or a bias stands between the all-reduce and the norm; moving it rounds "
+            "elsewhere, which allow_reassociation=False forbids"
         )
 
     def _step_refusals(self, step: Step, is_residual: bool) -> Iterator[tuple[bool, str]]:
@@ -166,14 +167,14 @@ class Path:
         elif step.kind == CAST:
             yield (
                 before != after,
-                f"a cast from {before} to {after} stands between the all-reduce and the norm; reduce in the dtype that "
-                "the norm takes",
+                f"a cast from {before} to {after} stands between the all-reduce and the norm; "
+                "reduce in the dtype that the norm takes",
             )
         elif step.kind == ADDEND:
             yield (
                 half and not is_residual and (value is None or value.dim() != 1),
-                "a tensor is added between the all-reduce and the norm; added to the residual first, they could make "
-                "more than float16 holds",
+                "a tensor is added between the all-reduce and the norm; added to the residual "
+                "first, they could make more than float16 holds",
             )
         elif step.kind == SCALE:
             number, before = step.value if is_number(step.value) else None, dtype_of(self.all_reduce.value)
@@ -183,8 +184,9 @@ class Path:
             )
             yield (
                 half and (number is None or abs(number) > 1),
-                f"a scale ({'of unknown size' if number is None else f'{number:g}'}) stands between the all-reduce and "
-                "the norm; before the all-reduce it could make of each rank's part more than float16 holds",
+                f"a scale ({'of unknown size' if number is None else f'{number:g}'}) stands "
+                "between the all-reduce and the norm; before the all-reduce it could make of each "
+                "rank's part more than float16 holds",
             )
 
 

@@ -74,14 +74,14 @@ def site_refusals(site: Site, regions: dict[Node, int], order: dict[Node, int]) 
     addends = [step.value for step in path.of_kind(ADDEND)]
     yield (
         any(depends_on(value, reduce, order) for value in (residual, *addends)),
-        "what is added to the all-reduce's result is computed from that result, which has to be there first; no option "
-        "helps",
+        "what is added to the all-reduce's result is computed from that result, which has to be "
+        "there first; no option helps",
     )
     shared = next((node for node in site.inner if len(node.users) > 1), None)
     yield (
         shared,
-        f"{shared}, between the all-reduce and the norm, is also read elsewhere, and the fused operator does not "
-        "return it",
+        f"{shared}, between the all-reduce and the norm, is also read elsewhere, and the fused "
+        "operator does not return it",
     )
     for what in ("weight", "eps", "weight_bias") if residual is not None or addends else ():
         of_sum = depends_on(getattr(norm, what), reduce, order)

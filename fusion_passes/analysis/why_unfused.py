@@ -31,8 +31,8 @@ _MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_sca
 _PASSED = VIEWS | CASTS | {aten.div.Tensor, aten.sub.Tensor, aten.add.Tensor, aten.neg.default}
 _STEPS = 24
 _BEYOND = (
-    "lies beyond a graph break or the end of a nested_compile_region, or outside the compiled part; compile with "
-    "fullgraph=True to see what breaks the graph"
+    "lies beyond a graph break or the end of a nested_compile_region, or outside the compiled "
+    "part; compile with fullgraph=True to see what breaks the graph"
 )
 
 
@@ -60,8 +60,8 @@ def _at_site(site: AllReduce) -> Iterator[tuple[bool, str]]:
     yield unwaited and not waits, "its result is waited for nowhere in this graph"
     yield (
         unwaited,
-        "its result is waited for in several places of this graph, or also read before it is waited for; wait for it "
-        "once, and read what the wait returns",
+        "its result is waited for in several places of this graph, or also read before it is "
+        "waited for; wait for it once, and read what the wait returns",
     )
     yield not site.value.users, "nothing reads its result in this graph"
     yield (
@@ -80,8 +80,8 @@ def _after(site: AllReduce, norms: set[Node], fused_sums: set[str], config: Pass
     yield blocker is not None and (plain_mul(blocker) or plain_div(blocker)) is not None, refusal
     yield (
         other_sum is not None,
-        f"it is added to another all-reduce ({other_sum}), and a sum can be fused with one of its two all-reduces only; "
-        "the other becomes the residual",
+        f"it is added to another all-reduce ({other_sum}), and a sum can be fused with one of its "
+        "two all-reduces only; the other becomes the residual",
     )
     yield (
         not _LAYER_NORMS.isdisjoint(names) or {"aten::mean", "aten::sub"} <= set(names),
@@ -147,18 +147,18 @@ def _why_not_over(node: Node, source: Node, site: AllReduce, finder: PathFinder)
     addends = plain_add(node) or plain_sub(node)
     if addends is None:
         return (
-            f"{name} between the all-reduce and the norm cannot be carried over it: only views, scales and sums can, and "
-            "no option helps"
+            f"{name} between the all-reduce and the norm cannot be carried over it: only views, "
+            "scales and sums can, and no option helps"
         )
     addend = addends[addends[0] is source]
     if isinstance(addend, Node) and dtype_of(addend) != dtype_of(source):
         return (
-            f"{name} adds a tensor in {dtype_of(addend)} to the all-reduce's result in {dtype_of(source)}, so it cannot "
-            "be carried over it; add in one dtype"
+            f"{name} adds a tensor in {dtype_of(addend)} to the all-reduce's result in "
+            f"{dtype_of(source)}, so it cannot be carried over it; add in one dtype"
         )
     return (
-        f"{name} adds a number, or a tensor of another shape than the all-reduce's result and its rows, so it cannot be "
-        "carried over it; no option helps"
+        f"{name} adds a number, or a tensor of another shape than the all-reduce's result and its "
+        "rows, so it cannot be carried over it; no option helps"
     )
 
 
@@ -181,6 +181,6 @@ def _why_not_moved(factor: Any, source: Node, site: AllReduce, finder: PathFinde
     if option:
         return f"{equal}, which the graph does not prove; {option}=True assumes it"
     return (
-        f"{equal}, which the graph does not prove and no option assumes; multiply before the all-reduce instead (a vector "
-        "of the hidden size: in the projection's weight)"
+        f"{equal}, which the graph does not prove and no option assumes; multiply before the "
+        "all-reduce instead (a vector of the hidden size: in the projection's weight)"
     )

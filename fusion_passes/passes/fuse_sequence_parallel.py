@@ -41,8 +41,8 @@ def check_gather(captures: Captures) -> Support:
         ),
         (
             captures["size"] == size == captures["gathered_size"],
-            f"the reduce-scatter is for {captures['size']} ranks and the all-gather for {captures['gathered_size']}, "
-            f"but the group has {size}",
+            f"the reduce-scatter is for {captures['size']} ranks and the all-gather for "
+            f"{captures['gathered_size']}, but the group has {size}",
         ),
     )
 

@@ -161,8 +161,9 @@ class Fuser:
             in_group = following.op == "call_function" and group in (*following.args, *following.kwargs.values())
             if in_group and following is not last:
                 return Support.no(
-                    f"another collective of the same group ({following.name}) stands between the {self.what} and the "
-                    "place of the fused operator, and the two would change places"
+                    f"another collective of the same group ({following.name}) stands between the "
+                    f"{self.what} and the place of the fused operator, and the two would change "
+                    "places"
                 )
         return YES
 
@@ -223,8 +224,9 @@ def _unnamed_group() -> str:
     if not getattr(getattr(torch.distributed, "config", None), "compile_on_one_rank", False):
         return refusal
     return (
-        f"{refusal}, because torch.distributed.config.compile_on_one_rank is on; to fuse, switch it off (set it to False, "
-        "and leave TORCH_DISTRIBUTED_COMPILE_ON_ONE_RANK unset), so that every rank compiles for itself"
+        f"{refusal}, because torch.distributed.config.compile_on_one_rank is on; to fuse, switch "
+        "it off (set it to False, and leave TORCH_DISTRIBUTED_COMPILE_ON_ONE_RANK unset), so that "
+        "every rank compiles for itself"
     )
 
 
@@ -234,12 +236,13 @@ def check_epsilon(captures: Captures) -> Support:
         return Support.all_of((eps >= 0, f"epsilon is {eps}; the operators take zero or a positive number"))
     if not _may_be_float(eps):
         return Support.no(
-            f"epsilon is not a number but a tensor ({eps}), as a buffer is; the operators take a number, so keep it as a "
-            "Python float in the module"
+            f"epsilon is not a number but a tensor ({eps}), as a buffer is; the operators take a "
+            "number, so keep it as a Python float in the module"
         )
     return Support.no(
-        f"epsilon is not a number but a value of the graph ({eps}), because dynamic=True made it an input; compile with "
-        "backend='fusewire' or torch._dynamo.config.specialize_float=True, which keep it a number"
+        f"epsilon is not a number but a value of the graph ({eps}), because dynamic=True made it "
+        "an input; compile with backend='fusewire' or torch._dynamo.config.specialize_float=True, "
+        "which keep it a number"
     )
 
 
@@ -280,8 +283,8 @@ def check_weight(captures: Captures) -> Support:
         ),
         (
             dtype_of(weight) == dtype_of(x),
-            f"the norm's weight is {dtype_of(weight)} and its input {dtype_of(x)}; fused kernels read the weight in the "
-            f"input's dtype, so store the weight in {dtype_of(x)}",
+            f"the norm's weight is {dtype_of(weight)} and its input {dtype_of(x)}; fused kernels "
+            f"read the weight in the input's dtype, so store the weight in {dtype_of(x)}",
         ),
     )
 
@@ -301,8 +304,8 @@ def residual_fits(residual: Node | None, summed: Node, what: str) -> Support:
         ),
         (
             dtype_of(residual) == dtype_of(summed),
-            f"the residual is {dtype_of(residual)} and the {what} {dtype_of(summed)}; keep the residual stream in "
-            f"{dtype_of(summed)}",
+            f"the residual is {dtype_of(residual)} and the {what} {dtype_of(summed)}; keep the "
+            f"residual stream in {dtype_of(summed)}",
         ),
     )
 

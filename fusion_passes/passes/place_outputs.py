@@ -109,8 +109,8 @@ def place_outputs(graph: Graph, context: RunContext) -> bool:
             _mark(call, slot)
     if kept:
         context.notes.append(
-            f"output_in_place: {kept} of {placed + kept} results are copied, since something may read them after their "
-            "buffer is written again"
+            f"output_in_place: {kept} of {placed + kept} results are copied, since something may "
+            "read them after their buffer is written again"
         )
     return placed > 0
 

@@ -93,8 +93,8 @@ class _Chain:
         if len(self.gathered) * OPS_PER_GATHER > len(self.ops):
             names = ", ".join(_residual_of(op).name for op in self.gathered[:3])  # type: ignore[union-attr]
             return (
-                f"{len(self.gathered)} residuals are read outside of fused operators too ({names}), and to gather one "
-                f"pays from {OPS_PER_GATHER} operators on"
+                f"{len(self.gathered)} residuals are read outside of fused operators too "
+                f"({names}), and to gather one pays from {OPS_PER_GATHER} operators on"
             )
         return ""
 

@@ -161,9 +161,10 @@ class GraphAgreement:
     def _refuse(self, group: dist.ProcessGroup, posting: Posting, waiting: Sequence[int]) -> None:
         """Raise on this rank and on the peers that already wait for it before another graph."""
         reason = (
-            f"rank {self.rank} compiles a graph ({posting.label}) that rank {waiting[0]} of group {group.group_name!r} "
-            "does not: that rank already waits before another graph. Make every rank run the same program on equal shapes, "
-            "or set FUSEWIRE_DISABLE=1 on all of them"
+            f"rank {self.rank} compiles a graph ({posting.label}) that rank {waiting[0]} of group "
+            f"{group.group_name!r} does not: that rank already waits before another graph. Make "
+            "every rank run the same program on equal shapes, or set FUSEWIRE_DISABLE=1 on all of "
+            "them"
         )
         rendezvous.fail(group, reason)
         raise RankMismatchError(reason)

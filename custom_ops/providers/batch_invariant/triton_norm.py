@@ -305,12 +305,14 @@ def rms_norm_batch_invariant(
     if not support:
         raise NoProviderError(
             f"rms_norm_batch_invariant cannot run: {support.reason}. fusewire.rms_norm and "
-            "fusewire.fused_add_rms_norm with policy='torch_batch_invariant' run anywhere, with the same bits"
+            "fusewire.fused_add_rms_norm with policy='torch_batch_invariant' run anywhere, with "
+            "the same bits"
         )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, residual)):
         raise TrainingError(
             "rms_norm_batch_invariant is for inference; call it under torch.no_grad(), or call "
-            f"fusewire.rms_norm or fusewire.fused_add_rms_norm with policy={PROVIDER!r}: they have a backward"
+            f"fusewire.rms_norm or fusewire.fused_add_rms_norm with policy={PROVIDER!r}: they have "
+            "a backward"
         )
     norm, summed = _launch(x, residual, weight, eps, weight_bias, form)
     return norm if summed is None else (norm, summed)

@@ -103,8 +103,9 @@ def two_shot() -> Support:
     return Support.all_of(
         (
             version_ok(version, TWO_SHOT_VERSION),
-            f"FlashInfer {version}'s two-shot barrier can let a rank pass early when a call has more thread blocks than "
-            f"the one before; {wanted} corrects it ({INSTALL} --upgrade), until then one-shot serves alone",
+            f"FlashInfer {version}'s two-shot barrier can let a rank pass early when a call has "
+            f"more thread blocks than the one before; {wanted} corrects it ({INSTALL} --upgrade), "
+            "until then one-shot serves alone",
         )
     )
 
@@ -157,8 +158,8 @@ def no_nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     where = f"in CUDA_HOME={home}" if home else "on PATH or in /usr/local/cuda"
     return (
-        f"there is no nvcc {where}: install the CUDA toolkit (or set CUDA_HOME), or install the compiled "
-        "kernels (package flashinfer-jit-cache of the same version)"
+        f"there is no nvcc {where}: install the CUDA toolkit (or set CUDA_HOME), or install the "
+        "compiled kernels (package flashinfer-jit-cache of the same version)"
     )
 
 
@@ -222,8 +223,8 @@ _HINT = " (`python -m fusewire prebuild` does it ahead)"
 def announcement(state: Kernels, after_s: float = 0.0, hint: str = _HINT) -> contextlib.AbstractContextManager[None]:
     """Return a context that logs the compilation's progress and where its result goes."""
     return log_progress(
-        f"FlashInfer compiles its all-reduce kernels ({MODULE}) into {state.path.parent}: minutes, once for "
-        f"each version and GPU architecture{hint}",
+        f"FlashInfer compiles its all-reduce kernels ({MODULE}) into {state.path.parent}: minutes, "
+        f"once for each version and GPU architecture{hint}",
         after_s=after_s,
         detail=CompileProgress(state.path.parent).__str__,
     )

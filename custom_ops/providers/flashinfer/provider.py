@@ -56,8 +56,8 @@ def supported() -> Support:
     """Return whether this machine can run the kernels; compiled or not does not matter."""
     if env_flag(_BATCH_INVARIANT):
         return Support.no(
-            f"{_BATCH_INVARIANT} is set, and how FlashInfer's kernels sum a row's squares changes with the "
-            "number of tokens"
+            f"{_BATCH_INVARIANT} is set, and how FlashInfer's kernels sum a row's squares changes "
+            "with the number of tokens"
         )
     if not torch.cuda.is_available():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA GPU"
@@ -92,9 +92,9 @@ def limits(hidden: int, dtype: torch.dtype, world_size: int) -> Support:
         ),
         (
             block_threads(hidden, dtype) <= _MAX_BLOCK,
-            f"hidden size {hidden} needs {block_threads(hidden, dtype)} threads in a block, {_MAX_BLOCK} "
-            "are safe; a hidden "
-            f"size that is a multiple of {8 * vector} is split over up to 8 blocks",
+            f"hidden size {hidden} needs {block_threads(hidden, dtype)} threads in a block, "
+            f"{_MAX_BLOCK} are safe; a hidden size that is a multiple of {8 * vector} is split "
+            "over up to 8 blocks",
         ),
         (
             max_tokens(hidden, dtype, world_size) > 0,
@@ -162,9 +162,8 @@ def supports_args(
         (_on_gpu(x), f"x is on {x.device.type}; FlashInfer's kernels run on CUDA GPUs"),
         (
             weight is None or weight.dtype == x.dtype,
-            f"the weight is {_name(weight)} and x is {_name(x)}: FlashInfer's kernels would read the "
-            "weight's bytes as "
-            "x's dtype; store the norm's weight in the activations' dtype",
+            f"the weight is {_name(weight)} and x is {_name(x)}: FlashInfer's kernels would read "
+            "the weight's bytes as x's dtype; store the norm's weight in the activations' dtype",
         ),
         (
             residual is None or residual.dtype == x.dtype,
@@ -365,9 +364,9 @@ def _check_peers(request: Request) -> None:
         peer = visible.get(str(fact.get("uuid")))
         if peer not in (None, request.device.index) and not torch.cuda.can_device_access_peer(request.device, peer):
             raise WorkspaceError(
-                f"{request.device} cannot access the memory of cuda:{peer} (`python -m fusewire doctor` "
-                "prints the links); "
-                "FlashInfer's kernels need peer-to-peer access between all ranks' GPUs"
+                f"{request.device} cannot access the memory of cuda:{peer} (`python -m fusewire "
+                "doctor` prints the links); FlashInfer's kernels need peer-to-peer access between "
+                "all ranks' GPUs"
             )
 
 
@@ -396,9 +395,9 @@ def _prove_arguments(workspace: FlashInferWorkspace) -> None:
         )
     except TypeError as error:
         raise WorkspaceError(
-            "FlashInfer's Python package and its compiled kernels do not fit together (reinstall both in "
-            "one version, or "
-            f"delete the cache that `python -m fusewire doctor` names): {describe(error)}"
+            "FlashInfer's Python package and its compiled kernels do not fit together (reinstall "
+            "both in one version, or delete the cache that `python -m fusewire doctor` names): "
+            f"{describe(error)}"
         ) from error
     except Exception:  # hidden size 3 was rejected, as expected
         return
@@ -426,9 +425,9 @@ def _prove_results(workspace: FlashInferWorkspace) -> None:
     failed = [what for what, tensor in wrong if bool(tensor)]
     if failed:
         raise WorkspaceError(
-            f"a call with a known answer came out wrong ({', '.join(failed)}); these FlashInfer kernels do "
-            "not fit this GPU "
-            "or this package: reinstall FlashInfer, or leave it out of the priority list"
+            f"a call with a known answer came out wrong ({', '.join(failed)}); these FlashInfer "
+            "kernels do not fit this GPU or this package: reinstall FlashInfer, or leave it out "
+            "of the priority list"
         )
 
 

@@ -63,8 +63,8 @@ def check_call(
     check_norm_args(x, weight, eps, weight_bias, form)
     if x.dtype != ws.dtype or x.shape[-1] != ws.hidden or x.device != ws.device:
         raise ArgumentError(
-            f"x is {x.dtype} (..., {x.shape[-1]}) on {x.device}, but the workspace is for {ws.dtype} "
-            f"(..., {ws.hidden}) on {ws.device}; make one for x"
+            f"x is {x.dtype} (..., {x.shape[-1]}) on {x.device}, but the workspace is for "
+            f"{ws.dtype} (..., {ws.hidden}) on {ws.device}; make one for x"
         )
     tokens = x.numel() // ws.hidden
     if tokens > capacity:
@@ -94,8 +94,8 @@ def residual_like(t: Tensor | None, x: Tensor) -> Tensor | None:
         return None
     if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
         raise ArgumentError(
-            f"the residual is {t.dtype} {list(t.shape)} on {t.device}; it must be like x: {x.dtype} "
-            f"{list(x.shape)} on {x.device}"
+            f"the residual is {t.dtype} {list(t.shape)} on {t.device}; it must be like x: "
+            f"{x.dtype} {list(x.shape)} on {x.device}"
         )
     return aligned(t)
 
@@ -107,8 +107,8 @@ def residual_shard(t: Tensor | None, x: Tensor, shard: int, owned: int, ws: Symm
     fits = t.dim() == 2 and owned <= t.shape[0] <= shard and t.shape[1] == ws.hidden
     if not fits or t.dtype != x.dtype or t.device != x.device:
         raise ArgumentError(
-            f"the residual is {t.dtype} {list(t.shape)} on {t.device}; rank {ws.rank}'s shard for x "
-            f"{list(x.shape)} must be {x.dtype} [{shard}, {ws.hidden}] on {x.device} (its rows "
+            f"the residual is {t.dtype} {list(t.shape)} on {t.device}; rank {ws.rank}'s shard for "
+            f"x {list(x.shape)} must be {x.dtype} [{shard}, {ws.hidden}] on {x.device} (its rows "
             f"{ws.rank * shard} to {ws.rank * shard + owned})"
         )
     return aligned(t)

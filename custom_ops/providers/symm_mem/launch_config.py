@@ -128,18 +128,19 @@ def check_launch_config(config: LaunchConfig, packets: int, multiprocessors: int
         return f"{config.slices} slices (1 to {MAX_SLICES}) of {config.block} do not cover {packets} packets"
     if not config.slices <= config.programs <= min(MAX_PROGRAMS, multiprocessors * per_multiprocessor):
         return (
-            f"{config.programs} programs of {config.warps} warps do not all fit on {multiprocessors} "
-            f"multiprocessors at once (or are fewer than the {config.slices} slices)"
+            f"{config.programs} programs of {config.warps} warps do not all fit on "
+            f"{multiprocessors} multiprocessors at once (or are fewer than the {config.slices} "
+            "slices)"
         )
     if kernel == ONE_SHOT_KERNEL and config.programs % config.slices:
         return (
-            f"{config.programs} programs are no multiple of the {config.slices} slices of a row; the last would wait for "
-            "slices that no program sends"
+            f"{config.programs} programs are no multiple of the {config.slices} slices of a row; "
+            "the last would wait for slices that no program sends"
         )
     if config.unroll not in (1, 2, 4, 8) or config.lookahead < 1 or config.result_lag < 0:
         return (
-            f"unroll {config.unroll} (1, 2, 4, 8), lookahead {config.lookahead} (>= 1) or result_lag "
-            f"{config.result_lag} (>= 0) is out of range"
+            f"unroll {config.unroll} (1, 2, 4, 8), lookahead {config.lookahead} (>= 1) or "
+            f"result_lag {config.result_lag} (>= 0) is out of range"
         )
     return None
 

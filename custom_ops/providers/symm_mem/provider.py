@@ -211,8 +211,8 @@ class SymmMemProvider(WorkspaceProvider):
         same = Support.all_of(
             (
                 not different,
-                f"the ranks would misread each other's buffers: {different}; install the same fusewire and Triton for "
-                "every rank",
+                f"the ranks would misread each other's buffers: {different}; install the same "
+                "fusewire and Triton for every rank",
             )
         )
         return super().validate(facts) and same

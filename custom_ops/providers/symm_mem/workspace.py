@@ -169,14 +169,15 @@ class SymmMemWorkspace:
         except RuntimeError as error:
             raise WorkspaceError(
                 f"{self.layout.nbytes / 2**20:.0f} MiB of symmetric memory could not be set up on "
-                f"{self.device} for group {self.group_name!r}: {error}. Every rank needs a GPU of its own on "
-                "one host, with peer access to the others and that much free memory; or use another provider"
+                f"{self.device} for group {self.group_name!r}: {error}. Every rank needs a GPU of "
+                "its own on one host, with peer access to the others and that much free memory; "
+                "or use another provider"
             ) from error
         peers = [int(address) for address in handle.buffer_ptrs]
         if peers[self.rank] != buffer.data_ptr():
             raise WorkspaceError(
-                f"this version of torch ({torch.__version__}) maps symmetric memory in a way that symm_mem "
-                "does not know; use another provider"
+                f"this version of torch ({torch.__version__}) maps symmetric memory in a way that "
+                "symm_mem does not know; use another provider"
             )
         buffer.zero_()
         for name in self.layout.ones:
