@@ -6,6 +6,7 @@ something while workspaces are made.
     python tests/gpu/fault_check.py --cpu            # 2 gloo ranks, no GPU: what the votes and the debug mode show
     python tests/gpu/fault_check.py --one-gpu        # a late rank during replays, both ranks as streams of one GPU
     python tests/gpu/fault_check.py --case replay-kill --case stop
+    FUSEWIRE_SHARED_GPU=1 python tests/gpu/fault_check.py   # both ranks as processes on one GPU (see harness)
 
 The last rank misbehaves. Prints a line for each case as it ends. Every rank must end within 18 s,
 kernels give up after 2 s (where a rank is stopped for 5 s: 9 s), and every error must come from
@@ -30,7 +31,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from harness import all_reduce_norm, eighths, run_ranks, shorten_kernels
+from harness import SHARED_GPU, all_reduce_norm, eighths, run_ranks, shorten_kernels
 
 import fusewire
 from fusewire.custom_ops.providers.symm_mem import launcher
@@ -255,7 +256,7 @@ class Cases:
     def _lacks(me, lack):
         """All ranks make a workspace anew, the victim with `lack`; then again without."""
         fusewire.close()
-        device = torch.device("cuda", me.rank) if me.gpu else torch.device("cpu")
+        device = torch.device("cuda", torch.cuda.current_device()) if me.gpu else torch.device("cpu")
         provider = PROVIDERS["symm_mem"] if me.gpu else WordProvider()
 
         def make():
@@ -349,6 +350,8 @@ def plan(arguments):
         found += [("stop", "data", False), ("replay-stop", "one-shot", False), ("count", "flags", False)]
         found += [("stop-for-good", "one-shot", False), *((case, "data", False) for case in LACKS)]
         found += [(case, "data", debug) for case in DIFFERS for debug in (False, True)]
+    if SHARED_GPU:  # the memory that a rank lacks would be missing on its peer as well
+        found = [item for item in found if item[0] != "no-memory"]
     return [item for item in found if not arguments.case or item[0] in arguments.case]
 
 

@@ -2,6 +2,11 @@
 
 The parent imports torch and forks, so that a rank starts in a fraction of a second. It never
 touches CUDA.
+
+With FUSEWIRE_SHARED_GPU=1 all ranks are processes on one GPU. Kernels, mappings, faults and CUDA
+graphs are then real; the links are that GPU's own memory, and collectives of the program run on
+gloo, since NCCL takes a GPU for one rank only. Without CUDA's MPS the ranks' kernels take turns, so
+a call lasts milliseconds.
 """
 
 from __future__ import annotations
@@ -25,9 +30,11 @@ import torch
 import torch.distributed as dist
 
 import fusewire
+from fusewire.custom_ops.providers.symm_mem import provider
 from fusewire.custom_ops.providers.symm_mem.layout import CTL_LIMIT_NS
 from fusewire.custom_ops.workspaces.registry import REGISTRY
 
+SHARED_GPU = os.environ.get("FUSEWIRE_SHARED_GPU") == "1"
 SCALE = "scale_then_round"
 
 
@@ -36,7 +43,7 @@ def say(**fields):
 
 
 def run_ranks(job, size, *args, limit_s=18.0, gpu=True, environment=None):
-    """Run job(rank, *args) on forked ranks, one GPU each; return each rank's exit status.
+    """Run job(rank, *args) on forked ranks, each with a GPU of its own; return each rank's exit status.
 
     A negative status is the signal that ended the rank, -9 also if it was killed after `limit_s`.
     Its answers are the lines that it prints.
@@ -72,9 +79,11 @@ def _child(job, rank, size, args, port, gpu, limit_s, environment):
         os.environ.update(environment)
         faulthandler.dump_traceback_later(limit_s - 1.0, exit=True)
         if gpu:
-            torch.cuda.set_device(rank)
+            torch.cuda.set_device(0 if SHARED_GPU else rank)
+        if SHARED_GPU:
+            allow_shared_gpu(rank)
         store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=timedelta(seconds=limit_s))
-        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if gpu and not SHARED_GPU else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=limit_s))
         job(rank, *args)
         status = 0
@@ -84,6 +93,13 @@ def _child(job, rank, size, args, port, gpu, limit_s, environment):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def allow_shared_gpu(rank):
+    """Let torch map memory between ranks on one GPU, and make them look like GPUs of their own."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    facts = provider.device_facts
+    provider.device_facts = lambda device: {**facts(device), "uuid": f"rank {rank}"}
 
 
 def shorten_kernels(seconds):

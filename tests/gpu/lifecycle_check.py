@@ -34,7 +34,7 @@ class Calls:
     """Calls on this rank with exact results."""
 
     def __init__(self, rank):
-        self.rank, self.size = rank, dist.get_world_size()
+        self.rank, self.size, self.gpu = rank, dist.get_world_size(), torch.cuda.current_device()
         self.weight = torch.ones(HIDDEN, device="cuda", dtype=BF16)
         self.number = 0
 
@@ -187,7 +187,7 @@ def threads(calls, options):
 
     def work(which):
         try:
-            torch.cuda.set_device(calls.rank)
+            torch.cuda.set_device(calls.gpu)
             with torch.cuda.stream(torch.cuda.Stream()):
                 for number in range(which, 200, 2):
                     tokens = (4, 64, 600)[number % 3]
