@@ -1,4 +1,4 @@
-"""Choose the provider of a derived op of `all_reduce_rms_norm` (sandwich norm, sharded residual).
+"""Choose the provider of a derived op of `all_reduce_rms_norm`: sandwich, sharded, quantised.
 
 Derived ops have no costs and no vote of their own: the provider that would serve the plain operator
 at this size serves them. If it has one kernel for the whole op (`WorkspaceProvider.bind_derived`),
@@ -26,6 +26,12 @@ from fusewire.custom_ops.ops.norms import (
     add_normalize,
     fused_add_rms_norm,
     rms_norm,
+)
+from fusewire.custom_ops.ops.quantized_norm import (
+    all_reduce_rms_norm_quantized,
+    all_reduce_rms_norm_quantized_sharded,
+    compute_quantized_sharded,
+    with_quantized,
 )
 from fusewire.custom_ops.ops.registry import NATIVE, IrOp, Provider
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
@@ -59,6 +65,7 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
         None if weight is None else weight.dtype,
         None if inner_weight is None else inner_weight.dtype,
         args[9],
+        *(value.dtype if isinstance(value, Tensor) else value for value in args[10:-1]),
     )
     found = decision.derived.get(key)
     if found is None:
@@ -77,18 +84,31 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
 
 def _function(op: IrOp, decision: Decision, args: tuple[Any, ...]) -> Callable[..., Any]:
     provider = decision.provider
-    if decision.bound is not None:
-        name, workspace, variant, output = decision.bound
-        whole = PROVIDERS[name].bind_derived(workspace, variant, op.name, args, output)
-        if whole is not None:
-            return whole
+    whole = _whole(op, decision, args)
+    if whole is not None:
+        return whole
+    if op in _QUANTIZED:
+        return _quantized(op, decision, args)
     add_norm = _add_norm_for(provider, args[0])
     if op is all_reduce_sandwich_norm:
         return op.native if add_norm is add_normalize and provider.name == NATIVE else _sandwich(provider, add_norm)
-    # FlashInfer has no sharded kernel; a reduce-scatter and an all-gather move as many bytes.
-    if provider.name == NATIVE or provider.name in PROVIDERS:
-        return _sharded_native(add_norm)
-    return _sharded_by_full_sum(provider, add_norm)
+    return _sharded_native(add_norm) if _gathers(provider) else _sharded_by_full_sum(provider, add_norm)
+
+
+def _whole(op: IrOp, decision: Decision, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """Return the provider's one kernel for the whole op, or None."""
+    if decision.bound is None:
+        return None
+    name, workspace, variant, output = decision.bound
+    return PROVIDERS[name].bind_derived(workspace, variant, op.name, args, output)
+
+
+def _gathers(provider: Provider) -> bool:
+    """Return whether sharded ops run as reduce-scatter and all-gather without a kernel.
+
+    FlashInfer has no sharded kernel, and these move as many bytes as it does.
+    """
+    return provider.name == NATIVE or provider.name in PROVIDERS
 
 
 def _by_policy(policy: str) -> AddNorm:
@@ -157,5 +177,34 @@ def _sharded_by_full_sum(provider: Provider, add_norm: AddNorm) -> Callable[...,
     return run
 
 
-for _op in (all_reduce_sandwich_norm, all_reduce_rms_norm_sharded):
+def _quantized(op: IrOp, decision: Decision, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """Return a quantised op as the same provider's plain op, then native quantisation."""
+    provider, plain_args = decision.provider, (*args[:10], args[-1])
+    if op is all_reduce_rms_norm_quantized:
+        if args[9] == NO_INNER:
+            return _then_quantize(provider.fn, 6)
+        return _then_quantize(_function(all_reduce_sandwich_norm, decision, plain_args), 10)
+    if _gathers(provider) and _whole(all_reduce_rms_norm_sharded, decision, plain_args) is None:
+        return _quantized_sharded_native(_add_norm_for(provider, args[0]))
+    return _then_quantize(_function(all_reduce_rms_norm_sharded, decision, plain_args), 10)
+
+
+def _then_quantize(plain: Callable[..., tuple[Tensor, Tensor]], taken: int) -> Callable[..., Any]:
+    """Return a plain op, which takes so many parameters before the group, then quantisation."""
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        return with_quantized(*plain(*args[:taken], args[-1]), *args[10:13])
+
+    return run
+
+
+def _quantized_sharded_native(add_norm: AddNorm) -> Callable[..., Any]:
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        return compute_quantized_sharded(add_norm, args[0], args[1], args[2:6], args[6:10], *args[10:])
+
+    return run
+
+
+_QUANTIZED = (all_reduce_rms_norm_quantized, all_reduce_rms_norm_quantized_sharded)
+for _op in (all_reduce_sandwich_norm, all_reduce_rms_norm_sharded, *_QUANTIZED):
     _op.selector = select

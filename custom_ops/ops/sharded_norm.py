@@ -42,7 +42,7 @@ def own_rows(x: Tensor, rank: int, world_size: int) -> Tensor:
     return F.pad(owned, (0, 0, 0, size - owned.shape[0])) if owned.shape[0] < size else owned.clone()
 
 
-def _check(
+def check_sharded(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -55,6 +55,7 @@ def _check(
     inner_form: str,
     group_name: str,
 ) -> None:
+    """Raise ArgumentError if these cannot be a sharded operator's arguments."""
     check_norm_args(x, weight, eps, weight_bias, form)
     check_group_name(group_name)
     if inner_form != NO_INNER:
@@ -80,7 +81,7 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-@register_op(fake=_fake, check=_check, derives_from=(all_reduce_rms_norm, lambda a: (*a[:6], a[10])))
+@register_op(fake=_fake, check=check_sharded, derives_from=(all_reduce_rms_norm, lambda a: (*a[:6], a[10])))
 def all_reduce_rms_norm_sharded(
     x: Tensor,
     residual: Tensor | None,
@@ -132,6 +133,14 @@ def compute_sharded(
         add_norm: computes the add and the norm.
         inner_spec: the inner norm; its form is NO_INNER if there is none.
     """
+    norm, shard = own_norm(add_norm, x, residual, norm_spec, inner_spec, group_name)
+    return gather_rows.native(norm, x, group_name), shard
+
+
+def own_norm(
+    add_norm: AddNorm, x: Tensor, residual: Tensor | None, norm_spec: NormSpec, inner_spec: NormSpec, group_name: str
+) -> tuple[Tensor, Tensor]:
+    """Return this rank's rows (norm, sum) of a sharded operator. A collective."""
     world_size = resolve_group(group_name).size()
     rows = x.contiguous().reshape(-1, x.shape[-1])
     tokens = rows.shape[0]
@@ -145,11 +154,7 @@ def compute_sharded(
     shard = reduce_scatter(rows, world_size, group_name)
     if inner_spec[3] != NO_INNER:
         shard, _ = add_norm(shard, None, *inner_spec)
-    norm, shard = add_norm(shard, residual, *norm_spec)
-    norm = all_gather(norm, world_size, group_name)
-    if not _divides(tokens, world_size):
-        norm = norm[:tokens].clone()
-    return norm.reshape(x.shape), shard
+    return add_norm(shard, residual, *norm_spec)
 
 
 def _divides(tokens: int, world_size: int) -> bool:

@@ -20,6 +20,7 @@ from fusewire.custom_ops.dispatch.cost_formula import data_tokens
 from fusewire.custom_ops.dispatch.cost_tables import SYMM_ONE_SHOT, SYMM_TWO_SHOT
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
 from fusewire.custom_ops.ops.registry import YES, Support
+from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import self_test
@@ -280,6 +281,8 @@ class SymmMemProvider(WorkspaceProvider):
     def bind_derived(
         self, workspace: Workspace, variant: str, op_name: str, args: tuple[Any, ...], output: int | None = None
     ) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        if op_name not in (all_reduce_rms_norm_sharded.name, all_reduce_sandwich_norm.name):
+            return None
         x, residual, weights = args[0], args[1], (args[2], args[6])
         if residual is not None and residual.dtype != x.dtype:
             return None
