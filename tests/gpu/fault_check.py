@@ -208,8 +208,9 @@ class Cases:
         if not me.victim:
             with me.noted():
                 me.call(10)
-        with me.noted():
-            me.call(11, tokens=2 * me.tokens)
+        if not me.found["errors"]:
+            with me.noted():
+                me.call(11, tokens=2 * me.tokens)
 
     @staticmethod
     def count(me):

@@ -35,6 +35,7 @@ from fusewire.custom_ops.providers.symm_mem.layout import CTL_LIMIT_NS
 from fusewire.custom_ops.workspaces.registry import REGISTRY
 
 SHARED_GPU = os.environ.get("FUSEWIRE_SHARED_GPU") == "1"
+BACKEND = "gloo" if SHARED_GPU else "cpu:gloo,cuda:nccl"
 SCALE = "scale_then_round"
 
 
@@ -79,12 +80,11 @@ def _child(job, rank, size, args, port, gpu, limit_s, environment):
         os.environ.update(environment)
         faulthandler.dump_traceback_later(limit_s - 1.0, exit=True)
         if gpu:
-            torch.cuda.set_device(0 if SHARED_GPU else rank)
-        if SHARED_GPU:
-            allow_shared_gpu(rank)
+            choose_gpu(rank)
         store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=timedelta(seconds=limit_s))
-        backend = "cpu:gloo,cuda:nccl" if gpu and not SHARED_GPU else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=limit_s))
+        dist.init_process_group(
+            BACKEND if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=limit_s)
+        )
         job(rank, *args)
         status = 0
     except BaseException:
@@ -95,11 +95,19 @@ def _child(job, rank, size, args, port, gpu, limit_s, environment):
         os._exit(status)
 
 
-def allow_shared_gpu(rank):
-    """Let torch map memory between ranks on one GPU, and make them look like GPUs of their own."""
-    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    facts = provider.device_facts
-    provider.device_facts = lambda device: {**facts(device), "uuid": f"rank {rank}"}
+def choose_gpu(rank):
+    """Make a rank's GPU the current one; ranks on one GPU look like ranks with their own."""
+    torch.cuda.set_device(0 if SHARED_GPU else rank)
+    if SHARED_GPU:
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # else torch refuses to map
+        facts = provider.device_facts
+        provider.device_facts = lambda device: {**facts(device), "uuid": f"rank {rank}"}
+
+
+def join(timeout_s):
+    """Choose this rank's GPU and join the group, under torchrun."""
+    choose_gpu(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(BACKEND, timeout=timedelta(seconds=timeout_s))
 
 
 def shorten_kernels(seconds):

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import faulthandler
 import itertools
-import os
 import sys
 from collections import Counter
-
-os.environ["NCCL_NVLS_ENABLE"] = "0"
-os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
+from harness import join
 
 import fusewire
 import fusewire.errors
@@ -113,8 +110,7 @@ def compiled(options: dict[str, object]) -> None:
 
 def main() -> int:
     faulthandler.dump_traceback_later(150, exit=True)  # never hang: say where, and end
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    join(120)
     for policy in ("symm_mem", "flashinfer", "symm_mem,flashinfer,native", "native"):
         for hidden, dtype in ((4096, torch.bfloat16), (2880, torch.float16)):
             try:

@@ -24,40 +24,27 @@ import sys
 import threading
 import time
 import traceback
-import types
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
-# Multicast objects are not for tests: one that goes wrong takes the machine's GPUs out of service.
-os.environ["NCCL_NVLS_ENABLE"] = "0"
-os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-
 import torch
 import torch.distributed as dist
+from harness import join
 
-ROOT = Path(__file__).resolve().parents[2]
-try:
-    from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
-except ModuleNotFoundError:  # not installed: take the packages from the checkout
-    package = types.ModuleType("fusewire")
-    package.__path__ = [str(ROOT / "fusewire"), str(ROOT)]
-    sys.modules["fusewire"] = package
-    from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
-
-# After the fallback above, hence not at the top.
-from fusewire.custom_ops.ops.sharded_norm import rows_per_rank  # noqa: E402
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm  # noqa: E402
-from fusewire.custom_ops.providers.symm_mem.launch_config import (  # noqa: E402
+from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
+from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.launch_config import (
     ONE_SHOT_KERNEL,
     LaunchConfig,
     check_launch_config,
     launch_config_two_shot_flags,
 )
-from fusewire.custom_ops.providers.symm_mem.layout import owned_rows  # noqa: E402
-from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall  # noqa: E402
-from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace  # noqa: E402
-from fusewire.errors import PeerTimeoutError  # noqa: E402
+from fusewire.custom_ops.providers.symm_mem.layout import owned_rows
+from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
+from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
+from fusewire.errors import PeerTimeoutError
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE, ROUND = "scale_then_round", "round_then_scale"
@@ -100,7 +87,7 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)))
+        self.device = torch.device("cuda", torch.cuda.current_device())
         self.out = Path(args.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.log = (self.out / f"rank{self.rank}.log").open("w", buffering=1)
@@ -813,8 +800,7 @@ def main() -> int:
     parser.add_argument("--data-tokens", type=int, default=1024, help="with --bench: most tokens for data as flag")
     parser.add_argument("--tokens", default=[2**i for i in range(14)], **numbers)
     args = parser.parse_args()
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=2 * args.limit))
+    join(2 * args.limit)
     args.cpu_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * args.limit))
     run, start = Run(args), time.monotonic()
     if args.bench:

@@ -20,13 +20,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 
-# Multicast objects are not for tests: one that goes wrong takes the machine's GPUs out of service.
-os.environ["NCCL_NVLS_ENABLE"] = "0"
-os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-
+import harness
 import torch
 import torch.distributed as dist
 
@@ -59,9 +55,7 @@ def say(text: str) -> None:
 
 
 def join(args: argparse.Namespace) -> dist.ProcessGroup:
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = torch.device("cuda", torch.cuda.current_device())
-    dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=args.limit))
+    harness.join(args.limit)
     group = dist.group.WORLD
     assert group is not None
     return group
