@@ -30,8 +30,10 @@ import torch
 import torch.distributed as dist
 
 import fusewire
-from fusewire.custom_ops.providers.symm_mem import provider
+from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
+from fusewire.custom_ops.providers.symm_mem import provider as symm_mem
 from fusewire.custom_ops.providers.symm_mem.layout import CTL_LIMIT_NS
+from fusewire.custom_ops.workspaces.provider import device_facts
 from fusewire.custom_ops.workspaces.registry import REGISTRY
 
 SHARED_GPU = os.environ.get("FUSEWIRE_SHARED_GPU") == "1"
@@ -100,8 +102,10 @@ def choose_gpu(rank):
     torch.cuda.set_device(0 if SHARED_GPU else rank)
     if SHARED_GPU:
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # else torch refuses to map
-        facts = provider.device_facts
-        provider.device_facts = lambda device: {**facts(device), "uuid": f"rank {rank}"}
+        symm_mem.device_facts = flashinfer.device_facts = lambda device: {
+            **device_facts(device),
+            "uuid": f"rank {rank}",
+        }
 
 
 def join(timeout_s):
