@@ -135,6 +135,12 @@ def eighths(tokens, hidden, seed, dtype, device):
     return ((index * (2 * seed + 1) + seed * 7) % 9 - 4).to(dtype) / 8
 
 
+def _meet():
+    """On a shared GPU, wait for all ranks: what they hold is counted together."""
+    if SHARED_GPU and dist.is_initialized():
+        dist.barrier()
+
+
 def held():
     """What this process holds: bytes of GPU memory, open files, resident bytes."""
     gc.collect()
@@ -144,6 +150,8 @@ def held():
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        _meet()
         free, total = torch.cuda.mem_get_info()
         gpu = total - free
+        _meet()
     return {"gpu": gpu, "files": len(os.listdir("/proc/self/fd")), "resident": resident}
