@@ -27,7 +27,7 @@ from fusewire.errors import WorkspaceError
 
 HIDDEN, BF16 = 4096, torch.bfloat16
 MEMORY_BYTES = 2 << 20
-PARTS = ("after_close", "captured", "streams", "threads", "branches", "graphs", "sleep", "rounds")
+PARTS = ("after_close", "captured", "streams", "threads", "branches", "beside", "graphs", "sleep", "rounds")
 
 
 class Calls:
@@ -235,6 +235,22 @@ def branches(calls, options):
     del graph
     fusewire.close(captured=True)
     return {"replays": 100}
+
+
+def beside(calls, options):
+    """Matrix products on another stream fill the GPU while calls are launched."""
+    prepare()
+    other = torch.cuda.Stream()
+    factor = torch.randn(8192, 8192, device="cuda", dtype=BF16)
+    torch.cuda.synchronize()
+    for number in range(300):
+        with torch.cuda.stream(other):
+            for _ in range(3):
+                factor @ factor
+        calls.eager((4, 200, 1500)[number % 3])
+    torch.cuda.synchronize()
+    fusewire.close()
+    return {"calls": 300}
 
 
 def job(rank, options):
