@@ -22,8 +22,10 @@ from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.providers.alignment import aligned
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.custom_ops.providers.flashinfer import provider
+from fusewire.custom_ops.providers.flashinfer import workspace as flashinfer_workspace
 from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.custom_ops.workspaces import stream_order
@@ -291,13 +293,13 @@ def test_compiled_kernels_are_loaded_in_silence(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_dense_copies_what_is_strided_or_unaligned():
+def test_a_call_copies_what_is_strided_or_unaligned():
     storage = torch.arange(129, dtype=BF16)
-    assert provider.dense(storage[:128]).data_ptr() == storage.data_ptr()
-    moved = provider.dense(storage[1:])
+    assert aligned(storage[:128]).data_ptr() == storage.data_ptr()
+    moved = aligned(storage[1:])
     assert moved.data_ptr() % 16 == 0
     assert torch.equal(moved, storage[1:])
-    assert provider.dense(torch.zeros(4, 8).t()).is_contiguous()
+    assert aligned(torch.zeros(4, 8).t()).is_contiguous()
 
 
 # --- Two ranks over gloo ------------------------------------------------------------------------------------
@@ -660,4 +662,4 @@ def test_waiting_for_a_call_that_never_ends_raises(monkeypatch):
     never = types.SimpleNamespace(record=lambda: None, query=lambda: False)
     monkeypatch.setattr(torch.cuda, "Event", lambda: never, raising=False)
     with pytest.raises(PeerTimeoutError, match="did not return within"):
-        provider._wait(0.05)
+        flashinfer_workspace._wait(0.05)
