@@ -50,6 +50,13 @@ current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRa
 is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)
 
 
+def process_groups() -> list[dist.ProcessGroup]:
+    """Return the process groups that this rank belongs to; none without torch.distributed."""
+    if not dist.is_available() or not dist.is_initialized():
+        return []
+    return list(dist.distributed_c10d._world.pg_map)
+
+
 def store_of(group: dist.ProcessGroup) -> dist.distributed_c10d.Store:
     """Return the store that torch.distributed made a group with; KeyError if it did not."""
     return dist.distributed_c10d._get_process_group_store(group)

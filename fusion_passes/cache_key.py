@@ -6,10 +6,9 @@ import functools
 import hashlib
 from pathlib import Path
 
-import torch
-
 import fusewire
 from fusewire import custom_ops, fusion_passes, patterns
+from fusewire.custom_ops._torch_private import process_groups
 from fusewire.custom_ops.ops.registry import all_ops, machine_support, parse_policy
 from fusewire.fusion_passes.config import PassConfig, disabled_by_environment
 from fusewire.fusion_passes.registry import registered_passes
@@ -63,10 +62,9 @@ def _groups() -> list[str]:
 
     Groups of one rank are left out: engines make one for each rank, under different names.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return []
-    names = [(group.group_name, group) for group in torch.distributed.distributed_c10d._world.pg_map]
     # Graphs compiled for torch's fake group compare nothing between ranks. Real ranks need others.
     return sorted(
-        f"{name}: {group.size()} ranks, peers: {has_peers(name)}" for name, group in names if group.size() > 1
+        f"{group.group_name}: {group.size()} ranks, peers: {has_peers(group.group_name)}"
+        for group in process_groups()
+        if group.size() > 1
     )

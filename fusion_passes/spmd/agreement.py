@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from fusewire.custom_ops._torch_private import process_groups
 from fusewire.custom_ops.coordination import rendezvous
 from fusewire.custom_ops.coordination.busy import poll_ranks
 from fusewire.custom_ops.coordination.rendezvous import AS_WRITTEN
@@ -271,9 +272,7 @@ def agree(fingerprints: Sequence[GroupFingerprint], *, wait: bool = True) -> dic
 
 def announce_unfused(reason: str) -> None:
     """Publish in every group that this rank will not compile what its peers do, so none waits."""
-    if not dist.is_available() or not dist.is_initialized():
-        return
-    for group in list(dist.distributed_c10d._world.pg_map):
+    for group in process_groups():
         if has_peers(group.group_name):
             known, posting = _group_of(group.group_name), Posting(_NONE + reason, AS_WRITTEN, reason)
             if posting not in known.postings:

@@ -513,12 +513,13 @@ def test_restart_that_makes_a_float_input_a_number():
     assert second == []
 
 
-# fusion_passes/manager.py
+# custom_ops/_torch_private.py: the groups of a process
 
 
 @canary("torch.distributed.distributed_c10d._world")
 def test_known_groups(fake_world):
-    """_groups in fusion_passes/cache_key.py: every group of the process, with name and size, enters the cache's key."""
+    """process_groups: each enters the compile cache's key, with name and size, and is told of a rank that does
+    not compile."""
     pair = dist.new_group([0])
     sizes = {group.group_name: group.size() for group in dist.distributed_c10d._world.pg_map}
     assert sizes == {fake_world.group_name: 2, pair.group_name: 1}
@@ -573,7 +574,7 @@ def test_fresh_fakes_of_symbolic_sizes(contiguous):
     assert {value.is_contiguous() for value in values} == {True, False}
 
 
-# fusion_passes/graph_tools.py, norm_reader.py, raise_ops.py, merge_all_reduces.py
+# fusion_passes/analysis/graph.py and passes/: nodes of graphs
 
 
 @canary("_erased")
@@ -928,16 +929,24 @@ def test_every_private_name_has_a_canary():
     assert {"torch._guards.TracingContext.try_get", "_erased", "_schema"} <= set(private)  # the scan does find them
 
 
-def test_private_names_of_custom_ops_lie_in_one_file():
-    folder = _folder("custom_ops")
-    trees = {file: ast.parse(file.read_text()) for file in sorted(folder.rglob("*.py"))}
-    own = {name for tree in trees.values() for name in _defined(tree)}
-    found = {
-        file.relative_to(folder).as_posix(): names
+# What is read of operators and nodes of graphs, in any file: no module can stand for these.
+OF_GRAPHS = ("_erased", "_schema", "_to_copy", "_unsafe_view", "torch._ops", "torch.ops._c10d_functional")
+FENCES = {"custom_ops": ("_torch_private.py",), "fusion_passes": ("compiler/",), "patterns": (), "fusewire": ()}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_private_names_lie_behind_a_fence(name):
+    folder = _folder(name)
+    trees = {file.relative_to(folder).as_posix(): ast.parse(file.read_text()) for file in folder.rglob("*.py")}
+    own = {defined for tree in trees.values() for defined in _defined(tree)}
+    private = {
+        (file, used)
         for file, tree in trees.items()
-        if (names := {name for name in _private_names(tree) if _is_private(name) and name not in own})
+        for used in _private_names(tree)
+        if _is_private(used) and used not in own and (name == "custom_ops" or not used.startswith(OF_GRAPHS))
     }
-    assert found.keys() == {"_torch_private.py"}
+    assert {(file, used) for file, used in private if not file.startswith(FENCES[name])} == set()
+    assert bool(private) == bool(FENCES[name])  # the scan does find them
 
 
 def test_every_canary_watches_something_that_is_used():
