@@ -43,7 +43,7 @@ def launch(compiled: Any, programs: int, stream: int, hooks: Any, arguments: tup
     """Launch a compiled kernel on a CUDA stream of the current device.
 
     Like `compiled[(programs,)](...)`, but without querying Triton's driver for device and stream.
-    If hooks are set it launches that way, so that they are called.
+    If hooks are set it launches like that all the same, so that they are called.
 
     Args:
         stream: the raw stream.

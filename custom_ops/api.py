@@ -38,7 +38,7 @@ class WorkspaceInfo:
         max_tokens: the largest number of tokens of a call that it takes.
         nbytes: the GPU memory that it takes on this rank, in bytes.
         reason: why there is no workspace; empty if there is one.
-        table: the tuned table that decides its use, in words; empty for the shipped costs.
+        table: the tuned table that decides its use, as text; empty for the shipped costs.
     """
 
     provider: str

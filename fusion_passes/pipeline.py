@@ -43,7 +43,7 @@ from fusewire.fusion_passes.spmd.fingerprint import (
     insert_rendezvous,
     programs_of,
 )
-from fusewire.patterns.collectives import AllReduce, read_all_reduce
+from fusewire.patterns.collectives import AllReduce, op_name, read_all_reduce
 from fusewire.patterns.norms import NORM_OPS
 
 log = logging.getLogger("fusewire")
@@ -215,7 +215,7 @@ class _Run:
             return True
         names = {entry.op for entry in NORM_OPS}
         return any(
-            op_of_target(node.target) is not None or str(node.target).rpartition(".")[0].replace(".", "::") in names
+            op_of_target(node.target) is not None or op_name(node) in names
             for node in self.graph.nodes
             if node.op == "call_function"
         )

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+_EVERY_S = 30.0  # between two lines of progress
+
 
 def log_line(text: str) -> None:
     """Print one line on stderr."""
@@ -15,15 +17,12 @@ def log_line(text: str) -> None:
 
 
 @contextlib.contextmanager
-def log_progress(
-    text: str, *, after_s: float = 0.0, every_s: float = 30.0, detail: Callable[[], str] = str
-) -> Iterator[None]:
+def log_progress(text: str, *, after_s: float = 0.0, detail: Callable[[], str] = str) -> Iterator[None]:
     """Log regularly while the block runs, and log its duration at the end.
 
     Args:
         text: the first line; later lines have it up to the first colon.
         after_s: log nothing if the block ends within this many seconds.
-        every_s: the seconds between two lines.
         detail: returns a text to append to a line.
     """
     start, since, done, logged = time.monotonic(), time.strftime("%H:%M:%S"), threading.Event(), after_s <= 0
@@ -32,7 +31,7 @@ def log_progress(
 
     def tick() -> None:
         nonlocal logged
-        while not done.wait(every_s if logged else after_s):
+        while not done.wait(_EVERY_S if logged else after_s):
             what = text.partition(":")[0] if logged else text
             logged = True
             log_line(f"{what}, since {since}, for {time.monotonic() - start:.0f} s{detail()}")

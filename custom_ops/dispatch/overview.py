@@ -32,7 +32,6 @@ def explain_choices(
     group: dist.ProcessGroup | str | int,
     hidden: int,
     dtype: torch.dtype,
-    device: torch.device | None = None,
     *,
     policy: str = "",
     gpu: str | None = None,
@@ -43,7 +42,6 @@ def explain_choices(
         group: a process group, its name, or a world size to answer for.
         hidden: the hidden size.
         dtype: of the activations.
-        device: whose GPU to answer for; the current one by default.
         policy: the providers to try; the op's own priority if empty.
         gpu: answer for a GPU of this name, as if every provider were available on it.
     """
@@ -51,10 +49,10 @@ def explain_choices(
     read = read_policy(op, policy)
     pg = resolve_group(group) if isinstance(group, str) else group
     world_size = pg if isinstance(pg, int) else pg.size()
-    name = gpu or _gpu_name(device)
+    name = gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "a machine without a GPU")
     tuned = None if isinstance(pg, int) else agreed_cost_model(pg, hidden, dtype)
     if tuned is None and gpu is None:
-        tuned = expected_cost_model(world_size, hidden, dtype, device)
+        tuned = expected_cost_model(world_size, hidden, dtype)
     costs = find_cost_model(name, world_size, hidden, dtype, tuned)
     shape = Shape(1, hidden, dtype, world_size)
     capacities, reasons = {}, {}
@@ -91,12 +89,6 @@ def _capacity(
                 return Capacity(voted.workspace.max_tokens if voted.workspace else 0, voted.refusal)
     tokens = wanted_tokens(provider, shape, policy, costs)
     return Capacity(tokens, "" if tokens else why_no_workspace(policy, costs))
-
-
-def _gpu_name(device: torch.device | None) -> str:
-    if not torch.cuda.is_available():
-        return "a machine without a GPU"
-    return torch.cuda.get_device_name(device)
 
 
 def _rows(at: Callable[[int], tuple[str, str]], last: int) -> list[ChoiceRow]:

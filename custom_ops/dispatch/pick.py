@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a call: a provider's variant. `label` names it in the costs."""
+    """A provider's variant that can compute a call. `label` names it in the costs."""
 
     name: str
     label: str

@@ -43,7 +43,7 @@ from fusewire.errors import ConfigError, PeerTimeoutError, SchemaError
 # The providers of collective operators that fusewire registers itself, on every rank.
 OWN = frozenset({NATIVE, "rank_ordered", "rank_ordered_batch_invariant", "flashinfer", "symm_mem"})
 
-# Ways in which a rank has a provider registered.
+# How a rank has a provider registered.
 _MISSING = "not registered"
 _WORKSPACE = "with a workspace"
 _NO_CHECKS = "without checks"
@@ -169,7 +169,7 @@ def _together(op: IrOp, name: str, result: VoteResult) -> str:
     if len(set(found)) > 1 and {_MISSING, _WORKSPACE} & set(found):
         each = VoteResult(tuple(found), result.facts, result.ranks).reason
         raise ConfigError(
-            f"the ranks have the provider {name!r} of {op.name} registered in ways that do not fit "
+            f"the ranks have the provider {name!r} of {op.name} registered differently "
             f"({each}); register it alike on every rank, or leave it out of the policy"
         )
     return _CHECKS if _CHECKS in found else found[0]

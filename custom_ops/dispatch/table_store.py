@@ -359,11 +359,10 @@ def key_of(facts: Sequence[Mapping[str, Any]], hidden: int, dtype: torch.dtype) 
     )
 
 
-def local_key(world_size: int, hidden: int, dtype: torch.dtype, device: torch.device | None = None) -> TableKey | None:
-    """Return the key for this machine's first GPUs, or for GPUs like `device`."""
+def local_key(world_size: int, hidden: int, dtype: torch.dtype) -> TableKey | None:
+    """Return the key for this machine's first GPUs, or for more like the first; None without one."""
     if not torch.cuda.is_available():
         return None
     count = torch.cuda.device_count()
-    own = 0 if device is None or device.index is None else device.index
-    indices = range(world_size) if world_size <= count else [own] * world_size
+    indices = range(world_size) if world_size <= count else [0] * world_size
     return key_of([machine_facts(torch.device("cuda", index)) for index in indices], hidden, dtype)

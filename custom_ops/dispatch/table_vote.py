@@ -52,11 +52,9 @@ def agreed_cost_model(group: dist.ProcessGroup, hidden: int, dtype: torch.dtype)
     return found.costs if found is not None and found.group() is group else None
 
 
-def expected_cost_model(
-    world_size: int, hidden: int, dtype: torch.dtype, device: torch.device | None = None
-) -> CostModel | None:
+def expected_cost_model(world_size: int, hidden: int, dtype: torch.dtype) -> CostModel | None:
     """Return the costs that ranks with this disk's table would agree on. Not a collective."""
-    key = local_key(world_size, hidden, dtype, device)
+    key = local_key(world_size, hidden, dtype)
     found = None if key is None else load(key).table
     return None if found is None else found.cost_model()
 

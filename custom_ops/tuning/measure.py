@@ -47,7 +47,7 @@ _OWN_KERNELS = "symm_mem"
 
 
 class Candidate(NamedTuple):
-    """One way to compute a call, with native's parameters. `in_rank_order`: its sums are exact."""
+    """A provider's variant, as a call with native's parameters. `in_rank_order`: its sums are exact."""
 
     label: str
     call: Callable[..., tuple[Tensor, Tensor]]
@@ -263,8 +263,8 @@ class Measurement:
         def work() -> dict[str, float]:
             if entry is None or entry.workspace is None:
                 raise WorkspaceError("no workspace of symm_mem, whose buffers the copies go to")
-            ways, nbytes = peer_copies(getattr(entry.workspace, "made", None), self.device)
-            us = [self.timer.time(call, 8) for call in ways.values()]
+            copies, nbytes = peer_copies(getattr(entry.workspace, "made", None), self.device)
+            us = [self.timer.time(call, 8) for call in copies.values()]
             return {"rate": nbytes / (min(us) * 1e-6)}
 
         result = self.vote("links", work)

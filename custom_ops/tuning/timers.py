@@ -136,7 +136,9 @@ def peer_copies(made: Any, device: torch.device) -> tuple[dict[str, Callable[[in
 
     nbytes = min(made.layout.sizes.get("inbox", 0), _MOST_COPY_BYTES)
     if nbytes < _LEAST_COPY_BYTES:
-        raise WorkspaceError(f"symm_mem's workspace is too small to tell the links' rate ({nbytes >> 10} KiB a peer)")
+        raise WorkspaceError(
+            f"symm_mem's workspace is too small to measure the links' rate ({nbytes >> 10} KiB a peer)"
+        )
     at = made.layout.offsets["inbox"]
     targets = [made._handle.get_buffer(r, (nbytes,), torch.uint8, at) for r in range(made.world_size) if r != made.rank]
     source = torch.zeros(nbytes, dtype=torch.uint8, device=device)

@@ -125,7 +125,7 @@ class WorkspaceProvider(abc.ABC):
     """A provider that needs workspaces. Only `create` and `self_test` communicate."""
 
     name: str
-    # Ways to compute a call, named as in cost models ("flashinfer/oneshot", ...).
+    # The kernels that it chooses among, named as in cost models ("flashinfer/oneshot", ...).
     variants: tuple[str, ...]
     # The limit of `load`, including compilation.
     load_limit = Limit.MACHINE_CHECK

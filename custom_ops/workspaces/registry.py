@@ -239,17 +239,18 @@ class WorkspaceRegistry:
 REGISTRY = WorkspaceRegistry()
 # Workspaces whose kernel never ends: freeing them would wait for it.
 ABANDONED: list[Workspace] = []
+_SPARE_BYTES = 64 << 20
 
 
-def check_memory(nbytes: int, device: torch.device, spare: int = 64 << 20) -> None:
-    """Raise WorkspaceError unless nbytes + spare bytes are free on the device."""
+def check_memory(nbytes: int, device: torch.device) -> None:
+    """Raise WorkspaceError unless nbytes, and 64 MiB more, are free on the device."""
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
-    if free < nbytes + spare:
+    if free < nbytes + _SPARE_BYTES:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-    if free < nbytes + spare:
+    if free < nbytes + _SPARE_BYTES:
         raise WorkspaceError(
             f"{device} has {free >> 20} MiB of {total >> 20} free and the workspace needs "
             f"{(nbytes >> 20) + 1}; leave it more memory (gpu_memory_utilization and the like), or "

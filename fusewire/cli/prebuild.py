@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fusewire.custom_ops.coordination.log import log_line
+from fusewire.custom_ops.environment import scoped_variable
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer
 from fusewire.errors import ConfigError, WorkspaceError
 
@@ -119,16 +120,9 @@ def cuda_library() -> Iterator[None]:
         made = subprocess.run(command, capture_output=True, text=True)
         if made.returncode:
             raise WorkspaceError(f"{' '.join(command)} failed: {made.stderr.strip()[-500:]}")
-        before = os.environ.get("LIBRARY_PATH")
-        os.environ["LIBRARY_PATH"] = f"{folder}{os.pathsep}{before}" if before else folder
         log_line("there is no CUDA driver here: linking against an empty libcuda.so.1 in its place")
-        try:
+        with scoped_variable("LIBRARY_PATH", lambda before: f"{folder}{os.pathsep}{before}" if before else folder):
             yield
-        finally:
-            if before is None:
-                del os.environ["LIBRARY_PATH"]
-            else:
-                os.environ["LIBRARY_PATH"] = before
 
 
 def _links_cuda(compiler: str) -> bool:

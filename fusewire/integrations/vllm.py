@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fusewire.custom_ops.ops.group_names import name_group
-from fusewire.integrations.vllm_options import KEY, OPTIONS, VARIABLE, pass_config, read_options
+from fusewire.integrations.vllm_options import KEY, OPTIONS, VARIABLE, read_options
 
 _OLDEST, _NEWEST = (0, 26), (0, 33)
 _PASS_MANAGER = "fusewire.integrations.vllm_passes.FusewirePassManager"
@@ -124,10 +124,11 @@ def configure(config: Any) -> None:
         compilation.pass_config.fuse_allreduce_rms = False
         _say_once("fusewire replaces vLLM's own fusion of all-reduces with norms: fuse_allreduce_rms is off")
     from fusewire.fusion_passes.cache_key import static_key
+    from fusewire.fusion_passes.config import PassConfig
 
     # vLLM keeps compiled models by a hash of its configuration. This makes fusewire a part of it.
     config.additional_config[OPTIONS] = options
-    config.additional_config[KEY] = static_key(pass_config(options))
+    config.additional_config[KEY] = static_key(PassConfig.from_options(options))
     _say_once(f"fusewire is on{f' with {options}' if options else ''}")
 
 

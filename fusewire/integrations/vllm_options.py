@@ -8,7 +8,7 @@ from typing import Any
 
 from fusewire.custom_ops.environment import env_flag
 from fusewire.errors import ConfigError
-from fusewire.fusion_passes.config import PassConfig, disabled_by_environment, unknown_name
+from fusewire.fusion_passes.config import PassConfig, disabled_by_environment
 
 VARIABLE = "FUSEWIRE_VLLM"
 OPTIONS, KEY = "fusewire", "fusewire_key"  # in vLLM's additional_config
@@ -33,7 +33,7 @@ def read_options(config: Any) -> dict[str, Any] | None:
         raise ConfigError(f"additional_config[{OPTIONS!r}] is {asked!r}; it must be an object of PassConfig's fields")
     if env_flag("VLLM_BATCH_INVARIANT"):
         asked = {**asked, "batch_invariant": True}
-    pass_config(asked)
+    PassConfig.from_options(asked)  # raises for what cannot be used
     return asked
 
 
@@ -49,11 +49,3 @@ def _from_environment() -> Any:
             "write for example "
             f"""{VARIABLE}='{{"output_in_place": true}}'"""
         ) from None
-
-
-def pass_config(options: dict[str, Any]) -> PassConfig:
-    """Return the passes' configuration. Raises ConfigError if an option is unknown or wrong."""
-    for name in options:
-        if name not in PassConfig.field_names():
-            raise ConfigError(f"fusewire in vLLM: {unknown_name('option', name, PassConfig.field_names())}")
-    return PassConfig(**options)

@@ -29,8 +29,8 @@ from fusewire.fusion_passes.pipeline import run_passes
 from fusewire.fusion_passes.report.cache import load_report, save_report
 from fusewire.fusion_passes.report.expectation import check_model
 from fusewire.fusion_passes.report.model import GraphReport
-from fusewire.fusion_passes.report.store import add_note, add_uses, report
-from fusewire.integrations.vllm_options import KEY, OPTIONS, pass_config
+from fusewire.fusion_passes.report.store import add_note, add_use, report
+from fusewire.integrations.vllm_options import KEY, OPTIONS
 
 if TYPE_CHECKING:
     from vllm.compilation.passes.pass_manager import PostGradPassManager
@@ -73,7 +73,7 @@ class FusewirePassManager(PostGradPassManager):  # type: ignore[misc]
             return
         names = [type(item).__name__ for item in self.passes]
         place = next((i for i, name in enumerate(names) if name not in _BEFORE), len(names))
-        self.passes.insert(place, FusewirePass(pass_config(asked[OPTIONS])))
+        self.passes.insert(place, FusewirePass(PassConfig.from_options(asked[OPTIONS])))
         if not hasattr(CompilerManager.compile, "fusewire"):
             CompilerManager.compile = _reporting(CompilerManager.compile)
 
@@ -135,7 +135,7 @@ def _count(model: _Model, compiled: Any, made: list[GraphReport]) -> None:
         model.pieces[id(compiled)] = compiled, made
     elif id(compiled) in model.pieces:
         for graph in model.pieces[id(compiled)][1]:
-            add_uses(graph)
+            add_use(graph)
     else:
         model.unreported += 1
 

@@ -75,7 +75,7 @@ def draw(drawing: Drawing, label: str) -> str:
 
 
 def _slots(drawing: Drawing) -> tuple[list[_Slot], list[tuple[list[_Slot], str]]]:
-    """Return all slots, those of the boxes first, and for each edge the slots on its way."""
+    """Return all slots, those of the boxes first, and for each edge the slots that it crosses."""
     slots = [_Slot(layer, box) for layer, box in zip(_layers_of_boxes(drawing), drawing.boxes, strict=True)]
     chains = []
     for start, end, text in drawing.edges:

@@ -41,7 +41,7 @@ _NAMES = {
 
 
 def name_of(node: Node) -> str:
-    """Return what a node does, in a few words."""
+    """Return what a node does, in short."""
     if node.op != "call_function":
         return "result of the graph" if node.op == "output" else "input"
     site = read_all_reduce(node)

@@ -29,7 +29,7 @@ _LEGEND = {
     "step": "step between",
     "input": "what comes in",
     "reader": "what reads the result",
-    "obstacle": "what stands in the way",
+    "obstacle": "what prevents the fusion",
 }
 _COLUMNS = ("picture", "status", "module", "source line", "gate", "reason", "spelling", "provider", "input")
 _OPTIONAL = {"gate", "reason", "spelling", "provider"}  # left out of tables if empty

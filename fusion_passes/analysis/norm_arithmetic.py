@@ -1,6 +1,6 @@
 """Read the number that scales a row in an RMSNorm, however a program computes it.
 
-The number is `rsqrt(mean(x^2) + eps)`. Programs spell it in many ways: a sum divided by the hidden
+The number is `rsqrt(mean(x^2) + eps)`. Programs spell it differently: a sum divided by the hidden
 size, a vector's length divided by the size's root, the reciprocal of a root. Each of them is the
 same formula with other numbers,
 
@@ -222,7 +222,7 @@ _Read = Callable[[Any], "Row | None"]
 
 def rounding_refusal(what: str, dtype: torch.dtype | None, wide: torch.dtype | None) -> str:
     """Return the refusal of a norm that rounds a value before its end."""
-    return f"the norm rounds {what} to {dtype} on the way, which neither form of the fused operator does; keep it in {wide}"
+    return f"the norm rounds {what} to {dtype} early, which neither form of the fused operator does; keep it in {wide}"
 
 
 def reaches_every_row(node: Any, wide: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Find the path from an all-reduce to a norm, and whether the steps on it can move out of the way.
+"""Find the path from an all-reduce to a norm, and whether the steps on it can be moved off it.
 
 Views move before the all-reduce, which works elementwise. A bias, or any other addend, joins the
 residual, multiplied by the scales that follow it. A scale moves before the all-reduce, since a sum
@@ -135,7 +135,7 @@ class Path:
         return tuple(step.assumption for step in self.steps if step.assumption)
 
     def refusal(self, allow_reassociation: bool, residual: Any = None) -> str:
-        """Return why the steps cannot move out of the way, or "".
+        """Return why the steps cannot be moved off the path, or "".
 
         Args:
             residual: what is added to the path's end, or None.

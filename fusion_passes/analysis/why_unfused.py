@@ -128,8 +128,8 @@ def _blocker(
         steps.append((previous[end], end))
         end = previous[end]
     for source, node in reversed(steps):
-        ways = [taken for found, taken in finder.steps_back(node) if found is source]
-        if not any(all(finder.fits_group(step, site) for step in taken) for taken in ways):
+        found_steps = [taken for found, taken in finder.steps_back(node) if found is source]
+        if not any(all(finder.fits_group(step, site) for step in taken) for taken in found_steps):
             return node, _why_not_over(node, source, site, finder)
     return None, ""
 

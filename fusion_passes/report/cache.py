@@ -17,7 +17,7 @@ from fusewire.errors import ConfigError
 from fusewire.fusion_passes.compiler import compile_cache
 from fusewire.fusion_passes.compiler.cache_artifact import cache_folder, write_file
 from fusewire.fusion_passes.report.model import GraphReport, graph_reports_from_json, graph_reports_to_json
-from fusewire.fusion_passes.report.store import Report, add_graph_report, add_uses, report
+from fusewire.fusion_passes.report.store import Report, add_graph_report, add_use, report
 from fusewire.fusion_passes.spmd.fingerprint import GroupFingerprint
 
 log = logging.getLogger("fusewire")
@@ -86,7 +86,7 @@ class ReportCache:
     def count_use(self) -> None:
         """Count one more place of the model that runs an earlier, equal compilation."""
         known = _reported.get(self.name, [])
-        if not known or not all(map(add_uses, known)):  # the report was cleared
+        if not known or not all(map(add_use, known)):  # the report was cleared
             self.restore()
 
     def _read(self) -> None:

@@ -85,7 +85,7 @@ class GraphReport:
             they were recorded.
         fingerprints: what each process group's ranks must have equal to run the graph.
         unfused: the groups whose collectives were left as written because the ranks' graphs differ.
-        uses: how many places of the model run this one compiled graph (`add_uses`). Counts of
+        uses: how many places of the model run this one compiled graph (`add_use`). Counts of
             all-reduces count the graph so many times.
         unread: all-reduces that are operators of their own; they are not among the entries.
     """

@@ -118,14 +118,13 @@ def add_graph_report(graph: GraphReport) -> GraphReport:
         return _graphs[-1]
 
 
-def add_uses(graph: GraphReport, uses: int = 1) -> bool:
-    """Count further places of the model that run a graph of this process's report. Thread-safe.
+def add_use(graph: GraphReport) -> bool:
+    """Count one more place of the model that runs a graph of this process's report. Thread-safe.
 
     Meant for engines that compile equal parts of a model once.
 
     Args:
         graph: as `run_passes` or `add_graph_report` returned it.
-        uses: how many more places.
 
     Returns:
         Whether the graph is still in the report, which may have been cleared.
@@ -134,7 +133,7 @@ def add_uses(graph: GraphReport, uses: int = 1) -> bool:
         known = _graphs[graph.number] if 0 <= graph.number < len(_graphs) else None
         if known is None or dataclasses.replace(known, uses=graph.uses) != graph:
             return False
-        _graphs[graph.number] = dataclasses.replace(known, uses=known.uses + uses)
+        _graphs[graph.number] = dataclasses.replace(known, uses=known.uses + 1)
         return True
 
 

@@ -204,7 +204,7 @@ def _up_to(postings: Sequence[Posting], key: tuple[str, str]) -> list[Posting]:
 def _unmatched(some: Sequence[Posting], others: Sequence[Posting], key: tuple[str, str]) -> Posting | None:
     """Return a graph among `some` without a counterpart among `others`, or None.
 
-    Every compilation of the program `key[0]` counts: a rank that compiles it again in another way
+    Every compilation of the program `key[0]` counts: a rank that compiles it again otherwise
     differs. Other programs only need to be compiled by both ranks; they have been decided before.
     """
     program = key[0]

@@ -49,9 +49,6 @@ class GroupFingerprint:
     strict: bool
 
 
-Collectives = Mapping[str, Sequence[Node]]
-
-
 def collectives_of(graph: Graph) -> dict[str, list[Node]]:
     """Return the collectives of a graph by their group's name, in the graph's order.
 

@@ -22,6 +22,7 @@ from typing import Any
 from fusewire.custom_ops.coordination.log import log_progress
 from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.coordination.vote import describe
+from fusewire.custom_ops.environment import scoped_variable
 from fusewire.custom_ops.ops.registry import Support
 from fusewire.custom_ops.providers.flashinfer.compile_progress import CompileProgress
 from fusewire.errors import WorkspaceError
@@ -191,11 +192,8 @@ def toolkit() -> Iterator[None]:
     extension = sys.modules.get("flashinfer.jit.cpp_ext")
     if extension is not None:
         extension.get_cuda_path.cache_clear()
-    os.environ["CUDA_HOME"] = str(home)
-    try:
+    with scoped_variable("CUDA_HOME", lambda _: str(home)):
         yield
-    finally:
-        del os.environ["CUDA_HOME"]
 
 
 def load_kernels(is_logging_rank: bool) -> None:
