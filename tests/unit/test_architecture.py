@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import inspect
+import re
 
 import pytest
 
@@ -241,6 +242,24 @@ def test_every_module_says_what_it_is():
     empty = {place for place, tree in sources().items() if not tree.body}
     assert {place for place, tree in sources().items() if tree.body and not ast.get_docstring(tree)} == set()
     assert all(place.endswith("/__init__.py") for place in empty)
+
+
+# Packages with one pass or command a file, which say so.
+ONE_EACH = {"fusion_passes/passes", "fusewire/cli"}
+
+
+def test_every_package_says_what_its_modules_are():
+    lacking = {}
+    for place, tree in sources().items():
+        folder = place.removesuffix("/__init__.py")
+        if folder != place and folder not in {*ONE_EACH, "fusewire"}:
+            parts = {
+                other.removeprefix(f"{folder}/").split("/")[0] for other in sources() if other.startswith(f"{folder}/")
+            }
+            names = {part.removesuffix(".py") for part in parts if not part.startswith("_")}
+            text = ast.get_docstring(tree)
+            lacking[folder] = {name for name in names if not re.search(rf"\b{name}\b", text)}
+    assert {folder: names for folder, names in lacking.items() if names} == {}
 
 
 def test_files_are_short():

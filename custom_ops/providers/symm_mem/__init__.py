@@ -1,1 +1,12 @@
-"""All-reduce, residual add and RMSNorm in one Triton kernel over symmetric memory."""
+"""All-reduce, residual add and RMSNorm in one Triton kernel over symmetric memory.
+
+provider         what it can serve; SymmMemProvider
+workspace        SymmMemWorkspace: the symmetric memory of one rank; layout: where in it what lies
+launcher         the launches, from checked arguments; arguments: the checks
+launch_config    grid, warps and tiles
+prepared_launch  reuses the launch of a bound call
+precompile       the kernels that a workspace can need
+protocol         what ranks must have equal to share buffers
+self_test        calls with known results
+kernels          the Triton kernels, and why no rank overwrites what another still reads
+"""
