@@ -31,6 +31,7 @@ class Call(NamedTuple):
     one_shot: bool
     weight_bias: float
     residual: torch.Tensor
+    pdl: bool
 
 
 class FakeFlashInfer:
@@ -111,8 +112,7 @@ class FakeFlashInfer:
         assert pattern == 1
         assert fp32_acc
         assert trigger_completion_at_end
-        assert not launch_with_pdl
-        self.calls.append(Call(tokens, use_oneshot, weight_bias, residual_in))
+        self.calls.append(Call(tokens, use_oneshot, weight_bias, residual_in, launch_with_pdl))
         parts = [torch.empty_like(input) for _ in range(ranks)]
         dist.all_gather(parts, input, group=workspace.group)
         total = sum((part.float() for part in parts[1:]), parts[0].float()).to(input.dtype)

@@ -663,3 +663,17 @@ def test_waiting_for_a_call_that_never_ends_raises(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", lambda: never, raising=False)
     with pytest.raises(PeerTimeoutError, match="did not return within"):
         flashinfer_workspace._wait(0.05)
+
+
+def job_pdl():
+    group, seen = dist.group.WORLD.group_name, {}
+    for version in ("0.6.18", "0.7.2.dev3", "0.7.2"):
+        with fake_flashinfer(version) as fake:
+            all_reduce_rms_norm(torch.ones(1, HIDDEN, dtype=BF16), None, None, group_name=group, policy="flashinfer")
+            seen[version] = {call.pdl for call in fake.calls}
+    return seen
+
+
+def test_kernels_that_read_too_early_are_launched_without_pdl():
+    for seen in on_two_ranks(job_pdl):
+        assert seen == {"0.6.18": {False}, "0.7.2.dev3": {False}, "0.7.2": {True}}

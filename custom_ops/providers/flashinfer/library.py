@@ -29,6 +29,7 @@ from fusewire.errors import WorkspaceError
 
 MIN_VERSION = (0, 6, 15)
 TWO_SHOT_VERSION = (0, 7, 2)
+PDL_VERSION = (0, 7, 2)
 CAPABILITIES = (9, 10, 12)
 MODULE = "trtllm_comm"
 _NEEDED = {
@@ -91,6 +92,15 @@ def version_ok(version: str, wanted: tuple[int, int, int] = MIN_VERSION) -> bool
         return False
     found = tuple(int(part or 0) for part in match.groups()[:3])
     return found > wanted or (found == wanted and not match.group(4))
+
+
+def with_pdl() -> bool:
+    """Return whether calls may use programmatic dependent launch (PDL) in this version.
+
+    With PDL a kernel starts while the kernel before it ends. From 0.7.2 on FlashInfer's kernels
+    read no memory before they have waited for that end; older ones read weight and residual.
+    """
+    return version_ok(library().version, PDL_VERSION)
 
 
 def two_shot() -> Support:

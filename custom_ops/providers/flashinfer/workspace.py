@@ -14,6 +14,7 @@ from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.coordination.vote import describe
 from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.providers.alignment import aligned
+from fusewire.custom_ops.providers.flashinfer.library import with_pdl
 from fusewire.custom_ops.providers.flashinfer.limits import workspace_bytes
 from fusewire.custom_ops.workspaces.known_answer import eighths
 from fusewire.custom_ops.workspaces.provider import PROVIDERS, Request, Workspace
@@ -31,6 +32,7 @@ class FlashInferWorkspace(Workspace):
         super().__init__(request.key, request.max_tokens, nbytes, request.device)
         self.handle = handle
         self._fused = comm.allreduce_fusion
+        self._with_pdl = with_pdl()
         self.world_size, self.rank = request.group.size(), request.group.rank()
         # The kernels always add a residual. Adding -0.0 changes no value, not even -0.0.
         self._no_residual = torch.full((request.max_tokens, hidden), -0.0, dtype=dtype, device=request.device)
@@ -68,8 +70,8 @@ class FlashInferWorkspace(Workspace):
                     input=flat,
                     workspace=self.handle,
                     pattern=_PATTERN,
-                    launch_with_pdl=False,  # PDL may read weight and residual too early
-                    trigger_completion_at_end=True,
+                    launch_with_pdl=self._with_pdl,
+                    trigger_completion_at_end=True,  # otherwise results were NaN (vllm#45448)
                     output=norm,  # unused by this pattern, but allocated on every call if not given
                     residual_in=before,
                     rms_gamma=aligned(weight),
