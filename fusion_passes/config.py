@@ -120,7 +120,7 @@ class PassConfig:
         "Inductor fuses it with its neighbours. False keeps the call of the operator.",
     )
     ir_op_priority: Mapping[str, tuple[str, ...]] = _numeric(
-        {}, "For an operator, the providers to try, in order, e.g. {'rms_norm': ('triton', 'native')}."
+        {}, "For an operator, the providers to try, in order, e.g. {'all_reduce_rms_norm': ('flashinfer', 'native')}."
     )
     fi_allreduce_fusion_max_size_mb: float | None = _numeric(
         None,

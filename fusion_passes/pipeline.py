@@ -33,7 +33,7 @@ from fusewire.fusion_passes.passes.raise_ops import computes_norms_itself
 from fusewire.fusion_passes.registry import pass_names, registered_passes
 from fusewire.fusion_passes.report.entries import entry_of, source_location, unread_in
 from fusewire.fusion_passes.report.expectation import check_graph
-from fusewire.fusion_passes.report.model import ALL_REDUCE, FUSED, REDUCE_SCATTER, Entry, GraphReport
+from fusewire.fusion_passes.report.model import ALL_REDUCE, FUSED, Entry, GraphReport
 from fusewire.fusion_passes.report.store import Report, add_graph_report
 from fusewire.fusion_passes.spmd.agreement import agree
 from fusewire.fusion_passes.spmd.fingerprint import (
@@ -349,11 +349,9 @@ class _Run:
         disabled = [name for name in needed if name in self.config.disabled_passes]
         if disabled:
             return f"disabled_passes switches {' and '.join(disabled)} off"
-        if not self.config.fuse_allreduce_rms:
-            return "fuse_allreduce_rms=False switches the fusion off"
-        if not self.config.fuse_sequence_parallel and collective == REDUCE_SCATTER:
-            return "fuse_sequence_parallel=False switches the fusion off"
-        return ""
+        options = (option for item in registered_passes() if item.name in needed for option in item.options)
+        off = next((option for option in options if not getattr(self.config, option)), "")
+        return off and f"{off}=False switches the fusion off"
 
     def _entry(self, name: str, context: RunContext) -> Entry:
         entry = self.entries[name]

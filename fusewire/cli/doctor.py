@@ -1,4 +1,4 @@
-"""Print what this machine offers: torch, GPUs, links, FlashInfer, providers, plan by tokens."""
+"""Print what this machine has (torch, GPUs, links, FlashInfer) and which provider serves what."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Measure which provider is fastest for how many tokens on this machine; keep a table of it.
 
-Alone it starts one process for each GPU. Under torchrun it measures on torchrun's ranks, of several
-machines too. Results are checked before they are timed. `python -m fusewire doctor` lists tables.
+Alone it starts one process for each GPU. Under torchrun it measures on torchrun's ranks, also on
+several machines. Results are checked before they are timed. `python -m fusewire doctor` lists tables.
 """
 
 from __future__ import annotations
@@ -42,15 +42,22 @@ _ON_CPU = "by the wall clock on CPU ranks: this table never serves GPUs"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--hidden", type=int, nargs="+", required=True, metavar="N", help="the models' hidden sizes")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the activations (default: %(default)s)")
-    add("--tokens", type=int, nargs="+", default=[], metavar="N", help="measure just these numbers of tokens")
-    add("--max-tokens", type=int, default=tuner.DEFAULT_MAX_TOKENS, help="or powers of two up to this (%(default)s)")
-    add("--world-size", type=int, help="how many ranks to start (default: one for each GPU)")
-    add("--seconds", type=float, default=tuner.BUDGET_S, help="for each hidden size, about (default: %(default)g)")
-    add("--plot", metavar="FILE.png", help="draw time against tokens, with the links' floor (needs matplotlib)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the activations (default: %(default)s)")
+    add("--tokens", type=int, nargs="+", default=[], metavar="N", help="measure exactly these numbers of tokens")
+    text = "without --tokens: measure powers of two up to this number of tokens (default: %(default)s)"
+    add("--max-tokens", type=int, default=tuner.DEFAULT_MAX_TOKENS, metavar="N", help=text)
+    add("--world-size", type=int, metavar="N", help="start this many ranks (default: one for each GPU)")
+    add(
+        "--seconds",
+        type=float,
+        default=tuner.BUDGET_S,
+        metavar="S",
+        help="time for a hidden size (default: %(default)g)",
+    )
+    add("--plot", metavar="FILE.png", help="draw time against tokens into this file (needs matplotlib)")
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--cpu", action="store_true", help="time gloo ranks on the CPU: to try the command without GPUs")
-    add("--dry-run", action="store_true", help="say what would be measured, and where the table would lie")
+    add("--dry-run", action="store_true", help="print what would be measured, and the table's path")
 
 
 def run(arguments: argparse.Namespace) -> int:
