@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
 from fusewire.custom_ops.providers.symm_mem.kernels import peer_copy as symm_mem_copy
 from fusewire.custom_ops.providers.symm_mem.kernels.packets import peer_at
 from fusewire.custom_ops.providers.symm_mem.launch_config import (
@@ -48,6 +48,10 @@ def call_on_cpu(kind, world, hidden, dtype, tokens, weight=BF16, form=SCALE, res
     if inner is not None:
         scale, inner_form = inner
         options["inner"] = InnerNorm(None if scale is None else torch.zeros(hidden, dtype=scale), 1e-6, 1.0, inner_form)
+    if "quant" in options:
+        quant = options.pop("quant")
+        scale = torch.ones(1) if quant.startswith("tensor") else None
+        options["quantization"] = Quantization(quant, scale, options.pop("with_norm", False))
     ws = CpuWorkspace(1, world, hidden, dtype, tokens=(tokens, tokens, tokens))
     ws.use(torch.empty(ws.layout.nbytes, dtype=torch.uint8))
     x = torch.zeros(tokens, hidden, dtype=dtype)

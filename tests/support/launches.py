@@ -16,6 +16,7 @@ from fusewire.custom_ops.providers.symm_mem import workspace as spaces
 from fusewire.custom_ops.providers.symm_mem.layout import CTL_WORDS, Layout
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+POINTERS |= {torch.float8_e4m3fn: "*fp8e4nv"}
 
 
 class CpuWorkspace(spaces.SymmMemWorkspace):
@@ -61,7 +62,7 @@ def compiled(launch):
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             # Only numbers that may be missing have no type of their own.
-            signature[param.name] = param.annotation_type or "fp32"
-            assert param.annotation_type in ("i32", "i64", "fp32") or type(value) is float
+            signature[param.name] = param.annotation_type or ("fp32" if type(value) is float else "i32")
+            assert param.annotation_type in ("i32", "i64", "fp32") or type(value) in (int, float)
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)

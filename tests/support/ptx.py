@@ -6,6 +6,7 @@ import functools
 import re
 
 import numpy as np
+import torch
 
 BITS = {32: 0xFFFFFFFF, 64: 0xFFFFFFFFFFFFFFFF}
 ARITHMETIC = {
@@ -29,6 +30,13 @@ def bits_float(word):
 
 def float_bits(value):
     return int(np.float32(value).view(np.uint32))
+
+
+@functools.cache
+def fp8_bits(word):
+    """The bits of fp32 as e4m3, at most 448 in size; a NaN is 0x7f, as on a GPU."""
+    value = torch.tensor(bits_float(word))
+    return 0x7F if value.isnan() else int(value.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8))
 
 
 class Program:
@@ -96,8 +104,14 @@ class Program:
             return split
         at, words = self.slot(to), self.vector(source)
         if len(words) == 2:
-            return lambda r, block, thread: r.__setitem__(at, r[words[0]] | r[words[1]] << 32)
+            half = int(kinds[0][1:]) // 2
+            return lambda r, block, thread: r.__setitem__(at, r[words[0]] | r[words[1]] << half)
         return lambda r, block, thread: r.__setitem__(at, r[words[0]])
+
+    def op_cvt(self, kinds, operands):
+        assert kinds == ["rn", "satfinite", "e4m3x2", "f32"]
+        to, upper, lower = map(self.slot, operands)
+        return lambda r, block, thread: r.__setitem__(to, fp8_bits(r[lower]) | fp8_bits(r[upper]) << 8)
 
     def op_bra(self, kinds, operands):
         return lambda r, block, thread: self.labels[operands[0]]

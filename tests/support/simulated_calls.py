@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from fusewire.custom_ops.ops.quantization import GROUP_SIZE, quantize
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
 from fusewire.custom_ops.providers.symm_mem.layout import Failure
 from fusewire.errors import PeerTimeoutError
 
@@ -27,16 +28,26 @@ def launch_of(ws, call, mine):
     """A rank's launch of a call."""
     outs = {"norm_out": mine.norm_out, "residual_out": mine.residual_out}
     if call.options.get("output") is not None:
-        outs.pop("norm_out" if call.kind == "two_shot_sharded" else "residual_out")
+        outs["norm_out" if call.kind == "two_shot_sharded" else "residual_out"] = None
     make = getattr(symm_mem, f"{call.kind}_launch")
     return make(ws, mine.x, mine.residual, call.weight, EPS, call.bias, call.form, **outs, **call.options)
 
 
+def note_results(mine, launch):
+    """Keep the results that the launch made, full of what no call leaves there."""
+    mine.quantized, mine.scales = launch.tensors.quantized_out, launch.tensors.scales_out
+    if mine.quantized is not None and launch.outputs[2] is None:
+        mine.quantized.view(torch.uint8).fill_(0x55)
+    if mine.scales is not None:
+        mine.scales.fill_(77.0)
+
+
 def make_call(
-    kind, tokens, world, hidden, dtype, residual=True, weight=BF16, bias=0.0, form=SCALE, inner=None, **options
-):
+    kind, tokens, world, hidden, dtype, residual=True, weight=BF16, bias=0.0, form=SCALE, inner=None, quant=None,
+    with_norm=False, scale=None, **options,
+):  # fmt: skip
     """Inputs of all ranks and places for their results. Holds -0.0, NaN, the sentinel, and sums
-    that depend on their order.
+    that depend on their order. `quant`: the text of a QuantSpec.
     """
     parts = [torch.randn(tokens, hidden).to(dtype) for _ in range(world)]
     if world > 2:  # from rank 2 on, what comes in before ranks 0 and 1 cancel is rounded away
@@ -54,12 +65,15 @@ def make_call(
         inner_weight, inner_form = inner
         inner_weight = None if inner_weight is None else torch.randn(hidden).to(inner_weight)
         options["inner"] = InnerNorm(inner_weight, INNER_EPS, 1.0 - bias, inner_form)
+    if quant is not None:
+        scale = None if scale is None else torch.tensor([scale])
+        options["quantization"] = Quantization(quant, scale, with_norm)
     shard, ranks = rows_per_rank(tokens, world), []
     for rank, part in enumerate(parts):
         sharded = kind == "two_shot_sharded"
         rows = slice(rank * shard, (rank + 1) * shard) if sharded else slice(None)
         mine = SimpleNamespace(x=part, rows=rows, residual=None if full is None else full[rows].clone())
-        mine.norm_out = torch.full((tokens, hidden), 77.0, dtype=dtype)
+        mine.norm_out = torch.full((tokens, hidden), 77.0, dtype=dtype) if with_norm or quant is None else None
         mine.residual_out = torch.full((shard if sharded else tokens, hidden), 77.0, dtype=dtype)
         ranks.append(mine)
     weight = None if weight is None else torch.randn(hidden).to(weight)
@@ -69,7 +83,7 @@ def make_call(
     )  # fmt: skip
 
 
-def norm_of(rows, weight, eps, bias, form, config, layout, dtype):
+def norm_of(rows, weight, eps, bias, form, config, layout, dtype, by_groups=False):
     """The norm as the kernels take it: eight (four) numbers a lane, lanes of a slice, slices in
     order. Rows are of the dtype, or sums in fp32 that are not rounded to it.
     """
@@ -79,6 +93,8 @@ def norm_of(rows, weight, eps, bias, form, config, layout, dtype):
     wide = rows.float().numpy().reshape(len(rows), packets, each)
     lanes = sum(wide[:, :, k] * wide[:, :, k] for k in order)
     size = -(-packets // config.slices)
+    if by_groups:  # whole groups
+        size = -(-size // (GROUP_SIZE // each)) * (GROUP_SIZE // each)
     squares = None
     for s in range(config.slices):
         part = lanes[:, s * size : (s + 1) * size]
@@ -101,17 +117,21 @@ def refer(call, config, ws):
     for part in call.parts[1:]:
         total = total + part.float()
     total = total.to(ws.dtype)
+    quantization = call.options.get("quantization")
+    last = (config, ws.layout, ws.dtype, quantization is not None and quantization.quant.startswith("group"))
     if inner := call.options.get("inner"):
-        total = norm_of(total, inner.weight, inner.eps, inner.weight_bias, inner.form, config, ws.layout, ws.dtype)
+        total = norm_of(total, inner.weight, inner.eps, inner.weight_bias, inner.form, *last)
     wide = total if call.full is None else total.float() + call.full.float()
     call.total = wide.to(ws.dtype)
     rows = wide if call.form in (WIDE_SCALE, WIDE_ROUND) else call.total
-    call.norm = norm_of(rows, call.weight, EPS, call.bias, call.form, config, ws.layout, ws.dtype)
+    call.norm = norm_of(rows, call.weight, EPS, call.bias, call.form, *last)
+    if quantization is not None:
+        call.quantized = quantize(call.norm, quantization.scale, quantization.quant)
 
 
 def wrong(result, exact, lost):
     """How many numbers are wrong; with `lost`, those that are NaN are not."""
-    bits = torch.int16 if result.itemsize == 2 else torch.int32
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[result.itemsize]
     equal = (result.view(bits) == exact.view(bits)) | (result.isnan() & exact.isnan())
     return int((~(equal | result.isnan() if lost else equal)).sum())
 
@@ -130,12 +150,27 @@ def check_call(call, lost=()):
             assert wrong(kept, exact, lost) == 0, f"rank {rank}, {call.kind}, {call.tokens}: residual"
         nobodys = rest[~rest.isnan()] if lost else rest
         assert (nobodys == (0 if written else 77)).all(), f"rank {rank}: rows of nobody"
-        assert wrong(mine.norm_out, call.norm, lost) == 0, f"rank {rank}, {call.kind}, {call.tokens}: norm"
+        where = f"rank {rank}, {call.kind}, {call.tokens}"
+        if mine.norm_out is not None:
+            assert wrong(mine.norm_out, call.norm, lost) == 0, f"{where}: norm"
+        if mine.quantized is not None:
+            quantized, scales = call.quantized
+            assert wrong(mine.quantized, quantized, lost) == 0, f"{where}: quantised norm"
+            if mine.scales is not None:
+                assert mine.scales.stride() == scales.stride()
+                assert wrong(mine.scales, scales, lost) == 0, f"{where}: scales"
+
+
+def are_nan(mine):
+    """Whether all numbers of the norm are NaN, in all its forms."""
+    return all(made is None or made.isnan().all() for made in (mine.norm_out, mine.quantized, mine.scales))
 
 
 def protocol_of(call):
     if call.kind == "one_shot":
         return "one"
+    if "quantization" in call.options:
+        return "flags"
     fits = call.tokens <= DATA_TOKENS and call.options.get("output") is None
     return call.options.get("protocol") or ("data" if fits else "flags")
 
@@ -158,11 +193,11 @@ def check_missing(machine, calls, gone, last, turns):
         made = calls[rank.begun - 1].ranks[rank.ws.rank]
         if turns == 0:  # it sent nothing of that call, so every row lacks something
             assert rank.begun == last + 1
-            assert made.norm_out.isnan().all()
+            assert are_nan(made)
             assert made.residual_out[: len(calls[last].total[made.rows])].isnan().all()
         if rank.begun < len(calls):
             assert isinstance(rank.error, PeerTimeoutError)
-            assert (calls[rank.begun].ranks[rank.ws.rank].norm_out == 77).all(), "a call after the error was made"
+            assert (calls[rank.begun].ranks[rank.ws.rank].residual_out == 77).all(), "a call after the error was made"
     # A rank that got all it needed of that call waits in the next, perhaps for one that itself
     # waits in this.
     assert gone in named.values(), named
@@ -188,5 +223,5 @@ def check_late(machine, calls, late):
         for call in calls[failed + 1 :]:
             mine = call.ranks[rank.ws.rank]
             kept = mine.residual_out[: len(call.total[mine.rows])]
-            assert mine.norm_out.isnan().all(), f"rank {rank.ws.rank}: a norm after the fault is not NaN"
+            assert are_nan(mine), f"rank {rank.ws.rank}: a norm after the fault is not NaN"
             assert kept.isnan().all(), f"rank {rank.ws.rank}: a residual after the fault is not NaN"

@@ -31,7 +31,7 @@ import triton.language as tl
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import protocol as symm_mem_protocol
 from fusewire.custom_ops.providers.symm_mem import workspace as spaces
-from fusewire.custom_ops.providers.symm_mem.kernels import one_shot, two_shot_data, two_shot_flags
+from fusewire.custom_ops.providers.symm_mem.kernels import one_shot, quantize, two_shot_data, two_shot_flags
 from fusewire.custom_ops.providers.symm_mem.kernels import packets as blocks
 from fusewire.custom_ops.providers.symm_mem.kernels import rows as arithmetic
 from fusewire.custom_ops.providers.symm_mem.launch_config import check_launch_config
@@ -52,6 +52,7 @@ from .simulated_calls import (
     check_missing,
     launch_of,
     make_call,
+    note_results,
     protocol_of,
     refer,
 )
@@ -211,6 +212,7 @@ class Rank:
             self.error = error
             return
         self.begun += 1
+        note_results(call.ranks[self.ws.rank], launch)
         assert not check_launch_config(
             launch.config, self.ws.layout.packets, self.ws.own_multiprocessors, launch.kernel
         )
@@ -227,7 +229,10 @@ class Rank:
         if call.options.get("output") is not None:  # it lives until the next call
             mine = call.ranks[self.ws.rank]
             target = mine.norm_out if call.kind == "two_shot_sharded" else mine.residual_out
-            target.copy_(self.ws.output(call.options["output"], call.tokens))
+            if target is None:
+                mine.quantized = mine.quantized.clone()
+            else:
+                target.copy_(self.ws.output(call.options["output"], call.tokens))
 
 
 class Machine:
@@ -389,15 +394,21 @@ def rounded(value, KIND):  # the interpreter truncates to bf16
     return _tensor(_rounded(value, KIND).float().numpy(), _shape(value), tl.float32)
 
 
+def group_largest(bits, LANES):  # lanes of a warp exchange them, which run one by one here
+    found = _array(bits).reshape(-1, LANES).max(axis=1)
+    return _tensor(np.repeat(found, LANES), _shape(bits), tl.int32)
+
+
 def install(machine):
     """Make the interpreter run the kernels on this machine."""
     from triton.runtime import interpreter
 
-    for module in (arithmetic, blocks, one_shot, two_shot_data, two_shot_flags):
+    for module in (arithmetic, blocks, quantize, one_shot, two_shot_data, two_shot_flags):
         for name, value in list(vars(module).items()):
             if isinstance(value, tl.constexpr):
                 setattr(module, name, value.value)
-    arithmetic._bits16, arithmetic.rounded = bits16, rounded
+    arithmetic._bits16, arithmetic.rounded, quantize.rounded = bits16, rounded, rounded
+    quantize.group_largest = group_largest
     if interpreter._patch_lang.__name__ == "_patch_lang":
         for function in (one_shot.one_shot_kernel, tl.standard.max):  # once for all, not at every call
             interpreter._patch_lang(function.fn)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusewire.custom_ops.ops.norms import check_norm_args
+from fusewire.custom_ops.ops.quantization import (
+    ALIGNED_ROWS,
+    COLUMNS,
+    FP8,
+    ROWS,
+    check_quant_args,
+    parse_quant,
+    scales_shape,
+)
 from fusewire.custom_ops.providers.alignment import aligned
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
 from fusewire.errors import ArgumentError, WorkspaceError
@@ -31,6 +41,70 @@ class InnerNorm:
     eps: float
     weight_bias: float
     form: str
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a call quantises the norm to FP8.
+
+    Attributes:
+        quant: the text of a `fusewire.custom_ops.ops.quantization.QuantSpec`.
+        scale: its given scale or bound, one fp32 number, or None.
+        with_norm: whether the norm is a result too.
+    """
+
+    quant: str
+    scale: Tensor | None
+    with_norm: bool
+
+
+class QuantTensors(NamedTuple):
+    """The arguments of the kernels that belong to a quantisation."""
+
+    quant: str
+    scale: Tensor | None
+    quantized_out: Tensor
+    scales_out: Tensor | None
+
+
+def unsupported_quant(quant: str) -> str | None:
+    """Return why the kernels cannot quantise so, or None."""
+    if parse_quant(quant).power_of_two:
+        return "a scale that is a power of two: symm_mem's kernels do not compute log2 as PyTorch does"
+    return None
+
+
+def quant_tensors(
+    quantization: Quantization | None, x: Tensor, quantized_out: Tensor | None = None
+) -> QuantTensors | None:
+    """Check the arguments of a quantisation and return its tensors.
+
+    Args:
+        quantized_out: memory for the quantised norm, of x's shape; new if None.
+
+    Raises:
+        ArgumentError: they do not fit x, or the kernels cannot quantise so.
+    """
+    if quantization is None:
+        return None
+    check_quant_args(x, quantization.scale, quantization.quant)
+    reason = unsupported_quant(quantization.quant)
+    if reason:
+        raise ArgumentError(f"{reason}; quantise the norm in a call of its own")
+    if quantized_out is None:
+        quantized_out = torch.empty(x.shape, dtype=FP8, device=x.device)
+    return QuantTensors(quantization.quant, quantization.scale, quantized_out, _new_scales(x, quantization.quant))
+
+
+def _new_scales(x: Tensor, quant: str) -> Tensor | None:
+    spec, shape = parse_quant(quant), scales_shape(x, quant)
+    if spec.static:
+        return None
+    if spec.layout == ROWS:
+        return x.new_empty(shape, dtype=torch.float32)
+    tokens, groups = shape
+    height = tokens if spec.layout == COLUMNS else -(-tokens // ALIGNED_ROWS) * ALIGNED_ROWS
+    return x.new_empty((groups, height), dtype=torch.float32)[:, :tokens].t()
 
 
 def check_call(

@@ -62,15 +62,21 @@ class LaunchConfig:
 
 
 class KernelTensors(NamedTuple):
-    """The first arguments of every kernel: contiguous, 16-byte aligned, on the workspace's GPU."""
+    """The first arguments of every kernel, on the workspace's GPU.
+
+    Contiguous and 16-byte aligned, but for the scale, one number, and the layout of scales_out.
+    """
 
     ctl: Tensor
     x: Tensor
     residual: Tensor | None
     weight: Tensor | None
     inner_weight: Tensor | None
-    norm_out: Tensor
+    norm_out: Tensor | None
     residual_out: Tensor | None
+    scale: Tensor | None = None
+    quantized_out: Tensor | None = None
+    scales_out: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,14 +88,14 @@ class Launch:
         config: grid, warps and tiles; `programs` is 0 for a call without tokens.
         tensors: the kernel's first arguments.
         arguments: the other arguments: numbers, then compile-time constants.
-        outputs: the output buffers of the norm and the residual; None for other memory.
+        outputs: the output buffers of the first three results; None for other memory.
     """
 
     kernel: str
     config: LaunchConfig
     tensors: KernelTensors
     arguments: tuple[Any, ...]
-    outputs: tuple[int | None, int | None] = (None, None)
+    outputs: tuple[int | None, ...] = (None, None, None)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -101,9 +107,14 @@ class Launch:
         return {**self.config.options, "enable_fp_fusion": self.tensors.x.dtype != torch.float16}
 
     @property
-    def results(self) -> tuple[Tensor, Tensor | None]:
-        """The norm and the residual, if it is written."""
-        return self.tensors.norm_out, self.tensors.residual_out
+    def results(self) -> tuple[Tensor | None, ...]:
+        """The norm and the residual; if quantised, also the quantised norm and its scales.
+
+        None for what is not written.
+        """
+        made = self.tensors
+        plain = (made.norm_out, made.residual_out)
+        return plain if made.quantized_out is None else (*plain, made.quantized_out, made.scales_out)
 
 
 def _power_of_two(n: int) -> int:

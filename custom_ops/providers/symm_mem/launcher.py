@@ -4,6 +4,7 @@
     norm, residual_out = two_shot(workspace, ...)  # more tokens
     norm, residual_shard = two_shot_sharded(workspace, ...)  # the residual stays sharded by rows
     norm, residual_out = one_shot(..., inner=InnerNorm(weight, eps, weight_bias, form))  # two norms
+    norm, residual_out, fp8, scales = one_shot(..., quantization=Quantization(quant, scale, with_norm))
 
 For x of shape (..., hidden) on each rank of the workspace's group (T tokens, R ranks): s is the sum
 over ranks, in rank order in fp32, rounded to x's dtype; r = round(s + residual), or s without a
@@ -34,21 +35,21 @@ import torch
 from torch import Tensor
 
 from fusewire.custom_ops._triton_private import shared_cache
-from fusewire.custom_ops.ops.norms import keeps_wide_sum, rounds_first
+from fusewire.custom_ops.ops.quantization import FP8
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem.arguments import (
-    KINDS,
     InnerNorm,
+    Quantization,
     check_call,
     check_inner,
     output_like,
+    quant_tensors,
     residual_like,
     residual_shard,
-    weight_for,
 )
+from fusewire.custom_ops.providers.symm_mem.assemble import NOTHING, Call, assemble
 from fusewire.custom_ops.providers.symm_mem.launch_config import (
     ONE_SHOT_KERNEL,
-    KernelTensors,
     Launch,
     LaunchConfig,
     check_launch_config,
@@ -62,8 +63,6 @@ from fusewire.errors import ArgumentError
 
 DATA = "data"  # data as flag: lower latency
 FLAGS = "flags"  # one flag a row: more throughput
-_NO_WEIGHT = -1
-_NOTHING = LaunchConfig(programs=0, warps=1, block=32)  # a call without tokens
 
 P = ParamSpec("P")
 
@@ -99,6 +98,7 @@ def one_shot_launch(
     *,
     need_residual: bool = True,
     inner: InnerNorm | None = None,
+    quantization: Quantization | None = None,
     config: LaunchConfig | None = None,
 ) -> Launch:
     """Return the launch of a one-shot, which sends (R - 1) T H numbers from each rank in one hop.
@@ -115,10 +115,12 @@ def one_shot_launch(
         residual_out: likewise for r; may be `residual` itself.
         need_residual: False does not write r; the second result is then None.
         inner: an RMSNorm of s before the residual add; needs a residual.
+        quantization: quantise the norm to FP8 too; with_norm False then writes no norm.
         config: equal on all ranks; by default `launch_config_one_shot`. For tests and sweeps.
 
     Returns:
-        The launch; its results are the norm and r, of x's shape and dtype.
+        The launch; its results are the norm and r, of x's shape and dtype; with a quantisation
+        also the quantised norm, of x's shape, and its scales, or None if they are given.
 
     Raises:
         ArgumentError: the arguments do not fit each other or the workspace.
@@ -128,23 +130,21 @@ def one_shot_launch(
     rows, tokens = check_call(ws, x, weight, eps, weight_bias, form, ws.layout.one_shot_tokens, "one-shot")
     check_inner(inner, residual, x)
     residual = residual_like(residual, x)
-    norm_out = output_like(norm_out, x, x, "norm_out")
+    norm_out = _norm_out(norm_out, x, quantization)
     residual_out = output_like(residual_out, x, x, "residual_out") if need_residual else None
     layout, at = ws.layout, ws.layout.offsets
     source = layout.one_shot_tokens * layout.row_bytes
-    norm = InnerNorm(weight, eps, weight_bias, form)
-    if not tokens:
-        return _launch(ws, "", _NOTHING, (rows, residual, norm_out, residual_out), (), (norm, inner), ())
-    config = config or launch_config_one_shot(tokens, layout.packets, ws.multiprocessors)
-    return _launch(
-        ws,
-        ONE_SHOT_KERNEL,
-        config,
+    call = Call(
         (rows, residual, norm_out, residual_out),
-        (tokens, ws.rank, at["one_shot_slots"], ws.world_size * source, source, at["one_shot_slices"]),
-        (norm, inner),
-        (config.slices, config.block, config.threads),
+        (InnerNorm(weight, eps, weight_bias, form), inner),
+        quant_tensors(quantization, x),
     )
+    if not tokens:
+        return assemble(ws, "", NOTHING, call, (), None, ())
+    config = config or launch_config_one_shot(tokens, layout.packets, ws.multiprocessors)
+    numbers = (tokens, ws.rank, at["one_shot_slots"], ws.world_size * source, source, at["one_shot_slices"])
+    tiles = (config.slices, config.block, config.threads)
+    return assemble(ws, ONE_SHOT_KERNEL, config, call, numbers, at["one_shot_largest"], tiles)
 
 
 def two_shot_launch(
@@ -160,6 +160,7 @@ def two_shot_launch(
     *,
     need_residual: bool = True,
     inner: InnerNorm | None = None,
+    quantization: Quantization | None = None,
     protocol: str | None = None,
     output: int | None = None,
     config: LaunchConfig | None = None,
@@ -180,14 +181,14 @@ def two_shot_launch(
     rows, tokens = check_call(ws, x, weight, eps, weight_bias, form, ws.layout.max_tokens, "two-shot")
     check_inner(inner, residual, x)
     residual = residual_like(residual, x)
-    norm_out = output_like(norm_out, x, x, "norm_out")
+    norm_out = _norm_out(norm_out, x, quantization)
     if output is not None:
         residual_out = output_like(ws.output(output, tokens).view(x.shape), x, x, "the output buffer")
     else:
         residual_out = output_like(residual_out, x, x, "residual_out") if need_residual else None
     norms = (InnerNorm(weight, eps, weight_bias, form), inner)
-    tensors = (rows, residual, norm_out, residual_out)
-    return _two_shot(ws, tokens, tensors, norms, True, protocol, (None, output), config)
+    call = Call((rows, residual, norm_out, residual_out), norms, quant_tensors(quantization, x))
+    return _two_shot(ws, tokens, call, True, protocol, (None, output, None), config)
 
 
 def two_shot_sharded_launch(
@@ -203,6 +204,7 @@ def two_shot_sharded_launch(
     *,
     need_residual: bool = True,
     inner: InnerNorm | None = None,
+    quantization: Quantization | None = None,
     protocol: str | None = None,
     output: int | None = None,
     config: LaunchConfig | None = None,
@@ -218,7 +220,8 @@ def two_shot_sharded_launch(
             rows past the owned ones are not read.
         norm_out: the complete norm, of x's shape.
         residual_out: (S, hidden), made if None; rows past the owned ones become zeros.
-        output: the output buffer that receives the norm without a copy; needs no norm_out.
+        output: the output buffer that receives the norm, or the quantised norm if there is no
+            other, without a copy; needs no norm_out.
 
     Returns:
         The launch; its results are the norm, of x's shape, complete on every rank, and this rank's
@@ -236,42 +239,50 @@ def two_shot_sharded_launch(
         residual_out = x.new_empty((shard, ws.hidden))
     else:
         residual_out = output_like(residual_out, x.new_empty((shard, ws.hidden), device="meta"), x, "residual_out")
-    if output is not None:
+    quantized_out, outputs = None, (output, None, None)
+    if output is not None and quantization is not None and not quantization.with_norm:
+        quantized_out, outputs = ws.output(output, tokens, FP8).view(x.shape), (None, None, output)
+    elif output is not None:
         norm_out = ws.output(output, tokens).view(x.shape)
-    norm_out = output_like(norm_out, x, x, "norm_out")
+    norm_out = _norm_out(norm_out, x, quantization)
     norms = (InnerNorm(weight, eps, weight_bias, form), inner)
-    tensors = (rows, residual, norm_out, residual_out)
-    return _two_shot(ws, tokens, tensors, norms, False, protocol, (output, None), config)
+    call = Call((rows, residual, norm_out, residual_out), norms, quant_tensors(quantization, x, quantized_out))
+    return _two_shot(ws, tokens, call, False, protocol, outputs, config)
 
 
-_Tensors = tuple[Tensor, "Tensor | None", Tensor, "Tensor | None"]  # x, residual, and the outputs
-_Norms = tuple[InnerNorm, "InnerNorm | None"]  # the norm, the inner norm
+def _norm_out(norm_out: Tensor | None, x: Tensor, quantization: Quantization | None) -> Tensor | None:
+    """Return memory for the norm; None if the call does not write it."""
+    if quantization is not None and not quantization.with_norm:
+        if norm_out is not None:
+            raise ArgumentError("norm_out is given, but the quantisation is without the norm; leave norm_out None")
+        return None
+    return output_like(norm_out, x, x, "norm_out")
 
 
 def _two_shot(
     ws: SymmMemWorkspace,
     tokens: int,
-    tensors: _Tensors,
-    norms: _Norms,
+    call: Call,
     replicate_residual: bool,
     protocol: str | None,
-    outputs: tuple[int | None, int | None],
+    outputs: tuple[int | None, int | None, int | None],
     config: LaunchConfig | None,
 ) -> Launch:
-    """Return the launch of a two-shot. `outputs`: the output buffers of norm and residual."""
+    """Return the launch of a two-shot. `outputs`: of its first three results."""
     layout, at = ws.layout, ws.layout.offsets
-    output = outputs[0] if outputs[1] is None else outputs[1]
+    output = next((slot for slot in outputs if slot is not None), None)
     shard = rows_per_rank(tokens, ws.world_size)
     if not tokens:
-        return _launch(ws, "", _NOTHING, tensors, (), norms, ())
-    if _protocol(ws, tokens, protocol, output) == DATA:
+        return assemble(ws, "", NOTHING, call, (), None, ())
+    if _protocol(ws, tokens, protocol, output, call.quant is not None) == DATA:
         config = config or launch_config_two_shot_data(shard, layout.packets, ws.world_size, ws.multiprocessors)
         source = layout.data_shard * layout.row_bytes
         counts = (tokens, shard, ws.rank)
         slots = (at["data_slots"], ws.world_size * source, source)
         areas = (at["data_results"], at["data_squares"], at["data_slices"])
         constants = (replicate_residual, config.slices, config.block, config.unroll, config.threads)
-        return _launch(ws, "two_shot_data_kernel", config, tensors, (*counts, *slots, *areas), norms, constants)
+        numbers = (*counts, *slots, *areas)
+        return assemble(ws, "two_shot_data_kernel", config, call, numbers, None, constants)
     config = config or launch_config_two_shot_flags(
         shard, layout.packets, ws.world_size, ws.multiprocessors, replicate_residual
     )
@@ -282,61 +293,22 @@ def _two_shot(
         *(at["partial_flags"], at["result_flags"], 8 * layout.flags_shard),
     )
     tiles = (replicate_residual, output is not None, config.block, config.threads)
-    return _launch(ws, "two_shot_flags_kernel", config, tensors, numbers, norms, tiles, outputs)
+    return assemble(ws, "two_shot_flags_kernel", config, call, numbers, at["flags_scales"], tiles, outputs)
 
 
-def _protocol(ws: SymmMemWorkspace, tokens: int, protocol: str | None, output: int | None) -> str:
+def _protocol(ws: SymmMemWorkspace, tokens: int, protocol: str | None, output: int | None, quantizes: bool) -> str:
     """Return the two-shot protocol: the requested one if it can serve, or the faster one."""
-    fits = tokens <= ws.layout.data_tokens and output is None
+    fits = tokens <= ws.layout.data_tokens and output is None and not quantizes
     protocol = protocol or (DATA if fits else FLAGS)
     if protocol not in (DATA, FLAGS):
         raise ArgumentError(f"protocol is {protocol!r}; it must be {DATA!r}, {FLAGS!r} or None")
     if protocol == DATA and not fits:
         raise ArgumentError(
-            f'protocol "data" takes at most {ws.layout.data_tokens} tokens in this workspace, and no output '
-            f'buffer; x has {tokens} tokens and output is {output}. Use "flags", or make the workspace with '
-            "more data_tokens"
+            f'protocol "data" takes at most {ws.layout.data_tokens} tokens in this workspace, no output '
+            f"buffer and no quantisation; x has {tokens} tokens and output is {output}. Use "
+            '"flags", or make the workspace with more data_tokens'
         )
     return protocol
-
-
-def _launch(
-    ws: SymmMemWorkspace,
-    kernel: str,
-    config: LaunchConfig,
-    tensors: _Tensors,
-    numbers: tuple[int, ...],
-    norms: _Norms,
-    tiles: tuple[Any, ...],
-    outputs: tuple[int | None, int | None] = (None, None),
-) -> Launch:
-    """Return the launch of a kernel, with the arguments in the order that all kernels share.
-
-    Args:
-        numbers: counts and byte offsets.
-        tiles: the compile-time constants that belong to one kernel.
-    """
-    (x, residual, norm_out, residual_out), (norm, inner) = tensors, norms
-    weight, inner_weight = weight_for(norm.weight), weight_for(inner.weight if inner else None)
-    # Floats, because Triton derives the types of these two from their values.
-    inner_numbers = (None, None) if inner is None else (float(inner.eps), float(inner.weight_bias))
-    constants = (
-        *(ws.world_size, ws.hidden, KINDS[ws.dtype], _kind(weight)),
-        *(residual is not None, residual_out is not None),
-        *(inner is not None, _kind(inner_weight), inner is not None and rounds_first(inner.form)),
-        *(rounds_first(norm.form), residual is not None and keeps_wide_sum(norm.form, ws.dtype)),
-    )
-    return Launch(
-        kernel,
-        config,
-        KernelTensors(ws.ctl, x, residual, weight, inner_weight, norm_out, residual_out),
-        (*numbers, norm.eps, norm.weight_bias, *inner_numbers, *constants, *tiles),
-        outputs,
-    )
-
-
-def _kind(weight: Tensor | None) -> int:
-    return _NO_WEIGHT if weight is None else KINDS[weight.dtype]
 
 
 def kernel(name: str) -> Any:
@@ -375,11 +347,11 @@ def run(ws: SymmMemWorkspace, launch: Launch) -> Any:
 
 def _direct(
     make: Callable[Concatenate[SymmMemWorkspace, P], Launch],
-) -> Callable[Concatenate[SymmMemWorkspace, P], tuple[Tensor, Tensor | None]]:
+) -> Callable[Concatenate[SymmMemWorkspace, P], tuple[Tensor | None, ...]]:
     """Return a function that makes the launch, runs it and returns its results."""
 
     @functools.wraps(make)
-    def call(ws: SymmMemWorkspace, /, *args: P.args, **options: P.kwargs) -> tuple[Tensor, Tensor | None]:
+    def call(ws: SymmMemWorkspace, /, *args: P.args, **options: P.kwargs) -> tuple[Tensor | None, ...]:
         launch = make(ws, *args, **options)
         run(ws, launch)
         return launch.results

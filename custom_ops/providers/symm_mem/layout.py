@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from fusewire.custom_ops.ops.quantization import GROUP_SIZE
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem.launch_config import MAX_SLICES
 
@@ -102,6 +103,9 @@ class Layout:
             "one_shot_slices": CACHE_LINE_BYTES * self.one_shot_tokens,
             "data_slices": CACHE_LINE_BYTES * self.data_shard,
             "data_squares": CACHE_LINE_BYTES * MAX_SLICES * data,
+            # The slices' largest values, and the scales, of quantised norms.
+            "one_shot_largest": CACHE_LINE_BYTES * self.one_shot_tokens,
+            "flags_scales": 4 * flags * max(1, self.hidden // GROUP_SIZE),
             "flags_rstds": 8 * flags,
             "partial_flags": 8 * flags,
             "result_flags": 8 * flags,

@@ -215,8 +215,11 @@ class SymmMemWorkspace:
         """Whether close() was called."""
         return self._buffer is None
 
-    def output(self, slot: int, tokens: int) -> Tensor:
-        """Return output buffer `slot` as a (tokens, hidden) tensor.
+    def output(self, slot: int, tokens: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return output buffer `slot` as a (tokens, hidden) tensor, of the workspace's dtype.
+
+        Args:
+            dtype: another, smaller dtype: of quantised rows.
 
         A two-shot with `output=slot` leaves its result here. It stays valid until the next call
         with that slot; all reads of it must be on the stream before that call.
@@ -232,8 +235,9 @@ class SymmMemWorkspace:
                 f"output({slot}, {tokens}): the workspace has {self.layout.outputs} outputs of "
                 f"{self.layout.max_tokens} tokens"
             )
-        flat = self._outputs[slot][: tokens * self.layout.row_bytes]
-        return flat.view(self.dtype).view(tokens, self.hidden)
+        dtype = dtype or self.dtype
+        flat = self._outputs[slot][: tokens * self.hidden * dtype.itemsize]
+        return flat.view(dtype).view(tokens, self.hidden)
 
     def check(self, synchronize: bool = False) -> None:
         """Raise if a kernel gave up waiting for a peer. Reads one word of host memory.

@@ -34,6 +34,21 @@ from fusewire.custom_ops.providers.symm_mem.kernels.packets import (
     squares_of,
     sum_ranks,
 )
+from fusewire.custom_ops.providers.symm_mem.kernels.quantize import (
+    fill_nan_fp8,
+    given_scale,
+    is_dynamic,
+    largest_of,
+    packets_per_scale,
+    quantized,
+    says,
+    scale_index,
+    scale_of,
+    slice_packets,
+    slices_largest,
+    store4,
+    store_fp8,
+)
 from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
     FP32,
     added,
@@ -44,7 +59,7 @@ from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
 )
 
 
-@triton.jit(do_not_specialize=INTS)
+@triton.jit(do_not_specialize=INTS, do_not_specialize_on_alignment=("quant_scale",))
 def one_shot_kernel(
     ctl: tl.tensor,
     x: tl.tensor,
@@ -53,6 +68,9 @@ def one_shot_kernel(
     inner_weight: tl.tensor,
     norm_out: tl.tensor,
     residual_out: tl.tensor,
+    quant_scale: tl.tensor,
+    quantized_out: tl.tensor,
+    scales_out: tl.tensor,
     tokens: tl.int32,
     rank: tl.int32,
     slots: tl.int64,
@@ -63,6 +81,7 @@ def one_shot_kernel(
     bias: tl.float32,
     inner_eps: tl.tensor,
     inner_bias: tl.tensor,
+    quant_at: tl.tensor,
     WORLD: tl.constexpr,
     HIDDEN: tl.constexpr,
     KIND: tl.constexpr,
@@ -74,6 +93,8 @@ def one_shot_kernel(
     INNER_ROUND_FIRST: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     WIDE_SUM: tl.constexpr,
+    WRITE_NORM: tl.constexpr,
+    QUANT: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
@@ -91,9 +112,12 @@ def one_shot_kernel(
         slots, slot_bytes: byte offset of the two slots in the symmetric buffer; bytes of a slot.
         source_bytes: bytes of one rank's part of a slot.
         slices_at: byte offset of the tagged words, a cache line per row.
+        quant_at: byte offset of the tagged words with slices' largest values, a line per row.
     """
     PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
-    SLICE: tl.constexpr = (PACKETS + SLICES - 1) // SLICES
+    SLICE: tl.constexpr = slice_packets(QUANT, HIDDEN, PACKETS, SLICES)
+    NUMBERS: tl.constexpr = HIDDEN // PACKETS
+    LANES: tl.constexpr = packets_per_scale(QUANT, HIDDEN, PACKETS)
     lane = tl.arange(0, BLOCK)
     part = tl.program_id(0) % SLICES
     packet = part * SLICE + lane
@@ -112,9 +136,13 @@ def one_shot_kernel(
     call = counter >> COUNTER_LOG2
     slot = slots + (call & 1) * slot_bytes
     lost = tl.where(has_failed(ctl_at), tokens, 0)
-    fill_nan(norm_out, lost, start, stride, byte, mask, PACKETS * 16)
+    if WRITE_NORM:
+        fill_nan(norm_out, lost, start, stride, byte, mask, PACKETS * 16)
     if WRITE_RESIDUAL:
         fill_nan(residual_out, lost, start, stride, byte, mask, PACKETS * 16)
+    if QUANT != "":
+        fill_nan_fp8(quantized_out, scales_out, lost, start, stride, packet, mask, HIDDEN, PACKETS, KIND, QUANT)
+        given = given_scale(quant_scale)
     for row in range(start, tokens - lost, stride):
         at = tl.cast(row, tl.int64) * (PACKETS * 16) + byte
         clean = sanitize(mine)
@@ -145,9 +173,22 @@ def one_shot_kernel(
         squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, SLICES)
         rstd = reciprocal_rms(squares, eps, HIDDEN)
         norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST, WIDE_SUM)
-        store16(norm_out.to(tl.int64) + at, norm, mask, False)
+        if WRITE_NORM:
+            store16(norm_out.to(tl.int64) + at, norm, mask, False)
         if WRITE_RESIDUAL:
             store16(residual_out.to(tl.int64) + at, words_of(total, KIND, WIDE_SUM), mask, False)
+        if QUANT != "":
+            largest = largest_of(norm, mask, HIDDEN, PACKETS, KIND, QUANT)
+            if says(QUANT, "token"):
+                line = own + quant_at + tl.cast(row, tl.int64) * CACHE_LINE_BYTES
+                largest = slices_largest(largest, line, part, call, ctl_at, rank, lane, SLICES)
+            row_scale = scale_of(largest, given, quant_scale is not None, KIND, QUANT)
+            place = tl.cast(row, tl.int64) * HIDDEN + packet.to(tl.int64) * NUMBERS
+            store_fp8(quantized_out.to(tl.int64) + place, quantized(norm, row_scale, KIND, QUANT), mask, KIND)
+            if is_dynamic(QUANT):
+                index = scale_index(row, packet // LANES, tokens, HIDDEN, QUANT)
+                bits = row_scale.to(tl.int32, bitcast=True)
+                store4(scales_out.to(tl.int64) + index * 4, bits, mask & (packet % LANES == 0))
         empty = tl.full([BLOCK], SENTINEL, tl.int32)
         for src in tl.static_range(WORLD):
             here = own + slot + src * source_bytes + at

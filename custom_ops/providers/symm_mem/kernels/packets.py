@@ -32,7 +32,7 @@ from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
 # Not specialised on 1 or on multiples of 16: one compiled kernel serves all sizes and layouts.
 INTS = (
     *("tokens", "shard", "rank", "lookahead", "result_lag", "slots", "slot_bytes", "source_bytes", "results", "rstds"),
-    *("slices_at", "squares_at", "inbox", "partial_flags", "result_flags", "flag_bytes"),
+    *("slices_at", "squares_at", "inbox", "partial_flags", "result_flags", "flag_bytes", "quant_at"),
 )
 
 

@@ -68,7 +68,7 @@ def _load_tile(
     return load16(x.to(tl.int64) + at, q < rows_of(owner, tokens, shard) * PACKETS, False)
 
 
-@triton.jit(do_not_specialize=INTS)
+@triton.jit(do_not_specialize=INTS, do_not_specialize_on_alignment=("quant_scale",))
 def two_shot_data_kernel(
     ctl: tl.tensor,
     x: tl.tensor,
@@ -77,6 +77,9 @@ def two_shot_data_kernel(
     inner_weight: tl.tensor,
     norm_out: tl.tensor,
     residual_out: tl.tensor,
+    quant_scale: tl.tensor,
+    quantized_out: tl.tensor,
+    scales_out: tl.tensor,
     tokens: tl.int32,
     shard: tl.int32,
     rank: tl.int32,
@@ -90,6 +93,7 @@ def two_shot_data_kernel(
     bias: tl.float32,
     inner_eps: tl.tensor,
     inner_bias: tl.tensor,
+    quant_at: tl.tensor,
     WORLD: tl.constexpr,
     HIDDEN: tl.constexpr,
     KIND: tl.constexpr,
@@ -101,6 +105,8 @@ def two_shot_data_kernel(
     INNER_ROUND_FIRST: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     WIDE_SUM: tl.constexpr,
+    WRITE_NORM: tl.constexpr,
+    QUANT: tl.constexpr,
     REPLICATE_RESIDUAL: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -125,6 +131,7 @@ def two_shot_data_kernel(
         squares_at: byte offset of the rows' squares, cache lines of tagged words.
         slices_at: byte offset of the words that a row's blocks exchange, a cache line per row.
     """
+    tl.static_assert(QUANT == "", "two_shot_data does not quantise")
     PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
     SLICE: tl.constexpr = (PACKETS + SLICES - 1) // SLICES
     ROW: tl.constexpr = PACKETS * 16

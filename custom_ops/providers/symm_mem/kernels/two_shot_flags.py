@@ -40,6 +40,25 @@ from fusewire.custom_ops.providers.symm_mem.kernels.packets import (
     squares_of,
     tag_of,
 )
+from fusewire.custom_ops.providers.symm_mem.kernels.quantize import (
+    NAN_SCALE,
+    given_scale,
+    is_dynamic,
+    largest_of,
+    load4,
+    load_fp8,
+    nan_fp8,
+    packets_per_scale,
+    poisoned_fp8,
+    quant_code,
+    quantized,
+    scale_index,
+    scale_of,
+    scales_per_row,
+    staged_scales,
+    store4,
+    store_fp8,
+)
 from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
     FP32,
     added,
@@ -56,7 +75,7 @@ def base_of(ctl_at: tl.tensor, peer: tl.tensor) -> tl.tensor:
     return load_i64(ctl_at + 8 * CTL_PEERS + tl.cast(peer, tl.int64) * 8, peer >= 0)
 
 
-@triton.jit(do_not_specialize=INTS)
+@triton.jit(do_not_specialize=INTS, do_not_specialize_on_alignment=("quant_scale",))
 def two_shot_flags_kernel(
     ctl: tl.tensor,
     x: tl.tensor,
@@ -65,6 +84,9 @@ def two_shot_flags_kernel(
     inner_weight: tl.tensor,
     norm_out: tl.tensor,
     residual_out: tl.tensor,
+    quant_scale: tl.tensor,
+    quantized_out: tl.tensor,
+    scales_out: tl.tensor,
     tokens: tl.int32,
     shard: tl.int32,
     rank: tl.int32,
@@ -81,6 +103,7 @@ def two_shot_flags_kernel(
     bias: tl.float32,
     inner_eps: tl.tensor,
     inner_bias: tl.tensor,
+    quant_at: tl.tensor,
     WORLD: tl.constexpr,
     HIDDEN: tl.constexpr,
     KIND: tl.constexpr,
@@ -92,6 +115,8 @@ def two_shot_flags_kernel(
     INNER_ROUND_FIRST: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     WIDE_SUM: tl.constexpr,
+    WRITE_NORM: tl.constexpr,
+    QUANT: tl.constexpr,
     REPLICATE_RESIDUAL: tl.constexpr,
     IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -120,14 +145,21 @@ def two_shot_flags_kernel(
         result_lag: strides between own rows and the peers' rows; not negative.
         inbox, source_bytes: byte offset of the partial rows; bytes of one rank's.
         results: byte offset of the peers' rows (tokens, hidden). With IN_PLACE it is the output
-            itself (the norm, or the residual with REPLICATE_RESIDUAL), and nothing is copied.
+            itself (the norm, or the residual with REPLICATE_RESIDUAL), and nothing is copied. If
+            the norm is only quantised and the residual sharded, these are FP8 rows.
         rstds: byte offset of the tagged words with 1 / rms of each row.
         partial_flags, result_flags, flag_bytes: byte offsets of the flags; bytes of one rank's.
+        quant_at: byte offset of the rows' computed scales (fp32), which the owner sends.
     """
     PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
     ROW: tl.constexpr = PACKETS * 16
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
+    # FP8 rows travel, half the bytes or less, unless the norm itself must travel.
+    SEND_FP8: tl.constexpr = QUANT != "" and not REPLICATE_RESIDUAL and not WRITE_NORM
+    NUMBERS: tl.constexpr = HIDDEN // PACKETS
+    SCALES: tl.constexpr = scales_per_row(QUANT, HIDDEN)
+    LANES: tl.constexpr = packets_per_scale(QUANT, HIDDEN, PACKETS)
     packet = tl.arange(0, BLOCK)
     mask = packet < PACKETS
     byte = packet.to(tl.int64) * 16
@@ -140,6 +172,9 @@ def two_shot_flags_kernel(
     is_peer = (thread < WORLD) & (thread != rank) & (failed == 0)
     OPTIONS: tl.constexpr = REPLICATE_RESIDUAL + 2 * IN_PLACE + 4 * INNER + 8 * HAS_RESIDUAL + 16 * WIDE_SUM
     flag_value = flag_of(call, tokens, OPTIONS)
+    if QUANT != "":
+        flag_value = flag_of(call, tokens ^ (quant_code(QUANT, WRITE_NORM) << 16), OPTIONS)
+        given = given_scale(quant_scale)
     peer_base = load_i64(ctl_at + 8 * CTL_PEERS + thread.to(tl.int64) * 8, is_peer)
     peer_rows = rows_of(thread, tokens, shard)
     mine_rows = rows_of(rank, tokens, shard)
@@ -216,13 +251,33 @@ def two_shot_flags_kernel(
             if REPLICATE_RESIDUAL:
                 sent = addend if WIDE_SUM else summed
             peer_rotation = recomputed(pid)
+            if QUANT != "":
+                row = rank * shard + done
+                largest = largest_of(norm, mask, HIDDEN, PACKETS, KIND, QUANT)
+                row_scale = scale_of(largest, given, quant_scale is not None, KIND, QUANT)
+                fp8 = quantized(norm, row_scale, KIND, QUANT)
+                place = tl.cast(row, tl.int64) * HIDDEN + packet.to(tl.int64) * NUMBERS
             for j in tl.static_range(1, WORLD):
                 base = base_of(ctl_at, peer_at(rank, peer_rotation, j, WORLD))
-                store16(base + results + at, sent, mask & (failed == 0), False)
+                if SEND_FP8:
+                    store_fp8(base + results + place, fp8, mask & (failed == 0), KIND)
+                else:
+                    store16(base + results + at, sent, mask & (failed == 0), False)
             if REPLICATE_RESIDUAL:
                 row_at = peer_base + rstds + tl.cast(rank * shard + done, tl.int64) * 8
                 put_tagged(row_at, rstd, tag_of(call), is_peer)
-            store16(norm_out.to(tl.int64) + at, norm, mask, False)
+            if WRITE_NORM:
+                store16(norm_out.to(tl.int64) + at, norm, mask, False)
+            if QUANT != "":
+                store_fp8(quantized_out.to(tl.int64) + place, fp8, mask, KIND)
+            if is_dynamic(QUANT):
+                scales_at = quant_at + tl.cast(row, tl.int64) * (SCALES * 4)
+                scales = staged_scales(row_scale, own + scales_at, packet, mask, HIDDEN, PACKETS, QUANT)
+                for j in tl.static_range(1, WORLD):
+                    base = base_of(ctl_at, peer_at(rank, peer_rotation, j, WORLD))
+                    store4(base + scales_at + packet * 4, scales, (packet < SCALES) & (failed == 0))
+                index = scale_index(row, packet, tokens, HIDDEN, QUANT)
+                store4(scales_out.to(tl.int64) + index * 4, scales, packet < SCALES)
             if WRITE_RESIDUAL:
                 store16(residual_out.to(tl.int64) + kept, summed, mask, False)
         if WRITE_RESIDUAL and not REPLICATE_RESIDUAL:  # noqa: SIM102
@@ -244,7 +299,35 @@ def two_shot_flags_kernel(
             bad = tl.maximum(tl.max(late, axis=0), failed)
             tl.debug_barrier()
             peer_rotation = recomputed(pid)
-            if REPLICATE_RESIDUAL or not IN_PLACE:
+            if is_dynamic(QUANT):
+                for j in tl.static_range(1, WORLD):
+                    peer = peer_at(rank, peer_rotation, j, WORLD)
+                    valid = (packet < SCALES) & (taken < rows_of(peer, tokens, shard))
+                    row = tl.cast(peer * shard + taken, tl.int64)
+                    scales = load4(own + quant_at + (row * SCALES + packet) * 4, valid)
+                    scales = tl.where(bad > 0, NAN_SCALE, scales)
+                    index = scale_index(row, packet, tokens, HIDDEN, QUANT)
+                    store4(scales_out.to(tl.int64) + index * 4, scales, valid)
+            if SEND_FP8:
+                if not IN_PLACE:
+                    for g in tl.static_range(1, WORLD, GROUP):
+                        arrived = ()
+                        for j in tl.static_range(g, g + GROUP):
+                            if j < WORLD:
+                                peer = peer_at(rank, peer_rotation, j, WORLD)
+                                valid = mask & (taken < rows_of(peer, tokens, shard))
+                                row = tl.cast(peer * shard + taken, tl.int64)
+                                place = row * HIDDEN + packet.to(tl.int64) * NUMBERS
+                                arrived = arrived + load_fp8(own + results + place, valid, KIND)
+                        for j in tl.static_range(g, g + GROUP):
+                            if j < WORLD:
+                                peer = peer_at(rank, peer_rotation, j, WORLD)
+                                valid = mask & (taken < rows_of(peer, tokens, shard))
+                                row = tl.cast(peer * shard + taken, tl.int64)
+                                place = row * HIDDEN + packet.to(tl.int64) * NUMBERS
+                                got = poisoned_fp8(arrived, j - g, bad)
+                                store_fp8(quantized_out.to(tl.int64) + place, got, valid, KIND)
+            elif REPLICATE_RESIDUAL or not IN_PLACE or QUANT != "":
                 scale = kept_scale if KEEP else load_scale(weight, packet, mask, KIND, WKIND)
                 for g in tl.static_range(1, WORLD, TAKEN):
                     arrived = ()
@@ -272,20 +355,37 @@ def two_shot_flags_kernel(
                                 rstd = rms[j - g].to(tl.int32).to(tl.float32, bitcast=True)
                                 total = added(got, packet_of(adds, j - g), KIND, True) if ADD_TAKEN else got
                                 norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST, WIDE_SUM)
-                                store16(norm_out.to(tl.int64) + at, norm, mask & here, False)
+                                if WRITE_NORM:
+                                    store16(norm_out.to(tl.int64) + at, norm, mask & here, False)
                                 if WRITE_RESIDUAL and (ADD_TAKEN or not IN_PLACE):
                                     summed = words_of(total, KIND, WIDE_SUM)
                                     store16(residual_out.to(tl.int64) + at, summed, mask & here, False)
                             else:
-                                store16(norm_out.to(tl.int64) + at, got, mask & here, False)
+                                norm = got
+                                if not IN_PLACE:
+                                    store16(norm_out.to(tl.int64) + at, got, mask & here, False)
+                            if QUANT != "":
+                                row_scale = given
+                                if is_dynamic(QUANT):
+                                    scale_at = row * SCALES + packet // LANES
+                                    scales = load4(own + quant_at + scale_at * 4, mask & here)
+                                    row_scale = scales.to(tl.float32, bitcast=True)
+                                fp8 = quantized(norm, row_scale, KIND, QUANT)
+                                place = row * HIDDEN + packet.to(tl.int64) * NUMBERS
+                                store_fp8(quantized_out.to(tl.int64) + place, fp8, mask & here, KIND)
             if IN_PLACE:  # noqa: SIM102 (the one is known at compile time, the other not)
                 if bad > 0:
                     nan = tl.full([BLOCK], SENTINEL, tl.int32)
                     for j in tl.static_range(1, WORLD):
                         peer = peer_at(rank, peer_rotation, j, WORLD)
                         valid = mask & (taken < rows_of(peer, tokens, shard))
-                        at = own + results + tl.cast(peer * shard + taken, tl.int64) * ROW + byte
-                        store16(at, (nan, nan, nan, nan), valid, False)
+                        row = tl.cast(peer * shard + taken, tl.int64)
+                        if SEND_FP8:
+                            at = own + results + row * HIDDEN + packet.to(tl.int64) * NUMBERS
+                            store_fp8(at, nan_fp8(packet), valid, KIND)
+                        else:
+                            at = own + results + row * ROW + byte
+                            store16(at, (nan, nan, nan, nan), valid, False)
     end_call(ctl, CTL_FLAGS, THREADS)
 
 
