@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from fusewire.custom_ops.ops.sharded_norm import own_rows
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import prepared_launch
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
 from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
 from fusewire.errors import ArgumentError, PeerTimeoutError, WorkspaceError
 
@@ -75,19 +75,23 @@ def check_second_call(machine, call, first, second):
     """The second call is launched without a check, as a check of it would have had it launched."""
     call(*first)
     assert len(machine.checked) == 1
-    norm, summed = call(*second)
+    norm, summed, *quantized = results = call(*second)
     assert len(machine.checked) == 1
     ((programs, args),) = machine.kernel.seen
     PreparedCall(call.ws, call.make, call._output)(*second)
     wanted = machine.checked[1]
     assert programs == wanted.config.programs
     assert args[:5] == tuple(map(place, wanted.tensors[:5]))
-    assert args[5:7] == (norm.data_ptr(), summed.data_ptr())
-    assert args[7:] == wanted.arguments
-    for made, result in zip((norm, summed), wanted.results, strict=True):
-        assert made.shape == result.shape
-        assert made.dtype == result.dtype == BF16
-        assert made.is_contiguous()
+    assert args[5:7] == (place(norm), place(summed))
+    assert args[7:10] == (place(wanted.tensors.scale), *map(place, quantized or (None, None)))
+    assert args[10:] == wanted.arguments
+    for made, result in zip(results, wanted.results, strict=True):
+        assert (made is None) == (result is None)
+        if made is not None:
+            assert made.shape == result.shape
+            assert made.dtype == result.dtype
+            assert made.stride() == result.stride()
+    assert norm is None or norm.dtype == summed.dtype == BF16
     return norm, summed, wanted
 
 
@@ -125,6 +129,30 @@ def test_derived_calls_and_results_in_place_too(machine, kind, tokens, sharded, 
         assert (result.data_ptr() == machine.ws.output(1, tokens).data_ptr()) == (slot is not None)
 
 
+@pytest.mark.parametrize("output", [None, 1])
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize("quant", ["tensor", "token", "group layout=aligned_columns"])
+@pytest.mark.parametrize(("kind", "tokens"), [("one_shot", 1), ("two_shot", 40), ("two_shot_sharded", 201)])
+def test_quantised_calls_too(machine, kind, tokens, quant, with_norm, output):
+    """Each call with another scale, which need not be aligned as rows are."""
+    if kind == "one_shot" and output is not None:
+        return
+    scales = iter(torch.ones(9)[1:])
+
+    def args():
+        x, residual, weight = tensors(tokens)
+        given = own_rows(residual, 1, 4) if kind == "two_shot_sharded" else residual
+        scale = next(scales) if quant == "tensor" else None
+        return x, given, weight, 1e-5, 0.0, SCALE, None, Quantization(quant, scale, with_norm)
+
+    first, second = args(), args()
+    norm, _, wanted = check_second_call(machine, bound(machine, kind, output), first, second)
+    assert (norm is None) == (not with_norm)
+    place = 0 if with_norm and kind == "two_shot_sharded" else 2 if kind == "two_shot_sharded" else 1
+    slots = [output if index == place and tokens > 64 else None for index in range(4)]
+    assert wanted.outputs == tuple(slots)
+
+
 def test_other_numbers_are_other_calls(machine):
     x, residual, weight = tensors(4)
     inner = InnerNorm(None, 1e-3, 0.0, SCALE)
@@ -143,6 +171,11 @@ def test_other_numbers_are_other_calls(machine):
         (*usual, InnerNorm(None, 1e-3, 1.0, SCALE)),
         (*usual, InnerNorm(None, 1e-3, 0.0, ROUND)),
         (*usual, InnerNorm(weight, 1e-3, 0.0, SCALE)),
+        (*usual, None, Quantization("token", None, True)),
+        (*usual, None, Quantization("token", None, False)),
+        (*usual, None, Quantization("token", torch.ones(1), True)),
+        (*usual, None, Quantization("tensor", torch.ones(1), True)),
+        (*usual, None, Quantization("group", None, True)),
     ]
     call = bound(machine)
     call(*usual)

@@ -44,14 +44,15 @@ WIDE_SCALE, WIDE_ROUND = "wide_sum_scale_then_round", "wide_sum_round_then_scale
 # --- Compilation --------------------------------------------------------------------------------------------
 
 
-def call_on_cpu(kind, world, hidden, dtype, tokens, weight=BF16, form=SCALE, residual=True, inner=None, **options):
+def call_on_cpu(
+    kind, world, hidden, dtype, tokens, weight=BF16, form=SCALE, residual=True, inner=None, quant=None, with_norm=False,
+    **options,
+):  # fmt: skip
+    if quant is not None:
+        options["quantization"] = Quantization(quant, torch.ones(1) if quant == "tensor" else None, with_norm)
     if inner is not None:
         scale, inner_form = inner
         options["inner"] = InnerNorm(None if scale is None else torch.zeros(hidden, dtype=scale), 1e-6, 1.0, inner_form)
-    if "quant" in options:
-        quant = options.pop("quant")
-        scale = torch.ones(1) if quant.startswith("tensor") else None
-        options["quantization"] = Quantization(quant, scale, options.pop("with_norm", False))
     ws = CpuWorkspace(1, world, hidden, dtype, tokens=(tokens, tokens, tokens))
     ws.use(torch.empty(ws.layout.nbytes, dtype=torch.uint8))
     x = torch.zeros(tokens, hidden, dtype=dtype)
@@ -100,6 +101,12 @@ VARIANTS = [
     ("two_shot", 8, 8192, BF16, 8192, {"protocol": "flags", "form": WIDE_ROUND, "output": 0}),
     ("two_shot", 2, 4096, BF16, 2048, {"protocol": "flags", "form": WIDE_SCALE, "inner": (BF16, SCALE)}),
     ("two_shot_sharded", 4, 8192, BF16, 2048, {"protocol": "flags", "form": WIDE_ROUND, "output": 0}),
+    ("two_shot_sharded", 2, 8192, BF16, 8192, {"protocol": "flags", "output": 0, "quant": "token"}),
+    ("two_shot_sharded", 8, 8192, BF16, 8192, {"protocol": "flags", "quant": "group layout=columns"}),
+    ("two_shot_sharded", 2, 4096, FP16, 1000, {"protocol": "flags", "quant": "tensor", "with_norm": True}),
+    ("one_shot", 4, 8192, BF16, 1, {"quant": "token"}),
+    ("one_shot", 2, 4096, FP32, 64, {"quant": "group", "with_norm": True}),
+    ("two_shot", 4, 8192, BF16, 2048, {"protocol": "flags", "output": 0, "quant": "group"}),
 ]
 
 
@@ -123,12 +130,36 @@ def check_inner_adds_no_traffic(text, kind, world, hidden, dtype, tokens, option
     assert added("ld.global.v4.b32") == tiles * (size // 16)
 
 
+def stack_bytes(kernel, tmp_path):
+    """Bytes that a thread keeps in memory for want of registers."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    said = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)],
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+    return int(re.search(r"STACK:(\d+)", said).group(1))
+
+
+def check_quantises(text, kind, world, options, kernel, tmp_path):
+    """Correctly rounded quotients, the GPU's own conversion, denormal numbers as they are; a sharded
+    kernel that sends FP8 rows has registers for all it keeps.
+    """
+    assert text.count("div.rn.f32") >= 4
+    assert "ftz" not in re.sub(r"rsqrt\.approx\.ftz", "", text)
+    assert text.count("cvt.rn.satfinite.e4m3x2.f32") % 2 == 0
+    assert text.count("cvt.rn.satfinite.e4m3x2.f32") > 0
+    assert ("shfl.sync.bfly.b32" in text) or "group" not in options["quant"]
+    if kind == "two_shot_sharded" and not options.get("with_norm"):
+        assert stack_bytes(kernel, tmp_path) <= (160 if world > 4 else 0)
+
+
 @pytest.mark.parametrize(
     ("kind", "world", "hidden", "dtype", "tokens", "options"),
     VARIANTS,
     ids=[f"{v[0]}-{v[1]}x{v[2]}-{str(v[3])[6:]}-{v[4]}" + "".join(f"-{o}" for o in v[5]) for v in VARIANTS],
 )
-def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, options):
+def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, options, tmp_path):
     launch = call_on_cpu(kind, world, hidden, dtype, tokens, **options)
     kernel = compiled(launch)
     text, ir = kernel.asm["ptx"], kernel.asm["ttgir"]
@@ -142,7 +173,10 @@ def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, 
     accesses = re.findall(r"\b(?:ld|st)(?:\.\w+)*\.global(\.[\w.]+)", text)
     weights = [options.get("weight", BF16), *options.get("inner", ())[:1]]
     narrow = any(weight in (BF16, FP16) for weight in weights) and dtype == FP32
-    assert set(accesses) <= {".v4.b32", ".b64", ".v2.b64", *([".v2.b32"] if narrow else [])}
+    fp8 = [".v2.b32", ".b32"] if "quant" in options else []  # rows of half the bytes, and their scales
+    assert set(accesses) <= {".v4.b32", ".b64", ".v2.b64", *([".v2.b32"] if narrow else []), *fp8}
+    if fp8:
+        check_quantises(text, kind, world, options, kernel, tmp_path)
     pushes = text.count("st.relaxed.sys.global.v4.b32")
     assert "multimem" not in text
     if "inner" in options:
@@ -175,13 +209,7 @@ def test_large_inputs_leave_the_registers_in_peace(kind, form, world, tmp_path):
     cache holds of all threads, and a tenth of the time.
     """
     launch = call_on_cpu(kind, world, 8192, BF16, 8192, protocol="flags", output=0, form=form)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled(launch).asm["cubin"])
-    said = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)],
-        capture_output=True, text=True, check=True, timeout=60,
-    ).stdout  # fmt: skip
-    assert int(re.search(r"STACK:(\d+)", said).group(1)) <= 160
+    assert stack_bytes(compiled(launch), tmp_path) <= 160
 
 
 @pytest.mark.parametrize("hidden", [2880, 4096, 5120, 5376, 7168, 8192, 16384])

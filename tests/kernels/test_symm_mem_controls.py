@@ -195,8 +195,8 @@ UNNOTICED = {
         "needed: one thread for each peer has seen its flag, and the others load that peer's rows. As above",
     ),
     "the barrier after results' flags": (
-        TWO_FLAGS, "tl.debug_barrier()\n            peer_rotation = recomputed(pid)\n            if REPLICATE",
-        "peer_rotation = recomputed(pid)\n            if REPLICATE", IN_FLAGS, "needed, as above",
+        TWO_FLAGS, "tl.debug_barrier()\n            peer_rotation = recomputed(pid)\n            if is_dynamic",
+        "peer_rotation = recomputed(pid)\n            if is_dynamic", IN_FLAGS, "needed, as above",
     ),
     "loads of what peers write past L1": (
         TWO_FLAGS, "load16(part_at + local, mask, True)", "load16(part_at + local, mask, False)", IN_FLAGS,

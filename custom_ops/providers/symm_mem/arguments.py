@@ -93,10 +93,11 @@ def quant_tensors(
         raise ArgumentError(f"{reason}; quantise the norm in a call of its own")
     if quantized_out is None:
         quantized_out = torch.empty(x.shape, dtype=FP8, device=x.device)
-    return QuantTensors(quantization.quant, quantization.scale, quantized_out, _new_scales(x, quantization.quant))
+    return QuantTensors(quantization.quant, quantization.scale, quantized_out, new_scales(x, quantization.quant))
 
 
-def _new_scales(x: Tensor, quant: str) -> Tensor | None:
+def new_scales(x: Tensor, quant: str) -> Tensor | None:
+    """Return memory for the scales of a quantised norm of x, or None if its scale is given."""
     spec, shape = parse_quant(quant), scales_shape(x, quant)
     if spec.static:
         return None

@@ -58,12 +58,13 @@ def assemble(
         *(rounds_first(norm.form), residual is not None and keeps_wide_sum(norm.form, ws.dtype)),
         *(norm_out is not None, "" if quant is None else quant.quant),
     )
+    results = 2 if quant is None else 4
     return Launch(
         kernel,
         config,
         KernelTensors(ws.ctl, x, residual, weight, inner_weight, norm_out, residual_out, *(quant or ("",))[1:]),
         (*numbers, norm.eps, norm.weight_bias, *inner_numbers, quant_at if quant else None, *constants, *tiles),
-        outputs,
+        (*outputs, None)[:results],
     )
 
 

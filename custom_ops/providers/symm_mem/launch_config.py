@@ -88,14 +88,14 @@ class Launch:
         config: grid, warps and tiles; `programs` is 0 for a call without tokens.
         tensors: the kernel's first arguments.
         arguments: the other arguments: numbers, then compile-time constants.
-        outputs: the output buffers of the first three results; None for other memory.
+        outputs: the output buffers of the results; None for other memory.
     """
 
     kernel: str
     config: LaunchConfig
     tensors: KernelTensors
     arguments: tuple[Any, ...]
-    outputs: tuple[int | None, ...] = (None, None, None)
+    outputs: tuple[int | None, ...] = (None, None)
 
     @property
     def options(self) -> dict[str, Any]:

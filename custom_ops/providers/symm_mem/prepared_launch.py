@@ -16,7 +16,7 @@ from torch import Tensor
 from fusewire.custom_ops import _triton_private
 from fusewire.custom_ops._torch_private import current_raw_stream
 from fusewire.custom_ops.providers.symm_mem import launcher
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization, new_scales
 from fusewire.custom_ops.providers.symm_mem.launch_config import Launch
 from fusewire.custom_ops.providers.symm_mem.launcher import compiles_only
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
@@ -35,12 +35,15 @@ class PreparedLaunch:
     def __init__(self, ws: SymmMemWorkspace, launch: Launch, numbers: tuple[Any, ...], compiled: Any) -> None:
         tensors = launch.tensors
         # The tensors that the kernel gets: a call whose weight must be converted never matches.
-        given = (tensors.x, tensors.residual, tensors.weight, tensors.inner_weight)
+        given = (tensors.x, tensors.residual, tensors.weight, tensors.inner_weight, tensors.scale)
         self._like = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in given]
         self._ws, self._numbers, self._compiled = ws, numbers, compiled
-        self._programs, self._arguments, self._outputs = launch.config.programs, launch.arguments, launch.outputs
-        self._shapes = [result.shape for result in launch.results if result is not None]
-        self._results_like_x = launch.outputs == (None, None) and self._shapes == [tensors.x.shape] * 2
+        self._programs, self._arguments = launch.config.programs, launch.arguments
+        self._results = [
+            None if result is None else (result.shape, result.dtype, slot)
+            for result, slot in zip(launch.results, launch.outputs, strict=True)
+        ]
+        self._results_like_x = self._results == [(tensors.x.shape, tensors.x.dtype, None)] * 2
         self._hooks = _triton_private.runtime_hooks()
 
     def __call__(
@@ -50,13 +53,14 @@ class PreparedLaunch:
         residual: Tensor | None,
         weight: Tensor | None,
         inner_weight: Tensor | None,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Launch if the call matches; return the norm and the residual, or None if it does not.
+        quantization: Quantization | None,
+    ) -> tuple[Tensor | None, ...] | None:
+        """Launch if the call matches; return its results, or None if it does not.
 
         Raises:
             PeerTimeoutError: a peer did not take part in an earlier call.
         """
-        ws, (like_x, like_residual, like_weight, like_inner) = self._ws, self._like
+        ws, (like_x, like_residual, like_weight, like_inner, like_scale) = self._ws, self._like
         device = ws.device
         if numbers != self._numbers or ws.closed:
             return None
@@ -66,39 +70,58 @@ class PreparedLaunch:
             _address(weight, like_weight, device),
             _address(inner_weight, like_inner, device),
         )
-        if _UNFIT in addresses:
+        scale = None if quantization is None else _address(quantization.scale, like_scale, device, 4)
+        if _UNFIT in addresses or scale == _UNFIT:
             return None
         ws.check()
-        norm, summed = (torch.empty_like(x), torch.empty_like(x)) if self._results_like_x else self._results(x)
-        arguments = (ws.ctl.data_ptr(), *addresses, norm.data_ptr(), summed.data_ptr(), *self._arguments)
+        results: tuple[Tensor | None, ...]
+        if quantization is None:
+            results = (torch.empty_like(x), torch.empty_like(x)) if self._results_like_x else self._new_results(x)
+            written = (*map(_address_of, results), None, None, None)
+        else:
+            results = (*self._new_results(x), new_scales(x, quantization.quant))
+            norm, summed, quantized, scales = map(_address_of, results)
+            written = (norm, summed, scale, quantized, scales)
+        arguments = (ws.ctl.data_ptr(), *addresses, *written, *self._arguments)
         if torch.cuda.current_device() == device.index:
             self._launch(device, arguments)
         else:
             with torch.cuda.device(device):
                 self._launch(device, arguments)
-        return norm, summed
+        return results
 
     def _launch(self, device: torch.device, arguments: tuple[Any, ...]) -> None:
         stream = current_raw_stream(device.index)
         _triton_private.launch(self._compiled, self._programs, stream, self._hooks, arguments)
 
-    def _results(self, x: Tensor) -> list[Tensor]:
+    def _new_results(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        """Return memory for the first three results, or two of them."""
         ws = self._ws
-        return [
-            x.new_empty(shape) if output is None else ws.output(output, x.numel() // ws.hidden).view(shape)
-            for shape, output in zip(self._shapes, self._outputs, strict=True)
-        ]
+        return tuple(
+            None
+            if like is None
+            else x.new_empty(like[0], dtype=like[1])
+            if like[2] is None
+            else ws.output(like[2], x.numel() // ws.hidden, like[1]).view(like[0])
+            for like in self._results[:3]
+        )
 
 
 _UNFIT = -1
 
 
-def _address(tensor: Tensor | None, like: tuple[torch.Size, torch.dtype] | None, device: torch.device) -> int | None:
+def _address_of(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _address(
+    tensor: Tensor | None, like: tuple[torch.Size, torch.dtype] | None, device: torch.device, alignment: int = 16
+) -> int | None:
     """Return a tensor's address, None for no tensor, or _UNFIT if the kernel needs a copy."""
     if tensor is None or like is None:
         return None if tensor is None and like is None else _UNFIT
     address = tensor.data_ptr()
-    fits = tensor.shape == like[0] and tensor.dtype == like[1] and not address % 16
+    fits = tensor.shape == like[0] and tensor.dtype == like[1] and not address % alignment
     return address if fits and tensor.is_contiguous() and tensor.device == device else _UNFIT
 
 
@@ -128,22 +151,25 @@ class PreparedCall:
         weight_bias: float,
         form: str,
         inner: InnerNorm | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        quantization: Quantization | None = None,
+    ) -> tuple[Tensor | None, ...]:
         """Make the call. A collective. Arguments, results and errors are those of `make`."""
         numbers: tuple[Any, ...] = (eps, weight_bias, form)
         if inner is not None:
             numbers += (inner.eps, inner.weight_bias, inner.form)
+        if quantization is not None:
+            numbers += (quantization.quant, quantization.with_norm)
         prepared = self._prepared
         if prepared is not None and not compiles_only():
-            results = prepared(numbers, x, residual, weight, inner.weight if inner else None)
+            results = prepared(numbers, x, residual, weight, inner.weight if inner else None, quantization)
             if results is not None:
                 return results
         placed = self._output is not None and x.numel() // self.ws.hidden > self.ws.layout.data_tokens
-        options = {"output": self._output} if placed else {}
+        options: dict[str, Any] = {"output": self._output} if placed else {}
+        if quantization is not None:
+            options["quantization"] = quantization
         launch = self.make(self.ws, x, residual, weight, eps, weight_bias, form, inner=inner, **options)
         compiled = launcher.run(self.ws, launch)
         if compiled is not None and _triton_private.can_be_launched(compiled):
             self._prepared = PreparedLaunch(self.ws, launch, numbers, compiled)
-        norm, summed = launch.results
-        assert summed is not None
-        return norm, summed
+        return launch.results

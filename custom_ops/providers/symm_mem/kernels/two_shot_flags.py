@@ -184,7 +184,8 @@ def two_shot_flags_kernel(
     KEEP: tl.constexpr = WKIND >= 0 and BLOCK // THREADS <= 2  # the weight stays in registers
     GROUP: tl.constexpr = max(1, 8 * THREADS // BLOCK)  # rows in flight
     ADD_TAKEN: tl.constexpr = REPLICATE_RESIDUAL and WIDE_SUM
-    TAKEN: tl.constexpr = max(1, GROUP // 2) if ADD_TAKEN else GROUP  # with the residual's as many
+    # With the residual's as many; divisions need registers.
+    TAKEN: tl.constexpr = max(1, GROUP // 2) if ADD_TAKEN or QUANT != "" else GROUP
     kept_scale = load_scale(weight, packet, mask, KIND, WKIND if KEEP else -1)
     steps = (shard + programs - 1) // programs + lookahead + result_lag
     for s in range(steps):
@@ -310,16 +311,16 @@ def two_shot_flags_kernel(
                     store4(scales_out.to(tl.int64) + index * 4, scales, valid)
             if SEND_FP8:
                 if not IN_PLACE:
-                    for g in tl.static_range(1, WORLD, GROUP):
+                    for g in tl.static_range(1, WORLD, TAKEN):
                         arrived = ()
-                        for j in tl.static_range(g, g + GROUP):
+                        for j in tl.static_range(g, g + TAKEN):
                             if j < WORLD:
                                 peer = peer_at(rank, peer_rotation, j, WORLD)
                                 valid = mask & (taken < rows_of(peer, tokens, shard))
                                 row = tl.cast(peer * shard + taken, tl.int64)
                                 place = row * HIDDEN + packet.to(tl.int64) * NUMBERS
                                 arrived = arrived + load_fp8(own + results + place, valid, KIND)
-                        for j in tl.static_range(g, g + GROUP):
+                        for j in tl.static_range(g, g + TAKEN):
                             if j < WORLD:
                                 peer = peer_at(rank, peer_rotation, j, WORLD)
                                 valid = mask & (taken < rows_of(peer, tokens, shard))
