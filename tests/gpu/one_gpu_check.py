@@ -2,12 +2,14 @@
 
     python tests/gpu/one_gpu_check.py              # needs one GPU, no torchrun; a few minutes
     python tests/gpu/one_gpu_check.py --calls 50   # more payloads a case
+    python tests/gpu/one_gpu_check.py --only fp8   # all quantisations, and nothing else
 
 Memory that the peers map is here a plain tensor for each rank, and the links are this GPU's own memory. So this checks
 protocols, launches and results on real hardware; times and the memory order between GPUs it does not
 (tests/gpu/symm_mem_check.py does). Sums are compared bit for bit with the sum in rank order, norms
-with float64 and, in 16 bits, with the form in PyTorch, number by number. Kernels give up after 5 s.
-Exits with 1 if a case failed.
+with float64 and, in 16 bits, with the form in PyTorch, number by number. FP8 results are compared bit for bit with
+native's quantisation of the norm of the same kernel without FP8. Kernels give up after 5 s. Exits with 1 if a case
+failed.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ from fusewire.custom_ops.ops.norms import (
     normalize,
     rounds_first,
 )
+from fusewire.custom_ops.ops.quantization import quantize
 from fusewire.custom_ops.providers.symm_mem import launcher
 from fusewire.custom_ops.providers.symm_mem import workspace as spaces
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
 from fusewire.custom_ops.providers.symm_mem.layout import owned_rows
 from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
 
@@ -100,6 +103,7 @@ class Case:
             self.inner = InnerNorm(torch.randn(self.hidden, device=DEVICE).to(dtype), INNER_EPS, 1.0 - bias, form)
         make = getattr(launcher, f"{kind}_launch")
         self.calls = [PreparedCall(ws, make, output) for ws, _ in ranks]
+        self.quantization = ()
 
     def draw(self, seed):
         g = torch.Generator(DEVICE).manual_seed(seed)
@@ -116,12 +120,15 @@ class Case:
 
     def run(self, xs, full):
         """One call on every rank, each on its stream; waits for none of them."""
+        return self.run_each(self.calls, xs, full, *self.quantization)
+
+    def run_each(self, calls, xs, full, *quantization):
         current, results = torch.cuda.current_stream(), []
         residuals = [self.own(rank, full) for rank in range(self.world)]
-        for (_, stream), call, x, residual in zip(self.ranks, self.calls, xs, residuals, strict=True):
+        for (_, stream), call, x, residual in zip(self.ranks, calls, xs, residuals, strict=True):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                results.append(call(x, residual, self.weight, EPS, self.bias, self.form, self.inner))
+                results.append(call(x, residual, self.weight, EPS, self.bias, self.form, self.inner, *quantization))
         for _, stream in self.ranks:
             current.wait_stream(stream)
         return results
@@ -169,6 +176,97 @@ class Case:
         turned = float((norms[0] != expected).float().mean()) if self.dtype != FP32 else 0.0
         if turned > 0.02:
             yield f"{turned:.1%} of the norm's numbers are not those of {self.form}"
+
+
+class QuantCase(Case):
+    """Calls with FP8 results; what they must give is the norm of the same calls without, quantised by native."""
+
+    def __init__(self, *args, quant, with_norm):
+        super().__init__(*args)
+        text, scale = quant
+        self.label = f"{text}{'' if scale is None else f', {scale:g}'}{', with the norm' if with_norm else ''}"
+        self.quantization = (
+            Quantization(text, None if scale is None else torch.tensor([scale], device=DEVICE), with_norm),
+        )
+        protocol = {} if self.kind == "one_shot" else {"protocol": "flags"}
+        plain = getattr(launcher, self.kind)
+        self.plain = [lambda *args, ws=ws: plain(ws, *args[:-1], inner=args[-1], **protocol) for ws, _ in self.ranks]
+
+    def draw(self, seed):
+        xs, full = super().draw(seed)
+        if seed % 4 == 1 and self.tokens > 4:  # rows of zeros, with a NaN, and with infinity
+            for x in xs:
+                x[0] = x[4] = 0
+            xs[0][1, 7], xs[-1][2, -1] = float("nan"), float("inf")
+            if full is not None:
+                full[0] = 0
+        return xs, full
+
+    def compile(self):
+        super().compile()
+        with launcher.compiling_only():
+            self.run_each(self.plain, *self.draw(0))
+
+    def problems(self, xs, full, results):
+        plain = self.run_each(self.plain, xs, full)
+        torch.cuda.synchronize()
+        if not plain[0][0].isnan().any():
+            rows = [(before[0], got[1]) for before, got in zip(plain, results, strict=True)]
+            yield from super().problems(xs, full, rows)
+        (quantization,) = self.quantization
+        quantized, scales = quantize(plain[0][0], quantization.scale, quantization.quant)
+        for rank, (norm, _, got, got_scales) in enumerate(results):
+            if norm is not None and not same(norm, plain[0][0]):
+                yield f"rank {rank}: the norm is not that of the kernel without FP8"
+            if not same(got, quantized):
+                differ = got.view(torch.uint8) != quantized.view(torch.uint8)
+                row, column = divmod(int(differ.flatten().int().argmax()), self.hidden)
+                yield f"rank {rank}: {int(differ.sum())} FP8 numbers differ, the first in row {row}, column {column}"
+            if got_scales is not None and (not same(got_scales, scales) or got_scales.stride() != scales.stride()):
+                yield f"rank {rank}: {int((got_scales != scales).sum())} scales differ"
+
+
+def same(a, b):
+    """Whether two tensors have the same bits, but for those of NaN."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.itemsize]
+    a, b = a.contiguous(), b.contiguous()
+    return bool(((a.view(kind) == b.view(kind)) | (a.float().isnan() & b.float().isnan())).all())
+
+
+QUANTS = (
+    ("token scale_floor=4.359654017857143e-06", None),
+    ("group amax_floor=1e-10", None),
+    ("tensor apply=reciprocal", 0.0123),
+    ("token narrow_scale=True", None),
+    ("group amax_by=multiply amax_floor=1e-10 layout=aligned_columns", None),
+    ("tensor", 2.0**-5),  # many ties
+    ("token amax_by=multiply narrow_scale=True narrow=True", 2.5),
+    ("group layout=columns", None),
+    ("tensor apply=multiply clamp=False", 200.0),
+    ("tensor apply=reciprocal narrow=True", 0.002),
+)  # fmt: skip
+
+
+def quant_cases(ranks, dtype, every):
+    """Each kind of call with some quantisations, or with `every` one, with and without the norm."""
+    hidden = ranks[0][0].hidden
+    places = (
+        ("two_shot_sharded", 639, 1),
+        ("two_shot_sharded", 5, None),
+        ("one_shot", 33, None),
+        ("one_shot", 1, None),
+    )
+    places += (("two_shot", 257, 1), ("two_shot", 64, None))
+    combinations = itertools.cycle(itertools.product(QUANTS, (False, True)))
+    skipped = len(ranks) + hidden // 512 + dtype.itemsize
+    for index, (kind, tokens, output) in enumerate(places):
+        turns = 2 * len(QUANTS) if every else 2
+        for quant, with_norm in itertools.islice(
+            combinations, 0 if every else skipped, (0 if every else skipped) + turns
+        ):
+            form, inner = FORMS[(index + tokens) % len(FORMS)], tokens == 64
+            args = (ranks, kind, tokens, dtype, True, dtype, float(index % 2), form, inner, output)
+            yield QuantCase(*args, quant=quant, with_norm=with_norm)
 
 
 def cases(ranks, dtype):
@@ -221,6 +319,7 @@ def main():
     parser.add_argument("--calls", type=int, default=6, help="payloads a case, eager and by replay (default 6)")
     parser.add_argument("--worlds", default="2,4,8")
     parser.add_argument("--hidden", default="4096,8192,1536")
+    parser.add_argument("--only", choices=("plain", "fp8"), help="only calls without, or with, FP8 results")
     parser.add_argument("--limit", type=float, default=500.0, help="seconds after which no further case begins")
     options = parser.parse_args()
     torch.cuda.set_device(DEVICE)
@@ -230,11 +329,15 @@ def main():
     )
     for world, hidden, dtype in sizes:
         ranks = make_ranks(world, hidden, dtype)
-        for case in cases(ranks, dtype):
+        every = options.only == "fp8" and hidden == 4096 and dtype == BF16
+        found = [] if options.only == "fp8" else [cases(ranks, dtype)]
+        found += [] if options.only == "plain" else [quant_cases(ranks, dtype, every)]
+        for case in itertools.chain(*found):
             if time.monotonic() - start > options.limit:
                 left_out += 1
                 continue
             label = f"{world} ranks, hidden {hidden}, {dtype}, {case.kind}, {case.tokens} tokens, output {case.output}"
+            label += f", FP8 {case.label}" if case.quantization else ""
             case.compile()
             problems = check(case, options.calls)
             passed, failed = passed + (not problems), failed + bool(problems)

@@ -19,6 +19,11 @@ import torch.distributed as dist
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.norms import normalize
+from fusewire.custom_ops.ops.quantization import quantize
+from fusewire.custom_ops.ops.quantized_norm import (
+    all_reduce_rms_norm_quantized,
+    all_reduce_rms_norm_quantized_sharded,
+)
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded, own_rows
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem_provider
@@ -38,7 +43,7 @@ KINDS = (
 )
 
 
-def simulate(kind, world, dtype, spoil=None):
+def simulate(kind, world, dtype, spoil=None, quant=None):
     """Make all probes of a kind on simulated ranks; for each probe, which ranks say it came out wrong."""
     from support import simulator as sim
 
@@ -54,7 +59,10 @@ def simulate(kind, world, dtype, spoil=None):
 
     machine = sim.Machine(7)
     sim.install(machine)
-    layout = Layout(world, 64, dtype.itemsize, sim.ONE_SHOT_TOKENS, sim.DATA_TOKENS, sim.MAX_TOKENS, 0)
+    quant = quant and self_test.QuantKind(*quant)
+    layout = Layout(
+        world, 128 if quant else 64, dtype.itemsize, sim.ONE_SHOT_TOKENS, sim.DATA_TOKENS, sim.MAX_TOKENS, 0
+    )
     buffers = [torch.zeros(layout.nbytes + 16, dtype=torch.uint8)[: layout.nbytes] for _ in range(world)]
     for buffer in buffers:
         machine.hold(buffer)
@@ -64,22 +72,23 @@ def simulate(kind, world, dtype, spoil=None):
     for ws in spaces:
         machine.hold(ws._host_error)
     verdicts = []
-    for probe in self_test._probes(spaces[0], kind):
+    for probe in self_test._probes(spaces[0], kind, quant):
         launches = []
         for ws in spaces:
 
             def first_half(call, *args, ws=ws, launched=launches):
-                launched.append(call.make(ws, *args[:6], inner=args[6]))
+                launched.append(call.make(ws, *args[:6], inner=args[6], quantization=(*args, None)[7]))
                 return launched[-1].results
 
-            self_test._make(first_half, ws, kind, probe)
+            self_test._make(first_half, ws, kind, probe, quant=quant)
         machine.ranks = [Rank(machine, ws, [launches], None) for ws in spaces]
         machine.run()
         outputs = [launch.results for launch in launches]
         if spoil is not None:
-            outputs[spoil][0][-1, 3] += 0.5
+            spoilt = outputs[spoil][0 if quant is None else 2]
+            spoilt[-1, 3] = spoilt[-1, 3].float() * -1.5 + 0.5
         wrong = [
-            bool(self_test._make(lambda *_, found=found: found, ws, kind, probe))
+            bool(self_test._make(lambda *_, found=found: found, ws, kind, probe, quant=quant))
             for ws, found in zip(spaces, outputs, strict=True)
         ]
         verdicts.append([probe.call.make.__name__, probe.tokens, wrong])
@@ -114,6 +123,22 @@ def test_probes_notice_one_wrong_number():
     cases = [(kind, 2, "float32", 1) for kind in KINDS]
     for case, verdicts in zip(cases, _simulated(*cases), strict=True):
         assert all(wrong == [False, True] for _, _, wrong in verdicts), (case, verdicts)
+
+
+QUANTS = [
+    [self_test.SHARDED, "token scale_floor=1e-06", False, False],
+    [self_test.SHARDED, "group amax_by=multiply", False, True],
+    [self_test.PLAIN, "tensor apply=reciprocal", True, True],
+    [self_test.SANDWICH, "token", True, False],
+]  # fmt: skip
+
+
+def test_probes_of_quantised_calls_too():
+    form = "round_then_scale"
+    cases = [(kind, 2, "bfloat16", spoil, (form, *quant)) for kind, *quant in QUANTS for spoil in (None, 1)]
+    for case, verdicts in zip(cases, _simulated(*cases), strict=True):
+        assert len(verdicts) == 2 + (case[0] != self_test.SHARDED), case
+        assert all(wrong == [False, case[3] is not None] for _, _, wrong in verdicts), (case, verdicts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,8 +181,13 @@ def _held(outputs=0):
         return symm_mem_provider.HeldWorkspace(interface.Request(key, group, torch.device("cpu"), 64), made)
 
 
-def _native(call, x, residual, weight, eps, weight_bias, form, inner=None):
+def _native(call, x, residual, weight, eps, weight_bias, form, inner=None, quantization=None):
     """What a prepared call computes, by native."""
+    if quantization is not None:
+        norm, summed = _native(call, x, residual, weight, eps, weight_bias, form, inner)
+        quantized, scales = quantize(norm, quantization.scale, quantization.quant)
+        scales = None if quantization.quant.startswith("tensor") else scales
+        return norm if quantization.with_norm else None, summed, quantized, scales
     name = dist.group.WORLD.group_name
     tail = (None, 0.0, 0.0, "") if inner is None else (inner.weight, inner.eps, inner.weight_bias, inner.form)
     if call.make.__name__ == "two_shot_sharded_launch":
@@ -168,8 +198,11 @@ def _native(call, x, residual, weight, eps, weight_bias, form, inner=None):
 
 
 def _broken(*args):
-    norm, summed = _native(*args)
-    return norm + (1.0 if dist.get_rank() == 1 else 0.0), summed
+    norm, summed, *quantized = _native(*args)
+    if dist.get_rank() == 1:
+        norm = None if norm is None else norm + 1.0
+        quantized[:1] = [part.float().neg().to(part.dtype) for part in quantized[:1]]
+    return norm, summed, *quantized
 
 
 def _votes(good):
@@ -190,15 +223,20 @@ def _votes(good):
             (all_reduce_sandwich_norm, (w, 1e-6, 0.0, "scale_then_round")),
             (all_reduce_rms_norm_sharded, (None, 0.0, 0.0, "")),
             (all_reduce_rms_norm_sharded, (w, 1e-6, 0.0, "scale_then_round")),
+            (all_reduce_rms_norm_quantized, (None, 0.0, 0.0, "", torch.ones(1), "tensor", True)),
+            (all_reduce_rms_norm_quantized_sharded, (None, 0.0, 0.0, "", None, "token", False)),
         ):
-            given = residual if op is all_reduce_sandwich_norm else own_rows(residual, group.rank(), group.size())
+            sharded = "sharded" in op.name
+            given = own_rows(residual, group.rank(), group.size()) if sharded else residual
             args = (x, given, w, 1e-6, 0.0, "scale_then_round", *inner, group.group_name)
             whole = provider.bind_derived(held, "symm_mem/twoshot", op.name, args)
             tried = len(made_calls)
             again = provider.bind_derived(held, "symm_mem/oneshot", op.name, args)
             right = None
             if whole is not None:
-                right = all(torch.equal(a, b) for a, b in zip(whole(*args), op.native(*args), strict=True))
+                right = all(
+                    torch.equal(a.float(), b.float()) for a, b in zip(whole(*args), op.native(*args), strict=True)
+                )
             said.append((whole is not None, (again is not None) == (whole is not None), len(made_calls) - tried, right))
         return said
 
@@ -208,9 +246,9 @@ def test_ranks_vote_on_what_they_tried(good):
     """One rank's wrong result makes all of them do without the kernel; nothing is tried twice."""
     for said in shared_pool(2).run(_votes, good):
         if good:
-            assert said == [(True, True, 1, True)] * 3
+            assert said == [(True, True, 1, True)] * 5
         else:
-            assert said == [(False, True, 0, None)] * 3
+            assert said == [(False, True, 0, None)] * 5
 
 
 def _during_capture():
@@ -235,9 +273,9 @@ def test_nothing_is_tried_during_capture():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for chosen, size, name, broken in json.load(sys.stdin):
+    for chosen, size, name, *rest in json.load(sys.stdin):
         try:
-            print(json.dumps(simulate(chosen, size, getattr(torch, name), broken)), flush=True)
+            print(json.dumps(simulate(chosen, size, getattr(torch, name), *rest)), flush=True)
         except Exception:
             traceback.print_exc()
             sys.exit(1)

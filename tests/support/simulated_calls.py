@@ -44,10 +44,11 @@ def note_results(mine, launch):
 
 def make_call(
     kind, tokens, world, hidden, dtype, residual=True, weight=BF16, bias=0.0, form=SCALE, inner=None, quant=None,
-    with_norm=False, scale=None, **options,
+    with_norm=False, scale=None, special=False, **options,
 ):  # fmt: skip
     """Inputs of all ranks and places for their results. Holds -0.0, NaN, the sentinel, and sums
-    that depend on their order. `quant`: the text of a QuantSpec.
+    that depend on their order. `quant`: the text of a QuantSpec. `special`: the last rows are
+    zeros, hold numbers far apart, and hold infinity.
     """
     parts = [torch.randn(tokens, hidden).to(dtype) for _ in range(world)]
     if world > 2:  # from rank 2 on, what comes in before ranks 0 and 1 cancel is rounded away
@@ -61,6 +62,11 @@ def make_call(
     full = torch.randn(tokens, hidden).to(dtype) if residual else None
     if full is not None:
         full[-1, 5] = -0.0
+    if special:
+        for rows in (*parts, full):
+            rows[-1] = 0
+            rows[-2] *= torch.logspace(-12, 3, hidden).to(dtype)
+            rows[-3, 1::50] = float("inf")
     if inner is not None:
         inner_weight, inner_form = inner
         inner_weight = None if inner_weight is None else torch.randn(hidden).to(inner_weight)

@@ -19,12 +19,16 @@ from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.dispatch.cost_formula import data_tokens
 from fusewire.custom_ops.dispatch.cost_tables import SYMM_ONE_SHOT, SYMM_TWO_SHOT
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
+from fusewire.custom_ops.ops.quantized_norm import (
+    all_reduce_rms_norm_quantized,
+    all_reduce_rms_norm_quantized_sharded,
+)
 from fusewire.custom_ops.ops.registry import YES, Support
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import self_test
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization, unsupported_quant
 from fusewire.custom_ops.providers.symm_mem.layout import MAX_WORLD_SIZE, Layout, unsupported_reason
 from fusewire.custom_ops.providers.symm_mem.precompile import compilations
 from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
@@ -34,6 +38,8 @@ from fusewire.custom_ops.workspaces.provider import PROVIDERS, Request, Workspac
 from fusewire.errors import FusewireError, ProcessGroupError, WorkspaceError
 
 PROVIDER = "symm_mem"
+_QUANTIZED = (all_reduce_rms_norm_quantized.name, all_reduce_rms_norm_quantized_sharded.name)
+_SHARDED = (all_reduce_rms_norm_sharded.name, all_reduce_rms_norm_quantized_sharded.name)
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The largest workspace in bytes: every peer maps all of it.
 MAX_BYTES = 1 << 30
@@ -119,7 +125,8 @@ class HeldWorkspace(Workspace):
         self.made = made
         self.rank, self.world_size = made.rank, made.world_size
         self._group = request.group
-        self._refusals: dict[str, str] = {}  # by tested kind of call; "" if it passed
+        # By tested kind of call; "" if it passed.
+        self._refusals: dict[tuple[str, self_test.QuantKind | None], str] = {}
         self._testing = threading.Lock()
 
     def run(
@@ -132,7 +139,8 @@ class HeldWorkspace(Workspace):
         weight_bias: float,
         form: str,
         inner: InnerNorm | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        *quantization: Quantization,
+    ) -> tuple[Any, ...]:
         """Run one call, with native's results. A collective.
 
         Thread-safe on one rank: calls are launched one after another, on all streams. The caller
@@ -144,36 +152,38 @@ class HeldWorkspace(Workspace):
             PeerTimeoutError: a peer did not take part in an earlier call.
         """
         if symm_mem.compiles_only():  # launches nothing, so other threads need not wait
-            return call(x, residual, weight, eps, weight_bias, form, inner)
+            return call(x, residual, weight, eps, weight_bias, form, inner, *quantization)
         with self.order.lock:
             self.check_call(x.numel() // self.key.hidden, x.device)
             self.enter(x.get_device())
-            return call(x, residual, weight, eps, weight_bias, form, inner)
+            return call(x, residual, weight, eps, weight_bias, form, inner, *quantization)
 
-    def passes(self, kind: str) -> bool:
+    def passes(self, kind: str, quant: self_test.QuantKind | None = None) -> bool:
         """Return whether calls of a derived op give right results.
 
         The first call of each kind is a collective: all ranks test and vote. Not possible while a
         CUDA graph is captured. Thread-safe.
         """
-        if kind not in self._refusals:
+        key = kind, quant
+        if key not in self._refusals:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                what = f"{kind} calls were not tested before capture, so two kernels serve"
+                what = f"{_name_of(*key)} calls were not tested before capture, so two kernels serve"
                 log_line(f"{self.key}: {what}; run the model once before capture")
                 return False
             with self._testing:
-                if kind not in self._refusals:  # another thread may have tested it meanwhile
-                    self._refusals[kind] = self._self_test(kind)
-        return not self._refusals[kind]
+                if key not in self._refusals:  # another thread may have tested it meanwhile
+                    self._refusals[key] = self._self_test(*key)
+        return not self._refusals[key]
 
-    def _self_test(self, kind: str) -> str:
+    def _self_test(self, kind: str, quant: self_test.QuantKind | None) -> str:
         """Test and vote; return why such calls cannot be made, or "" if they can. A collective."""
-        channel = Channel(self._group, f"{self.key} {kind}")
+        name = _name_of(kind, quant)
+        channel = Channel(self._group, f"{self.key} {name}")
         for step, test in (("compile", self_test.compile_probes), ("execute", self_test.execute_probes)):
-            share = functools.partial(test, self.run, self.made, kind)
-            reason = vote(channel, f"self-test {kind}, {step}", share).reason
+            share = functools.partial(test, self.run, self.made, kind, quant)
+            reason = vote(channel, f"self-test {name}, {step}", share).reason
             if reason:
-                log_line(f"{self.key}: no kernel of its own for {kind} calls: {reason}")
+                log_line(f"{self.key}: no kernel of its own for {name} calls: {reason}")
                 return reason
         return ""
 
@@ -280,8 +290,8 @@ class SymmMemProvider(WorkspaceProvider):
 
     def bind_derived(
         self, workspace: Workspace, variant: str, op_name: str, args: tuple[Any, ...], output: int | None = None
-    ) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        if op_name not in (all_reduce_rms_norm_sharded.name, all_reduce_sandwich_norm.name):
+    ) -> Callable[..., tuple[Any, ...]] | None:
+        if op_name not in (all_reduce_sandwich_norm.name, *_SHARDED, *_QUANTIZED):
             return None
         x, residual, weights = args[0], args[1], (args[2], args[6])
         if residual is not None and residual.dtype != x.dtype:
@@ -289,16 +299,26 @@ class SymmMemProvider(WorkspaceProvider):
         if any(weight is not None and weight.dtype not in _WEIGHT_DTYPES for weight in weights):
             return None
         assert isinstance(workspace, HeldWorkspace)
-        sharded = op_name == all_reduce_rms_norm_sharded.name
-        kind = (self_test.SHARDED_SANDWICH if args[9] else self_test.SHARDED) if sharded else self_test.SANDWICH
-        if not workspace.passes(kind):
+        quant, sharded = None, op_name in _SHARDED
+        if op_name in _QUANTIZED:
+            scale, text, with_norm = args[10:13]
+            if unsupported_quant(text):
+                return None
+            quant = self_test.QuantKind(args[5], text, scale is not None, with_norm)
+        if not workspace.passes(self_test.kind_of(bool(args[9]), sharded), quant):
             return None
         if sharded:
             # Not one-shot, even for few tokens: every rank would need the whole residual.
-            return _derived(workspace, PreparedCall(workspace.made, symm_mem.two_shot_sharded_launch, output))
-        if variant == SYMM_ONE_SHOT:
-            return _derived(workspace, PreparedCall(workspace.made, symm_mem.one_shot_launch))
-        return _derived(workspace, PreparedCall(workspace.made, symm_mem.two_shot_launch, output))
+            call = PreparedCall(workspace.made, symm_mem.two_shot_sharded_launch, output)
+        elif variant == SYMM_ONE_SHOT:
+            call = PreparedCall(workspace.made, symm_mem.one_shot_launch)
+        else:
+            call = PreparedCall(workspace.made, symm_mem.two_shot_launch, output)
+        return _derived(workspace, call) if quant is None else _quantized(workspace, call)
+
+
+def _name_of(kind: str, quant: self_test.QuantKind | None) -> str:
+    return kind if quant is None else f"{kind} FP8 ({', '.join(map(str, quant))})"
 
 
 def _derived(workspace: HeldWorkspace, call: PreparedCall) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -320,6 +340,36 @@ def _derived(workspace: HeldWorkspace, call: PreparedCall) -> Callable[..., tupl
     ) -> tuple[Tensor, Tensor]:
         inner = InnerNorm(inner_weight, inner_eps, inner_weight_bias, inner_form) if inner_form else None
         return run(call, x, residual, weight, eps, weight_bias, form, inner)
+
+    return bound
+
+
+def _quantized(workspace: HeldWorkspace, call: PreparedCall) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a call with the parameters of the quantised operators."""
+    run = workspace.run
+
+    def bound(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        weight_bias: float,
+        form: str,
+        inner_weight: Tensor | None,
+        inner_eps: float,
+        inner_weight_bias: float,
+        inner_form: str,
+        scale: Tensor | None,
+        quant: str,
+        with_norm: bool,
+        group_name: str,
+    ) -> tuple[Tensor, ...]:
+        inner = InnerNorm(inner_weight, inner_eps, inner_weight_bias, inner_form) if inner_form else None
+        quantization = Quantization(quant, scale, with_norm)
+        norm, summed, quantized, scales = run(call, x, residual, weight, eps, weight_bias, form, inner, quantization)
+        norm = x.new_empty((0,)) if norm is None else norm
+        scales = x.new_empty((0,), dtype=torch.float32) if scales is None else scales
+        return norm, summed, quantized, scales
 
     return bound
 

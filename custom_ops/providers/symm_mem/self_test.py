@@ -7,16 +7,17 @@ for a rank that compiles may time out), then execute (a collective).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusewire.custom_ops.coordination.busy import busy
 from fusewire.custom_ops.ops.norms import add_normalize, forms_of, normalize
+from fusewire.custom_ops.ops.quantization import quantize
 from fusewire.custom_ops.ops.sharded_norm import own_rows
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
 from fusewire.custom_ops.providers.symm_mem.launch_config import Launch
 from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
@@ -26,10 +27,34 @@ from fusewire.errors import WorkspaceError
 # Kinds of calls.
 PLAIN, SANDWICH, SHARDED, SHARDED_SANDWICH = "plain", "sandwich", "sharded", "sharded sandwich"
 
-# (call, x, residual, weight, eps, weight_bias, form, inner) -> (norm, sum), in the workspace.
-Run = Callable[..., tuple[Tensor, Tensor]]
+# (call, x, residual, weight, eps, weight_bias, form, inner) -> (norm, sum), in the workspace; with a
+# quantization as the last argument (norm or None, sum, quantised norm, scales or None).
+Run = Callable[..., tuple[Any, ...]]
 
+_SCALE = 0.25  # of a static quantisation; also a bound that is reached
+_LEAST_STEP = 2.0**-9  # between neighbours in FP8
 _TURNS = 2  # the first call prepares the launch of the second
+
+
+def kind_of(sandwich: bool, sharded: bool) -> str:
+    """Return the kind of calls with an inner norm or a sharded residual."""
+    return (SHARDED_SANDWICH if sharded else SANDWICH) if sandwich else SHARDED if sharded else PLAIN
+
+
+class QuantKind(NamedTuple):
+    """What the kernels of quantised calls are compiled for, besides the kind of call.
+
+    Attributes:
+        form: the norm's form.
+        quant: the text of the QuantSpec.
+        given: whether a scale, or a bound of the largest values, is given.
+        with_norm: whether the norm is a result too.
+    """
+
+    form: str
+    quant: str
+    given: bool
+    with_norm: bool
 
 
 class _Probe(NamedTuple):
@@ -38,22 +63,22 @@ class _Probe(NamedTuple):
     form: str
 
 
-def compile_probes(run: Run, ws: SymmMemWorkspace, kind: str) -> None:
+def compile_probes(run: Run, ws: SymmMemWorkspace, kind: str, quant: QuantKind | None = None) -> None:
     """Compile the kernels that `execute_probes` launches. Not a collective."""
     with symm_mem.compiling_only(), busy():
-        for probe in _probes(ws, kind):
-            _make(run, ws, kind, probe)
+        for probe in _probes(ws, kind, quant):
+            _make(run, ws, kind, probe, quant=quant)
 
 
-def execute_probes(run: Run, ws: SymmMemWorkspace, kind: str) -> None:
+def execute_probes(run: Run, ws: SymmMemWorkspace, kind: str, quant: QuantKind | None = None) -> None:
     """Make the calls of a kind, each with and without a prepared launch. A collective.
 
     Raises:
         WorkspaceError: an answer is wrong on this rank.
         PeerTimeoutError: a rank did not take part in time.
     """
-    probes = _probes(ws, kind)
-    wrong = [_make(run, ws, kind, probe, turn) for turn in range(_TURNS) for probe in probes]
+    probes = _probes(ws, kind, quant)
+    wrong = [_make(run, ws, kind, probe, turn, quant) for turn in range(_TURNS) for probe in probes]
     ws.check(synchronize=True)
     if any(bool(flag) for flag in wrong):
         raise WorkspaceError(
@@ -61,8 +86,9 @@ def execute_probes(run: Run, ws: SymmMemWorkspace, kind: str) -> None:
         )
 
 
-def _probes(ws: SymmMemWorkspace, kind: str) -> list[_Probe]:
+def _probes(ws: SymmMemWorkspace, kind: str, quant: QuantKind | None = None) -> list[_Probe]:
     """Return a probe per protocol and form, with token counts that ranks share evenly and not."""
+    forms = forms_of(ws.dtype) if quant is None else (quant.form,)
     sharded = kind in (SHARDED, SHARDED_SANDWICH)
     two_shot: Callable[..., Launch] = symm_mem.two_shot_sharded_launch if sharded else symm_mem.two_shot_launch
     calls: list[tuple[Callable[..., Launch], int]] = [] if sharded else [(symm_mem.one_shot_launch, 1)]
@@ -71,11 +97,13 @@ def _probes(ws: SymmMemWorkspace, kind: str) -> list[_Probe]:
         _Probe(PreparedCall(ws, make), tokens, form)
         for make, tokens in calls
         if tokens <= ws.layout.max_tokens
-        for form in forms_of(ws.dtype)
+        for form in forms
     ]
 
 
-def _make(run: Run, ws: SymmMemWorkspace, kind: str, probe: _Probe, turn: int = 0) -> Tensor:
+def _make(
+    run: Run, ws: SymmMemWorkspace, kind: str, probe: _Probe, turn: int = 0, quant: QuantKind | None = None
+) -> Tensor:
     """Make one call whose sums are exact in every dtype; return a bool tensor, true if wrong.
 
     Each turn has other numbers, so that an earlier turn's results do not pass for its own.
@@ -97,11 +125,27 @@ def _make(run: Run, ws: SymmMemWorkspace, kind: str, probe: _Probe, turn: int = 
     if kind in (SHARDED, SHARDED_SANDWICH):
         given = own_rows(residual, ws.rank, ws.world_size)
         total = own_rows(total, ws.rank, ws.world_size)
-    norm, summed = run(probe.call, parts[ws.rank], given, weight, 0.25, 1.0, probe.form, inner)
+    args = (probe.call, parts[ws.rank], given, weight, 0.25, 1.0, probe.form, inner)
+    if quant is None:
+        norm, summed = run(*args)
+    else:
+        scale = torch.tensor([_SCALE], device=ws.device) if quant.given else None
+        quantization = Quantization(quant.quant, scale, quant.with_norm)
+        norm, summed, *quantized = run(*args, quantization)
+        wrong = _far_quantized(*quantized, *quantize(expected, scale, quant.quant))
+        norm = expected if norm is None else norm
+        return wrong | _far(norm, expected, expected.abs().amax()) | _far(summed, total, total.abs().amax())
     if inner is not None:
         # The inner norm rounds; its last bit's effect is bounded by the row's largest number.
         return _far(norm, expected, expected.abs().amax(-1, keepdim=True)) | _far(summed, total, total.abs().amax())
     return _far(norm, expected, expected.abs()) | (summed != total).any()
+
+
+def _far_quantized(got: Tensor, scales: Tensor | None, expected: Tensor, expected_scales: Tensor) -> Tensor:
+    """Compare quantised norms: the norm's last bit may turn a rounding to FP8 the other way."""
+    wanted = expected.float()
+    wrong = ((got.float() - wanted).abs() > wanted.abs() * 0.13 + _LEAST_STEP).any()
+    return wrong if scales is None else wrong | (scales / expected_scales - 1.0).abs().gt(0.02).any()
 
 
 def _far(got: Tensor, expected: Tensor, size: Tensor) -> Tensor:
