@@ -13,13 +13,16 @@ bits:
   results can be written into the output itself: highest throughput for many tokens.
 
 `memory` has the memory accesses, `counters` those of the control block, `rows` the arithmetic on
-packets, `packets` shared functions, and `peer_copy` a plain copy that measures the links.
+packets, `quantize` that of FP8 results, `packets` shared functions, and `peer_copy` a plain copy
+that measures the links.
 
 **Arguments.** All kernels take, in this order: `ctl` (the control block, int64 words, see
 `layout`), `x`, `residual`, `weight`, `inner_weight`, `norm_out`, `residual_out` (addresses,
-contiguous, on 16-byte boundaries; None where there is none), counts and byte offsets, `eps`, `bias`
-(fp32: added to the mean square, and to the weight), `inner_eps`, `inner_bias` (fp32, the inner
-norm's, or None), then constants:
+contiguous, on 16-byte boundaries; None where there is none), `quant_scale`, `quantized_out`,
+`scales_out` (a quantisation's given scale or bound, one fp32 number; its results; None where there
+is none), counts and byte offsets, `eps`, `bias` (fp32: added to the mean square, and to the
+weight), `inner_eps`, `inner_bias` (fp32, the inner norm's, or None), `quant_at` (byte offset of
+what a quantisation exchanges, or None), then constants:
 
     WORLD, HIDDEN          ranks; hidden size in elements
     KIND, WKIND            number of x's and the weight's dtype (rows.BF16, ...); -1 for no weight
@@ -29,10 +32,22 @@ norm's, or None), then constants:
     ROUND_FIRST            whether the norm is rounded before it is multiplied by the weight
     WIDE_SUM               whether the norm reads the sum with the residual before it is rounded;
                            for 16-bit dtypes and with a residual only
+    WRITE_NORM             whether norm_out is written
+    QUANT                  the text of the QuantSpec by which the norm is quantised to FP8, or ""
     SLICES, BLOCK, UNROLL, THREADS          as in `launch_config.LaunchConfig`
 
 INNER does not change what is sent. Blocks that share a row then exchange two sums of squares, each
 in its own word.
+
+**FP8.** The norm is rounded to x's dtype and then quantised as native does it, bit for bit. In a
+one-shot each rank quantises all rows. Blocks that share a row exchange its largest value in words
+of their own; with scales of groups, a slice has whole groups. In a two-shot the owner of a row
+computes its scales and sends them beside the row, behind the same flag. With a sharded residual and
+no norm as a result, only FP8 rows and scales travel back: half the bytes of 16-bit rows. Otherwise
+every rank quantises the rows that it has. Data as flag has no FP8 results: a token's scale needs the
+whole row, so what saves a wait there (rows leave before their slices meet) could not be kept.
+Two-shots of few tokens use flags instead. Rows that are lost are NaN in FP8 (0x7f), and so are
+their scales.
 
 A two-shot with REPLICATE_RESIDUAL leaves the complete residual on every rank: the owner pushes the
 rounded residual and its sum of squares (with flags: 1 / rms), and every rank scales all rows. With
@@ -59,7 +74,7 @@ Hence:
 * Partial rows with flags: one area. An owner has read row i of call n before it pushes the result
   of row i. Rank p pushes for call n + 1 after it has all results of call n, so after every owner
   has read all of its rows.
-* Results with flags, and output buffers: o writes row i on rank p in call n + 1 after it has seen
+* Results with flags, their scales, and output buffers: o writes row i on rank p in call n + 1 after it has seen
   p's flag of call n + 1. All work that p put on its stream before that call, including readers of
   the old output, has ended by then.
 * Tagged words and flags contain their call's number, flags also its tokens and options. Each is
