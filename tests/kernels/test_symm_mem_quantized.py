@@ -6,12 +6,17 @@ bit; in the simulator a NaN in FP8 is 0x7f, and any NaN equals any other.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from fusewire.custom_ops.ops.quantization import QuantSpec
+from fusewire.custom_ops.providers.symm_mem.arguments import Quantization, quant_tensors
 from fusewire.custom_ops.providers.symm_mem.launch_config import LaunchConfig
+from fusewire.errors import ArgumentError
 
 from support.interpreted import main, run_cases
 
@@ -27,8 +32,8 @@ GROUP = {"quant": "group amax_floor=1e-10"}
 FLAGS = {"protocol": "flags"}
 
 
-def _flags(programs, lookahead, result_lag):
-    return LaunchConfig(programs, 1, 32, lookahead=lookahead, result_lag=result_lag)
+def _flags(programs, lookahead, result_lag, block=32):
+    return LaunchConfig(programs, 1, block, lookahead=lookahead, result_lag=result_lag)
 
 
 SCENARIOS = {
@@ -53,7 +58,7 @@ SCENARIOS = {
     ]),
     "sharded, 3 ranks": (3, 256, FP32, [
         ("two_shot_sharded", 7, {**TOKEN, "output": 0}),
-        ("two_shot_sharded", 4, {**GROUP, "quant": "group layout=aligned_columns", "config": _flags(1, 2, 1)}),
+        ("two_shot_sharded", 4, {"quant": "group layout=aligned_columns", "config": _flags(1, 2, 1, 64)}),
         ("two_shot_sharded", 2, {**STATIC, "with_norm": True, "weight": None}),
         ("two_shot", 5, {**GROUP, "with_norm": True, "residual": False}),
     ]),
@@ -70,8 +75,8 @@ SCENARIOS = {
 OPTIONS = [
     *[("tensor", scale) for scale in (1.0, 2.0**-6, 0.0, 1e-30, float("nan"))],  # ties, nothing, too much
     *[(f"tensor apply={how}", 0.03) for how in ("reciprocal", "multiply")],
-    *[(f"tensor apply={how}narrow=True", 0.0107) for how in ("", "reciprocal ", "multiply ")],
-    *[(f"tensor apply={how}clamp=False", 37.0) for how in ("reciprocal ", "multiply ")],
+    *[(f"tensor{how} narrow=True", 0.0107) for how in ("", " apply=reciprocal", " apply=multiply")],
+    *[(f"tensor{how} clamp=False", 37.0) for how in (" apply=reciprocal", " apply=multiply")],
     *[(f"{kind}{options}", None) for kind in ("token", "group") for options in (
         "", " apply=reciprocal", " amax_by=multiply", " amax_floor=0.5", " scale_floor=0.01", " narrow_scale=True",
         " amax_by=multiply narrow_scale=True narrow=True", " apply=reciprocal narrow_scale=True narrow=True",
@@ -130,6 +135,15 @@ def run_case(name):
         simulate_differing(*DIFFERING[name])
     else:
         simulate(*SCENARIOS[name])
+
+
+def test_every_option_of_a_quantisation_is_among_them():
+    """Except those that the kernels refuse."""
+    left_out = {"kind", "power_of_two", "layout"}
+    said = " ".join(quant for quant, _ in OPTIONS)
+    assert {item.name for item in dataclasses.fields(QuantSpec) if f" {item.name}=" not in said} <= left_out
+    with pytest.raises(ArgumentError, match="power of two"):
+        quant_tensors(Quantization("group power_of_two=True", None, False), torch.zeros(1, 128))
 
 
 if __name__ == "__main__":

@@ -277,7 +277,8 @@ def scale_of(
         if number(QUANT, "amax_floor") > 0.0:
             value = tl.where(value < number(QUANT, "amax_floor"), number(QUANT, "amax_floor"), value)
         if BOUNDED:
-            value = tl.where((given < value) | (given != given), given, value)
+            value = tl.where(given < value, given, value)
+            value = tl.where(given != given, given, value)
         value = value * _INVERSE_MAX if says(QUANT, "amax_by=multiply") else tl.div_rn(value, _FP8_MAX)
         if says(QUANT, "narrow_scale=True"):
             value = rounded(value, KIND)
