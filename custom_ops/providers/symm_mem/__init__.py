@@ -3,6 +3,7 @@
 provider         what it can serve; SymmMemProvider
 workspace        SymmMemWorkspace: the symmetric memory of one rank; layout: where in it what lies
 launcher         the launches, from checked arguments; arguments: the checks
+assemble         the kernels' arguments, in the order that all share
 launch_config    grid, warps and tiles
 prepared_launch  reuses the launch of a bound call
 precompile       the kernels that a workspace can need
