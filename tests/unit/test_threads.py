@@ -344,7 +344,7 @@ def test_a_workspace_is_not_freed_under_a_call_of_another_thread():
 def test_kernels_are_tried_once():
     made, tried = held([]), []
 
-    def self_test(self, kind):
+    def self_test(self, kind, quant):
         tried.append(kind)
         time.sleep(0.05)
         return ""

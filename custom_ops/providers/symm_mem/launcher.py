@@ -239,7 +239,8 @@ def two_shot_sharded_launch(
         residual_out = x.new_empty((shard, ws.hidden))
     else:
         residual_out = output_like(residual_out, x.new_empty((shard, ws.hidden), device="meta"), x, "residual_out")
-    quantized_out, outputs = None, (output, None, None)
+    quantized_out: Tensor | None = None
+    outputs: tuple[int | None, int | None, int | None] = (output, None, None)
     if output is not None and quantization is not None and not quantization.with_norm:
         quantized_out, outputs = ws.output(output, tokens, FP8).view(x.shape), (None, None, output)
     elif output is not None:
@@ -281,8 +282,7 @@ def _two_shot(
         slots = (at["data_slots"], ws.world_size * source, source)
         areas = (at["data_results"], at["data_squares"], at["data_slices"])
         constants = (replicate_residual, config.slices, config.block, config.unroll, config.threads)
-        numbers = (*counts, *slots, *areas)
-        return assemble(ws, "two_shot_data_kernel", config, call, numbers, None, constants)
+        return assemble(ws, "two_shot_data_kernel", config, call, (*counts, *slots, *areas), None, constants)
     config = config or launch_config_two_shot_flags(
         shard, layout.packets, ws.world_size, ws.multiprocessors, replicate_residual
     )

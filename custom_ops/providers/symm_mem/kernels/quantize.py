@@ -9,7 +9,7 @@ among which NaN is the largest, so that the scale of a row with a NaN is NaN too
 
 # In Triton a tuple grows by addition, and its type with it.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment,misc"
 
 from __future__ import annotations
 
