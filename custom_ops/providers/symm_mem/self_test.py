@@ -140,7 +140,8 @@ def _make(
     if inner is not None:
         # The inner norm rounds; its last bit's effect is bounded by the row's largest number.
         return _far(norm, expected, expected.abs().amax(-1, keepdim=True)) | _far(summed, total, total.abs().amax())
-    return _far(norm, expected, expected.abs()) | (summed != total).any()
+    far: Tensor = _far(norm, expected, expected.abs()) | (summed != total).any()
+    return far
 
 
 def _far_quantized(got: Tensor, expected: Tensor) -> Tensor:
