@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -248,26 +249,27 @@ QUANTS = (
 )  # fmt: skip
 
 
+PLACES = (  # kind, tokens, output buffer
+    ("two_shot_sharded", 639, 1),
+    ("one_shot", 33, None),
+    ("two_shot", 257, 1),
+    ("two_shot_sharded", 5, None),
+    ("one_shot", 1, None),
+    ("two_shot", 64, None),
+)
+
+
 def quant_cases(ranks, dtype, every):
-    """Each kind of call with some quantisations, or with `every` one, with and without the norm."""
-    hidden = ranks[0][0].hidden
-    places = (
-        ("two_shot_sharded", 639, 1),
-        ("two_shot_sharded", 5, None),
-        ("one_shot", 33, None),
-        ("one_shot", 1, None),
-    )
-    places += (("two_shot", 257, 1), ("two_shot", 64, None))
-    combinations = itertools.cycle(itertools.product(QUANTS, (False, True)))
-    skipped = len(ranks) + hidden // 512 + dtype.itemsize
-    for index, (kind, tokens, output) in enumerate(places):
-        turns = 2 * len(QUANTS) if every else 2
-        for quant, with_norm in itertools.islice(
-            combinations, 0 if every else skipped, (0 if every else skipped) + turns
-        ):
-            form, inner = FORMS[(index + tokens) % len(FORMS)], tokens == 64
-            args = (ranks, kind, tokens, dtype, True, dtype, float(index % 2), form, inner, output)
-            yield QuantCase(*args, quant=quant, with_norm=with_norm)
+    """Each kind of call with one quantisation, or with `every` one in two places; half of them with the norm."""
+    size = len(ranks) + ranks[0][0].hidden // 512 + dtype.itemsize
+    chosen = range(len(PLACES) * len(QUANTS)) if every else range(3 * size, 3 * size + 3)
+    for turn in chosen:
+        kind, tokens, output = PLACES[turn % len(PLACES)]
+        form, inner, bias = FORMS[turn // 3 % len(FORMS)], tokens == 64, float(turn % 2)
+        args = (ranks, kind, tokens, dtype, True, dtype, bias, form, inner, output)
+        yield QuantCase(
+            *args, quant=QUANTS[(turn // len(PLACES) + turn // 3) % len(QUANTS)], with_norm=turn // 6 % 2 > 0
+        )
 
 
 def cases(ranks, dtype):
@@ -315,25 +317,44 @@ def check(case, calls):
     return found
 
 
+def compile_ahead(processes):
+    """Compile all kernels into Triton's cache on disk, in several processes."""
+    start = time.monotonic()
+    command = [sys.executable, *sys.argv, "--share"]
+    running = [subprocess.Popen([*command, f"{share}/{processes}"]) for share in range(processes)]
+    failed = sum(process.wait() != 0 for process in running)
+    print(f"compiled ahead in {time.monotonic() - start:.0f} s; {failed} processes failed", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=6, help="payloads a case, eager and by replay (default 6)")
     parser.add_argument("--worlds", default="2,4,8")
     parser.add_argument("--hidden", default="4096,8192,1536")
     parser.add_argument("--only", choices=("plain", "fp8"), help="only calls without, or with, FP8 results")
+    parser.add_argument("--processes", type=int, default=8, help="processes that compile before (default 8)")
+    parser.add_argument("--share", help=argparse.SUPPRESS)  # K/N: compile each Nth case from K on, and end
     parser.add_argument("--limit", type=float, default=500.0, help="seconds after which no further case begins")
     options = parser.parse_args()
+    share, processes = map(int, (options.share or "0/0").split("/"))
+    if not options.share:
+        compile_ahead(options.processes)
     torch.cuda.set_device(DEVICE)
+    cases_seen = itertools.count()
     start, passed, failed, left_out = time.monotonic(), 0, 0, 0
     sizes = itertools.product(
         map(int, options.worlds.split(",")), map(int, options.hidden.split(",")), (BF16, FP16, FP32)
     )
     for world, hidden, dtype in sizes:
         ranks = make_ranks(world, hidden, dtype)
-        every = options.only == "fp8" and hidden == 4096 and dtype == BF16
+        every = options.only == "fp8" and (world, hidden, dtype) == (2, 4096, BF16)
         found = [] if options.only == "fp8" else [cases(ranks, dtype)]
         found += [] if options.only == "plain" else [quant_cases(ranks, dtype, every)]
         for case in itertools.chain(*found):
+            if options.share:
+                if next(cases_seen) % processes == share:
+                    case.compile()
+                continue
             if time.monotonic() - start > options.limit:
                 left_out += 1
                 continue
@@ -344,6 +365,8 @@ def main():
             passed, failed = passed + (not problems), failed + bool(problems)
             for problem in problems[:3]:
                 print(f"FAILED {label}: {problem}", flush=True)
+        if options.share:
+            continue
         print(f"{world} ranks, hidden {hidden}, {dtype}: {passed} passed, {failed} failed so far", flush=True)
     print(f"{passed} passed, {failed} failed, {left_out} left out for want of time, {time.monotonic() - start:.0f} s")
     return int(bool(failed or left_out))

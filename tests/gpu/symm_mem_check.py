@@ -32,9 +32,10 @@ import torch
 import torch.distributed as dist
 from harness import join
 
+from fusewire.custom_ops.ops.quantization import quantize
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm
+from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
 from fusewire.custom_ops.providers.symm_mem.launch_config import (
     ONE_SHOT_KERNEL,
     LaunchConfig,
@@ -366,7 +367,7 @@ def precompile(run: Run, calls: list) -> None:
     found, original = {}, symm_mem.run
 
     def find(ws, launch) -> None:
-        found.setdefault((launch.kernel, launch.config.warps, *launch.arguments[-13:]), launch)  # the constants
+        found.setdefault((launch.kernel, launch.config.warps, *launch.arguments[-16:]), launch)  # the constants
 
     symm_mem.run = find
     try:
@@ -379,7 +380,7 @@ def precompile(run: Run, calls: list) -> None:
     for launch in list(found.values())[run.rank :: run.world]:
         config, arguments = launch.config, (*launch.tensors, *launch.arguments)
         try:
-            symm_mem.kernel(launch.kernel).warmup(*arguments, grid=(config.programs,), **config.options)
+            symm_mem.kernel(launch.kernel).warmup(*arguments, grid=(config.programs,), **launch.options)
         except Exception as error:
             run.log.write(traceback.format_exc())
             errors.append(f"{launch.kernel} {config}: {' '.join(str(error).split())[:150]}")
@@ -394,6 +395,8 @@ def correctness(run: Run) -> None:
     cases.sort(key=lambda c: (c.hidden != 8192, c.hidden, c.dtype.itemsize, str(c.dtype)))
     for (hidden, dtype), group in itertools.groupby(cases, key=lambda c: (c.hidden, c.dtype)):
         several(run, hidden, dtype, list(group))
+    for kind, tokens, output in QUANTISED:
+        run.step("FP8", f"{kind} {tokens}", lambda call=(kind, tokens, output): quantised(run, *call))
     for phase in (graphs, stress, missing_rank):
         run.step("several calls", phase.__name__, lambda phase=phase: phase(run))
 
@@ -519,6 +522,58 @@ def stress(run: Run, calls: int = 400) -> tuple:
     if int(bad):
         raise AssertionError(f"{int(bad)} elements differ from the first time")
     return tuple(prints)
+
+
+QUANTS = (
+    ("token scale_floor=4.359654017857143e-06", None),
+    ("group amax_floor=1e-10 layout=columns", None),
+    ("tensor apply=reciprocal", 0.0123),
+)
+
+
+QUANTISED = [("one_shot", 1, None), ("one_shot", 64, None)]
+QUANTISED += [(kind, tokens, output) for kind in KINDS[1:] for tokens, output in ((7, None), (1024, 1), (2047, None))]
+
+
+def quantised(run: Run, kind: str, tokens: int, output: int | None, turns: int = 40) -> tuple:
+    """FP8 results, the ranks out of step, against native's quantisation of the norm of the same kernel without."""
+    ws, prints, delay = run.workspace(8192, BF16), [], random.Random(run.rank)
+    case = Case(kind, tokens, options=() if kind == "one_shot" else (("protocol", "flags"),))
+    precompile(run, [lambda: dry(run, case)])
+    inputs = [draw(run, case, seed) for seed in (1, 2)]
+    norms = [call(run, ws, case, data)[0] for data in inputs]
+    rows = slice(None) if kind != "two_shot_sharded" else slice(*shard_of(run, tokens))
+    for (text, number), with_norm in itertools.product(QUANTS, (False, True)):
+        scale = None if number is None else torch.tensor([number], device=run.device)
+        wanted = [quantize(norm, scale, text) for norm in norms]
+        made = PreparedCall(ws, getattr(symm_mem, f"{kind}_launch"), output)
+        quantization = Quantization(text, scale, with_norm)
+
+        def one(turn: int, made: PreparedCall = made, quantization: Quantization = quantization) -> tuple:
+            data = inputs[turn % 2]
+            residual = data["residual"][rows]
+            return made(data["x"], residual, data["weight"], EPS, case.bias, case.form, None, quantization)
+
+        with symm_mem.compiling_only():
+            one(0)
+        run.gather(None)
+        bad = torch.zeros((), dtype=torch.int64, device=run.device)
+        for turn in range(turns):
+            torch.cuda._sleep(delay.randrange(400_000) if delay.random() < 0.5 else 0)
+            _, _, got, scales = one(turn)
+            bad += (got.view(torch.uint8) != wanted[turn % 2][0].view(torch.uint8)).sum()
+            bad += 0 if scales is None else (scales != wanted[turn % 2][1]).sum()
+        ws.check(synchronize=True)
+        if int(bad):
+            raise AssertionError(f"{text}, with_norm {with_norm}: {int(bad)} numbers are not native's")
+        prints.append(int(wanted[0][0].view(torch.uint8).sum()))
+    return tuple(prints)
+
+
+def shard_of(run: Run, tokens: int) -> tuple[int, int]:
+    """The rows that this rank owns."""
+    start = run.rank * rows_per_rank(tokens, run.world)
+    return start, start + owned_rows(tokens, run.world, run.rank)
 
 
 def missing_rank(run: Run) -> None:
