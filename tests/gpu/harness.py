@@ -110,6 +110,7 @@ def choose_gpu(rank):
 
 def join(timeout_s):
     """Choose this rank's GPU and join the group, under torchrun."""
+    faulthandler.enable()
     choose_gpu(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(BACKEND, timeout=timedelta(seconds=timeout_s))
 
