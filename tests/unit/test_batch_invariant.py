@@ -40,7 +40,7 @@ from fusewire.custom_ops.ops.registry import all_ops
 from fusewire.custom_ops.providers.batch_invariant import provider as batch_invariant
 from fusewire.custom_ops.providers.batch_invariant import torch_norm as torch_batch_invariant
 from fusewire.custom_ops.providers.batch_invariant import triton_norm
-from fusewire.custom_ops.providers.batch_invariant.triton_norm import reduction_tree, rms_norm_batch_invariant
+from fusewire.custom_ops.providers.batch_invariant.triton_norm import chunk_of, rms_norm_batch_invariant
 from fusewire.errors import ArgumentError, NoProviderError
 from fusewire.fusion_passes.config import BATCH_INVARIANT_VARIABLE, PassConfig
 
@@ -128,15 +128,12 @@ def test_threads_do_not_matter() -> None:
     assert same_bits((results[0],) * 2, (results[1], results[2]))
 
 
-def _tree_by_hand(squares: np.ndarray[Any, np.dtype[np.float32]], tile: int, lanes: int) -> np.float32:
+def _tree_by_hand(squares: np.ndarray[Any, np.dtype[np.float32]], size: int) -> np.float32:
     """The documented tree, one addition at a time."""
     total = np.float32(0)
-    for start in range(0, len(squares), tile):
-        part = list(squares[start : start + tile])
-        part += [np.float32(0)] * (tile - len(part))
-        while len(part) > lanes:
-            half = len(part) // 2
-            part = [part[i] + part[half + i] for i in range(half)]
+    for start in range(0, len(squares), size):
+        part = list(squares[start : start + size])
+        part += [np.float32(0)] * (size - len(part))
         while len(part) > 1:
             part = [part[2 * i] + part[2 * i + 1] for i in range(len(part) // 2)]
         total = total + part[0]
@@ -148,7 +145,7 @@ def test_sum_of_squares_follows_the_tree(hidden: int) -> None:
     """Addition by addition, in fp32."""
     x = rows(2, hidden, torch.float32, "spread", hidden)
     squares = np.square(x.numpy())
-    want = [_tree_by_hand(row, *reduction_tree(hidden)) for row in squares]
+    want = [_tree_by_hand(row, chunk_of(hidden)) for row in squares]
     assert torch_batch_invariant.sum_of_squares(x).flatten().tolist() == want
 
 
@@ -168,14 +165,12 @@ def test_no_operation_reduces() -> None:
 
 
 def test_tree_is_a_function_of_the_hidden_size() -> None:
-    """Powers of two, no wider than one tile, and the whole plan has no other argument."""
+    """Chunks of a power of two, one if the row fits, and the whole plan has no other argument."""
     for hidden in (1, 3, 64, 1024, 1025, 8192, 16384, 16385, 10**6):
-        tile, lanes = reduction_tree(hidden)
-        assert tile & (tile - 1) == 0
-        assert lanes & (lanes - 1) == 0
-        assert min(hidden, 16384) <= tile <= 16384
-        assert lanes <= tile
-        assert triton_norm._plan(hidden).rows * tile >= 1024
+        size = chunk_of(hidden)
+        assert size & (size - 1) == 0
+        assert min(hidden, 16384) <= size <= 16384
+        assert triton_norm._plan(hidden).rows * size >= 1024
 
 
 def test_inverse_square_root_is_correctly_rounded() -> None:

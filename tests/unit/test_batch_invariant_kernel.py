@@ -129,7 +129,6 @@ def compiled(case: Case, aligned: bool = True) -> str:
         **dict.fromkeys(name for name, dtype in pointers.items() if dtype is None),
         "HIDDEN": case.hidden,
         "TILE": plan.tile,
-        "LANES": plan.lanes,
         "ROWS": plan.rows,
         "STRIDE_UNIT": 8 if aligned else 1,
         "ADD_BIAS": bool(case.weight_bias),

@@ -2,7 +2,7 @@
 
 Libraries choose how to split a reduction by the shape of the whole batch. Here the sum of squares
 is a fixed tree of elementwise additions that depends only on the hidden size
-(`triton_norm.reduction_tree`), so a row's result does not depend on the other rows. For bf16, fp16
+(`triton_norm.chunk_of`), so a row's result does not depend on the other rows. For bf16, fp16
 and fp32 every operation is correctly rounded (+, *, 1/x, sqrt, conversions). So results are equal
 on every device and to the Triton kernel's, bit for bit (except a NaN's sign and payload).
 """
@@ -22,7 +22,7 @@ from fusewire.custom_ops.ops.norms import (
     scale_and_round,
 )
 from fusewire.custom_ops.ops.registry import Support
-from fusewire.custom_ops.providers.batch_invariant.triton_norm import reduction_tree
+from fusewire.custom_ops.providers.batch_invariant.triton_norm import chunk_of
 
 PROVIDER = TORCH_NORM
 
@@ -30,14 +30,11 @@ PROVIDER = TORCH_NORM
 def sum_of_squares(wide: Tensor) -> Tensor:
     """Return the sum of squares over the last dimension (kept, size 1) in wide's dtype."""
     hidden = wide.shape[-1]
-    tree = reduction_tree(hidden)
+    size = chunk_of(hidden)
     total = wide.new_zeros((*wide.shape[:-1], 1))
-    for start in range(0, hidden, tree.tile):
-        chunk = wide[..., start : start + tree.tile]
-        part = pad(chunk * chunk, (0, tree.tile - chunk.shape[-1]))
-        while part.shape[-1] > tree.lanes:
-            half = part.shape[-1] // 2
-            part = part[..., :half] + part[..., half:]
+    for start in range(0, hidden, size):
+        chunk = wide[..., start : start + size]
+        part = pad(chunk * chunk, (0, size - chunk.shape[-1]))
         while part.shape[-1] > 1:
             part = part[..., 0::2] + part[..., 1::2]
         total = total + part

@@ -1,10 +1,10 @@
 """Batch-invariant RMSNorm and add + RMSNorm on GPUs: one Triton kernel for both.
 
-The kernel spells out the sum of squares as a fixed tree of additions (`reduction_tree`), because
-the order of a compiler's reduction follows the data layout. A row's bits therefore depend on the
-row alone: not on other rows, alignment, number of warps, residual dtype or Triton version. Fused
+The kernel spells out the sum of squares as a fixed tree of additions (`chunk_of`), because the
+order of a compiler's reduction follows the data layout. A row's bits therefore depend on the row
+alone: not on other rows, alignment, number of warps, residual dtype or Triton version. Fused
 multiply-adds are off for the same reason. The tree is cheap: its first levels are within a thread,
-the next within a warp, and the last cross the warps once.
+the next within a warp, and the last go through shared memory once.
 
 Triton is imported at the first use.
 """
@@ -34,47 +34,34 @@ PROVIDER = TRITON_NORM
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
 COMPILE_OPTIONS = {"enable_fp_fusion": False}
-_MAX_TILE = 16384
-_LANES_PER_WARP = 256  # 32 threads times the 8 values of a 16-byte access
+_MAX_CHUNK = 16384
+_WARPS = {8192: 8, 16384: 8}  # by tile; 4 for smaller ones
 _TILE_PER_PROGRAM = 1024  # a program takes several narrower rows and reduces each separately
 _LOCK = threading.Lock()
 tl: Any = None  # triton.language, once `kernel` was called
 
 
-class ReductionTree(NamedTuple):
-    """The order in which a row's squares are summed.
+def chunk_of(hidden: int) -> int:
+    """Return the values of a chunk, the unit in which squares of rows of `hidden` values are summed.
 
-    A row is cut into chunks of `tile`, the last padded with zeros. In a chunk the upper half is
-    added to the lower half until `lanes` values are left; then neighbours are added pair by pair.
-    Chunks are added from left to right.
+    A row is cut into chunks, the last padded with zeros. In a chunk neighbours are added pair by
+    pair until one value is left; chunks are added from left to right. The kernels of `symm_mem` add
+    in this order too.
     """
-
-    tile: int
-    lanes: int
+    return min(1 << max(hidden - 1, 0).bit_length(), _MAX_CHUNK)
 
 
-def reduction_tree(hidden: int) -> ReductionTree:
-    """Return the tree for rows of `hidden` values; it depends on nothing else."""
-    tile = min(1 << max(hidden - 1, 0).bit_length(), _MAX_TILE)
-    warps = 8 if tile >= 8192 else 4
-    return ReductionTree(tile, min(tile, warps * _LANES_PER_WARP))
-
-
-def _tree_sum(
-    v: tl.tensor, ROWS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, GATHER: tl.constexpr
-) -> tl.tensor:
+def _tree_sum(v: tl.tensor, ROWS: tl.constexpr, WIDTH: tl.constexpr, GATHER: tl.constexpr) -> tl.tensor:
     # Only sums of two elements: no data layout can change their order.
-    if WIDTH > LANES:
-        halves = tl.sum(tl.reshape(v, (ROWS, 2, WIDTH // 2)), axis=1)
-        v = _tree_sum(halves, ROWS, WIDTH // 2, LANES, GATHER)
-    elif (WIDTH > 1) & (WIDTH <= GATHER):
-        # The remaining values are in different warps. `split` needs both operands in one thread, so
-        # all these levels together cost one trip through shared memory instead of one each.
+    if (WIDTH > 1) & (WIDTH <= GATHER):
+        # The remaining values are in different warps or far apart in a thread. `split` needs both
+        # operands in one thread, so all these levels together cost one trip through shared memory
+        # instead of one each.
         left, right = tl.split(tl.reshape(v, (ROWS, WIDTH // 2, 2)))
-        v = _tree_sum(left + right, ROWS, WIDTH // 2, LANES, GATHER)
+        v = _tree_sum(left + right, ROWS, WIDTH // 2, GATHER)
     elif WIDTH > 1:
         pairs = tl.sum(tl.reshape(v, (ROWS, WIDTH // 2, 2)), axis=2)
-        v = _tree_sum(pairs, ROWS, WIDTH // 2, LANES, GATHER)
+        v = _tree_sum(pairs, ROWS, WIDTH // 2, GATHER)
     return v
 
 
@@ -123,7 +110,6 @@ def _rms_norm_rows(
     weight_bias: tl.tensor,
     HIDDEN: tl.constexpr,
     TILE: tl.constexpr,
-    LANES: tl.constexpr,
     ROWS: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     ADD_BIAS: tl.constexpr,
@@ -137,8 +123,8 @@ def _rms_norm_rows(
     if residual_ptr is not None:
         residual_ptr += row * (residual_stride * STRIDE_UNIT)
         summed_ptr += row * HIDDEN
-    # One value per 512 bytes of lanes, which is what a warp reads with 16-byte accesses.
-    GATHER: tl.constexpr = LANES * x_ptr.dtype.element_ty.primitive_bitwidth // 4096
+    # One value per 512 bytes, which is what a warp reads with 16-byte accesses.
+    GATHER: tl.constexpr = TILE * x_ptr.dtype.element_ty.primitive_bitwidth // 4096
     in_batch = row < n_rows
     total = tl.zeros((ROWS, 1), tl.float32)
     dtype = x_ptr.dtype.element_ty
@@ -151,7 +137,7 @@ def _rms_norm_rows(
         if summed_ptr is not None:
             tl.store(summed_ptr + at, value.to(dtype), mask=mask)
         wide = value.to(tl.float32)
-        total = total + _tree_sum(wide * wide, ROWS, TILE, LANES, GATHER)
+        total = total + _tree_sum(wide * wide, ROWS, TILE, GATHER)
     # Correctly rounded, unlike rsqrt, so that the PyTorch provider gets the same bits.
     rstd = tl.div_rn(1.0, tl.sqrt_rn(total * (1.0 / HIDDEN) + eps))
     for start in range(0, HIDDEN, TILE):
@@ -186,7 +172,6 @@ def kernel() -> Any:
 
 class _Plan(NamedTuple):
     tile: int
-    lanes: int
     rows: int
     warps: int
 
@@ -194,8 +179,8 @@ class _Plan(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _plan(hidden: int) -> _Plan:
     """Return the kernel's tiling, which depends only on the hidden size (not on the rows)."""
-    tile, lanes = reduction_tree(hidden)
-    return _Plan(tile, lanes, max(1, _TILE_PER_PROGRAM // tile), max(4, lanes // _LANES_PER_WARP))
+    tile = chunk_of(hidden)
+    return _Plan(tile, max(1, _TILE_PER_PROGRAM // tile), _WARPS.get(tile, 4))
 
 
 @functools.cache
@@ -259,7 +244,7 @@ def _launch(
     plan = _plan(hidden)
     arguments = (x, residual, weight, norm, summed, x_stride // unit, residual_stride // unit, n_rows)
     options = (
-        *(hidden, plan.tile, plan.lanes, plan.rows, unit),
+        *(hidden, plan.tile, plan.rows, unit),
         *(weight is not None and weight_bias != 0, weight is not None and rounds_first(form)),
         residual is not None and keeps_wide_sum(form, x.dtype),
     )

@@ -42,6 +42,19 @@ class InnerNorm:
     weight_bias: float
     form: str
 
+    @property
+    def bias(self) -> float:
+        """What kernels add to the weight; adding -0.0 keeps a weight of -0.0."""
+        return float(self.weight_bias) or -0.0
+
+
+class Norms(NamedTuple):
+    """A call's norm, its inner norm or None, and whether both are batch-invariant."""
+
+    norm: InnerNorm
+    inner: InnerNorm | None
+    batch_invariant: bool
+
 
 @dataclass(frozen=True)
 class Quantization:

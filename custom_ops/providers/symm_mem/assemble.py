@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fusewire.custom_ops.ops.norms import keeps_wide_sum, rounds_first
-from fusewire.custom_ops.providers.symm_mem.arguments import KINDS, InnerNorm, QuantTensors, weight_for
+from fusewire.custom_ops.providers.symm_mem.arguments import KINDS, Norms, QuantTensors, weight_for
 from fusewire.custom_ops.providers.symm_mem.launch_config import KernelTensors, Launch, LaunchConfig
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
 
@@ -20,12 +20,11 @@ class Call(NamedTuple):
 
     Attributes:
         tensors: x, the residual, and the memory for the norm and the residual.
-        norms: the norm and the inner norm.
         quant: how the norm is quantised, and the memory for that.
     """
 
     tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-    norms: tuple[InnerNorm, InnerNorm | None]
+    norms: Norms
     quant: QuantTensors | None
 
 
@@ -47,15 +46,16 @@ def assemble(
         tiles: the compile-time constants that belong to one kernel.
         outputs: the output buffers of the first three results.
     """
-    (x, residual, norm_out, residual_out), (norm, inner), quant = call
+    (x, residual, norm_out, residual_out), (norm, inner, batch_invariant), quant = call
     weight, inner_weight = weight_for(norm.weight), weight_for(inner.weight if inner else None)
     # Floats, because Triton derives the types of these two from their values.
-    inner_numbers = (None, None) if inner is None else (float(inner.eps), float(inner.weight_bias))
+    inner_numbers = (None, None) if inner is None else (float(inner.eps), inner.bias)
     constants = (
         *(ws.world_size, ws.hidden, KINDS[ws.dtype], _kind(weight)),
         *(residual is not None, residual_out is not None),
         *(inner is not None, _kind(inner_weight), inner is not None and rounds_first(inner.form)),
         *(rounds_first(norm.form), residual is not None and keeps_wide_sum(norm.form, ws.dtype)),
+        batch_invariant,
         *(norm_out is not None, "" if quant is None else quant.quant),
     )
     results = 2 if quant is None else 4
@@ -63,8 +63,9 @@ def assemble(
         kernel,
         config,
         KernelTensors(ws.ctl, x, residual, weight, inner_weight, norm_out, residual_out, *(quant or ("",))[1:]),
-        (*numbers, norm.eps, norm.weight_bias, *inner_numbers, quant_at if quant else None, *constants, *tiles),
+        (*numbers, norm.eps, norm.bias, *inner_numbers, quant_at if quant else None, *constants, *tiles),
         (*outputs, None)[:results],
+        batch_invariant,
     )
 
 

@@ -89,6 +89,7 @@ class Launch:
         tensors: the kernel's first arguments.
         arguments: the other arguments: numbers, then compile-time constants.
         outputs: the output buffers of the results; None for other memory.
+        batch_invariant: whether a row's bits depend on that row alone.
     """
 
     kernel: str
@@ -96,15 +97,17 @@ class Launch:
     tensors: KernelTensors
     arguments: tuple[Any, ...]
     outputs: tuple[int | None, ...] = (None, None)
+    batch_invariant: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """The options that Triton compiles the kernel with.
 
         In fp16, LLVM would fuse a product that is rounded to fp16 (an inner norm's) with the
-        residual add after it, and so drop the rounding.
+        residual add after it, and so drop the rounding. Batch-invariant kernels must round alike.
         """
-        return {**self.config.options, "enable_fp_fusion": self.tensors.x.dtype != torch.float16}
+        fuses = self.tensors.x.dtype != torch.float16 and not self.batch_invariant
+        return {**self.config.options, "enable_fp_fusion": fuses}
 
     @property
     def results(self) -> tuple[Tensor | None, ...]:

@@ -39,6 +39,7 @@ from fusewire.custom_ops.ops.quantization import FP8
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem.arguments import (
     InnerNorm,
+    Norms,
     Quantization,
     check_call,
     check_inner,
@@ -99,6 +100,7 @@ def one_shot_launch(
     need_residual: bool = True,
     inner: InnerNorm | None = None,
     quantization: Quantization | None = None,
+    batch_invariant: bool = False,
     config: LaunchConfig | None = None,
 ) -> Launch:
     """Return the launch of a one-shot, which sends (R - 1) T H numbers from each rank in one hop.
@@ -116,6 +118,8 @@ def one_shot_launch(
         need_residual: False does not write r; the second result is then None.
         inner: an RMSNorm of s before the residual add; needs a residual.
         quantization: quantise the norm to FP8 too; with_norm False then writes no norm.
+        batch_invariant: add squares in an order that depends on the hidden size alone, with the
+            arithmetic of the batch-invariant norms. Equal on all ranks.
         config: equal on all ranks; by default `launch_config_one_shot`. For tests and sweeps.
 
     Returns:
@@ -136,7 +140,7 @@ def one_shot_launch(
     source = layout.one_shot_tokens * layout.row_bytes
     call = Call(
         (rows, residual, norm_out, residual_out),
-        (InnerNorm(weight, eps, weight_bias, form), inner),
+        Norms(InnerNorm(weight, eps, weight_bias, form), inner, batch_invariant),
         quant_tensors(quantization, x),
     )
     if not tokens:
@@ -161,6 +165,7 @@ def two_shot_launch(
     need_residual: bool = True,
     inner: InnerNorm | None = None,
     quantization: Quantization | None = None,
+    batch_invariant: bool = False,
     protocol: str | None = None,
     output: int | None = None,
     config: LaunchConfig | None = None,
@@ -186,7 +191,7 @@ def two_shot_launch(
         residual_out = output_like(ws.output(output, tokens).view(x.shape), x, x, "the output buffer")
     else:
         residual_out = output_like(residual_out, x, x, "residual_out") if need_residual else None
-    norms = (InnerNorm(weight, eps, weight_bias, form), inner)
+    norms = Norms(InnerNorm(weight, eps, weight_bias, form), inner, batch_invariant)
     call = Call((rows, residual, norm_out, residual_out), norms, quant_tensors(quantization, x))
     return _two_shot(ws, tokens, call, True, protocol, (None, output, None), config)
 
@@ -205,6 +210,7 @@ def two_shot_sharded_launch(
     need_residual: bool = True,
     inner: InnerNorm | None = None,
     quantization: Quantization | None = None,
+    batch_invariant: bool = False,
     protocol: str | None = None,
     output: int | None = None,
     config: LaunchConfig | None = None,
@@ -246,7 +252,7 @@ def two_shot_sharded_launch(
     elif output is not None:
         norm_out = ws.output(output, tokens).view(x.shape)
     norm_out = _norm_out(norm_out, x, quantization)
-    norms = (InnerNorm(weight, eps, weight_bias, form), inner)
+    norms = Norms(InnerNorm(weight, eps, weight_bias, form), inner, batch_invariant)
     call = Call((rows, residual, norm_out, residual_out), norms, quant_tensors(quantization, x, quantized_out))
     return _two_shot(ws, tokens, call, False, protocol, outputs, config)
 

@@ -13,8 +13,8 @@ bits:
   results can be written into the output itself: highest throughput for many tokens.
 
 `memory` has the memory accesses, `counters` those of the control block, `rows` the arithmetic on
-packets, `quantize` that of FP8 results, `packets` shared functions, and `peer_copy` a plain copy
-that measures the links.
+packets, `pairs` batch-invariant sums, `quantize` FP8 results, `packets` shared functions, and
+`peer_copy` a plain copy that measures the links.
 
 **Arguments.** All kernels take, in this order: `ctl` (the control block, int64 words, see
 `layout`), `x`, `residual`, `weight`, `inner_weight`, `norm_out`, `residual_out` (addresses,
@@ -32,9 +32,17 @@ what a quantisation exchanges, or None), then constants:
     ROUND_FIRST            whether the norm is rounded before it is multiplied by the weight
     WIDE_SUM               whether the norm reads the sum with the residual before it is rounded;
                            for 16-bit dtypes and with a residual only
+    BATCH_INVARIANT        whether a row's bits depend on that row and the hidden size alone
     WRITE_NORM             whether norm_out is written
     QUANT                  the text of the QuantSpec by which the norm is quantised to FP8, or ""
     SLICES, BLOCK, UNROLL, THREADS          as in `launch_config.LaunchConfig`
+
+**Batch-invariant.** The sums over ranks are in rank order whatever the launch. The sum of a row's
+squares is not: it depends on BLOCK, SLICES and THREADS, which depend on the number of tokens. With
+BATCH_INVARIANT it is one tree for all launches, that of the batch-invariant norms
+(`fusewire.custom_ops.providers.batch_invariant.triton_norm.chunk_of`): neighbours are added until
+one value is left, in a packet, in a warp, in a block, then over slices, each of which is a subtree.
+1 / rms and the scaling round as those norms do, and nothing is fused to a multiply-add.
 
 INNER does not change what is sent. Blocks that share a row then exchange two sums of squares, each
 in its own word.

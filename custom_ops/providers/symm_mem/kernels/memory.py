@@ -39,6 +39,7 @@ import triton.language as tl
 
 from fusewire.custom_ops._triton_private import compute_cache_keys
 from fusewire.custom_ops.providers.symm_mem import layout
+from fusewire.custom_ops.providers.symm_mem.kernels.pairs import join_registers
 
 CTL_ONE_SHOT = tl.constexpr(layout.CTL_ONE_SHOT)
 CTL_DATA = tl.constexpr(layout.CTL_DATA)
@@ -135,27 +136,29 @@ def _slow_path(ctl: str, code: str, late: bool, blame: list[str], check: tuple[s
 
 
 @triton.constexpr_function
-def _poll_asm(packets: int, rows: int, words: int, step: int, late: bool, largest: bool = False) -> str:
+def _poll_asm(packets: int, rows: int, words: int, step: int, late: bool, join: str = "sum") -> str:
     """Return PTX that loads packets and rows of tagged words until all have arrived.
 
     A packet has arrived when no word is the sentinel, a tagged word when it has the tag. Operands:
-    out, 4 words per packet and a sum (or the `largest` bits) per row; in, the packets' addresses,
-    the rows' addresses, tag (only with rows), control block, code, rank.
+    out, 4 words per packet and a row's values joined; in, the packets' and the rows' addresses, tag
+    (only with rows), control block, code, rank.
     """
     sums, at = 4 * packets, 4 * packets + rows
-    join = "max.u32" if largest else "add.rn.f32"
     tag, ctl, code, rank = (f"${at + packets + rows + k - (rows == 0)}" for k in range(4))
-    body, blame = [".reg .b32 f, g, k;", ".reg .b64 v;", "again:", "mov.b32 k, 0;"], [f"mov.b32 s, {rank};"]
+    values = [f"f{s}" for s in range(max(words, 1))]
+    body, blame = [f".reg .b32 {', '.join(values)}, g, k;", ".reg .b64 v;"], [f"mov.b32 s, {rank};"]
+    body += ["again:", "mov.b32 k, 0;"]
     for j in range(packets):
         to = ", ".join(f"${4 * j + k}" for k in range(4))
         body.append(f"ld.relaxed.sys.global.v4.b32 {{{to}}}, [${at + j}];")
-    for j, s in [(j, s) for j in range(rows) for s in range(words)]:
-        to, row = f"${sums + j}", f"[${at + packets + j}+{8 * s}]"
-        if s % 2 == 0:  # one load reads two words
-            load = f"v2.b64 {{u, v}}, {row}" if s + 1 < words else f"b64 u, {row}"
-            body.append(f"ld.relaxed.sys.global.{load};")
-        body += [f"mov.b64 {{{'f' if s else to}, g}}, {'v' if s % 2 else 'u'};", f"xor.b32 g, g, {tag};"]
-        body += ["or.b32 k, k, g;", *([f"{join} {to}, {to}, f;"] if s else [])]
+    for j in range(rows):
+        for s in range(words):
+            row = f"[${at + packets + j}+{8 * s}]"
+            if s % 2 == 0:  # one load reads two words
+                load = f"v2.b64 {{u, v}}, {row}" if s + 1 < words else f"b64 u, {row}"
+                body.append(f"ld.relaxed.sys.global.{load};")
+            body += [f"mov.b64 {{f{s}, g}}, {'v' if s % 2 else 'u'};", f"xor.b32 g, g, {tag};", "or.b32 k, k, g;"]
+        body += [*join_registers(words, join), f"mov.b32 ${sums + j}, f0;"]
     if packets:
         body += [*_max_of(0, 4 * packets), "setp.eq.u32 p, m, 0xffffffff;", "@p mov.b32 k, 1;"]
     for j in reversed(range(packets if step else 0)):
@@ -334,15 +337,15 @@ def poll_sums(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     LATE: tl.constexpr,
-    LARGEST: tl.constexpr = False,
+    JOIN: tl.constexpr = "sum",
 ) -> tl.tuple:
     """Wait for packets, and for rows of WORDS tagged words, in one loop.
 
-    Returns the packets' words, then the bits of each row's sum of values, or with LARGEST the
-    largest of their bits; NaN if the wait gave up.
+    Returns the packets' words, then the bits of each row's values joined (`pairs.join_registers`);
+    NaN if the wait gave up.
     """
     return tl.inline_asm_elementwise(
-        _poll_asm(PACKETS, ROWS, WORDS, 0, LATE, LARGEST),
+        _poll_asm(PACKETS, ROWS, WORDS, 0, LATE, JOIN),
         _constraints(4 * PACKETS + ROWS, PACKETS + ROWS, "r,l,r,r"),
         packets + rows + (tag, ctl, code, rank),
         dtype=_int32s(4 * PACKETS + ROWS),

@@ -93,6 +93,7 @@ def one_shot_kernel(
     INNER_ROUND_FIRST: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     WIDE_SUM: tl.constexpr,
+    BATCH_INVARIANT: tl.constexpr,
     WRITE_NORM: tl.constexpr,
     QUANT: tl.constexpr,
     SLICES: tl.constexpr,
@@ -115,7 +116,9 @@ def one_shot_kernel(
         quant_at: byte offset of the tagged words with slices' largest values, a line per row.
     """
     PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
-    SLICE: tl.constexpr = slice_packets(QUANT, HIDDEN, PACKETS, SLICES)
+    # BATCH_INVARIANT: whole blocks, which are subtrees of the row; the last may have no packets.
+    SLICE: tl.constexpr = BLOCK if BATCH_INVARIANT else slice_packets(QUANT, HIDDEN, PACKETS, SLICES)
+    USED: tl.constexpr = (PACKETS + SLICE - 1) // SLICE
     NUMBERS: tl.constexpr = HIDDEN // PACKETS
     LANES: tl.constexpr = packets_per_scale(QUANT, HIDDEN, PACKETS)
     lane = tl.arange(0, BLOCK)
@@ -159,19 +162,19 @@ def one_shot_kernel(
         addend = sum_ranks(sources, mine, rank, WORLD, KIND)
         if INNER:
             inner_at = own + slices_at + tl.cast(row, tl.int64) * CACHE_LINE_BYTES + CACHE_LINE_BYTES // 2
-            squares = squares_of(addend, mask, KIND, False)
-            squares = slices_sum(squares, inner_at, part, call, ctl_at, rank, lane, SLICES)
-            inner_rstd = reciprocal_rms(squares, inner_eps, HIDDEN)
+            squares = squares_of(addend, mask, KIND, False, BATCH_INVARIANT)
+            squares = slices_sum(squares, inner_at, part, call, ctl_at, rank, lane, USED, BATCH_INVARIANT)
+            inner_rstd = reciprocal_rms(squares, inner_eps, HIDDEN, BATCH_INVARIANT)
             addend = normalized(
                 addend, inner_rstd, inner_scale, inner_bias, KIND, INNER_WKIND, INNER_ROUND_FIRST, False
             )
         total = added(addend, add, KIND, WIDE_SUM) if HAS_RESIDUAL else addend
-        squares = tl.sum(sum_of_squares(total, KIND, WIDE_SUM), axis=0)
-        if INNER:
-            squares = squares_of(total, mask, KIND, WIDE_SUM)
+        squares = tl.sum(sum_of_squares(total, KIND, WIDE_SUM, False), axis=0)
+        if INNER or BATCH_INVARIANT:
+            squares = squares_of(total, mask, KIND, WIDE_SUM, BATCH_INVARIANT)
         exchange = own + slices_at + tl.cast(row, tl.int64) * CACHE_LINE_BYTES
-        squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, SLICES)
-        rstd = reciprocal_rms(squares, eps, HIDDEN)
+        squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, USED, BATCH_INVARIANT)
+        rstd = reciprocal_rms(squares, eps, HIDDEN, BATCH_INVARIANT)
         norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST, WIDE_SUM)
         if WRITE_NORM:
             store16(norm_out.to(tl.int64) + at, norm, mask, False)

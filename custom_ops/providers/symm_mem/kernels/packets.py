@@ -21,6 +21,7 @@ from fusewire.custom_ops.providers.symm_mem.kernels.memory import (
     put_tagged,
     store16,
 )
+from fusewire.custom_ops.providers.symm_mem.kernels.pairs import add_pairs
 from fusewire.custom_ops.providers.symm_mem.kernels.rows import (
     high,
     load_weight,
@@ -145,9 +146,15 @@ def sum_ranks(
 
 
 @triton.jit
-def squares_of(words: tl.tuple, mask: tl.tensor, KIND: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
-    """Return the sum of squares of a block's numbers where mask (fp32)."""
-    return tl.sum(tl.where(mask, sum_of_squares(words, KIND, WIDE), 0.0), axis=0)
+def squares_of(
+    words: tl.tuple, mask: tl.tensor, KIND: tl.constexpr, WIDE: tl.constexpr, BATCH_INVARIANT: tl.constexpr
+) -> tl.tensor:
+    """Return the sum of squares of a block's numbers where mask (fp32).
+
+    A scalar; BATCH_INVARIANT: by `add_pairs`, so a tensor of equal values.
+    """
+    squares = tl.where(mask, sum_of_squares(words, KIND, WIDE, BATCH_INVARIANT), 0.0)
+    return add_pairs(squares, mask.shape[0]) if BATCH_INVARIANT else tl.sum(squares, axis=0)
 
 
 @triton.jit
@@ -159,15 +166,18 @@ def slices_sum(
     ctl: tl.tensor,
     rank: tl.tensor,
     lane: tl.tensor,
-    SLICES: tl.constexpr,
+    USED: tl.constexpr,
+    BATCH_INVARIANT: tl.constexpr,
 ) -> tl.tensor:
-    """Sum an fp32 value over the blocks that share a row, in slice order.
+    """Sum an fp32 value over the USED blocks with packets of a row, in slice order.
 
-    The blocks exchange tagged words at `at` in this GPU's memory; `part` is this block's slice.
+    BATCH_INVARIANT: neighbouring slices are added until one value is left. The blocks exchange
+    tagged words at `at` in this GPU's memory; `part` is this block's slice.
     """
-    if SLICES > 1:
+    if USED > 1:
+        JOIN: tl.constexpr = "pairs" if BATCH_INVARIANT else "sum"
         put_tagged(at + part * 8, value, tag_of(call), lane == 0)
-        value = poll_sums((), (at,), tag_of(call), ctl, WAIT_SLICE, rank, 0, 1, SLICES, True)[0].to(
+        value = poll_sums((), (at,), tag_of(call), ctl, WAIT_SLICE, rank, 0, 1, USED, True, JOIN)[0].to(
             tl.float32, bitcast=True
         )
     return value

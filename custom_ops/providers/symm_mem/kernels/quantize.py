@@ -256,7 +256,7 @@ def slices_largest(
     """Return the largest bits of the blocks that share a row, as `packets.slices_sum` sums."""
     if SLICES > 1:
         put_tagged(at + part * 8, bits.to(tl.float32, bitcast=True), tag_of(call), lane == 0)
-        bits = poll_sums((), (at,), tag_of(call), ctl, WAIT_SLICE, rank, 0, 1, SLICES, True, True)[0]
+        bits = poll_sums((), (at,), tag_of(call), ctl, WAIT_SLICE, rank, 0, 1, SLICES, True, "largest")[0]
     return bits
 
 

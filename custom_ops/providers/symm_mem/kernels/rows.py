@@ -105,14 +105,26 @@ def added(words: tl.tuple, residual: tl.tuple, KIND: tl.constexpr, WIDE: tl.cons
 
 
 @triton.jit
-def sum_of_squares(words: tl.tuple, KIND: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
-    """Return the sum of squares of a packet's numbers, in fp32, one value per packet."""
-    total = low_of(words, 0, KIND, WIDE) * low_of(words, 0, KIND, WIDE)
-    for k in tl.static_range(1, 4):
-        total += low_of(words, k, KIND, WIDE) * low_of(words, k, KIND, WIDE)
-    if KIND != FP32:
+def sum_of_squares(words: tl.tuple, KIND: tl.constexpr, WIDE: tl.constexpr, BATCH_INVARIANT: tl.constexpr) -> tl.tensor:
+    """Return the sum of squares of a packet's numbers, in fp32, one value per packet.
+
+    BATCH_INVARIANT: neighbours are added until one value is left.
+    """
+    if BATCH_INVARIANT:
+        pairs = ()
         for k in tl.static_range(4):
-            total += high_of(words, k, KIND, WIDE) * high_of(words, k, KIND, WIDE)
+            square = low_of(words, k, KIND, WIDE) * low_of(words, k, KIND, WIDE)
+            if KIND != FP32:
+                square += high_of(words, k, KIND, WIDE) * high_of(words, k, KIND, WIDE)
+            pairs = pairs + (square,)
+        total = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
+    else:
+        total = low_of(words, 0, KIND, WIDE) * low_of(words, 0, KIND, WIDE)
+        for k in tl.static_range(1, 4):
+            total += low_of(words, k, KIND, WIDE) * low_of(words, k, KIND, WIDE)
+        if KIND != FP32:
+            for k in tl.static_range(4):
+                total += high_of(words, k, KIND, WIDE) * high_of(words, k, KIND, WIDE)
     return total
 
 
@@ -194,9 +206,18 @@ def normalized(
 
 
 @triton.jit
-def reciprocal_rms(sum_squares: tl.tensor, eps: tl.tensor, HIDDEN: tl.constexpr) -> tl.tensor:
-    """Return 1 / sqrt(mean of squares + eps)."""
-    return tl.math.rsqrt(sum_squares / HIDDEN + eps)
+def reciprocal_rms(
+    sum_squares: tl.tensor, eps: tl.tensor, HIDDEN: tl.constexpr, BATCH_INVARIANT: tl.constexpr
+) -> tl.tensor:
+    """Return 1 / sqrt(mean of squares + eps).
+
+    BATCH_INVARIANT: each step correctly rounded, as in the batch-invariant norms.
+    """
+    if BATCH_INVARIANT:
+        value = tl.div_rn(1.0, tl.sqrt_rn(sum_squares * (1.0 / HIDDEN) + eps))
+    else:
+        value = tl.math.rsqrt(sum_squares / HIDDEN + eps)
+    return value
 
 
 compute_cache_keys(globals())

@@ -68,6 +68,15 @@ def _load_tile(
     return load16(x.to(tl.int64) + at, q < rows_of(owner, tokens, shard) * PACKETS, False)
 
 
+@triton.jit
+def _speaks(lane: tl.tensor, part: tl.tensor, USED: tl.constexpr, SLICES: tl.constexpr) -> tl.tensor:
+    """Return which lane sends a slice's squares: the first, and none of a slice without packets.
+
+    Such a slice has waited for no peer, and a peer may still read the words of an earlier call.
+    """
+    return lane == 0 if USED == SLICES else (lane == 0) & (part < USED)
+
+
 @triton.jit(do_not_specialize=INTS, do_not_specialize_on_alignment=("quant_scale",))
 def two_shot_data_kernel(
     ctl: tl.tensor,
@@ -105,6 +114,7 @@ def two_shot_data_kernel(
     INNER_ROUND_FIRST: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     WIDE_SUM: tl.constexpr,
+    BATCH_INVARIANT: tl.constexpr,
     WRITE_NORM: tl.constexpr,
     QUANT: tl.constexpr,
     REPLICATE_RESIDUAL: tl.constexpr,
@@ -133,15 +143,19 @@ def two_shot_data_kernel(
     """
     tl.static_assert(QUANT == "", "two_shot_data does not quantise")
     PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
-    SLICE: tl.constexpr = (PACKETS + SLICES - 1) // SLICES
+    # BATCH_INVARIANT: whole blocks, which are subtrees of the row; the last may have no packets.
+    SLICE: tl.constexpr = BLOCK if BATCH_INVARIANT else (PACKETS + SLICES - 1) // SLICES
+    USED: tl.constexpr = (PACKETS + SLICE - 1) // SLICE
     ROW: tl.constexpr = PACKETS * 16
     TILE: tl.constexpr = THREADS * UNROLL
-    # Words with squares that a thread reads per row: one per slice while those are few, else one
-    # sum. With one per slice, the owner pushes rows without waiting for its other slices. With
-    # WIDE_SUM, rows can be normalised elsewhere only where the whole residual is.
+    # With few slices the owner pushes rows without waiting for its other slices, and a thread reads
+    # one word with squares per slice; else one word, the sum (BATCH_INVARIANT: 1 / rms, for whose
+    # exact division registers are lacking sooner). With WIDE_SUM, rows can be normalised elsewhere
+    # only where the whole residual is.
     ELSEWHERE: tl.constexpr = REPLICATE_RESIDUAL or not WIDE_SUM
-    SQUARES_PER_ROW: tl.constexpr = SLICES if ELSEWHERE and SLICES * UNROLL <= 16 else 1
-    SEND_UNNORMALIZED: tl.constexpr = REPLICATE_RESIDUAL or SQUARES_PER_ROW > 1
+    FEW: tl.constexpr = ELSEWHERE and USED > 1 and USED * UNROLL <= 16
+    SQUARES_PER_ROW: tl.constexpr = USED if FEW and not (BATCH_INVARIANT and USED * UNROLL > 8) else 1
+    SEND_UNNORMALIZED: tl.constexpr = REPLICATE_RESIDUAL or FEW
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     # Push partial rows to their owners: a flat copy to all peers at once, one tile ahead.
@@ -193,9 +207,9 @@ def two_shot_data_kernel(
         addend = sum_ranks(sources, mine, rank, WORLD, KIND)
         if INNER:
             inner_at = own + slices_at + tl.cast(i, tl.int64) * CACHE_LINE_BYTES + CACHE_LINE_BYTES // 2
-            squares = squares_of(addend, mask, KIND, False)
-            squares = slices_sum(squares, inner_at, part, call, ctl_at, rank, lane, SLICES)
-            inner_rstd = reciprocal_rms(squares, inner_eps, HIDDEN)
+            squares = squares_of(addend, mask, KIND, False, BATCH_INVARIANT)
+            squares = slices_sum(squares, inner_at, part, call, ctl_at, rank, lane, USED, BATCH_INVARIANT)
+            inner_rstd = reciprocal_rms(squares, inner_eps, HIDDEN, BATCH_INVARIANT)
             addend = normalized(
                 addend, inner_rstd, inner_scale, inner_bias, KIND, INNER_WKIND, INNER_ROUND_FIRST, False
             )
@@ -206,24 +220,27 @@ def two_shot_data_kernel(
                 # By rows: a peer needs all blocks of a row, so they send to it at the same time.
                 peer = tl.load(ctl + CTL_PEERS + peer_at(rank, i, j, WORLD))
                 store16(peer + results + at, clean, mask, True)
-        squares = tl.sum(sum_of_squares(total, KIND, WIDE_SUM), axis=0)
-        if INNER:
-            squares = squares_of(total, mask, KIND, WIDE_SUM)
+        squares = tl.sum(sum_of_squares(total, KIND, WIDE_SUM, False), axis=0)
+        if INNER or BATCH_INVARIANT:
+            squares = squares_of(total, mask, KIND, WIDE_SUM, BATCH_INVARIANT)
         line = squares_at + tl.cast((rank * shard + i) * SLICES, tl.int64) * CACHE_LINE_BYTES
         if SQUARES_PER_ROW > 1:
             for j in tl.static_range(1, WORLD):
                 peer = tl.load(ctl + CTL_PEERS + peer_at(rank, i, j, WORLD))
-                put_tagged(peer + line + part * 8, squares, tag_of(call), lane == 0)
+                put_tagged(peer + line + part * 8, squares, tag_of(call), _speaks(lane, part, USED, SLICES))
         exchange = own + slices_at + tl.cast(i, tl.int64) * CACHE_LINE_BYTES
-        squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, SLICES)
-        own_rstd = reciprocal_rms(squares, eps, HIDDEN)
+        squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, USED, BATCH_INVARIANT)
+        own_rstd = reciprocal_rms(squares, eps, HIDDEN, BATCH_INVARIANT)
         norm = normalized(total, own_rstd, scale, bias, KIND, WKIND, ROUND_FIRST, WIDE_SUM)
         if SQUARES_PER_ROW == 1:
             clean = sanitize(norm)
             for j in tl.static_range(1, WORLD):
                 peer = tl.load(ctl + CTL_PEERS + peer_at(rank, i, j, WORLD))
                 if SEND_UNNORMALIZED:
-                    put_tagged(peer + line + part * CACHE_LINE_BYTES, squares, tag_of(call), lane == 0)
+                    sent = own_rstd if BATCH_INVARIANT else squares
+                    put_tagged(
+                        peer + line + part * CACHE_LINE_BYTES, sent, tag_of(call), _speaks(lane, part, USED, SLICES)
+                    )
                 else:
                     store16(peer + results + at, clean, mask, True)
         store16(norm_out.to(tl.int64) + at, norm, mask, False)
@@ -266,7 +283,8 @@ def two_shot_data_kernel(
                         valid = first + u * THREADS + thread < limit
                         adds = adds + load16(residual.to(tl.int64) + there, valid, False)
                 arrived = poll_sums(
-                    addrs, lines, tag_of(call), ctl_at, WAIT_RESULT_DATA, owner, UNROLL, UNROLL, SQUARES_PER_ROW, True
+                    *(addrs, lines, tag_of(call), ctl_at, WAIT_RESULT_DATA, owner),
+                    *(UNROLL, UNROLL, SQUARES_PER_ROW, True, "pairs" if BATCH_INVARIANT else "sum"),
                 )
             else:
                 arrived = poll16(addrs, ctl_at, WAIT_RESULT_DATA, owner, UNROLL, 0, True)
@@ -279,7 +297,9 @@ def two_shot_data_kernel(
                 total = got
                 if SEND_UNNORMALIZED:
                     total = added(got, packet_of(adds, u), KIND, True) if WIDE_SUM else got
-                    rstd = reciprocal_rms(arrived[4 * UNROLL + u].to(tl.float32, bitcast=True), eps, HIDDEN)
+                    rstd = arrived[4 * UNROLL + u].to(tl.float32, bitcast=True)
+                    if SQUARES_PER_ROW > 1 or not BATCH_INVARIANT:
+                        rstd = reciprocal_rms(rstd, eps, HIDDEN, BATCH_INVARIANT)
                     norm = normalized(total, rstd, scales[u], bias, KIND, WKIND, ROUND_FIRST, WIDE_SUM)
                 store16(norm_out.to(tl.int64) + there, norm, q < limit, False)
                 if REPLICATE_RESIDUAL and WRITE_RESIDUAL:

@@ -115,6 +115,7 @@ def two_shot_flags_kernel(
     INNER_ROUND_FIRST: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     WIDE_SUM: tl.constexpr,
+    BATCH_INVARIANT: tl.constexpr,
     WRITE_NORM: tl.constexpr,
     QUANT: tl.constexpr,
     REPLICATE_RESIDUAL: tl.constexpr,
@@ -237,15 +238,16 @@ def two_shot_flags_kernel(
             addend = poisoned(words_of(sums, KIND, True), bad)
             if INNER:
                 inner_scale = load_scale(inner_weight, packet, mask, KIND, INNER_WKIND)
-                inner_rstd = reciprocal_rms(squares_of(addend, mask, KIND, False), inner_eps, HIDDEN)
+                inner_squares = squares_of(addend, mask, KIND, False, BATCH_INVARIANT)
+                inner_rstd = reciprocal_rms(inner_squares, inner_eps, HIDDEN, BATCH_INVARIANT)
                 addend = normalized(
                     addend, inner_rstd, inner_scale, inner_bias, KIND, INNER_WKIND, INNER_ROUND_FIRST, False
                 )
             total = added(addend, add, KIND, WIDE_SUM) if HAS_RESIDUAL else addend
-            squares = tl.sum(sum_of_squares(total, KIND, WIDE_SUM), axis=0)
-            if INNER:
-                squares = squares_of(total, mask, KIND, WIDE_SUM)
-            rstd = reciprocal_rms(squares, eps, HIDDEN)
+            squares = tl.sum(sum_of_squares(total, KIND, WIDE_SUM, False), axis=0)
+            if INNER or BATCH_INVARIANT:
+                squares = squares_of(total, mask, KIND, WIDE_SUM, BATCH_INVARIANT)
+            rstd = reciprocal_rms(squares, eps, HIDDEN, BATCH_INVARIANT)
             norm = normalized(total, rstd, scale, bias, KIND, WKIND, ROUND_FIRST, WIDE_SUM)
             summed = words_of(total, KIND, WIDE_SUM)
             sent = norm
@@ -266,7 +268,9 @@ def two_shot_flags_kernel(
                     store16(base + results + at, sent, mask & (failed == 0), False)
             if REPLICATE_RESIDUAL:
                 row_at = peer_base + rstds + tl.cast(rank * shard + done, tl.int64) * 8
-                put_tagged(row_at, rstd, tag_of(call), is_peer)
+                # Of a tensor of equal values, one for each thread.
+                one = tl.max(tl.reshape(rstd, (BLOCK // THREADS, THREADS)), axis=0) if BATCH_INVARIANT else rstd
+                put_tagged(row_at, one, tag_of(call), is_peer)
             if WRITE_NORM:
                 store16(norm_out.to(tl.int64) + at, norm, mask, False)
             if QUANT != "":
