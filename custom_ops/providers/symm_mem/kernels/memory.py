@@ -145,20 +145,19 @@ def _poll_asm(packets: int, rows: int, words: int, step: int, late: bool, join: 
     """
     sums, at = 4 * packets, 4 * packets + rows
     tag, ctl, code, rank = (f"${at + packets + rows + k - (rows == 0)}" for k in range(4))
-    values = [f"f{s}" for s in range(max(words, 1))]
-    body, blame = [f".reg .b32 {', '.join(values)}, g, k;", ".reg .b64 v;"], [f"mov.b32 s, {rank};"]
-    body += ["again:", "mov.b32 k, 0;"]
+    names = [f"f{s}" for s in range(1, words)] if join == "pairs" else ["f"] * max(words - 1, 1)
+    held = ", ".join([*dict.fromkeys(names), "g", "k"])
+    body, blame = [f".reg .b32 {held};", ".reg .b64 v;", "again:", "mov.b32 k, 0;"], [f"mov.b32 s, {rank};"]
     for j in range(packets):
         to = ", ".join(f"${4 * j + k}" for k in range(4))
         body.append(f"ld.relaxed.sys.global.v4.b32 {{{to}}}, [${at + j}];")
-    for j in range(rows):
-        for s in range(words):
-            row = f"[${at + packets + j}+{8 * s}]"
-            if s % 2 == 0:  # one load reads two words
-                load = f"v2.b64 {{u, v}}, {row}" if s + 1 < words else f"b64 u, {row}"
-                body.append(f"ld.relaxed.sys.global.{load};")
-            body += [f"mov.b64 {{f{s}, g}}, {'v' if s % 2 else 'u'};", f"xor.b32 g, g, {tag};", "or.b32 k, k, g;"]
-        body += [*join_registers(words, join), f"mov.b32 ${sums + j}, f0;"]
+    for j, s in [(j, s) for j in range(rows) for s in range(words)]:
+        values, row = [f"${sums + j}", *names], f"[${at + packets + j}+{8 * s}]"
+        if s % 2 == 0:  # one load reads two words
+            load = f"v2.b64 {{u, v}}, {row}" if s + 1 < words else f"b64 u, {row}"
+            body.append(f"ld.relaxed.sys.global.{load};")
+        body += [f"mov.b64 {{{values[s]}, g}}, {'v' if s % 2 else 'u'};", f"xor.b32 g, g, {tag};", "or.b32 k, k, g;"]
+        body += join_registers(values, s, words, join)
     if packets:
         body += [*_max_of(0, 4 * packets), "setp.eq.u32 p, m, 0xffffffff;", "@p mov.b32 k, 1;"]
     for j in reversed(range(packets if step else 0)):

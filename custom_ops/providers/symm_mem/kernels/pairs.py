@@ -9,18 +9,19 @@ from fusewire.custom_ops._triton_private import compute_cache_keys
 
 
 @triton.constexpr_function
-def join_registers(count: int, join: str) -> list[str]:
-    """Return PTX that joins registers f0, f1, ... in f0.
+def join_registers(values: list[str], at: int, count: int, join: str) -> list[str]:
+    """Return PTX that joins `count` values in the first, once value `at` is in its register.
 
     By `join`: "sum" adds from left to right, "pairs" neighbours until one is left, and "largest"
     takes the largest of the unsigned numbers.
     """
     if join == "pairs":
-        steps = [(i, i + far) for far in (1, 2, 4) for i in range(0, count - far, 2 * far)]
+        spans = (1, 2, 4) if at == count - 1 else ()
+        steps = [(i, i + far) for far in spans for i in range(0, count - far, 2 * far)]
     else:
-        steps = [(0, i) for i in range(1, count)]
+        steps = [(0, at)] if at else []
     operation = "max.u32" if join == "largest" else "add.rn.f32"
-    return [f"{operation} f{a}, f{a}, f{b};" for a, b in steps]
+    return [f"{operation} {values[a]}, {values[a]}, {values[b]};" for a, b in steps]
 
 
 @triton.constexpr_function
