@@ -92,8 +92,11 @@ def on_fault(handler: Callable[[FusewireError], object]) -> Callable[[], None]:
 
 
 def workspaces() -> list[WorkspaceInfo]:
-    """Return this process's workspaces, and the failures to make one, with the reasons."""
-    return [_info(entry) for entry in REGISTRY.entries.values()]
+    """Return this process's workspaces, and the failures to make one, with the reasons.
+
+    Not a collective. Thread-safe.
+    """
+    return [_info(entry) for entry in list(REGISTRY.entries.values())]
 
 
 def prepare(

@@ -352,7 +352,7 @@ def op_of_target(target: Any) -> IrOp | None:
 
 @contextlib.contextmanager
 def ir_op_priority(priorities: Mapping[str, Sequence[str]]) -> Iterator[None]:
-    """Within the block, try the providers of the named operators in this order.
+    """Within the block, in this thread, try the providers of the named operators in this order.
 
     Raises:
         ConfigError: an operator or provider is unknown, or a list is empty or repeats itself.
@@ -366,7 +366,7 @@ def ir_op_priority(priorities: Mapping[str, Sequence[str]]) -> Iterator[None]:
 
 
 def parse_priorities(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return the priorities from command-line texts such as `rms_norm=triton,native`.
+    """Return the priorities from command-line texts such as `rms_norm=triton_batch_invariant,native`.
 
     Raises:
         ConfigError: a text is not of that form, or names something unknown.
@@ -375,7 +375,9 @@ def parse_priorities(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for text in texts:
         name, equals, providers = text.partition("=")
         if not equals:
-            raise ConfigError(f"{text!r}: write OP=PROVIDER[,PROVIDER...], for example rms_norm=triton,native")
+            raise ConfigError(
+                f"{text!r}: write OP=PROVIDER[,PROVIDER...], for example all_reduce_rms_norm=flashinfer,native"
+            )
         op = get_op(name.strip())
         parsed[op.name] = check_priority(op, [part.strip() for part in providers.split(",") if part.strip()])
     return parsed

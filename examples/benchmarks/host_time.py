@@ -65,7 +65,8 @@ def host_time(call: Callable[[], Any], calls: int, synchronize: Callable[[], Non
     return max(found)
 
 
-def main() -> int:
+def read_options() -> argparse.Namespace:
+    """Return the command line's options; exit with a message if they cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=8192, help="default: %(default)s")
     parser.add_argument("--calls", type=int, default=200, help="calls a round (default %(default)s)")
@@ -78,6 +79,11 @@ def main() -> int:
         parser.error("there is no GPU; --cpu tries the command without")
     if "RANK" not in os.environ:
         parser.error("start it with torchrun --nproc-per-node N")
+    return options
+
+
+def main() -> int:
+    options = read_options()
     faulthandler.dump_traceback_later(options.limit, exit=True)
     if options.cpu:
         device, synchronize = torch.device("cpu"), lambda: None
