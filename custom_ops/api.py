@@ -20,7 +20,7 @@ from fusewire.custom_ops.providers.symm_mem import provider as symm_mem
 from fusewire.custom_ops.tuning import tuner
 from fusewire.custom_ops.workspaces.precompile import compile_ahead
 from fusewire.custom_ops.workspaces.provider import OUTPUTS, PROVIDERS, WorkspaceKey, WorkspaceProvider
-from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
+from fusewire.custom_ops.workspaces.registry import REGISTRY, WorkspaceEntry
 from fusewire.errors import ConfigError, FusewireError, WorkspaceError
 
 # Importing these registers providers. They import Triton and FlashInfer at their first use.
@@ -51,7 +51,7 @@ class WorkspaceInfo:
     table: str = ""
 
 
-def _info(entry: Entry) -> WorkspaceInfo:
+def _info(entry: WorkspaceEntry) -> WorkspaceInfo:
     made, key = entry.workspace, entry.key
     agreed = REGISTRY.tables.get((key.group_name, key.hidden, key.dtype))
     size = (made.max_tokens, made.nbytes) if made else (0, 0)

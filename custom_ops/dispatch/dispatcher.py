@@ -29,7 +29,7 @@ from fusewire.custom_ops.ops.norms import TRITON_NORM, fused_add_rms_norm, rms_n
 from fusewire.custom_ops.ops.registry import NATIVE, IrOp, Provider, Support, unknown_provider
 from fusewire.custom_ops.workspaces.capture import capturing
 from fusewire.custom_ops.workspaces.provider import OUTPUTS, PROVIDERS, WorkspaceKey, WorkspaceProvider
-from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
+from fusewire.custom_ops.workspaces.registry import REGISTRY, WorkspaceEntry
 from fusewire.errors import ConfigError, NoProviderError
 
 _MAX_DECISIONS = 1 << 15
@@ -145,7 +145,7 @@ def _decide(op: IrOp, args: tuple[Any, ...], policy: str) -> tuple[Decision, boo
     return Decision(provider, snapshot, weakref.ref(group), bound, {}, counter), keep
 
 
-def _why_without(entries: Mapping[str, Entry]) -> str:
+def _why_without(entries: Mapping[str, WorkspaceEntry]) -> str:
     """Return why providers have no workspace, or ""."""
     return "; ".join(f"{name}: {entry.refusal}" for name, entry in entries.items() if entry.refusal)
 
@@ -191,11 +191,11 @@ def _look(
     shape: Shape,
     group: dist.ProcessGroup,
     agreed: Mapping[str, Support],
-) -> tuple[Pick, dict[str, Entry], bool]:
+) -> tuple[Pick, dict[str, WorkspaceEntry], bool]:
     """Pick a provider, after any votes; return pick, workspaces, and whether to store the pick."""
     reasons: dict[str, str] = {}
     capacities: dict[str, Capacity] = {}
-    entries: dict[str, Entry] = {}
+    entries: dict[str, WorkspaceEntry] = {}
     gpu, keep = "", True
     for name in policy.names:
         provider = op.providers[name]
@@ -221,7 +221,7 @@ def _look(
 
 def _open(
     provider: WorkspaceProvider, policy: Policy, shape: Shape, group: dist.ProcessGroup, device: torch.device
-) -> Entry:
+) -> WorkspaceEntry:
     key = WorkspaceKey(provider.name, group.group_name, shape.dtype, shape.hidden)
     existing = REGISTRY.entries.get(key)
     if existing is not None and existing.serves(group):

@@ -46,7 +46,7 @@ _FAR = 4.0
 _OWN_KERNELS = "symm_mem"
 
 
-class Candidate(NamedTuple):
+class TimedCall(NamedTuple):
     """A provider's variant, as a call with native's parameters. `in_rank_order`: its sums are exact."""
 
     label: str
@@ -82,7 +82,7 @@ class Measurement:
     rejected: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     link_rate: float | None = None
-    candidates: list[Candidate] = field(default_factory=list)
+    candidates: list[TimedCall] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.start = self.compiled = time.monotonic()
@@ -132,7 +132,7 @@ class Measurement:
         result = self.vote(f"elapsed, {topic}", lambda: {"s": time.monotonic() - self.compiled})
         return float(result.facts[0]["s"])
 
-    def _is_due(self, candidate: Candidate, tokens: int) -> bool:
+    def _is_due(self, candidate: TimedCall, tokens: int) -> bool:
         """Return whether to time a candidate: it was not far slower at the size before."""
         if tokens not in candidate.tokens or candidate.label in self.rejected:
             return False
@@ -151,7 +151,7 @@ class Measurement:
             return
         from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 
-        def work(share: Sequence[tuple[Candidate, int]]) -> dict[str, Any]:
+        def work(share: Sequence[tuple[TimedCall, int]]) -> dict[str, Any]:
             failed = {}
             with symm_mem.compiling_only():
                 for candidate, tokens in share:
@@ -165,10 +165,10 @@ class Measurement:
         self.vote("compile, one rank each", lambda: work(pairs[self.group.rank() :: self.group.size()]))
         self._reject(self.vote("compile", lambda: work(pairs)), "failed")
 
-    def _call(self, candidate: Candidate, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _call(self, candidate: TimedCall, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return candidate.call(x, residual, weight, EPS, 0.0, SCALE_THEN_ROUND, self.group.group_name)
 
-    def _measure_size(self, tokens: int, running: Sequence[Candidate]) -> bool:
+    def _measure_size(self, tokens: int, running: Sequence[TimedCall]) -> bool:
         """Check and time the candidates at one size; return False if a rank lacks memory for it."""
         inputs: list[Inputs] = []
         nbytes = tokens * self.hidden * self.dtype.itemsize
@@ -195,7 +195,7 @@ class Measurement:
                 self.times.setdefault(candidate.label, {})[tokens] = round(slowest, 3)
         return True
 
-    def _check(self, tokens: int, running: Sequence[Candidate], inputs: Sequence[Inputs]) -> None:
+    def _check(self, tokens: int, running: Sequence[TimedCall], inputs: Sequence[Inputs]) -> None:
         """Leave out candidates that are wrong on a rank, or whose results differ between ranks."""
 
         def work() -> dict[str, Any]:
@@ -216,7 +216,7 @@ class Measurement:
             if candidate.in_rank_order and len(prints) > 1:
                 self._leave_out(candidate.label, f"{tokens} tokens: the ranks' results differ")
 
-    def _check_result(self, candidate: Candidate, inputs: Inputs, wanted: Wanted) -> tuple[str, str]:
+    def _check_result(self, candidate: TimedCall, inputs: Inputs, wanted: Wanted) -> tuple[str, str]:
         """Return what is wrong with a candidate's result, and the result's fingerprint."""
         try:
             norm, total = self._call(candidate, *inputs)
@@ -227,7 +227,7 @@ class Measurement:
         except Exception as error:
             return describe(error), ""
 
-    def _clock(self, tokens: int, fit: Sequence[Candidate], inputs: Sequence[Inputs]) -> dict[str, Any]:
+    def _clock(self, tokens: int, fit: Sequence[TimedCall], inputs: Sequence[Inputs]) -> dict[str, Any]:
         us, failed = {}, {}
         calls = self.timer.calls(tokens * self.hidden * self.dtype.itemsize)
         for candidate in fit:
@@ -240,7 +240,7 @@ class Measurement:
                 failed[candidate.label] = f"{tokens} tokens: {describe(error)}"
         return {"us": us, "failed": failed}
 
-    def _call_on(self, candidate: Candidate, inputs: Sequence[Inputs], i: int) -> None:
+    def _call_on(self, candidate: TimedCall, inputs: Sequence[Inputs], i: int) -> None:
         self._call(candidate, *inputs[i % len(inputs)])
 
     def _check_memory(self, nbytes: int) -> None:

@@ -27,7 +27,7 @@ from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND
 from fusewire.custom_ops.ops.registry import NATIVE
-from fusewire.custom_ops.tuning.measure import Candidate, Measurement
+from fusewire.custom_ops.tuning.measure import Measurement, TimedCall
 from fusewire.custom_ops.tuning.timers import EPS
 from fusewire.custom_ops.workspaces.capture import refuse_capture
 from fusewire.custom_ops.workspaces.provider import PROVIDERS, WorkspaceKey, WorkspaceProvider
@@ -105,7 +105,7 @@ def tune(
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     refuse_capture("the tuner", f"group {pg.group_name}")
-    run = _Run(pg, hidden, dtype, device, token_grid(max_tokens, tokens), budget_s)
+    run = _Tuning(pg, hidden, dtype, device, token_grid(max_tokens, tokens), budget_s)
     run.agree_on_task(names)
     try:
         run.open(names)
@@ -124,7 +124,7 @@ def tune(
 
 
 @dataclass
-class _Run(Measurement):
+class _Tuning(Measurement):
     """One tuning: a measurement, its set-up and results, and the workspaces made for it."""
 
     absent: dict[str, str] = field(default_factory=dict)
@@ -163,7 +163,7 @@ class _Run(Measurement):
                 self._open(workspace_provider)
             elif name not in self.absent:
                 call = self._native if name == NATIVE else op.providers[name].fn
-                self.candidates.append(Candidate(name, call, range(1, self.grid[-1] + 1), False, name))
+                self.candidates.append(TimedCall(name, call, range(1, self.grid[-1] + 1), False, name))
         if len(self.candidates) < 2:
             able = ", ".join(candidate.label for candidate in self.candidates) or "nothing"
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.absent.items())
@@ -195,7 +195,7 @@ class _Run(Measurement):
                 self.absent[label] = reason
                 continue
             limit = provider.token_limit(label, self.hidden, self.dtype, ranks, made.max_tokens)
-            self.candidates.append(Candidate(label, provider.bind(made, label), limit, True, provider.name))
+            self.candidates.append(TimedCall(label, provider.bind(made, label), limit, True, provider.name))
 
     def _fitting_tokens(self, provider: WorkspaceProvider) -> int:
         """Return the most tokens to measure that fit a quarter of the free memory."""

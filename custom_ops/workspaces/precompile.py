@@ -11,10 +11,10 @@ from fusewire.custom_ops.coordination.log import log_progress
 from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.workspaces.provider import WorkspaceProvider
-from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
+from fusewire.custom_ops.workspaces.registry import REGISTRY, WorkspaceEntry
 
 
-def compile_ahead(provider: WorkspaceProvider, entry: Entry, group: dist.ProcessGroup) -> None:
+def compile_ahead(provider: WorkspaceProvider, entry: WorkspaceEntry, group: dist.ProcessGroup) -> None:
     """Compile a provider's kernels for later calls, each on one rank first to fill a disk cache.
 
     A collective. If one kernel fails on any rank, no rank uses the provider; the entry says why.

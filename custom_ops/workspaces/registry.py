@@ -30,7 +30,7 @@ from fusewire.errors import PeerTimeoutError, WorkspaceError
 
 
 @dataclass
-class Entry:
+class WorkspaceEntry:
     """An outcome that all ranks share: a workspace, or the reason why there is none."""
 
     key: WorkspaceKey
@@ -48,8 +48,8 @@ class Entry:
 class WorkspaceRegistry:
     """All workspaces of this process, and the failures that the ranks agreed on."""
 
-    entries: dict[WorkspaceKey, Entry] = field(default_factory=dict)
-    machines: dict[tuple[str, str], Entry] = field(default_factory=dict)
+    entries: dict[WorkspaceKey, WorkspaceEntry] = field(default_factory=dict)
+    machines: dict[tuple[str, str], WorkspaceEntry] = field(default_factory=dict)
     # The agreed table (dispatch.table_vote.AgreedTable) by group name, hidden size and dtype.
     tables: dict[tuple[str, int, torch.dtype], Any] = field(default_factory=dict)
     # Workspaces without an entry, whose buffers captured CUDA graphs need.
@@ -62,7 +62,7 @@ class WorkspaceRegistry:
         with self.lock:
             self.version += 1
 
-    def machine(self, provider: WorkspaceProvider, group: dist.ProcessGroup, device: torch.device) -> Entry:
+    def machine(self, provider: WorkspaceProvider, group: dist.ProcessGroup, device: torch.device) -> WorkspaceEntry:
         """Return the votes on the ranks' machines, held once per provider and group. A collective.
 
         Raises:
@@ -89,7 +89,7 @@ class WorkspaceRegistry:
                 load = functools.partial(provider.load, group)
                 refusal = vote(channel, "load", load, work_s=limit_s(provider.load_limit)).reason
             key = WorkspaceKey(provider.name, name, torch.uint8, 0)
-            entry = Entry(key, weakref.ref(group), None, refusal, facts)
+            entry = WorkspaceEntry(key, weakref.ref(group), None, refusal, facts)
             self.machines[provider.name, name] = entry
             return entry
 
@@ -100,9 +100,9 @@ class WorkspaceRegistry:
         dtype: torch.dtype,
         hidden: int,
         device: torch.device,
-        tokens: Callable[[Entry], int],
+        tokens: Callable[[WorkspaceEntry], int],
         outputs: int = 0,
-    ) -> Entry:
+    ) -> WorkspaceEntry:
         """Return the workspace for a key, or why there is none. The first call is a collective.
 
         Args:
@@ -124,7 +124,7 @@ class WorkspaceRegistry:
                 return found
             self.drop(key)
             machine = self.machine(provider, group, device)
-            entry = Entry(key, weakref.ref(group), None, machine.refusal, machine.facts)
+            entry = WorkspaceEntry(key, weakref.ref(group), None, machine.refusal, machine.facts)
             if not entry.refusal:
                 self._make(entry, provider, group, device, tokens(machine), outputs)
             self.entries[key] = entry
@@ -132,7 +132,7 @@ class WorkspaceRegistry:
 
     def _make(
         self,
-        entry: Entry,
+        entry: WorkspaceEntry,
         provider: WorkspaceProvider,
         group: dist.ProcessGroup,
         device: torch.device,
@@ -179,7 +179,7 @@ class WorkspaceRegistry:
             self.drop(key)
             self.machines.pop((key.provider, key.group_name), None)
 
-    def refuse(self, entry: Entry, refusal: str) -> None:
+    def refuse(self, entry: WorkspaceEntry, refusal: str) -> None:
         """Replace an entry's workspace by a refusal and free it. All ranks must call it."""
         self.drop(entry.key)
         entry.workspace, entry.refusal = None, refusal

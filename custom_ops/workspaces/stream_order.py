@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 
 import torch
-from torch.cuda import is_current_stream_capturing as capturing
 
-from fusewire.custom_ops._torch_private import current_raw_stream
+from fusewire.custom_ops._torch_private import current_raw_stream, is_capturing
 from fusewire.errors import CaptureError
 
 
@@ -46,7 +45,7 @@ class StreamOrder:
         Raises:
             CaptureError: two CUDA graphs are being captured at the same time.
         """
-        raw, captured = current_raw_stream(device_index), capturing()
+        raw, captured = current_raw_stream(device_index), is_capturing()
         last = self._last_captured if captured else self._last
         if raw != last.raw:
             stream = torch.cuda.current_stream(device_index)
@@ -66,7 +65,7 @@ class _Last:
 
 def _is_capturing(stream: torch.cuda.Stream) -> bool:
     with torch.cuda.stream(stream):
-        return capturing()
+        return is_capturing()
 
 
 def _wait(stream: torch.cuda.Stream, earlier: torch.cuda.Stream, captured: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 from fusewire.custom_ops.providers.symm_mem.provider import HeldWorkspace
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
 from fusewire.custom_ops.workspaces.provider import Request, WorkspaceKey
-from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
+from fusewire.custom_ops.workspaces.registry import REGISTRY, WorkspaceEntry
 
 from support.plain_provider import PlainProvider
 
@@ -43,7 +43,7 @@ def held(provider="symm_mem", hidden=16):
 
 
 def register(workspace):
-    REGISTRY.entries[workspace.key] = Entry(workspace.key, lambda: None, workspace)
+    REGISTRY.entries[workspace.key] = WorkspaceEntry(workspace.key, lambda: None, workspace)
 
 
 class WordProvider(PlainProvider):

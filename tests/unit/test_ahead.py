@@ -132,7 +132,7 @@ def _ahead(failing):
     group, provider = dist.group.WORLD, Provider(failing)
     key = interface.WorkspaceKey("pieces", group.group_name, BF16, 64)
     held = Held(key, 8, 0, torch.device("cpu"))
-    entry = workspace.REGISTRY.entries[key] = workspace.Entry(key, lambda: group, held)
+    entry = workspace.REGISTRY.entries[key] = workspace.WorkspaceEntry(key, lambda: group, held)
     compile_ahead(provider, entry, group)
     del workspace.REGISTRY.entries[key]
     return provider.done, entry.workspace is held, entry.refusal, held.freed

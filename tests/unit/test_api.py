@@ -6,7 +6,7 @@ import pytest
 
 import fusewire
 from fusewire.custom_ops.workspaces.provider import WorkspaceKey
-from fusewire.custom_ops.workspaces.registry import REGISTRY, Entry
+from fusewire.custom_ops.workspaces.registry import REGISTRY, WorkspaceEntry
 from fusewire.errors import PeerTimeoutError
 
 from support.words import held, register
@@ -22,7 +22,7 @@ def entries(monkeypatch):
 def test_nothing_is_wrong_without_workspaces(entries):
     assert fusewire.check() is None
     key = WorkspaceKey("refused", "group", None, 16)
-    entries[key] = Entry(key, lambda: None, None, "no memory")
+    entries[key] = WorkspaceEntry(key, lambda: None, None, "no memory")
     assert fusewire.check() is None
 
 

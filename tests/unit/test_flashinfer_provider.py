@@ -618,7 +618,7 @@ def job_streams():
     order = interface.StreamOrder()
     with (
         mock.patch.object(stream_order, "current_raw_stream") as raw,
-        mock.patch.object(stream_order, "capturing") as capturing,
+        mock.patch.object(stream_order, "is_capturing") as capturing,
         mock.patch.object(torch.cuda, "current_stream") as stream,
         mock.patch.object(torch.cuda, "stream", switch),
     ):

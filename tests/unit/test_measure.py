@@ -25,7 +25,7 @@ def run_of(times, rejected=()):
     with fake_group(2) as group, mock.patch.object(measure, "Channel"):
         made = measure.Measurement(group, HIDDEN, BF16, torch.device("cpu"), (1, 2, 4), 1.0, times, dict(rejected))
     return lambda label, tokens: made._is_due(
-        measure.Candidate(label, min, range(1, 100), True, label.partition("/")[0]), tokens
+        measure.TimedCall(label, min, range(1, 100), True, label.partition("/")[0]), tokens
     )
 
 

@@ -268,7 +268,7 @@ def flashinfer_workspace(log, launch):
     with mock.patch.object(interface.StreamOrder, "of", return_value=Order(log)):
         interface.Workspace.__init__(made, key, 64, 0, CPU)
     made.device, made.handle, made._no_weight = torch.device("cuda", 0), None, torch.zeros(16)
-    made._no_residual, made._fused = torch.zeros(64, 16), launch
+    made._no_residual, made._fused, made._with_pdl = torch.zeros(64, 16), launch, False
     made.check_call = lambda tokens, device: None
     return made
 
