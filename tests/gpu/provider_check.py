@@ -2,7 +2,9 @@
 
     torchrun --nproc-per-node 2 tests/gpu/provider_check.py
 
-Results are held against a sum in rank order: the residual bit for bit (native, whose sum is NCCL's, within rounding), the norm within one unit in the last place, and all ranks against each other bit for bit.
+Results are held against a sum in rank order: the residual bit for bit (native, whose sum is NCCL's,
+within rounding), the norm within one unit in the last place, and all ranks against each other bit
+for bit.
 """
 
 from __future__ import annotations
