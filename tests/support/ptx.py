@@ -189,3 +189,18 @@ class Program:
 
 
 assembled = functools.cache(Program)
+
+
+def butterflies(asm, bits, threads):
+    """Run PTX that only adds neighbouring lanes. Element i of the fp32 bits belongs to thread i
+    modulo the number of threads.
+    """
+    steps = re.findall(r"shfl\.sync\.bfly\.b32 t, \$0, (\d+), 31, -1; add\.rn\.f32 \$0, \$0, t;", asm)
+    assert asm.count("shfl") == asm.count("add") == len(steps)
+    assert bits.ndim == 1
+    assert len(bits) % threads == 0
+    values, index = bits.view(np.float32), np.arange(len(bits))
+    for step in map(int, steps):
+        assert step < 32
+        values = values + values[index ^ step]
+    return values.view(np.int32)

@@ -38,7 +38,7 @@ from fusewire.custom_ops.providers.symm_mem.launch_config import check_launch_co
 from fusewire.custom_ops.providers.symm_mem.layout import Layout
 from fusewire.errors import PeerTimeoutError, RankMismatchError
 
-from .ptx import BITS, assembled
+from .ptx import BITS, assembled, butterflies
 from .simulated_calls import (
     BF16,
     DATA_TOKENS,
@@ -351,7 +351,8 @@ def _shape(*values):
 def inline_asm(machine, asm, constraints, args, dtype, is_pure, pack):
     """PTX for every lane; if a poll was fruitless, other blocks run before the next."""
     if "shfl" in asm:
-        return shuffled(asm, args, machine.running.threads)
+        values = butterflies(asm, _array(args[0]), machine.running.threads)
+        return _tensor(values, list(values.shape), tl.int32)
     block, program = machine.running, assembled(asm)
     if machine.random.random() < 0.15:
         block.starved = machine.random.random() < 0.3
@@ -382,20 +383,6 @@ def inline_asm(machine, asm, constraints, args, dtype, is_pure, pack):
         values = [registers[program.slot(f"${k}")] for registers, _ in lanes]
         out.append(_tensor(np.array(values, numpy[0]).view(numpy[1]), shape, kind))
     return tuple(out) if isinstance(dtype, tuple) else out[0]
-
-
-def shuffled(asm, args, threads):
-    """Butterfly additions: element i belongs to thread i modulo the number of threads."""
-    steps = re.findall(r"shfl\.sync\.bfly\.b32 t, \$0, (\d+), 31, -1; add\.rn\.f32 \$0, \$0, t;", asm)
-    assert asm.count("shfl") == asm.count("add") == len(steps)
-    bits = _array(args[0])
-    assert bits.ndim == 1
-    assert len(bits) % threads == 0
-    values, index = bits.view(np.float32), np.arange(len(bits))
-    for step in map(int, steps):
-        assert step < 32
-        values = values + values[index ^ step]
-    return _tensor(values.view(np.int32), list(bits.shape), tl.int32)
 
 
 def _rounded(value, kind):
