@@ -3,18 +3,21 @@
     python tests/gpu/one_gpu_check.py              # needs one GPU, no torchrun; a few minutes
     python tests/gpu/one_gpu_check.py --calls 50   # more payloads a case
     python tests/gpu/one_gpu_check.py --only fp8   # all quantisations, and nothing else
+    python tests/gpu/one_gpu_check.py --only invariant  # all batch-invariant cases, and nothing else
 
 Memory that the peers map is here a plain tensor for each rank, and the links are this GPU's own memory. So this checks
 protocols, launches and results on real hardware; times and the memory order between GPUs it does not
 (tests/gpu/symm_mem_check.py does). Sums are compared bit for bit with the sum in rank order, norms
 with float64 and, in 16 bits, with the form in PyTorch, number by number. FP8 results are compared bit for bit with
-native's quantisation of the norm of the same kernel without FP8. Kernels give up after 5 s. Exits with 1 if a case
-failed.
+native's quantisation of the norm of the same kernel without FP8. Batch-invariant results are compared bit for bit with
+a sum in rank order and triton_batch_invariant, and one row with itself among other rows, in every kernel; the kernels
+that are not batch-invariant must fail that. Kernels give up after 5 s. Exits with 1 if a case failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import subprocess
@@ -31,8 +34,11 @@ import torch
 from fusewire.custom_ops.ops.norms import (
     FORMS,
     SCALE_THEN_ROUND,
+    TRITON_NORM,
     add_normalize,
+    fused_add_rms_norm,
     normalize,
+    rms_norm,
     rounds_first,
 )
 from fusewire.custom_ops.ops.quantization import quantize
@@ -45,7 +51,7 @@ from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DEVICE = torch.device("cuda", 0)
 EPS, INNER_EPS, TIMEOUT_S = 1e-5, 1e-3, 5.0
-ONE_SHOT_TOKENS, DATA_TOKENS, MAX_TOKENS = 64, 256, 640
+ONE_SHOT_TOKENS, DATA_TOKENS, MAX_TOKENS = 64, 256, 2304
 ULPS = {BF16: 3 * 2.0**-8, FP16: 3 * 2.0**-11, FP32: 2.0**-18}
 
 
@@ -87,7 +93,7 @@ def fill_allocator(stream):
     """Leave memory in torch's cache for a stream: cudaMalloc would wait for a kernel, which waits for the next launch."""
     with torch.cuda.stream(stream):
         small = [torch.empty(1 << 19, dtype=torch.uint8, device=DEVICE) for _ in range(32)]
-        large = [torch.empty(32 << 20, dtype=torch.uint8, device=DEVICE) for _ in range(4)]
+        large = [torch.empty(80 << 20, dtype=torch.uint8, device=DEVICE) for _ in range(4)]
     del small, large
 
 
@@ -228,6 +234,78 @@ class QuantCase(Case):
                 yield f"rank {rank}: {int((got_scales != scales).sum())} scales differ"
 
 
+NEEDLES = {}  # the norm of the one row that is in all batch-invariant cases
+
+
+class InvariantCase(Case):
+    """Batch-invariant calls with numbers of many magnitudes, and one row that is in all of them."""
+
+    def __init__(self, ranks, kind, tokens, dtype, form, inner, output, batch_invariant=True):
+        super().__init__(ranks, kind, tokens, dtype, True, dtype, 0.0, form, inner, output)
+        self.weight = self.spread(1, 1)[0]
+        self.inner = self.inner and InnerNorm(self.spread(1, 2)[0], INNER_EPS, 1.0, form)
+        make = functools.partial(getattr(launcher, f"{kind}_launch"), batch_invariant=batch_invariant)
+        self.calls = [PreparedCall(ws, make, output) for ws, _ in ranks]
+
+    def spread(self, rows, seed):
+        g = torch.Generator(DEVICE).manual_seed(seed)
+        values = torch.randn(rows, self.hidden, generator=g, device=DEVICE)
+        powers = torch.randint(-6, 7, (rows, self.hidden), generator=g, device=DEVICE)
+        return torch.ldexp(values.clamp(-4, 4), powers).to(self.dtype)
+
+    def draw(self, seed):
+        found = [self.spread(self.tokens, 100 * seed + rank) for rank in range(self.world + 1)]
+        self.needle = seed * 37 % self.tokens
+        for number, rows in enumerate(found):
+            rows[self.needle] = self.spread(1, 10**6 + number)[0]
+        return found[:-1], found[-1]
+
+    def problems(self, xs, full, results):
+        total = functools.reduce(torch.add, [x.float() for x in xs]).to(self.dtype)
+        if self.inner:
+            inner = self.inner
+            norm = rms_norm.providers[TRITON_NORM].fn
+            total = norm(total, inner.weight, inner.eps, inner.weight_bias, inner.form)
+        both = fused_add_rms_norm.providers[TRITON_NORM].fn
+        expected, summed = both(total, full, self.weight, EPS, self.bias, self.form)
+        shard = -(-self.tokens // self.world)
+        for rank, (norm, got) in enumerate(results):
+            wanted = summed
+            if self.kind == "two_shot_sharded":
+                rows = owned_rows(self.tokens, self.world, rank)
+                wanted, got = summed[rank * shard : rank * shard + rows], got[:rows]
+            for name, found, exact in (("norm", norm, expected), ("residual", got, wanted)):
+                if not same(found, exact):
+                    yield f"rank {rank}: {int((found != exact).sum())} numbers of the {name} are not {TRITON_NORM}'s"
+        # The row alone, among others, on either side of a protocol's border, whole and sharded.
+        key = (self.world, self.hidden, self.dtype, self.form, bool(self.inner))
+        needle = results[0][0][self.needle].clone()
+        if not same(NEEDLES.setdefault(key, needle), needle):
+            yield f"row {self.needle} of {self.tokens} has other bits than among other rows"
+
+
+def invariant_cases(ranks, dtype, every):
+    """Numbers of tokens around the borders between kernels; in every form, or in one."""
+    counts = {
+        "one_shot": (1, 2, 17, 34, 64),
+        "two_shot": (1, 18, 67, 129, 256, 257, 513, 2049),
+        "two_shot_sharded": (2, 133, 256, 257, 640),
+    }
+    forms = [(form, False) for form in FORMS[: 2 if dtype == FP32 else 4]] + [(SCALE_THEN_ROUND, True)]
+    for number, (kind, tokens) in enumerate((kind, tokens) for kind, found in counts.items() for tokens in found):
+        output = 1 if tokens in (513, 640) else None
+        for form, inner in forms if every else [forms[number % len(forms)]]:
+            yield InvariantCase(ranks, kind, tokens, dtype, form, inner, output)
+
+
+def variant_passes(ranks, dtype):
+    """Whether calls of kernels that are not batch-invariant pass for it: the check would see nothing."""
+    tokens = (1, 2, 17, 34, 64)
+    cases = [InvariantCase(ranks, "one_shot", n, dtype, SCALE_THEN_ROUND, False, None, False) for n in tokens]
+    with mock.patch.dict(NEEDLES, clear=True):
+        return not [problem for case in cases for problem in check(case, 3)]
+
+
 def same(a, b):
     """Whether two tensors have the same bits, but for those of NaN."""
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.itemsize]
@@ -331,7 +409,7 @@ def main():
     parser.add_argument("--calls", type=int, default=6, help="payloads a case, eager and by replay (default 6)")
     parser.add_argument("--worlds", default="2,4,8")
     parser.add_argument("--hidden", default="4096,8192,1536")
-    parser.add_argument("--only", choices=("plain", "fp8"), help="only calls without, or with, FP8 results")
+    parser.add_argument("--only", choices=("plain", "fp8", "invariant"), help="only these kernels")
     parser.add_argument("--processes", type=int, default=8, help="processes that compile before (default 8)")
     parser.add_argument("--share", help=argparse.SUPPRESS)  # K/N: compile each Nth case from K on, and end
     parser.add_argument("--limit", type=float, default=500.0, help="seconds after which no further case begins")
@@ -348,8 +426,10 @@ def main():
     for world, hidden, dtype in sizes:
         ranks = make_ranks(world, hidden, dtype)
         every = options.only == "fp8" and (world, hidden, dtype) == (2, 4096, BF16)
-        found = [] if options.only == "fp8" else [cases(ranks, dtype)]
-        found += [] if options.only == "plain" else [quant_cases(ranks, dtype, every)]
+        found = [cases(ranks, dtype)] if options.only in (None, "plain") else []
+        found += [quant_cases(ranks, dtype, every)] if options.only in (None, "fp8") else []
+        if options.only in (None, "invariant"):
+            found.append(invariant_cases(ranks, dtype, options.only == "invariant"))
         for case in itertools.chain(*found):
             if options.share:
                 if next(cases_seen) % processes == share:
@@ -360,6 +440,7 @@ def main():
                 continue
             label = f"{world} ranks, hidden {hidden}, {dtype}, {case.kind}, {case.tokens} tokens, output {case.output}"
             label += f", FP8 {case.label}" if case.quantization else ""
+            label += f", batch-invariant, {case.form}" if isinstance(case, InvariantCase) else ""
             case.compile()
             problems = check(case, options.calls)
             passed, failed = passed + (not problems), failed + bool(problems)
@@ -367,6 +448,9 @@ def main():
                 print(f"FAILED {label}: {problem}", flush=True)
         if options.share:
             continue
+        if options.only == "invariant" and variant_passes(ranks, dtype):
+            failed += 1
+            print(f"FAILED {world} ranks, hidden {hidden}, {dtype}: a variant passes for batch-invariant", flush=True)
         print(f"{world} ranks, hidden {hidden}, {dtype}: {passed} passed, {failed} failed so far", flush=True)
     print(f"{passed} passed, {failed} failed, {left_out} left out for want of time, {time.monotonic() - start:.0f} s")
     return int(bool(failed or left_out))
