@@ -160,7 +160,7 @@ def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
-# --- On disk ------------------------------------------------------------------------------------------------
+# --- On disk --------------------------------------------------------------------------------------
 
 
 def folder() -> Path:
@@ -233,7 +233,7 @@ def all_files() -> list[Found]:
         return [Found(folder(), None, f"{folder()} is ignored: {error}")]
 
 
-# --- This machine -------------------------------------------------------------------------------------------
+# --- This machine ---------------------------------------------------------------------------------
 
 # NCCL's settings that change its speed.
 _NCCL_VARIABLES: tuple[str, ...] = (
@@ -360,7 +360,7 @@ def key_of(facts: Sequence[Mapping[str, Any]], hidden: int, dtype: torch.dtype) 
 
 
 def local_key(world_size: int, hidden: int, dtype: torch.dtype) -> TableKey | None:
-    """Return the key for this machine's first GPUs, or for more like the first; None without one."""
+    """Return the key for this machine's first GPUs, or for more like the first, or None."""
     if not torch.cuda.is_available():
         return None
     count = torch.cuda.device_count()

@@ -366,7 +366,7 @@ def ir_op_priority(priorities: Mapping[str, Sequence[str]]) -> Iterator[None]:
 
 
 def parse_priorities(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return the priorities from command-line texts such as `rms_norm=triton_batch_invariant,native`.
+    """Return priorities from command-line texts such as `rms_norm=triton_batch_invariant,native`.
 
     Raises:
         ConfigError: a text is not of that form, or names something unknown.

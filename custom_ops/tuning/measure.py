@@ -47,7 +47,7 @@ _OWN_KERNELS = "symm_mem"
 
 
 class TimedCall(NamedTuple):
-    """A provider's variant, as a call with native's parameters. `in_rank_order`: its sums are exact."""
+    """A provider's variant, as a call with native's parameters; `in_rank_order`: sums are exact."""
 
     label: str
     call: Callable[..., tuple[Tensor, Tensor]]

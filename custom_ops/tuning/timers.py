@@ -25,7 +25,7 @@ ROWS_AT_ONCE = 1024
 # Bytes of a copy that measures a link; smaller copies do not reach its full speed.
 _LEAST_COPY_BYTES, _MOST_COPY_BYTES = 4 << 20, 64 << 20
 
-# --- Timers -------------------------------------------------------------------------------------------------
+# --- Timers ---------------------------------------------------------------------------------------
 
 
 class Timer(abc.ABC):
@@ -159,7 +159,7 @@ def peer_copies(made: Any, device: torch.device) -> tuple[dict[str, Callable[[in
     return {"copy engines": engines, "kernel": kernel}, nbytes * len(targets)
 
 
-# --- Inputs and the check -----------------------------------------------------------------------------------
+# --- Inputs and the check -------------------------------------------------------------------------
 
 
 class Inputs(NamedTuple):
@@ -241,7 +241,7 @@ def fingerprint(*tensors: Tensor) -> str:
     return str(found)
 
 
-# --- Progress -----------------------------------------------------------------------------------------------
+# --- Progress -------------------------------------------------------------------------------------
 
 
 class Progress:

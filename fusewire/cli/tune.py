@@ -1,7 +1,8 @@
 """Measure which provider is fastest for how many tokens on this machine; keep a table of it.
 
 Alone it starts one process for each GPU. Under torchrun it measures on torchrun's ranks, also on
-several machines. Results are checked before they are timed. `python -m fusewire doctor` lists tables.
+several machines. Results are checked before they are timed. `python -m fusewire doctor` lists the
+tables.
 """
 
 from __future__ import annotations
