@@ -117,7 +117,7 @@ def sum_of_squares(words: tl.tuple, KIND: tl.constexpr, WIDE: tl.constexpr, BATC
             if KIND != FP32:
                 square += high_of(words, k, KIND, WIDE) * high_of(words, k, KIND, WIDE)
             pairs = pairs + (square,)
-        total = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
+        total = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])  # type: ignore[misc]
     else:
         total = low_of(words, 0, KIND, WIDE) * low_of(words, 0, KIND, WIDE)
         for k in tl.static_range(1, 4):
