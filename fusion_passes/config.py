@@ -80,6 +80,11 @@ class PassConfig:
     fuse_sequence_parallel: bool = _fusion(
         True, "Fuse reduce_scatter -> [add ->] rms_norm -> all_gather, the form of sequence parallelism."
     )
+    fuse_quantization: bool = _fusion(
+        True,
+        "Fuse also the quantisation of the norm to FP8 (static, for each token, or for each 128 "
+        "values), in the program's own arithmetic. With a sharded residual, FP8 rows travel.",
+    )
     merge_allreduces: bool = _fusion(
         True,
         "Replace the sum of two all-reduces over one group by one all-reduce of the sum, also "
@@ -141,12 +146,12 @@ class PassConfig:
     )
     assume_replicated_residuals: bool = _assumption(
         True,
-        "Assume that the residual added after an all-reduce, and the norm's weight, are equal on "
-        "every rank. Kernels (every provider but native and rank_ordered) and shard_residual need "
-        "it, since the rank that owns a row adds its own residual for all ranks. A matrix that "
-        "makes what is added (LoRA's second) moves before the all-reduce. False: where the graph "
-        "does not prove it, native serves, which adds each rank's own, the residual is not "
-        "sharded, and no matrix moves.",
+        "Assume that the residual added after an all-reduce, the norm's weight, and the scale of a "
+        "static quantisation are equal on every rank. Kernels (every provider but native and "
+        "rank_ordered) and shard_residual need it, since the rank that owns a row adds its own "
+        "residual for all ranks. A matrix that makes what is added (LoRA's second) moves before "
+        "the all-reduce. False: where the graph does not prove it, native serves, which adds each "
+        "rank's own, the residual is not sharded, and no matrix moves.",
     )
     compile_alone: bool = _assumption(
         False,

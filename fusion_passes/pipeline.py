@@ -48,9 +48,9 @@ from fusewire.patterns.norms import NORM_OPS
 
 log = logging.getLogger("fusewire")
 # These refuse no all-reduce, so a trial leaves them out.
-_REFUSE_NOTHING = ("shard_residual", "lower_ops", "place_outputs")
+_REFUSE_NOTHING = ("fuse_quantization", "shard_residual", "lower_ops", "place_outputs")
 # After each of these the graph shows what fused with what.
-_FUSING = ("fuse_all_reduce", "fuse_sequence_parallel", "fuse_epilogues")
+_FUSING = ("fuse_all_reduce", "fuse_sequence_parallel", "fuse_epilogues", "fuse_quantization")
 
 
 def run_passes(

@@ -14,6 +14,7 @@ from fusewire.fusion_passes.context import RunContext
 from fusewire.fusion_passes.passes.eliminate_noops import eliminate_noops
 from fusewire.fusion_passes.passes.fuse_all_reduce import fuse_all_reduce
 from fusewire.fusion_passes.passes.fuse_epilogues import fuse_epilogues
+from fusewire.fusion_passes.passes.fuse_quantization import fuse_quantization
 from fusewire.fusion_passes.passes.fuse_sequence_parallel import fuse_sequence_parallel
 from fusewire.fusion_passes.passes.lower_ops import lower_ops
 from fusewire.fusion_passes.passes.merge_all_reduces import merge_all_reduces
@@ -55,6 +56,7 @@ _PASSES: list[RegisteredPass] = [
     RegisteredPass("fuse_all_reduce", fuse_all_reduce, ("fuse_allreduce_rms",)),
     RegisteredPass("fuse_sequence_parallel", fuse_sequence_parallel, ("fuse_allreduce_rms", "fuse_sequence_parallel")),
     RegisteredPass("fuse_epilogues", fuse_epilogues, ("fuse_sandwich_norms",)),
+    RegisteredPass("fuse_quantization", fuse_quantization, ("fuse_quantization",)),
     RegisteredPass("shard_residual", shard_residual, ("shard_residual",)),
     RegisteredPass("lower_ops", lower_ops),
     RegisteredPass("place_outputs", place_outputs, ("output_in_place",)),

@@ -196,7 +196,7 @@ def quantize(norm: Tensor, scale: Tensor | None, quant: str) -> tuple[Tensor, Te
     spec = parse_quant(quant)
     if spec.static:
         assert scale is not None
-        return _scaled(norm, scale.reshape(()), spec), torch.empty((0,), dtype=torch.float32, device=norm.device)
+        return _scaled(norm, scale.reshape(()), spec), norm.new_empty((0,), dtype=torch.float32)
     parts = norm if spec.kind == TOKEN else norm.reshape(*norm.shape[:-1], norm.shape[-1] // GROUP_SIZE, GROUP_SIZE)
     scales = _dynamic_scales(parts, scale, spec)
     quantized = _scaled(parts, scales, spec).reshape(norm.shape)
@@ -213,7 +213,7 @@ def _dynamic_scales(parts: Tensor, bound: Tensor | None, spec: QuantSpec) -> Ten
     if spec.amax_by == MULTIPLY:
         scales = amax * (1.0 / FP8_MAX)
     else:  # by a tensor: on GPUs, PyTorch multiplies by the reciprocal of a number
-        scales = amax / torch.full((), FP8_MAX, dtype=amax.dtype, device=amax.device)
+        scales = amax / amax.new_full((), FP8_MAX)
     if spec.narrow_scale:
         scales = scales.to(parts.dtype).float()
     if spec.scale_floor:

@@ -28,6 +28,10 @@ from torch.fx import Node
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
+from fusewire.custom_ops.ops.quantized_norm import (
+    all_reduce_rms_norm_quantized,
+    all_reduce_rms_norm_quantized_sharded,
+)
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded, gather_rows, shard_rows
 from fusewire.fusion_passes.analysis.graph import aten, writes_in_place
@@ -45,7 +49,10 @@ REPLICATED_ARGUMENTS = {
     all_reduce_rms_norm.torch_op: ("residual", "weight"),
     all_reduce_sandwich_norm.torch_op: ("residual", "weight", "inner_weight"),
     all_reduce_rms_norm_sharded.torch_op: ("weight",),
+    all_reduce_rms_norm_quantized.torch_op: ("residual", "weight", "inner_weight", "scale"),
+    all_reduce_rms_norm_quantized_sharded.torch_op: ("weight", "scale"),
 }
+_SHARDED = (all_reduce_rms_norm_sharded.torch_op, all_reduce_rms_norm_quantized_sharded.torch_op)
 # Operators of fusewire that compute each row by itself and send nothing.
 _LOCAL_NORMS = (rms_norm.torch_op, fused_add_rms_norm.torch_op)
 # These read the values of their first input and only the shape of the second.
@@ -201,7 +208,7 @@ def _result_of_fused(item: Node, call: Node) -> tuple[Origin, Sequence[Node]]:
 
     The sum is equal on every rank, but each rank may have used its own residual and weight.
     """
-    if call.target is all_reduce_rms_norm_sharded.torch_op and item.args[1] == 1:
+    if call.target in _SHARDED and item.args[1] == 1:
         return Origin(unknown=f"rows that each rank has for itself ({item.name})"), ()
     given = _arguments(call)
     sources = [given[name] for name in REPLICATED_ARGUMENTS[call.target]]

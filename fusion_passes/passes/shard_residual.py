@@ -22,6 +22,10 @@ import torch
 from torch.fx import Graph, Node
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.quantized_norm import (
+    all_reduce_rms_norm_quantized,
+    all_reduce_rms_norm_quantized_sharded,
+)
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import NO_INNER, all_reduce_rms_norm_sharded, gather_rows, shard_rows
 from fusewire.fusion_passes.analysis.graph import (
@@ -45,7 +49,8 @@ MIN_TOKENS = 16
 # operator takes 2% to 6% less time (docs/benchmarks.md).
 OPS_PER_GATHER = 16
 
-_FUSED = (all_reduce_rms_norm.torch_op, all_reduce_sandwich_norm.torch_op)
+_QUANTIZED = all_reduce_rms_norm_quantized.torch_op
+_FUSED = (all_reduce_rms_norm.torch_op, all_reduce_sandwich_norm.torch_op, _QUANTIZED)
 
 
 def shard_residual(graph: Graph, context: RunContext) -> bool:
@@ -171,15 +176,17 @@ class _Sharder:
             self.graph.erase_node(op)
 
     def _sharded(self, op: Node, shards: dict[Node, Node]) -> Node:
-        """Return a new sharded operator for a fused one, and use its norm instead."""
+        """Return a new sharded operator for a fused one, and use its complete results instead."""
         x, residual, weight, eps, weight_bias, form, *rest, policy = positional(op)
-        inner, group = (rest[:-1] or [None, 0.0, 0.0, NO_INNER]), rest[-1]
+        others, group = (rest[:-1] or [None, 0.0, 0.0, NO_INNER]), rest[-1]
         with self.graph.inserting_before(op):
             if residual is not None and residual not in shards:
                 shards[residual] = new_call(self.graph, shard_rows.torch_op, (residual, group), {}, op)
             shard = None if residual is None else shards[residual]
-            arguments = (x, shard, weight, eps, weight_bias, form, *inner, group, *([policy] if policy else []))
-            new = self.graph.call_function(all_reduce_rms_norm_sharded.torch_op, arguments)
+            arguments = (x, shard, weight, eps, weight_bias, form, *others, group, *([policy] if policy else []))
+            quantizes = op.target is _QUANTIZED
+            target = all_reduce_rms_norm_quantized_sharded if quantizes else all_reduce_rms_norm_sharded
+            new = self.graph.call_function(target.torch_op, arguments)
             copy_origin(op, new)
             new.meta["val"] = self._values(op, shard)
             name: str = op.meta.get("fusewire_all_reduce", "")  # "" for the program's own calls
@@ -187,19 +194,19 @@ class _Sharder:
                 new.meta["fusewire_all_reduce"] = name
             new.meta[ASSUMPTION_COUNTED] = True
         for index, item in getitem_users(op):
-            if index == 0:
+            if index != 1:
                 with self.graph.inserting_before(item):
-                    norm = getitem(self.graph, new, 0)
-                item.replace_all_uses_with(norm)
+                    result = getitem(self.graph, new, index)
+                item.replace_all_uses_with(result)
         fused = self.context.fused.get(name)
         if fused is not None:
             self.context.fused[name] = dataclasses.replace(fused, fusion=f"{fused.fusion}, residual sharded")
         return new
 
-    def _values(self, op: Node, shard: Node | None) -> tuple[torch.Tensor, torch.Tensor]:
-        full = op.meta["val"][0]
+    def _values(self, op: Node, shard: Node | None) -> tuple[torch.Tensor, ...]:
+        norm, full, *quantized = map(fresh_fake, op.meta["val"])
         if shard is not None:
-            return fresh_fake(full), fresh_fake(shard.meta["val"])
+            return norm, fresh_fake(shard.meta["val"]), *quantized
         with full.fake_mode:
             part = shard_rows.torch_op(full, _group(op))
-        return fresh_fake(full), fresh_fake(part)
+        return norm, fresh_fake(part), *quantized

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from fusewire.custom_ops.coordination.rendezvous import AS_WRITTEN, RENDEZVOUS
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
+from fusewire.custom_ops.ops.quantized_norm import all_reduce_rms_norm_quantized
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import shard_rows
 from fusewire.errors import ProcessGroupError
@@ -27,7 +28,11 @@ _TEXTS_IN_LABEL = 4
 # These take a group's name and send nothing.
 _LOCAL = (shard_rows.torch_op, RENDEZVOUS)
 # These sum over the group exactly what the all-reduce that they replace sums.
-_PLAIN_SUMS = (all_reduce_rms_norm.torch_op, all_reduce_sandwich_norm.torch_op)
+_PLAIN_SUMS = (
+    all_reduce_rms_norm.torch_op,
+    all_reduce_sandwich_norm.torch_op,
+    all_reduce_rms_norm_quantized.torch_op,
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,235 @@
+"""Fuse the quantisation of a norm to FP8 into the fused operator before it.
+
+If the norm is quantised in several ways, the first in the graph is fused, and the others read the
+norm, which the operator then returns too. Equal quantisations, as of each of a layer's projections,
+become one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Graph, Node
+
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.quantization import GROUP, GROUP_SIZE
+from fusewire.custom_ops.ops.quantized_norm import (
+    all_reduce_rms_norm_quantized,
+    all_reduce_rms_norm_quantized_sharded,
+)
+from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
+from fusewire.custom_ops.ops.sharded_norm import NO_INNER, all_reduce_rms_norm_sharded
+from fusewire.fusion_passes.analysis.graph import (
+    aten,
+    copy_origin,
+    dtype_of,
+    erase_unused,
+    getitem,
+    getitem_users,
+    last_size,
+    mutation_regions,
+    new_call,
+    prims,
+    same_shape,
+    same_size,
+    sort_topologically,
+    value_of,
+)
+from fusewire.fusion_passes.analysis.quantizations import Quantization, casts_to_fp8, read_quantization
+from fusewire.fusion_passes.analysis.replication import PROVED, Replication
+from fusewire.fusion_passes.context import RunContext
+from fusewire.patterns.collectives import positional
+
+_PLAIN, _SANDWICH = all_reduce_rms_norm.torch_op, all_reduce_sandwich_norm.torch_op
+_SHARDED, _QUANTIZED_SHARDED = all_reduce_rms_norm_sharded.torch_op, all_reduce_rms_norm_quantized_sharded.torch_op
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_NORM, _QUANTIZED, _SCALES = 0, 2, 3  # results of the quantised operators
+_WITH_NORM = 12  # the position of their argument
+_KINDS = {"tensor": "static FP8", "token": "FP8 per token", "group": "FP8 per group of 128"}
+
+
+def fuse_quantization(graph: Graph, context: RunContext) -> bool:
+    """Fuse the quantisations that the checks let through; return whether the graph changed."""
+    return _QuantizationFuser(graph, context).run()
+
+
+class _QuantizationFuser:
+    """Fuses quantisations. If it refuses, the operator before stays as it is."""
+
+    def __init__(self, graph: Graph, context: RunContext) -> None:
+        self.graph = graph
+        self.context = context
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.replication = Replication()
+        self.regions: dict[Node, int] = {}
+        self.refused = Counter[str]()
+        self.unsorted = False
+
+    def run(self) -> bool:
+        changed = False
+        for op in [node for node in self.graph.nodes if node.target in (_PLAIN, _SANDWICH, _SHARDED)]:
+            for index, norm in list(getitem_users(op)):
+                if index == _NORM:
+                    changed = self._fuse(op, norm) or changed
+        if self.unsorted:
+            sort_topologically(self.graph)
+        self.context.notes += [
+            f"fuse_quantization: {count} quantisation{'s' * (count > 1)} not fused: {reason}"
+            for reason, count in self.refused.items()
+        ]
+        return changed
+
+    def _fuse(self, op: Node, norm: Node) -> bool:
+        """Fuse a norm's quantisations of one kind; return whether there is one."""
+        chosen: list[Quantization] = []
+        for cast in sorted(casts_to_fp8(norm), key=self.order.__getitem__):
+            found = read_quantization(cast, norm, self.order)
+            if isinstance(found, Quantization) and not chosen:
+                reason = self._refusal(op, found)
+            elif isinstance(found, Quantization):
+                same = (found.spec, found.scale) == (chosen[0].spec, chosen[0].scale)
+                reason = "" if same else "the norm is quantised in another way too, which is fused"
+            else:
+                reason = found
+            if reason:
+                self.refused[reason] += 1
+            else:
+                assert isinstance(found, Quantization)
+                chosen.append(found)
+        if chosen:
+            self._replace(op, norm, chosen)
+        return bool(chosen)
+
+    def _refusal(self, op: Node, found: Quantization) -> str:
+        """Return why a quantisation that is read cannot be fused, or ""."""
+        x = op.args[0]
+        if dtype_of(x) not in _DTYPES:
+            return f"the norm is in {dtype_of(x)}; the operators quantise bfloat16, float16 and float32"
+        if found.spec.kind == GROUP and not _divides(last_size(x)):
+            return f"the hidden size {last_size(x)} is no multiple of {GROUP_SIZE}"
+        if any(old is not None and _sizes_of(old, x) is None for old in (found.quantized, found.scales)):
+            return "it has several dynamic sizes that the all-reduce's input does not have"
+        if found.scale is None:
+            return ""
+        verdict = self.replication.judge(found.scale, positional(op)[-2])
+        if op.target is _SHARDED and verdict.kind != PROVED and not self.context.config.assume_replicated_residuals:
+            return f"the scale {verdict.reason} and may differ between ranks (assume_replicated_residuals=False)"
+        return self._why_not_after(op, found.scale)
+
+    def _why_not_after(self, op: Node, scale: Node) -> str:
+        """Return why the operator cannot stand after its scale, or ""."""
+        if self.order[scale] < self.order[op]:
+            return ""
+        self.regions = self.regions or mutation_regions(self.graph)
+        if self.regions[scale] != self.regions[op]:
+            return "its scale is computed after something that is written in place"
+        group, node = positional(op)[-2], op
+        while node is not scale:
+            node = node.next
+            if node.op == "call_function" and group in (*node.args, *node.kwargs.values()):
+                return f"its scale is computed after the group's next collective ({node.name})"
+        return ""
+
+    def _replace(self, op: Node, norm: Node, chosen: Sequence[Quantization]) -> None:
+        """Replace an operator by its quantised form, and what the quantisations compute."""
+        first = chosen[0]
+        scale = first.scale
+        last = op if scale is None or self.order[scale] < self.order[op] else scale
+        self.unsorted |= last is not op
+        with self.graph.inserting_before(last.next):
+            if scale is not None and dtype_of(scale) is not torch.float32:
+                scale = self._call(prims.convert_element_type.default, (scale, torch.float32), op)
+            new = self._quantized(op, scale, str(first.spec))
+            items = {index: getitem(self.graph, new, index) for index in (_QUANTIZED, _SCALES)}
+        for index, item in list(getitem_users(op)):
+            with self.graph.inserting_before(items[_QUANTIZED]):
+                item.replace_all_uses_with(getitem(self.graph, new, index))
+            self.graph.erase_node(item)
+        self.graph.erase_node(op)
+        for found in chosen:
+            self._hand_over(found.quantized, items[_QUANTIZED], new)
+            if found.scales is not None:
+                self._hand_over(found.scales, items[_SCALES], new)
+        self._drop_unused(new)
+
+    def _call(self, target: object, arguments: tuple[object, ...], origin: Node) -> Node:
+        return new_call(self.graph, target, arguments, {}, origin)
+
+    def _quantized(self, op: Node, scale: Node | None, quant: str) -> Node:
+        """Return a new quantised operator for a fused one, which it replaces in the report too."""
+        *norms, group, policy = positional(op)
+        inner = norms[6:] or [None, 0.0, 0.0, NO_INNER]
+        target = _QUANTIZED_SHARDED if op.target is _SHARDED else all_reduce_rms_norm_quantized.torch_op
+        arguments = (*norms[:6], *inner, scale, quant, True, group, *([policy] if policy else []))
+        new = self._call(target, arguments, op)
+        copy_origin(op, new)
+        new.meta.update({key: value for key, value in op.meta.items() if key.startswith("fusewire_")})
+        name: str = op.meta.get("fusewire_all_reduce", "")
+        fused = self.context.fused.get(name)
+        if fused is not None:
+            kind = _KINDS[quant.split(" ")[0]]
+            self.context.fused[name] = dataclasses.replace(fused, fusion=f"{fused.fusion} + {kind}")
+        return new
+
+    def _hand_over(self, old: Node, result: Node, op: Node) -> None:
+        """Use a result in place of a node of the same values, in its shape and dtype."""
+        if old._erased:  # read by a quantisation before
+            return
+        value, new = value_of(old), result
+        assert value is not None
+        with self.graph.inserting_before(old.next):
+            if not same_shape(old, result):
+                new = self._call(aten.reshape.default, (new, self._sizes(old, op)), old)
+            if dtype_of(new) != dtype_of(old):
+                new = self._call(prims.convert_element_type.default, (new, value.dtype), old)
+        old.replace_all_uses_with(new)
+        erase_unused(old)
+
+    def _sizes(self, old: Node, op: Node) -> list[int | Node]:
+        """Return a node's sizes as arguments of a call; symbolic ones are those of op's input."""
+        x: Node = op.args[0]  # type: ignore[assignment]
+        sizes, given = _sizes_of(old, x), value_of(x)
+        assert sizes is not None
+        assert given is not None
+        found: list[int | Node] = []
+        for size in sizes:
+            if isinstance(size, int):
+                found.append(size)
+                continue
+            dim = next(i for i, other in enumerate(given.shape) if same_size(size, other))
+            found.append(self._call(aten.sym_size.int, (x, dim), old))
+        return found
+
+    def _drop_unused(self, new: Node) -> None:
+        """Erase results that nothing reads; if the norm is one, the operator need not return it."""
+        for _, item in list(getitem_users(new)):
+            if not item.users:
+                self.graph.erase_node(item)
+        if any(index == _NORM for index, _ in getitem_users(new)):
+            return
+        new.args = (*new.args[:_WITH_NORM], False, *new.args[_WITH_NORM + 1 :])
+        norm, *others = new.meta["val"]
+        with norm.fake_mode:
+            new.meta["val"] = (norm.new_empty((0,)), *others)
+
+
+def _sizes_of(node: Node, x: Node) -> list[int | torch.SymInt] | None:
+    """Return a node's sizes, -1 for a symbolic one if it is the only one.
+
+    Several must be sizes of x, which the graph can ask for; else return None.
+    """
+    value, given = value_of(node), value_of(x)
+    assert value is not None
+    assert given is not None
+    symbolic = [size for size in value.shape if not isinstance(size, int)]
+    if len(symbolic) <= 1:
+        return [size if isinstance(size, int) else -1 for size in value.shape]
+    known = all(any(same_size(size, other) for other in given.shape) for size in symbolic)
+    return list(value.shape) if known else None
+
+
+def _divides(hidden: object) -> bool:
+    return isinstance(hidden, int) and hidden % GROUP_SIZE == 0

@@ -1,0 +1,99 @@
+"""Quantised norms on 2 ranks, from torch.compile to the results: the bits of eager execution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fusewire
+
+from support.distributed import shared_pool
+from support.quantizers import READ
+from support.rank_programs import Ranks
+
+TOKENS, HIDDEN = 17, 256
+
+
+def _norm(x, w, bias):
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (w.float() + bias)).to(x.dtype)
+
+
+def _program(ranks, quantizer, bias, sandwich, with_norm):
+    """Two layers; the second reads the first's residual only through its own operator."""
+
+    def run(x, r, w, s):
+        found = []
+        for _ in range(2):
+            y = ranks.reduce(x)
+            y = _norm(y, w * 0.5, bias) if sandwich else y
+            r = r + y
+            n = _norm(r, w, bias)
+            found.append(quantizer(n, s))
+            q, scale = found[-1] if isinstance(found[-1], tuple) else (found[-1], s)
+            x = (q.float().view(TOKENS, -1, 256 // scale.shape[-1]) * scale[..., None]).to(x.dtype).view(x.shape)
+            if with_norm:
+                x = x + n
+        return found
+
+    return run
+
+
+def _on_a_rank(names: list[str]) -> list[str]:
+    """What differs from eager execution, or was not fused as it should."""
+    ranks, failed = Ranks(), []
+    generator = torch.Generator().manual_seed(9)
+    x, r = (torch.randn(TOKENS, HIDDEN, generator=generator) for _ in range(2))
+    # Sums of eighths are exact in every order.
+    x = ((x * 8).round() / 8 * (1 + ranks.rank)).bfloat16()
+    given = x, r.bfloat16(), (torch.rand(HIDDEN, generator=generator) + 0.5).bfloat16(), torch.tensor([0.0371])
+    for name in names:
+        for bias, sandwich, with_norm, options in (
+            (0.0, False, False, {}),
+            (1.0, False, True, {"shard_residual": True}),
+            (1.0, True, False, {"shard_residual": True}),
+            (0.0, True, True, {"ir_op_priority": {"all_reduce_rms_norm": ("rank_ordered",)}}),
+        ):
+            program = _program(ranks, READ[name][0], bias, sandwich, with_norm)
+            fusewire.clear_report()
+            with torch.no_grad():
+                wanted = torch.utils._pytree.tree_leaves(program(*given))
+                got = torch.utils._pytree.tree_leaves(ranks.compile(program, **options)(*given))
+            what = f"{name} {bias} {sandwich} {with_norm} {options}"
+            if any(
+                not torch.equal(a.float(), b.float()) or a.dtype != b.dtype for a, b in zip(got, wanted, strict=True)
+            ):
+                failed.append(f"{what}: other bits")
+            fusions = [entry.fusion or entry.reason for graph in fusewire.report().graphs for entry in graph.entries]
+            sharded = ["residual sharded" in fusion for fusion in fusions]
+            if len(fusions) != 2 or not all("FP8" in fusion for fusion in fusions):
+                failed.append(f"{what}: {fusions}")
+            if any(sharded) != ("shard_residual" in options) or all(sharded) != any(sharded):
+                failed.append(f"{what}: sharded {fusions}")
+    return failed
+
+
+@pytest.mark.parametrize("name", ["vLLM static", "torchao row", "vLLM group"])
+def test_bits_equal_eager(name):
+    """With and without the norm, sharded, Gemma's weight, sandwich norms; native and another provider."""
+    assert shared_pool(2).run(_on_a_rank, [name]) == [[], []]
+
+
+def _peer_differs() -> bool:
+    """Whether a rank with another scale for its static quantisation keeps its own."""
+    ranks = Ranks()
+    quantizer = READ["vLLM static"][0]
+    x = torch.ones(TOKENS, HIDDEN).bfloat16()
+
+    def run(x, r, w, s):
+        return quantizer(_norm(ranks.reduce(x) + r, w, 0.0), s)
+
+    given = x, x, torch.ones(HIDDEN).bfloat16(), torch.tensor([0.01 * (1 + ranks.rank)])
+    with torch.no_grad():
+        got = ranks.compile(run)(*given)
+        return torch.equal(got.float(), run(*given).float())
+
+
+def test_native_quantises_with_each_ranks_own_scale():
+    """As the source does, whatever the option assumes."""
+    assert shared_pool(2).run(_peer_differs) == [True, True]
