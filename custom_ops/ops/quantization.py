@@ -210,10 +210,8 @@ def _dynamic_scales(parts: Tensor, bound: Tensor | None, spec: QuantSpec) -> Ten
         amax = amax.clamp(min=spec.amax_floor)
     if bound is not None:
         amax = torch.minimum(amax, bound.reshape(()))
-    if spec.amax_by == MULTIPLY:
-        scales = amax * (1.0 / FP8_MAX)
-    else:  # by a tensor: on GPUs, PyTorch multiplies by the reciprocal of a number
-        scales = amax / amax.new_full((), FP8_MAX)
+    # By a tensor: on GPUs, PyTorch multiplies by the reciprocal of a number instead of dividing.
+    scales = amax * (1.0 / FP8_MAX) if spec.amax_by == MULTIPLY else amax / amax.new_full((), FP8_MAX)
     if spec.narrow_scale:
         scales = scales.to(parts.dtype).float()
     if spec.scale_floor:

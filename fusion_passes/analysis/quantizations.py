@@ -1,8 +1,9 @@
 """Find in a graph how a norm is quantised to FP8, by the arithmetic of the FP8 values.
 
 The reader starts at a cast to float8_e4m3fn and walks back: clamp, division by a scale, the norm;
-and from the scale to the norm's largest absolute values, if it is computed from them. What it
-reads is a QuantSpec, whose result has the same bits; anything else is refused with a reason.
+and from the scale to the norm's largest absolute values, if it is computed from them. Operators
+that quantise by themselves are read in analysis/quantizing_ops.py. What it reads is a QuantSpec,
+whose result has the same bits; anything else is refused with a reason.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from fusewire.fusion_passes.analysis.graph import (
     CASTS,
     VIEWS,
     aten,
-    cast_source,
     depends_on,
     dtype_of,
     is_number,
@@ -41,6 +41,13 @@ from fusewire.fusion_passes.analysis.graph import (
     same_size,
     value_of,
 )
+from fusewire.fusion_passes.analysis.quantizing_ops import (
+    Quantization,
+    QuantizationRefusal,
+    is_norm,
+    quantizing_op,
+    read_quantizing_op,
+)
 
 _AMAXES = frozenset({aten.amax.default, aten.max.dim})
 # Exact in fp32.
@@ -48,29 +55,8 @@ _WIDENED = (torch.bfloat16, torch.float16)
 _OTHER_FP8 = frozenset({torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz})
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """A quantisation of a norm that a graph computes.
-
-    Attributes:
-        spec: its arithmetic.
-        scale: the node of a static scale, else of the bound of the largest values, or None.
-        quantized: the nodes of FP8 values to replace.
-        scales: the nodes of a dynamic quantisation's scales to replace.
-    """
-
-    spec: QuantSpec
-    scale: Node | None
-    quantized: Node
-    scales: Node | None
-
-
-class _Refusal(Exception):
-    """Why a quantisation is not read."""
-
-
-def casts_to_fp8(norm: Node) -> list[Node]:
-    """Return the casts to an FP8 dtype that are computed from a norm, in no order of the graph.
+def quantizations_from(norm: Node) -> list[Node]:
+    """Return the casts to FP8 and calls that quantise a norm, in no order of the graph.
 
     The search ends at operations that no quantisation has, as matrix products.
     """
@@ -78,25 +64,25 @@ def casts_to_fp8(norm: Node) -> list[Node]:
     seen, pending = {norm}, [norm]
     while pending:
         for user in pending.pop().users:
-            if user in seen or user.target not in _SEARCHED:
+            if user in seen:
                 continue
             seen.add(user)
-            if user.target in CASTS and (dtype_of(user) is FP8 or dtype_of(user) in _OTHER_FP8):
+            if quantizing_op(user) or (user.target in CASTS and dtype_of(user) in (FP8, *_OTHER_FP8)):
                 found.append(user)
-            else:
+            elif user.target in _SEARCHED:
                 pending.append(user)
     return found
 
 
-def read_quantization(cast: Node, norm: Node, order: dict[Node, int]) -> Quantization | str:
-    """Return the quantisation of a norm that ends at a cast to FP8, or why it is not read.
+def read_quantization(node: Node, norm: Node, order: dict[Node, int]) -> Quantization | str:
+    """Return the quantisation of a norm that is one of `quantizations_from`, or why it is not read.
 
     Args:
         order: the nodes' positions in the graph.
     """
     try:
-        return _Reader(norm, order).read(cast)
-    except _Refusal as refusal:
+        return read_quantizing_op(node, norm, order) if quantizing_op(node) else _Reader(norm, order).read(node)
+    except QuantizationRefusal as refusal:
         return str(refusal)
 
 
@@ -139,7 +125,7 @@ class _Reader:
 
     def read(self, cast: Node) -> Quantization:
         if dtype_of(cast) is not FP8:
-            raise _Refusal(f"it is to {dtype_of(cast)}; the operators quantise to {FP8}")
+            raise QuantizationRefusal(f"it is to {dtype_of(cast)}; the operators quantise to {FP8}")
         product, clamp = self._unclamped(cast)
         given, factor, apply = self._factors(product)
         narrow = self._is_narrow(product, factor)
@@ -148,20 +134,22 @@ class _Reader:
             apply = RECIPROCAL
         core = _unviewed(factor if inverse is None else inverse)
         if dtype_of(core) != dtype_of(product) and (inverse is not None or dtype_of(core) not in _WIDENED):
-            raise _Refusal(f"its scale is {dtype_of(core)}; keep it in float32")
+            raise QuantizationRefusal(f"its scale is {dtype_of(core)}; keep it in float32")
         if not depends_on(core, self.norm, self.order):
             size = value_of(core)
             if size is None or size.numel() != 1:
-                raise _Refusal("its scales are given, and more than one")
-            return Quantization(QuantSpec(TENSOR, apply, narrow=narrow, clamp=clamp), core, cast, None)
+                raise QuantizationRefusal("its scales are given, and more than one")
+            return Quantization(QuantSpec(TENSOR, apply, narrow=narrow, clamp=clamp), core, (cast,), ())
         if apply == MULTIPLY:
-            raise _Refusal("it multiplies by 448 / the largest value, which rounds otherwise than a division")
+            raise QuantizationRefusal(
+                "it multiplies by 448 / the largest value, which rounds otherwise than a division"
+            )
         found = _Scale()
         source = self._walk(core, found)
         if source is None:
-            raise _Refusal("its scale is computed from the norm in a way that is not known")
+            raise QuantizationRefusal("its scale is computed from the norm in a way that is not known")
         spec = QuantSpec(self._kind(source, given, factor), apply, narrow=narrow, **found.values)
-        return Quantization(spec, found.bound, cast, _before_widening(core))
+        return Quantization(spec, found.bound, (cast,), (_before_widening(core),))
 
     def _unclamped(self, cast: Node) -> tuple[Node, bool]:
         """Return the product that a cast to FP8 rounds, and whether it is clamped before."""
@@ -171,9 +159,11 @@ class _Reader:
             bounds += _bounds(node)
             node = node.args[0]
         if not isinstance(node, Node) or dtypes - {dtype_of(node), torch.float32}:
-            raise _Refusal("it rounds the quotient once more before the cast")
+            raise QuantizationRefusal("it rounds the quotient once more before the cast")
         if sorted(bounds) not in ([], [("max", FP8_MAX), ("min", -FP8_MAX)]):
-            raise _Refusal(f"it clamps to {', '.join(f'{kind} {value:g}' for kind, value in bounds)}, not to +-448")
+            raise QuantizationRefusal(
+                f"it clamps to {', '.join(f'{kind} {value:g}' for kind, value in bounds)}, not to +-448"
+            )
         return node, bool(bounds)
 
     def _factors(self, product: Node) -> tuple[Node, Node, str]:
@@ -183,35 +173,24 @@ class _Reader:
         if multiplied:
             pairs = [(multiplied, MULTIPLY), (multiplied[::-1], MULTIPLY)]
         for (given, scale), apply in pairs:
-            if isinstance(given, Node) and self._is_norm(given):
+            if isinstance(given, Node) and is_norm(given, self.norm):
                 if is_number(scale):
-                    raise _Refusal(
+                    raise QuantizationRefusal(
                         f"its scale is the number {scale:g}, by which PyTorch divides otherwise on GPUs than on CPUs; "
                         "keep it in a float32 tensor"
                     )
                 if isinstance(scale, Node) and value_of(scale) is not None:
                     return given, scale, apply
-        raise _Refusal("no norm divided or multiplied by a scale is what is cast")
-
-    def _is_norm(self, node: Node) -> bool:
-        """Return whether a node is the norm, viewed or in fp32."""
-        while node is not self.norm:
-            if node.target in CASTS and cast_source(node) is not None:
-                if dtype_of(node) not in (torch.float32, self.dtype):
-                    return False
-            elif node.target not in VIEWS:
-                return False
-            node = node.args[0]  # type: ignore[assignment]
-        return True
+        raise QuantizationRefusal("no norm divided or multiplied by a scale is what is cast")
 
     def _is_narrow(self, product: Node, scale: Node) -> bool:
         """Return whether the quotient is rounded to the norm's dtype."""
         if dtype_of(product) is torch.float32:
             return False
         if dtype_of(product) != self.dtype:
-            raise _Refusal(f"it divides in {dtype_of(product)}")
+            raise QuantizationRefusal(f"it divides in {dtype_of(product)}")
         if dtype_of(scale) != self.dtype:
-            raise _Refusal(
+            raise QuantizationRefusal(
                 f"it divides a norm in {self.dtype} by a scale in {dtype_of(scale)} without dimensions, "
                 f"which PyTorch rounds to {self.dtype} on GPUs and not on CPUs; divide norm.float()"
             )
@@ -230,7 +209,7 @@ class _Reader:
                 return self._absolute(_reduced(at), found)
             else:
                 if at.target in _AMAXES or at.target is aten.max.default:
-                    raise _Refusal(
+                    raise QuantizationRefusal(
                         "its one scale is of the whole tensor, for which every rank needs every row; quantise with a "
                         "static scale, or one for each token"
                     )
@@ -266,7 +245,7 @@ class _Reader:
         name = "amax_floor" if found.divided else "scale_floor"
         bounds = dict(_bounds(node))
         if list(bounds) != ["min"] or name in found.values or bounds["min"] < 0 or found.bound is not None:
-            raise _Refusal("it clamps the scale in a way that is not known")
+            raise QuantizationRefusal("it clamps the scale in a way that is not known")
         floor = bounds["min"]
         if found.narrowed or dtype_of(node) is not torch.float32:
             assert self.dtype is not None
@@ -289,10 +268,10 @@ class _Reader:
         inner = _unviewed(source)
         while inner.target in CASTS:
             inner = _unviewed(inner.args[0])
-        if inner.target is not aten.abs.default or not self._is_norm(inner.args[0]):  # type: ignore[arg-type]
+        if inner.target is not aten.abs.default or not is_norm(inner.args[0], self.norm):  # type: ignore[arg-type]
             return None
         if not found.divided:
-            raise _Refusal("its scale is not the largest value divided by 448")
+            raise QuantizationRefusal("its scale is not the largest value divided by 448")
         return source  # type: ignore[no-any-return]
 
     def _kind(self, source: Node, given: Node, scale: Node) -> str:
@@ -303,14 +282,14 @@ class _Reader:
         fits = shape.dim() == wanted.dim() and shape.shape[-1] == 1
         fits = fits and all(map(same_size, shape.shape[:-1], wanted.shape[:-1]))
         if not fits or not same_shape(source, given):
-            raise _Refusal(
+            raise QuantizationRefusal(
                 f"scales of shape {list(shape.shape)} for values of shape {list(wanted.shape)} are not known"
             )
         if same_size(size, last_size(self.norm)):
             return TOKEN
         if size == GROUP_SIZE:
             return GROUP
-        raise _Refusal(f"its groups have {size} values; the operators know {GROUP_SIZE} and whole tokens")
+        raise QuantizationRefusal(f"its groups have {size} values; the operators know {GROUP_SIZE} and whole tokens")
 
 
 def _unviewed(node: Any) -> Any:
@@ -346,7 +325,7 @@ def _bounds(node: Node) -> list[tuple[str, float]]:
     else:
         named = {"min" if node.target is aten.clamp_min.default else "max": node.args[1]}
     if not all(map(is_number, named.values())):
-        raise _Refusal("it clamps to a value of the graph")
+        raise QuantizationRefusal("it clamps to a value of the graph")
     return [(kind, float(value)) for kind, value in named.items()]  # type: ignore[arg-type]
 
 

@@ -69,7 +69,9 @@ class FusionMatcher:
 
 def trace(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
     """Return the post-grad graph of a function on these fake values, decomposed as by Inductor."""
-    with torch.no_grad():
+    modes = (getattr(value, "fake_mode", None) for value in values)
+    mode = next((mode for mode in modes if mode is not None), contextlib.nullcontext())
+    with mode, torch.no_grad():  # the mode, since factory functions have no fake argument
         return make_fx(function, decomposition_table=select_decomp_table())(*values)
 
 

@@ -15,15 +15,18 @@ import torch
 from torch.fx import Graph, Node
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
-from fusewire.custom_ops.ops.quantization import GROUP, GROUP_SIZE
+from fusewire.custom_ops.ops.quantization import GROUP, GROUP_SIZE, ROWS
 from fusewire.custom_ops.ops.quantized_norm import (
     all_reduce_rms_norm_quantized,
     all_reduce_rms_norm_quantized_sharded,
 )
+from fusewire.custom_ops.ops.registry import NATIVE, op_of_target
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import NO_INNER, all_reduce_rms_norm_sharded
+from fusewire.errors import NoProviderError
 from fusewire.fusion_passes.analysis.graph import (
     aten,
+    cast_source,
     copy_origin,
     dtype_of,
     erase_unused,
@@ -38,7 +41,7 @@ from fusewire.fusion_passes.analysis.graph import (
     sort_topologically,
     value_of,
 )
-from fusewire.fusion_passes.analysis.quantizations import Quantization, casts_to_fp8, read_quantization
+from fusewire.fusion_passes.analysis.quantizations import Quantization, quantizations_from, read_quantization
 from fusewire.fusion_passes.analysis.replication import PROVED, Replication
 from fusewire.fusion_passes.context import RunContext
 from fusewire.patterns.collectives import positional
@@ -85,8 +88,8 @@ class _QuantizationFuser:
     def _fuse(self, op: Node, norm: Node) -> bool:
         """Fuse a norm's quantisations of one kind; return whether there is one."""
         chosen: list[Quantization] = []
-        for cast in sorted(casts_to_fp8(norm), key=self.order.__getitem__):
-            found = read_quantization(cast, norm, self.order)
+        for node in sorted(quantizations_from(norm), key=self.order.__getitem__):
+            found = read_quantization(node, norm, self.order)
             if isinstance(found, Quantization) and not chosen:
                 reason = self._refusal(op, found)
             elif isinstance(found, Quantization):
@@ -110,14 +113,33 @@ class _QuantizationFuser:
             return f"the norm is in {dtype_of(x)}; the operators quantise bfloat16, float16 and float32"
         if found.spec.kind == GROUP and not _divides(last_size(x)):
             return f"the hidden size {last_size(x)} is no multiple of {GROUP_SIZE}"
-        if any(old is not None and _sizes_of(old, x) is None for old in (found.quantized, found.scales)):
+        if found.spec.layout != ROWS and value_of(x).dim() != 2:  # type: ignore[union-attr]
+            return "its scales are in columns, and the norm has more than two dimensions"
+        if any(_sizes_of(old, x) is None for old in (*found.quantized, *found.scales)):
             return "it has several dynamic sizes that the all-reduce's input does not have"
+        if found.call is not None and self._only_native(op):
+            return "only native can serve, and the program's own kernel is faster than its arithmetic"
         if found.scale is None:
             return ""
         verdict = self.replication.judge(found.scale, positional(op)[-2])
         if op.target is _SHARDED and verdict.kind != PROVED and not self.context.config.assume_replicated_residuals:
             return f"the scale {verdict.reason} and may differ between ranks (assume_replicated_residuals=False)"
         return self._why_not_after(op, found.scale)
+
+    def _only_native(self, op: Node) -> bool:
+        """Return whether no provider but native can serve a fused operator on a GPU."""
+        *values, policy = [value_of(a) if isinstance(a, Node) else a for a in positional(op)]
+        if not _on_gpu(values[0]):
+            return False
+        ir_op = op_of_target(op.target)
+        assert ir_op is not None
+        judged = tuple(values) if ir_op.derives_from is None else ir_op.base_args(tuple(values))
+        policy = policy or self.context.config.policy(all_reduce_rms_norm.name)
+        try:
+            choice = all_reduce_rms_norm.choose(*judged, policy=policy, static=True, machine=False)
+        except NoProviderError:
+            return False
+        return choice.provider.name == NATIVE
 
     def _why_not_after(self, op: Node, scale: Node) -> str:
         """Return why the operator cannot stand after its scale, or ""."""
@@ -150,9 +172,13 @@ class _QuantizationFuser:
             self.graph.erase_node(item)
         self.graph.erase_node(op)
         for found in chosen:
-            self._hand_over(found.quantized, items[_QUANTIZED], new)
-            if found.scales is not None:
-                self._hand_over(found.scales, items[_SCALES], new)
+            if found.call is not None and not found.call.functional:
+                self.graph.erase_node(found.call.node)
+            for index, olds in ((_QUANTIZED, found.quantized), (_SCALES, found.scales)):
+                for old in olds:
+                    self._hand_over(old, items[index], new)
+            if found.call is not None and found.call.functional:
+                erase_unused(found.call.node)
         self._drop_unused(new)
 
     def _call(self, target: object, arguments: tuple[object, ...], origin: Node) -> Node:
@@ -180,7 +206,13 @@ class _QuantizationFuser:
             return
         value, new = value_of(old), result
         assert value is not None
-        with self.graph.inserting_before(old.next):
+        if value.dtype != dtype_of(result):  # a narrow scale, which its readers cast to fp32
+            for user in list(old.users):
+                if cast_source(user) is old and dtype_of(user) == dtype_of(result):
+                    self._hand_over(user, result, op)
+            if old._erased:
+                return
+        with self.graph.inserting_before(result.next):
             if not same_shape(old, result):
                 new = self._call(aten.reshape.default, (new, self._sizes(old, op)), old)
             if dtype_of(new) != dtype_of(old):
@@ -229,6 +261,10 @@ def _sizes_of(node: Node, x: Node) -> list[int | torch.SymInt] | None:
         return [size if isinstance(size, int) else -1 for size in value.shape]
     known = all(any(same_size(size, other) for other in given.shape) for size in symbolic)
     return list(value.shape) if known else None
+
+
+def _on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda
 
 
 def _divides(hidden: object) -> bool:

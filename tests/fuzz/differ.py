@@ -51,6 +51,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "fuse_allreduce_rms": (False,),
     "fuse_sandwich_norms": (False,),
     "fuse_sequence_parallel": (False,),
+    "fuse_quantization": (False,),
     "shard_residual": (True,),
     "output_in_place": (True,),
     "eliminate_noops": (False,),

@@ -12,8 +12,27 @@ from fusewire.custom_ops.ops.quantization import QuantSpec
 
 FP8 = torch.float8_e4m3fn
 MAX = 448.0
+SCALE = torch.tensor([0.0371])
 VLLM_FLOOR = 1.0 / (448.0 * 512.0)
 Quantizer = Callable[[Tensor, Tensor], Any]  # (norm, scale of shape [1]) -> FP8 values, and scales if dynamic
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    """Return an all-reduce's input, a residual, a weight, and a static scale."""
+    generator = torch.Generator().manual_seed(3)
+    x, r = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    return x, r, (torch.rand(shape[-1], generator=generator) + 0.5).to(dtype), SCALE
+
+
+def _leaves(results: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(results) if isinstance(leaf, Tensor)]
+
+
+def assert_same(got: Any, wanted: Any) -> None:
+    """Check that all tensors of two results have the same dtypes, shapes, strides and bits."""
+    for one, other in zip(_leaves(got), _leaves(wanted), strict=True):
+        assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+        assert torch.equal(*(tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (one, other))), one.dtype
 
 
 def _cast(q: Tensor) -> Tensor:
@@ -60,6 +79,17 @@ def torchao_static(n: Tensor, s: Tensor) -> Tensor:
     return _cast(n.to(torch.float32) / s)
 
 
+def deep_gemm(n: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """DeepGEMM's per_token_cast_to_fp8, with which transformers' fine-grained FP8 quantises."""
+    flat = n.view(-1, n.shape[-1])
+    padded = torch.empty((flat.shape[0], flat.shape[1]), dtype=flat.dtype, device=flat.device).fill_(0)
+    padded[:, : flat.shape[1]] = flat
+    groups = padded.view(flat.shape[0], -1, 128)
+    amax = groups.abs().float().amax(dim=2).view(flat.shape[0], -1).clamp(1e-4)
+    sf = amax / MAX
+    return (groups * (1.0 / sf.unsqueeze(2))).to(FP8).view(flat.shape)[:, : flat.shape[1]].contiguous(), sf
+
+
 # By name: the function, and its spec for a norm in bfloat16.
 READ: dict[str, tuple[Quantizer, QuantSpec]] = {
     "divide": (lambda n, s: _cast(n.float() / s), QuantSpec("tensor")),
@@ -75,6 +105,7 @@ READ: dict[str, tuple[Quantizer, QuantSpec]] = {
     "vLLM group": (vllm_group, QuantSpec("group", scale_floor=VLLM_FLOOR)),
     "torchao row": (torchao_row, QuantSpec("token", narrow_scale=True)),
     "torchao static": (torchao_static, QuantSpec("tensor")),
+    "DeepGEMM": (deep_gemm, QuantSpec("group", apply="reciprocal", amax_floor=1e-4)),
     "token": (lambda n, s: _by_rows(n, n.shape[-1], floor=1e-12), QuantSpec("token", amax_floor=1e-12)),
     "group": (lambda n, s: _by_rows(n, 128), QuantSpec("group")),
     "token narrow": (

@@ -214,6 +214,7 @@ FIELDS = {
     "eliminate_noops": False,
     "fuse_sandwich_norms": False,
     "fuse_sequence_parallel": False,
+    "fuse_quantization": False,
     "shard_residual": True,
     "output_in_place": True,
     "fi_allreduce_fusion_max_size_mb": 1.5,

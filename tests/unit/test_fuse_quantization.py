@@ -17,10 +17,9 @@ from fusewire.fusion_passes.config import PassConfig
 
 from support.distributed import fake_group
 from support.graphs import capture
-from support.quantizers import READ, REFUSED, vllm_group, vllm_static, vllm_token
+from support.quantizers import READ, REFUSED, assert_same, inputs, vllm_group, vllm_static, vllm_token
 
 QUANTIZED, SHARDED = all_reduce_rms_norm_quantized.torch_op, all_reduce_rms_norm_quantized_sharded.torch_op
-SCALE = torch.tensor([0.0371])
 KEPT = PassConfig(inline_native=False)
 
 
@@ -35,12 +34,6 @@ def norm(x: Tensor, w: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * w
 
 
-def inputs(*shape: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(3)
-    x, r = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-    return x, r, (torch.rand(shape[-1], generator=generator) + 0.5).to(dtype), SCALE
-
-
 def layer(group, quantizer, *, with_norm=False, residual=True):
     """all_reduce [+ add] + norm + quantisation."""
 
@@ -51,16 +44,6 @@ def layer(group, quantizer, *, with_norm=False, residual=True):
         return quantizer(n, s), (y, n) if with_norm else y
 
     return run
-
-
-def flat(results) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(results) if isinstance(leaf, Tensor)]
-
-
-def assert_same(got, wanted):
-    for one, other in zip(flat(got), flat(wanted), strict=True):
-        assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
-        assert torch.equal(*(tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (one, other))), one.dtype
 
 
 def quant_of(captured) -> str:

@@ -1,0 +1,83 @@
+"""Read calls of operators that write into their arguments, functional or not."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+_FUNCTIONAL = torch.ops.higher_order.auto_functionalized
+_FUNCTIONAL_V2 = torch.ops.higher_order.auto_functionalized_v2
+
+
+@dataclass(frozen=True)
+class MutatingCall:
+    """A call of an operator that writes into arguments and returns nothing.
+
+    Attributes:
+        node: the call; of a functional form, its results are other nodes.
+        op: the operator's qualified name, as "_C::static_scaled_fp8_quant".
+        arguments: by name, with defaults; the written ones are the buffers given.
+        written: by name, the nodes that have an argument's value after the call. For a call that
+            is not functional these are the buffers themselves.
+    """
+
+    node: Node
+    op: str
+    arguments: dict[str, Any]
+    written: dict[str, tuple[Node, ...]]
+
+    @property
+    def functional(self) -> bool:
+        """Whether the buffers given keep their values."""
+        return self.node.target in (_FUNCTIONAL, _FUNCTIONAL_V2)
+
+
+def called_op(node: Node) -> torch._ops.OpOverload | None:
+    """Return the operator that a node calls, also through a higher-order operator, or None."""
+    target = node.target
+    if target in (_FUNCTIONAL, _FUNCTIONAL_V2):
+        target = node.args[0]  # type: ignore[assignment]
+    return target if isinstance(target, torch._ops.OpOverload) else None
+
+
+def read_mutating_call(node: Node) -> MutatingCall | None:
+    """Return a call of an operator that writes into arguments and returns nothing, or None."""
+    op = called_op(node)
+    if op is None or op._schema.returns or not op._schema.is_mutable:
+        return None
+    writes = [p.name for p in op._schema.arguments if p.alias_info is not None and p.alias_info.is_write]
+    if node.target is op:
+        given = dict(zip((p.name for p in op._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+        written = {name: (given[name],) for name in writes}
+    else:
+        given = dict(node.kwargs)
+        places = {name: i for i, name in enumerate(writes)} if node.target is _FUNCTIONAL else _bases(given, writes)
+        if places is None:
+            return None
+        # The call returns (None, then each buffer).
+        written = {
+            name: tuple(user for user in node.users if user.target is operator.getitem and user.args[1] == 1 + place)
+            for name, place in places.items()
+        }
+    arguments = {p.name: given.get(p.name, p.default_value) for p in op._schema.arguments}
+    return MutatingCall(node, str(op._schema.name), arguments, written)
+
+
+def _bases(given: dict[str, Any], writes: list[str]) -> dict[str, int] | None:
+    """Put the written buffers of a call of the second version among its arguments.
+
+    Returns:
+        Which result each is, or None if one is a view of a buffer, or missing.
+    """
+    bases, places = given.pop("_all_bases"), {}
+    for name in writes:
+        described = [key for key in given if key.startswith(f"_{name}_")]
+        if described != [f"_{name}_base_index"]:
+            return None
+        places[name] = given.pop(described[0])
+        given[name] = bases[places[name]]
+    return places
