@@ -50,7 +50,7 @@ log = logging.getLogger("fusewire")
 # These refuse no all-reduce, so a trial leaves them out.
 _REFUSE_NOTHING = ("fuse_quantization", "shard_residual", "lower_ops", "place_outputs")
 # After each of these the graph shows what fused with what.
-_FUSING = ("fuse_all_reduce", "fuse_sequence_parallel", "fuse_epilogues", "fuse_quantization")
+_FUSING = ("fuse_all_reduce", "fuse_sequence_parallel", "fuse_epilogues")
 
 
 def run_passes(

@@ -32,6 +32,8 @@ _NAMES = {
             "fusewire::all_reduce_rms_norm",
             "fusewire::all_reduce_sandwich_norm",
             "fusewire::all_reduce_rms_norm_sharded",
+            "fusewire::all_reduce_rms_norm_quantized",
+            "fusewire::all_reduce_rms_norm_quantized_sharded",
         ),
         "the next fused operator",
     ),

@@ -48,6 +48,7 @@ from fusewire.fusion_passes.analysis.quantizing_ops import (
     quantizing_op,
     read_quantizing_op,
 )
+from fusewire.patterns.collectives import positional
 
 _AMAXES = frozenset({aten.amax.default, aten.max.dim})
 # Exact in fp32.
@@ -220,7 +221,7 @@ class _Reader:
         """Return what one operation of a scale is computed from, or None."""
         if node.target in _CLAMPS:
             return self._floor(node, found)
-        if node.target is aten.minimum.default and found.bound is None and found.divided:
+        if node.target is aten.minimum.default and found.divided:
             return self._bounded(node, found)
         if node.target is _POWER[0]:
             inner = _unviewed(node.args[0])
@@ -244,7 +245,7 @@ class _Reader:
         """Record the least value that a scale or a largest value has; return what is clamped."""
         name = "amax_floor" if found.divided else "scale_floor"
         bounds = dict(_bounds(node))
-        if list(bounds) != ["min"] or name in found.values or bounds["min"] < 0 or found.bound is not None:
+        if list(bounds) != ["min"] or name in found.values or bounds["min"] < 0:
             raise QuantizationRefusal("it clamps the scale in a way that is not known")
         floor = bounds["min"]
         if found.narrowed or dtype_of(node) is not torch.float32:
@@ -255,6 +256,9 @@ class _Reader:
         return node.args[0]
 
     def _bounded(self, node: Node, found: _Scale) -> Any:
+        """Record the upper bound of the largest values, which holds also for their least one."""
+        if found.bound is not None or "amax_floor" in found.values:
+            return None
         for amax, bound in (node.args, node.args[::-1]):
             value = value_of(bound)
             one = value is not None and value.numel() == 1 and value.dtype is torch.float32
@@ -320,13 +324,13 @@ def _bounds(node: Node) -> list[tuple[str, float]]:
     if node.target not in _CLAMPS:
         return []
     if node.target is aten.clamp.default:
-        given = zip(("min", "max"), (*node.args[1:], node.kwargs.get("min"), node.kwargs.get("max")), strict=False)
-        named = {kind: value for kind, value in given if value is not None}
+        _, low, high = positional(node)
+        named: dict[str, Any] = {kind: value for kind, value in (("min", low), ("max", high)) if value is not None}
     else:
         named = {"min" if node.target is aten.clamp_min.default else "max": node.args[1]}
     if not all(map(is_number, named.values())):
         raise QuantizationRefusal("it clamps to a value of the graph")
-    return [(kind, float(value)) for kind, value in named.items()]  # type: ignore[arg-type]
+    return [(kind, float(value)) for kind, value in named.items()]
 
 
 def _reduced(node: Node) -> Any:

@@ -49,22 +49,30 @@ def read_mutating_call(node: Node) -> MutatingCall | None:
     op = called_op(node)
     if op is None or op._schema.returns or not op._schema.is_mutable:
         return None
-    writes = [p.name for p in op._schema.arguments if p.alias_info is not None and p.alias_info.is_write]
-    if node.target is op:
-        given = dict(zip((p.name for p in op._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-        written = {name: (given[name],) for name in writes}
-    else:
-        given = dict(node.kwargs)
-        places = {name: i for i, name in enumerate(writes)} if node.target is _FUNCTIONAL else _bases(given, writes)
-        if places is None:
-            return None
-        # The call returns (None, then each buffer).
-        written = {
-            name: tuple(user for user in node.users if user.target is operator.getitem and user.args[1] == 1 + place)
-            for name, place in places.items()
-        }
-    arguments = {p.name: given.get(p.name, p.default_value) for p in op._schema.arguments}
+    parameters = op._schema.arguments
+    writes = [p.name for p in parameters if p.alias_info is not None and p.alias_info.is_write]
+    given: dict[str, Any] = (
+        dict(zip((p.name for p in parameters), node.args, strict=False)) if node.target is op else {}
+    )
+    given.update(node.kwargs)
+    written = _written(node, given, writes)
+    if written is None:
+        return None
+    arguments = {p.name: given.get(p.name, p.default_value) for p in parameters}
     return MutatingCall(node, str(op._schema.name), arguments, written)
+
+
+def _written(node: Node, given: dict[str, Any], writes: list[str]) -> dict[str, tuple[Node, ...]] | None:
+    """Return by argument the nodes that have its value after a call, or None if one is no buffer."""
+    if node.target not in (_FUNCTIONAL, _FUNCTIONAL_V2):
+        return {name: (given[name],) for name in writes}
+    places = _bases(given, writes) if node.target is _FUNCTIONAL_V2 else {name: i for i, name in enumerate(writes)}
+    return None if places is None else {name: _items(node, 1 + place) for name, place in places.items()}
+
+
+def _items(node: Node, index: int) -> tuple[Node, ...]:
+    """Return the nodes of one result of a functional call, which returns (None, then buffers)."""
+    return tuple(user for user in node.users if user.target is operator.getitem and user.args[1] == index)
 
 
 def _bases(given: dict[str, Any], writes: list[str]) -> dict[str, int] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -41,7 +42,8 @@ from fusewire.fusion_passes.analysis.graph import (
     sort_topologically,
     value_of,
 )
-from fusewire.fusion_passes.analysis.quantizations import Quantization, quantizations_from, read_quantization
+from fusewire.fusion_passes.analysis.quantizations import quantizations_from, read_quantization
+from fusewire.fusion_passes.analysis.quantizing_ops import Quantization
 from fusewire.fusion_passes.analysis.replication import PROVED, Replication
 from fusewire.fusion_passes.context import RunContext
 from fusewire.patterns.collectives import positional
@@ -108,7 +110,7 @@ class _QuantizationFuser:
 
     def _refusal(self, op: Node, found: Quantization) -> str:
         """Return why a quantisation that is read cannot be fused, or ""."""
-        x = op.args[0]
+        x: Node = op.args[0]  # type: ignore[assignment]
         if dtype_of(x) not in _DTYPES:
             return f"the norm is in {dtype_of(x)}; the operators quantise bfloat16, float16 and float32"
         if found.spec.kind == GROUP and not _divides(last_size(x)):
@@ -128,7 +130,8 @@ class _QuantizationFuser:
 
     def _only_native(self, op: Node) -> bool:
         """Return whether no provider but native can serve a fused operator on a GPU."""
-        *values, policy = [value_of(a) if isinstance(a, Node) else a for a in positional(op)]
+        *arguments, policy = positional(op)
+        values = [value_of(a) if isinstance(a, Node) else a for a in arguments]
         if not _on_gpu(values[0]):
             return False
         ir_op = op_of_target(op.target)
@@ -263,8 +266,8 @@ def _sizes_of(node: Node, x: Node) -> list[int | torch.SymInt] | None:
     return list(value.shape) if known else None
 
 
-def _on_gpu(x: torch.Tensor) -> bool:
-    return x.is_cuda
+def _on_gpu(x: Any) -> bool:
+    return bool(x.is_cuda)
 
 
 def _divides(hidden: object) -> bool:

@@ -124,6 +124,13 @@ READ: dict[str, tuple[Quantizer, QuantSpec]] = {
         lambda n, s: (_cast(n.float() / (scale := n.abs().amax(-1, True).float().minimum(s) / MAX)), scale),
         QuantSpec("token"),
     ),
+    "token, floor below the bound": (
+        lambda n, s: (
+            _cast(n.float() / (scale := n.float().abs().amax(-1, True).clamp(min=1e-3).minimum(s) / MAX)),
+            scale,
+        ),
+        QuantSpec("token", amax_floor=1e-3),
+    ),
     "token, floor in bfloat16": (
         lambda n, s: (
             _cast(n.float() / (scale := (n.abs().amax(-1, True).clamp(min=1e-3) / MAX).float())),
@@ -167,6 +174,13 @@ REFUSED: dict[str, tuple[Quantizer, str]] = {
     "inverse scale": (
         lambda n, s: ((n.float() * (scale := MAX / n.float().abs().amax(-1, True))).to(FP8), 1.0 / scale),
         "448 / the largest value",
+    ),
+    "floor above the bound": (
+        lambda n, s: (
+            _cast(n.float() / (scale := n.float().abs().amax(-1, True).minimum(s).clamp(min=1e-3) / MAX)),
+            scale,
+        ),
+        "in a way that is not known",
     ),
     "other divisor": (
         lambda n, s: (_cast(n.float() / (scale := n.float().abs().amax(-1, True) / 240.0)), scale),
