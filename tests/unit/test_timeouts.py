@@ -97,6 +97,7 @@ def test_no_other_module_has_a_limit_of_its_own():
     assert found == {
         "DEFAULT_TIMEOUT_S": "600.0",
         "BUDGET_S": "30.0",  # what the tuner aims at
+        "_EVERY_S": "30.0  # between two lines of progress",
         "_SPIN_S": "0.001",  # pauses between two looks
         "_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S": "0.0005, 0.05",
     }
