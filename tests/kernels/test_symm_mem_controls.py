@@ -30,7 +30,7 @@ from support.interpreted import main, run_cases
 BF16 = torch.bfloat16
 SCHEDULES = 20
 # A wrong number, a call that is not NaN after a fault, or a wait that never ends.
-NOTICED = ("residual", "norm", "is not NaN", "did not take part in time")
+NOTICED = ("residual", "norm", "scales", "is not NaN", "did not take part in time")
 INNER, WIDE = {"inner": (BF16, "scale_then_round")}, {"form": "wide_sum_round_then_scale"}
 DATA, FLAGS = {"protocol": "data"}, {"protocol": "flags"}
 SLICED = {"config": LaunchConfig(2, 1, 32, slices=2)}
@@ -54,6 +54,11 @@ FLAGS_SHARDED = (2, 64, [("two_shot_sharded", 3, FLAGS)])
 FLAGS_LATE = (2, 64, [("two_shot", 3, FLAGS)] * 5, "late")
 FLAGS_MISSING = (2, 64, [("two_shot", 3, FLAGS)] * 2, "missing")
 IN_PLACE_MISSING = (2, 64, [("two_shot", 3, {"output": 0})] * 3, "missing")
+TOKEN, GROUP = {"quant": "token"}, {"quant": "group"}
+FP8_SLICED = (2, 512, [("one_shot", 1, {**SLICED, **TOKEN})])
+FP8_GROUPS = (2, 256, [("two_shot_sharded", 3, GROUP)])
+FP8_MISSING = (2, 128, [("two_shot_sharded", 3, TOKEN)] * 2, "missing")
+FP8_IN_PLACE_MISSING = (2, 128, [("two_shot_sharded", 3, {**TOKEN, "output": 0})] * 3, "missing")
 
 
 def once(scenario):
@@ -70,6 +75,7 @@ SUMS = "tuple(words_there(a, {}) for a in {})"
 ONE_SHOT = "one_shot.one_shot_kernel"
 TWO_DATA = "two_shot_data.two_shot_data_kernel"
 TWO_FLAGS = "two_shot_flags.two_shot_flags_kernel"
+SLICE_LARGEST = 'poll_sums((), (at,), tag_of(call), ctl, WAIT_SLICE, rank, 0, 1, SLICES, True, "largest")[0]'
 TAGS = ("packets.tag_of", "(call & 0x7FFFFFFF)", "(call & 0)")
 RESET = "store16(here, (empty, empty, empty, empty), mask & (rank != src), False)"
 LOST = "tl.where(has_failed(ctl_at), tokens, 0)"
@@ -139,6 +145,20 @@ CONTROLS = {
     ),
     "flags: NaN for rows that did not come": (
         TWO_FLAGS, "poisoned(packet_of(arrived, j - g), bad)", "packet_of(arrived, j - g)", FLAGS_MISSING,
+    ),
+    "FP8: the wait for the slices' largest values": (
+        "quantize.slices_largest", SLICE_LARGEST, "bits", FP8_SLICED,
+    ),
+    "FP8: words of their own for the largest values": (ONE_SHOT, "own + quant_at + ", "own + slices_at + ", FP8_SLICED),
+    "FP8: the barrier before scales leave": ("quantize.staged_scales", "tl.debug_barrier()", "pass", FP8_GROUPS),
+    "FP8: NaN for rows that did not come": (
+        TWO_FLAGS, "poisoned_fp8(arrived, j - g, bad)", "(arrived[2 * (j - g)], arrived[2 * (j - g) + 1])", FP8_MISSING,
+    ),
+    "FP8: NaN for scales that did not come": (
+        TWO_FLAGS, "tl.where(bad > 0, NAN_SCALE, scales)", "scales", FP8_MISSING,
+    ),
+    "FP8: NaN in place": (
+        TWO_FLAGS, "store_fp8(at, nan_fp8(packet), valid, KIND)", "pass", FP8_IN_PLACE_MISSING,
     ),
     "flags: NaN in place": (TWO_FLAGS, "if bad > 0:", "if bad > 1:", IN_PLACE_MISSING),
 }  # fmt: skip
