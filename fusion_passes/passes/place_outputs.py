@@ -24,6 +24,10 @@ import torch
 from torch.fx import Graph, Node
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.quantized_norm import (
+    all_reduce_rms_norm_quantized,
+    all_reduce_rms_norm_quantized_sharded,
+)
 from fusewire.custom_ops.ops.registry import op_of_target
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
@@ -40,12 +44,16 @@ from fusewire.fusion_passes.compiler.inductor import never_reuse_outputs
 from fusewire.fusion_passes.context import RunContext
 from fusewire.patterns.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, WAIT, positional
 
-# The result of each operator that may stay in a slot: the sum; of the sharded operator the norm.
+# The result of each operator that may stay in a slot: the sum; of sharded operators the norm, or
+# the quantised norm if there is no other.
 _PLACED = {
     all_reduce_rms_norm.torch_op: 1,
     all_reduce_sandwich_norm.torch_op: 1,
     all_reduce_rms_norm_sharded.torch_op: 0,
+    all_reduce_rms_norm_quantized.torch_op: 1,
+    all_reduce_rms_norm_quantized_sharded.torch_op: 0,
 }
+_WITHOUT_NORM = 2
 _SLOT, _NONE = "output=", -1
 # These write their results to memory when they run, and do not read their inputs later.
 _MATERIALIZE = frozenset(
@@ -143,6 +151,8 @@ def _readers(call: Node) -> list[Node] | None:
     None if the output or an in-place write is among them.
     """
     wanted = _PLACED[call.target]
+    if call.target is all_reduce_rms_norm_quantized_sharded.torch_op and not positional(call)[12]:
+        wanted = _WITHOUT_NORM
     pending = [item for index, item in getitem_users(call) if index == wanted]
     found: list[Node] = []
     seen = set(pending)

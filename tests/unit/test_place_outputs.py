@@ -7,6 +7,7 @@ there. Whatever reads a result too late reads NaN or another call's numbers.
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -17,6 +18,10 @@ from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch.policy import Policy, read_policy
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.quantized_norm import (
+    all_reduce_rms_norm_quantized,
+    all_reduce_rms_norm_quantized_sharded,
+)
 from fusewire.custom_ops.ops.registry import YES
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
@@ -29,6 +34,7 @@ from fusewire.fusion_passes.passes import place_outputs, shard_residual
 from support.blocks import HIDDEN, NORMS, reduce_functional, tensors
 from support.distributed import fake_group, shared_pool
 from support.graphs import capture
+from support.written_graphs import GROUP, NORM, Build
 
 NAME = "slots"
 CONFIG = {"output_in_place": True, "ir_op_priority": {"all_reduce_rms_norm": (NAME,)}}
@@ -307,6 +313,32 @@ def test_what_is_copied_is_noted(world):
     note, assumed = captured.report.notes
     assert note.startswith("output_in_place: 1 of 3 results are copied")
     assert assumed.startswith("taken to be equal on all ranks: the residual or weight of 4 operators")
+
+
+@pytest.mark.parametrize(
+    ("op", "with_norm", "placed"),
+    [
+        (all_reduce_rms_norm_quantized, True, 1),
+        (all_reduce_rms_norm_quantized, False, 1),
+        (all_reduce_rms_norm_quantized_sharded, True, 0),
+        (all_reduce_rms_norm_quantized_sharded, False, 2),
+    ],
+)
+@pytest.mark.parametrize("returned", range(4))
+def test_which_result_of_quantised_operators_stays(op, with_norm, placed, returned):
+    """The graph's output reads one result, a matrix product the others: the one that stays must not be returned."""
+    build = Build()
+    build.x.meta["val"] = torch.empty(4, 128, device="meta")
+    inner, quant = (None, 0.0, 0.0, ""), (None, "token", with_norm)
+    call = build.call(op.torch_op, build.x, build.r, build.w, *NORM, *inner, *quant, GROUP, "symm_mem")
+    items = [build.item(call, index) for index in range(4)]
+    for item in items:
+        build.call(torch.ops.aten.mm.default, item, build.w)
+    build.graph.output(items[returned])
+    context = SimpleNamespace(notes=[])
+    with mock.patch.object(place_outputs, "never_reuse_outputs"):
+        assert place_outputs.place_outputs(build.graph, context) == (returned != placed)
+    assert call.args[-1] == ("symm_mem;output=0" if returned != placed else "symm_mem")
 
 
 def test_policy_option():
