@@ -37,8 +37,11 @@ PLACES = {
 }
 
 
-def graph_of(ranks: Sequence[Any], kind: str, tokens: int, batch_invariant: bool) -> Any:
-    """Return a CUDA graph of CALLS calls on all ranks, once they have run."""
+def graph_of(ranks: Sequence[Any], kind: str, tokens: int, batch_invariant: bool) -> tuple[Any, Any]:
+    """Return a CUDA graph of CALLS calls on all ranks, once they have run, and its inputs.
+
+    The inputs must be kept as long as the graph, which reads them.
+    """
     hidden, dtype = ranks[0][0].hidden, ranks[0][0].dtype
     make = functools.partial(getattr(launcher, f"{kind}_launch"), batch_invariant=batch_invariant)
     calls = [PreparedCall(ws, make) for ws, _ in ranks]
@@ -66,7 +69,7 @@ def graph_of(ranks: Sequence[Any], kind: str, tokens: int, batch_invariant: bool
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(CALLS):
             run()
-    return graph
+    return graph, (xs, full, weight, residuals)
 
 
 def times(graphs: Sequence[Any]) -> list[float]:
@@ -101,7 +104,7 @@ def main() -> int:
                     if kind == "one_shot" and tokens > ranks_of_one_gpu.ONE_SHOT_TOKENS:
                         continue
                     graphs = [graph_of(ranks, kind, tokens, invariant) for invariant in (False, True)]
-                    plain, invariant = times(graphs)
+                    plain, invariant = times([graph for graph, _ in graphs])
                     ranks[0][0].check(synchronize=True)
                     ratios.append(invariant / plain)
                     row = (world, hidden, kind, tokens, f"{plain:.2f}", f"{invariant:.2f}", f"{ratios[-1]:.3f}")
