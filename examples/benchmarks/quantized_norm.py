@@ -56,6 +56,7 @@ class Bench:
         text, scale = QUANTS[quant]
         self.scale = None if scale is None else torch.tensor([scale], device=ws.device)
         self.quantization = Quantization(text, self.scale, with_norm=False)
+        torch._dynamo.reset()  # else later sizes would exceed the limit of recompilations, and run eagerly
         self.compiled = torch.compile(lambda norm: quantize(norm, self.scale, text), dynamic=False)
 
     def residuals(self, kind: str) -> list[Tensor]:
