@@ -113,7 +113,10 @@ READ: dict[str, tuple[Quantizer, QuantSpec]] = {
         QuantSpec("token", narrow_scale=True, narrow=True),
     ),
     "token by a tensor": (
-        lambda n, s: (_cast(n.float() / (scale := n.float().abs().amax(-1, True) / torch.full((1,), MAX))), scale),
+        lambda n, s: (
+            _cast(n.float() / (scale := n.float().abs().amax(-1, True) / torch.full((1,), MAX, device=n.device))),
+            scale,
+        ),
         QuantSpec("token"),
     ),
     "token by a factor": (
@@ -160,7 +163,7 @@ REFUSED: dict[str, tuple[Quantizer, str]] = {
     "no scale": (lambda n, s: n.to(FP8), "no norm divided or multiplied"),
     "rounded quotient": (lambda n, s: _cast((n.float() / s).bfloat16()), "rounds the quotient once more"),
     "channels": (
-        lambda n, s: _cast(n.float() / torch.linspace(1, 2, n.shape[-1])),
+        lambda n, s: _cast(n.float() / torch.linspace(1, 2, n.shape[-1], device=n.device)),
         "given, and more than one",
     ),
     "whole tensor": (

@@ -1,0 +1,76 @@
+"""Quantisations to FP8 on one GPU: what programs write, and the operator that the passes put in its place.
+
+    PYTHONPATH=tests python tests/gpu/quantization_check.py       # needs one GPU, no torchrun; two minutes
+
+Each spelling of tests/support/quantizers.py runs behind an all-reduce that changes nothing:
+
+- eager: native's operator, called as in the rewritten graph, must have the program's bits;
+- compiled by Inductor: the rewritten graph must have the bits of the graph with the quantisation unfused. Inductor
+  itself rounds otherwise than eager execution; how many FP8 values differ is printed.
+
+Exits with 1 if a case failed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import torch.distributed._functional_collectives as functional
+
+import fusewire
+
+from support.distributed import fake_group
+from support.graphs import capture
+from support.quantizers import READ, inputs
+
+SHAPES = ((64, 4096), (3, 7, 256))
+
+
+def program(group, quantizer):
+    def run(x, r, w, s):
+        y = functional.wait_tensor(functional.all_reduce(x, "sum", group)) + r
+        wide = y.float()
+        n = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * w
+        return quantizer(n, s), y
+
+    return run
+
+
+def differences(got, wanted) -> list[int]:
+    """How many values differ in each tensor of two results; NaN equals NaN."""
+    pairs = zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(wanted), strict=True)
+    return [int((~torch.isclose(a.float(), b.float(), 0, 0, equal_nan=True)).sum()) for a, b in pairs]
+
+
+def main() -> int:
+    failed = 0
+    with fake_group(2) as group, torch.no_grad():
+        for name, (quantizer, _) in READ.items():
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                for shape in SHAPES if "vLLM group" not in name else SHAPES[:1]:
+                    given = [tensor.cuda() for tensor in inputs(*shape, dtype=dtype)]
+                    model = program(group, quantizer)
+                    wanted = model(*given)
+                    captured = capture(model, *given, inline_native=False)
+                    fused = [n.args[11] for n in captured.graph.nodes if "rms_norm_quantized" in str(n.target)]
+                    found = {"eager": differences(captured.result, wanted)}
+                    if shape == SHAPES[0] and dtype is torch.bfloat16:
+                        compiled = []
+                        for on in (True, False):
+                            torch._dynamo.reset()
+                            options = {"fuse_quantization": on, "ir_op_priority": {"all_reduce_rms_norm": ("native",)}}
+                            compiled.append(torch.compile(model, backend="fusewire", options=options)(*given))
+                        found["compiled, fused or not"] = differences(*compiled)
+                        found["compiled and eager"] = differences(compiled[1], wanted)
+                        failed += any(found["compiled, fused or not"])
+                    failed += any(found["eager"]) or len(fused) != 1
+                    print(json.dumps({"case": name, "dtype": str(dtype), "shape": shape, "quant": fused, **found}))
+                    sys.stdout.flush()
+    print(json.dumps({"failed": failed, "torch": torch.__version__, "fusewire": fusewire.__version__}))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
