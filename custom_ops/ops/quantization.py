@@ -24,6 +24,8 @@ from fusewire.errors import ArgumentError
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 GROUP_SIZE = 128
+# Whether PyTorch's cast makes 448 of larger numbers, so that a clamp changes nothing.
+CAST_SATURATES = bool(torch.tensor(1e4).to(FP8).float() == FP8_MAX)
 # kind
 TENSOR = "tensor"
 TOKEN = "token"
@@ -68,7 +70,8 @@ class QuantSpec:
         narrow: whether s (for q only), 1 / s and q are rounded to the norm's dtype.
         power_of_two: whether s is rounded up to a power of two (UE8M0), by torch.log2.
         clamp: whether q is clamped before the cast. True for dynamic scales, whose q is at most
-            448 anyway. The cast alone is torch's own.
+            448 anyway, and where PyTorch's cast saturates (from 2.12 on). Without it the cast
+            makes NaN of numbers above 464.
         layout: of a group's scales (T, H / 128) in memory: "rows"; "columns", strides (1, T);
             "aligned_columns", strides (1, T rounded up to a multiple of 4).
     """

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from fusewire.custom_ops.ops.quantization import (
+    CAST_SATURATES,
     DIVIDE,
     FP8,
     FP8_MAX,
@@ -165,7 +166,7 @@ class _Reader:
             raise QuantizationRefusal(
                 f"it clamps to {', '.join(f'{kind} {value:g}' for kind, value in bounds)}, not to +-448"
             )
-        return node, bool(bounds)
+        return node, bool(bounds) or CAST_SATURATES
 
     def _factors(self, product: Node) -> tuple[Node, Node, str]:
         """Return the norm's factor of a product or quotient, the other one, and how it applies."""

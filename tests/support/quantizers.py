@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusewire.custom_ops.ops.quantization import QuantSpec
+from fusewire.custom_ops.ops.quantization import CAST_SATURATES, QuantSpec
 
 FP8 = torch.float8_e4m3fn
 MAX = 448.0
@@ -93,7 +93,7 @@ def deep_gemm(n: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 # By name: the function, and its spec for a norm in bfloat16.
 READ: dict[str, tuple[Quantizer, QuantSpec]] = {
     "divide": (lambda n, s: _cast(n.float() / s), QuantSpec("tensor")),
-    "divide, no clamp": (lambda n, s: (n.float() / s).to(FP8), QuantSpec("tensor", clamp=False)),
+    "divide, no clamp": (lambda n, s: (n.float() / s).to(FP8), QuantSpec("tensor", clamp=CAST_SATURATES)),
     "divide, promoted": (lambda n, s: _cast(n / s), QuantSpec("tensor")),
     "divide by no dimensions": (lambda n, s: _cast(n.float() / s[0]), QuantSpec("tensor")),
     "multiply": (lambda n, s: _cast(s * n.float()), QuantSpec("tensor", apply="multiply")),

@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.ops.norms import FORMS, normalize
-from fusewire.custom_ops.ops.quantization import FP8, QuantSpec, parse_quant, quantize
+from fusewire.custom_ops.ops.quantization import CAST_SATURATES, FP8, QuantSpec, parse_quant, quantize
 from fusewire.custom_ops.ops.quantized_norm import (
     all_reduce_rms_norm_quantized,
     all_reduce_rms_norm_quantized_sharded,
@@ -100,6 +100,15 @@ def test_a_reciprocal_is_no_division():
         assert same_bits(quantize(norm, scale, "tensor")[0], divided)
         assert same_bits(quantize(norm, scale, "tensor apply=reciprocal")[0], times)
     assert apart
+
+
+def test_the_cast_saturates_or_not():
+    """What a spec without a clamp relies on: PyTorch's cast of large numbers, and infinity."""
+    large = torch.tensor([[449.0, 463.0, 465.0, 1e4, -1e4, float("inf"), float("-inf"), float("nan")]])
+    cast, clamped = large.to(FP8), large.clamp(-448, 448).to(FP8)
+    assert same_bits(cast, clamped) == CAST_SATURATES
+    assert same_bits(quantize(large, torch.tensor(1.0), "tensor clamp=False")[0], cast)
+    assert same_bits(quantize(large, torch.tensor(1.0), "tensor")[0], clamped)
 
 
 def test_the_largest_value_is_divided_or_multiplied():
