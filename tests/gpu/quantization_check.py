@@ -25,6 +25,7 @@ from support.distributed import fake_group
 from support.graphs import capture
 from support.quantizers import READ, inputs
 
+NATIVE = {"ir_op_priority": {"all_reduce_rms_norm": ("native",)}}  # the fake group cannot vote on others
 SHAPES = ((64, 4096), (3, 7, 256))
 
 
@@ -53,14 +54,14 @@ def main() -> int:
                     given = [tensor.cuda() for tensor in inputs(*shape, dtype=dtype)]
                     model = program(group, quantizer)
                     wanted = model(*given)
-                    captured = capture(model, *given, inline_native=False)
+                    captured = capture(model, *given, inline_native=False, **NATIVE)
                     fused = [n.args[11] for n in captured.graph.nodes if "rms_norm_quantized" in str(n.target)]
                     found = {"eager": differences(captured.result, wanted)}
                     if shape == SHAPES[0] and dtype is torch.bfloat16:
                         compiled = []
                         for on in (True, False):
                             torch._dynamo.reset()
-                            options = {"fuse_quantization": on, "ir_op_priority": {"all_reduce_rms_norm": ("native",)}}
+                            options = {"fuse_quantization": on, **NATIVE}
                             compiled.append(torch.compile(model, backend="fusewire", options=options)(*given))
                         found["compiled, fused or not"] = differences(*compiled)
                         found["compiled and eager"] = differences(compiled[1], wanted)
