@@ -62,7 +62,8 @@ def main() -> int:
                         for on in (True, False):
                             torch._dynamo.reset()
                             options = {"fuse_quantization": on, **NATIVE}
-                            compiled.append(torch.compile(model, backend="fusewire", options=options)(*given))
+                            with fusewire.enable(**options):
+                                compiled.append(torch.compile(model)(*given))
                         found["compiled, fused or not"] = differences(*compiled)
                         found["compiled and eager"] = differences(compiled[1], wanted)
                         failed += any(found["compiled, fused or not"])
