@@ -77,6 +77,7 @@ style: $(VENV)/.ready
 
 types: $(TYPES)
 	cd $(TYPES) && ../bin/mypy --config-file ../../pyproject.toml -p fusewire
+	cd $(TYPES) && ../bin/mypy --config-file ../../pyproject.toml ../../tests/support/strict_user.py
 
 # CI has no GPUs and cannot run these. At least the names and arguments that they use must exist.
 types-of-scripts: $(TYPES)
