@@ -43,7 +43,7 @@ from fusewire.fusion_passes.spmd.fingerprint import (
     insert_rendezvous,
     programs_of,
 )
-from fusewire.patterns.collectives import AllReduce, op_name, read_all_reduce
+from fusewire.patterns.collectives import AllReduce, all_reduces_in, op_name, read_all_reduce
 from fusewire.patterns.norms import NORM_OPS
 
 log = logging.getLogger("fusewire")
@@ -134,8 +134,7 @@ class _Run:
         kind, before = graph_kind(), len(self.graph.nodes)
         if kind != "training":
             self._run_leading()
-        found = [read_all_reduce(node) for node in self.graph.nodes if node.op == "call_function"]
-        self.sites = [site for site in found if site is not None]
+        self.sites = all_reduces_in(self.graph)
         self.entries = {site.name: entry_of(site) for site in self.sites}
         self.program, unread = programs_of(self.graph), unread_in(self.graph)
         context = RunContext(self.config)

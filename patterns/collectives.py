@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 WAIT = torch.ops._c10d_functional.wait_tensor.default
 # Waits for a list of tensors; coalesced collectives use it from torch 2.15 on.
@@ -139,6 +139,12 @@ def read_all_reduce(node: Node) -> AllReduce | None:
         _waited(node) if spelling.waits else node,
         spelling,
     )
+
+
+def all_reduces_in(graph: Graph) -> list[AllReduce]:
+    """Return the all-reduces and reduce-scatters of a graph, in its order."""
+    found = (read_all_reduce(node) for node in graph.nodes if node.op == "call_function")
+    return [site for site in found if site is not None]
 
 
 def _read_part(node: Node) -> AllReduce | None:

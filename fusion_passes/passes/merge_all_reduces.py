@@ -36,7 +36,7 @@ from fusewire.fusion_passes.analysis.paths import ADDEND, CAST, Path, PathFinder
 from fusewire.fusion_passes.context import MERGED, RunContext
 from fusewire.fusion_passes.passes.coalesced import drop_taken_tensors
 from fusewire.fusion_passes.spmd.fingerprint import moved_texts
-from fusewire.patterns.collectives import ALL_REDUCE, COALESCED_PART, SUM, WAIT, AllReduce, read_all_reduce
+from fusewire.patterns.collectives import ALL_REDUCE, COALESCED_PART, SUM, WAIT, AllReduce, all_reduces_in
 
 _SUMS = ADDS | CASTS | {aten.addmm.default}
 
@@ -65,13 +65,10 @@ class _Merger:
     def __init__(self, graph: Graph, context: RunContext) -> None:
         self.graph = graph
         self.context = context
-        found = (read_all_reduce(node) for node in graph.nodes if node.op == "call_function")
         self.values = {
             site.value: site.node
-            for site in found
-            if site is not None
-            and site.value is not site.node
-            and (site.node.target is ALL_REDUCE or site.spelling is COALESCED_PART)
+            for site in all_reduces_in(graph)
+            if site.value is not site.node and (site.node.target is ALL_REDUCE or site.spelling is COALESCED_PART)
         }
         self.paths = PathFinder(self.values, context.config, matrices=True)
 

@@ -41,7 +41,7 @@ from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import MATCH, RunContext
 from fusewire.fusion_passes.passes.coalesced import drop_taken_tensors
 from fusewire.fusion_passes.spmd.fingerprint import moved_texts
-from fusewire.patterns.collectives import ALL_REDUCE, WAIT, AllReduce, read_all_reduce
+from fusewire.patterns.collectives import ALL_REDUCE, WAIT, AllReduce, all_reduces_in
 
 
 def raise_ops(graph: Graph, context: RunContext) -> bool:
@@ -76,8 +76,7 @@ class _Canonicalizer:
         self.config = context.config
         self.regions = mutation_regions(graph)
         self.order = {node: i for i, node in enumerate(graph.nodes)}
-        found = [read_all_reduce(node) for node in graph.nodes if node.op == "call_function"]
-        self.all_reduces = [site for site in found if site is not None]
+        self.all_reduces = all_reduces_in(graph)
         usable = {
             site.value: site.node
             for site in self.all_reduces
@@ -232,6 +231,13 @@ class _Canonicalizer:
         self.order.update(dict.fromkeys(items, self.order[call]))
         return call, *items
 
+    def _replace_norm(self, norm: Norm, new: Node, sum_out: Node) -> None:
+        """Replace a norm and the sum that it normalises by the results of one operator."""
+        self._replace(norm.out, new)
+        self._replace_sum(norm, sum_out)
+        if not sum_out.users:
+            self.graph.erase_node(sum_out)
+
     def _replace_sum(self, norm: Norm, sum_out: Node) -> None:
         for summed in (norm.source,) if norm.residual is None else norm.sums:
             self._replace(summed, sum_out)
@@ -277,10 +283,7 @@ class _Canonicalizer:
         with self.graph.inserting_before(norm.out):
             call, new, sum_out = self._fused_add(first, residual, norm)
         self.context.second_norms[call.name] = name
-        self._replace(norm.out, new)
-        self._replace_sum(norm, sum_out)
-        if not sum_out.users:
-            self.graph.erase_node(sum_out)
+        self._replace_norm(norm, new, sum_out)
         return True
 
     def _second_operands(self, norm: Norm) -> tuple[Node, Any] | None:
@@ -315,13 +318,10 @@ class _Canonicalizer:
         with self.graph.inserting_before(norm.out):
             if norm.residual is None:
                 new = self._call(rms_norm.torch_op, (norm.source, *_options(norm)), {}, norm.out)
+                self._replace(norm.out, new)
             else:
                 _, new, sum_out = self._fused_add(norm.source, norm.residual, norm)
-        self._replace(norm.out, new)
-        if norm.residual is not None:
-            self._replace_sum(norm, sum_out)
-            if not sum_out.users:
-                self.graph.erase_node(sum_out)
+                self._replace_norm(norm, new, sum_out)
         return True
 
     # The graph
