@@ -16,6 +16,7 @@ from fusewire.custom_ops.ops.registry import NATIVE
 from fusewire.custom_ops.providers.batch_invariant import provider as batch_invariant
 from fusewire.custom_ops.providers.batch_invariant import torch_norm, triton_norm
 from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
+from fusewire.custom_ops.providers.symm_mem import invariant
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem
 from fusewire.custom_ops.tuning import tuner
 from fusewire.custom_ops.workspaces.precompile import compile_ahead
@@ -24,7 +25,7 @@ from fusewire.custom_ops.workspaces.registry import REGISTRY, WorkspaceEntry
 from fusewire.errors import ConfigError, FusewireError, WorkspaceError
 
 # Importing these registers providers. They import Triton and FlashInfer at their first use.
-REGISTERED = (torch_norm, triton_norm, batch_invariant, flashinfer, symm_mem, dispatcher, derived_ops, tuner)
+REGISTERED = (torch_norm, triton_norm, batch_invariant, flashinfer, symm_mem, invariant, dispatcher, derived_ops, tuner)
 # The providers of `all_reduce_rms_norm`, by priority, unless a policy says otherwise.
 DEFAULT_PRIORITY = (symm_mem.PROVIDER, flashinfer.PROVIDER, NATIVE)
 all_reduce_rms_norm.set_default_priority(DEFAULT_PRIORITY)
@@ -140,7 +141,8 @@ def prepare(
     if any(provider.limits(hidden, dtype, pg.size()) for provider in PROVIDERS.values()):
         # Before the workspaces are made: the tuner makes larger ones for itself.
         tuned_cost_model(pg, hidden, dtype, device, tune=tune, fresh=True, max_tokens=max_tokens)
-    return [_prepare_one(provider, pg, hidden, dtype, device, max_tokens, outputs) for provider in PROVIDERS.values()]
+    owners = [provider for provider in PROVIDERS.values() if provider.workspace_name == provider.name]
+    return [_prepare_one(provider, pg, hidden, dtype, device, max_tokens, outputs) for provider in owners]
 
 
 def _check_counts(hidden: int, dtype: torch.dtype, max_tokens: int) -> None:
@@ -163,7 +165,7 @@ def _prepare_one(
     max_tokens: int,
     outputs: int,
 ) -> WorkspaceInfo:
-    key = WorkspaceKey(provider.name, group.group_name, dtype, hidden)
+    key = WorkspaceKey(provider.workspace_name, group.group_name, dtype, hidden)
     static = provider.limits(hidden, dtype, group.size())
     if not static:
         return WorkspaceInfo(*key, 0, 0, static.reason)

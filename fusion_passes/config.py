@@ -221,8 +221,10 @@ class PassConfig:
             return self.policy(op.derives_from.name)
         names = list(self.ir_op_priority.get(op_name, op.priority))
         if self.batch_invariant:
-            kept = [name for name in names if op.providers[name].batch_invariant]
-            names = kept + [n for n, p in op.providers.items() if p.batch_invariant and n not in kept]
+            names = [op.providers[name].batch_invariant_form or name for name in names]
+            kept = [name for name in dict.fromkeys(names) if op.providers[name].batch_invariant]
+            forms = {provider.batch_invariant_form for provider in op.providers.values()}
+            names = kept + [n for n, p in op.providers.items() if p.batch_invariant and n not in {*kept, *forms}]
             if not names:
                 raise ConfigError(
                     f"batch_invariant=True, but no provider of {op_name} is batch-invariant; "

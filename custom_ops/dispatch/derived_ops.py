@@ -106,9 +106,10 @@ def _whole(op: IrOp, decision: Decision, args: tuple[Any, ...]) -> Callable[...,
 def _gathers(provider: Provider) -> bool:
     """Return whether sharded ops run as reduce-scatter and all-gather without a kernel.
 
-    FlashInfer has no sharded kernel, and these move as many bytes as it does.
+    FlashInfer has no sharded kernel, and these move as many bytes as it does. A reduce-scatter does
+    not add in rank order, so batch-invariant providers do without.
     """
-    return provider.name == NATIVE or provider.name in PROVIDERS
+    return (provider.name == NATIVE or provider.name in PROVIDERS) and not provider.batch_invariant
 
 
 def _by_policy(policy: str) -> AddNorm:

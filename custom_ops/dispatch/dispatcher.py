@@ -213,7 +213,9 @@ def _look(
             entry = _open(PROVIDERS[name], policy, shape, group, args[0].device)
             entries[name] = entry
             gpu = gpu or common_gpu(entry.facts)
-            capacities[name] = Capacity(entry.workspace.max_tokens if entry.workspace else 0, entry.refusal)
+            refusal = PROVIDERS[name].refusal(entry.workspace) if entry.workspace else entry.refusal
+            capacities[name] = Capacity(entry.workspace.max_tokens if entry.workspace else 0, refusal)
+            keep = keep and not (refusal and entry.workspace and capturing())
     tuned = agreed_cost_model(group, shape.hidden, shape.dtype)
     costs = find_cost_model(gpu or "these GPUs", shape.world_size, shape.hidden, shape.dtype, tuned)
     return pick(shape, policy, costs, capacities, reasons), entries, keep
@@ -222,7 +224,7 @@ def _look(
 def _open(
     provider: WorkspaceProvider, policy: Policy, shape: Shape, group: dist.ProcessGroup, device: torch.device
 ) -> WorkspaceEntry:
-    key = WorkspaceKey(provider.name, group.group_name, shape.dtype, shape.hidden)
+    key = WorkspaceKey(provider.workspace_name, group.group_name, shape.dtype, shape.hidden)
     existing = REGISTRY.entries.get(key)
     if existing is not None and existing.serves(group):
         return existing

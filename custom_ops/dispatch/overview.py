@@ -82,8 +82,8 @@ def _capacity(
     if not static:
         return Capacity(0, static.reason)
     if not isinstance(group, int):
-        entry = REGISTRY.entries.get(WorkspaceKey(provider.name, group.group_name, shape.dtype, shape.hidden))
-        machine = REGISTRY.machines.get((provider.name, group.group_name))
+        entry = REGISTRY.entries.get(WorkspaceKey(provider.workspace_name, group.group_name, shape.dtype, shape.hidden))
+        machine = REGISTRY.machines.get((provider.workspace_name, group.group_name))
         for voted in (entry, machine):
             if voted is not None and voted.serves(group) and (voted.workspace or voted.refusal):
                 return Capacity(voted.workspace.max_tokens if voted.workspace else 0, voted.refusal)

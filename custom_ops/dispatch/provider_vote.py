@@ -41,7 +41,9 @@ from fusewire.custom_ops.workspaces.provider import PROVIDERS
 from fusewire.errors import ConfigError, PeerTimeoutError, SchemaError
 
 # The providers of collective operators that fusewire registers itself, on every rank.
-OWN = frozenset({NATIVE, "rank_ordered", "rank_ordered_batch_invariant", "flashinfer", "symm_mem"})
+OWN = frozenset(
+    {NATIVE, "rank_ordered", "rank_ordered_batch_invariant", "flashinfer", "symm_mem", "symm_mem_batch_invariant"}
+)
 
 # How a rank has a provider registered.
 _MISSING = "not registered"

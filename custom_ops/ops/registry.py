@@ -101,6 +101,8 @@ class Provider:
             with fake tensors.
         supports_tokens: takes the same arguments and checks the number of tokens; called at run
             time only.
+        batch_invariant_form: the provider that computes the same in batch-invariant arithmetic, and
+            serves for this one in that mode; "" for none.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Provider:
     supports_tokens: Callable[..., Support]
     batch_invariant: bool = False
     version: str = ""
+    batch_invariant_form: str = ""
 
     def check_static(self, *args: Any) -> Support:
         """Return whether this provider could serve such a call for some number of tokens."""
@@ -168,6 +171,7 @@ class IrOp:
         supports_tokens: Callable[..., Support] = always,
         batch_invariant: bool = False,
         version: str = "",
+        batch_invariant_form: str = "",
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register the decorated function as the implementation `provider` of this operator.
 
@@ -178,6 +182,7 @@ class IrOp:
                 token count.
             supports_tokens: the same, for limits on the token count; asked at run time only.
             batch_invariant: a row's result does not depend on the other rows of the batch.
+            batch_invariant_form: as in `Provider`.
             version: enters the compile cache's key, beside fusewire's own sources.
 
         Raises:
@@ -191,7 +196,8 @@ class IrOp:
                 if provider in self.providers:
                     raise SchemaError(f"{self.name} already has a provider {provider!r}; give this one another name")
                 self.providers[provider] = Provider(
-                    provider, self.name, fn, supported, supports_args, supports_tokens, batch_invariant, version
+                    *(provider, self.name, fn, supported, supports_args, supports_tokens),
+                    *(batch_invariant, version, batch_invariant_form),
                 )
             return fn
 

@@ -175,7 +175,7 @@ class _Tuning(Measurement):
         if not static:
             self.absent[provider.name] = static.reason
             return
-        key = WorkspaceKey(provider.name, self.group.group_name, self.dtype, self.hidden)
+        key = WorkspaceKey(provider.workspace_name, self.group.group_name, self.dtype, self.hidden)
         known = REGISTRY.entries.get(key)
         if known is None or not known.serves(self.group):
             self.opened.append(key)

@@ -162,6 +162,15 @@ class WorkspaceProvider(abc.ABC):
     def token_limit(self, variant: str, hidden: int, dtype: torch.dtype, world_size: int, max_tokens: int) -> range:
         """Return the token counts that a variant takes on a workspace for max_tokens."""
 
+    @property
+    def workspace_name(self) -> str:
+        """The name in the keys of its workspaces, which providers with one name share."""
+        return self.name
+
+    def refusal(self, workspace: Workspace) -> str:
+        """Return why no call can be made on a workspace, or "". Its first call is a collective."""
+        return ""
+
     def left_out(self, variant: str) -> str:
         """Return why a variant serves no call on this machine, or ""."""
         return ""

@@ -70,16 +70,16 @@ class WorkspaceRegistry:
             PeerTimeoutError: a rank did not vote.
         """
         name = group.group_name
-        found = self.machines.get((provider.name, name))
+        found = self.machines.get((provider.workspace_name, name))
         if found is not None and found.serves(group):
             return found
-        refuse_capture(provider.name, f"group {name}")
+        refuse_capture(provider.workspace_name, f"group {name}")
         action(), limit_s(Limit.WATCHDOG_INTERVAL)  # raise before the ranks share anything
         with self.lock:
-            found = self.machines.get((provider.name, name))
+            found = self.machines.get((provider.workspace_name, name))
             if found is not None and found.serves(group):  # voted on by another thread meanwhile
                 return found
-            channel = Channel(group, f"{provider.name} group {name}")
+            channel = Channel(group, f"{provider.workspace_name} group {name}")
             machine = functools.partial(provider.machine, group, device)
             result = vote(channel, "machine", machine, work_s=limit_s(Limit.MACHINE_CHECK))
             refusal, facts = result.reason, result.facts
@@ -88,9 +88,9 @@ class WorkspaceRegistry:
             if not refusal:
                 load = functools.partial(provider.load, group)
                 refusal = vote(channel, "load", load, work_s=limit_s(provider.load_limit)).reason
-            key = WorkspaceKey(provider.name, name, torch.uint8, 0)
+            key = WorkspaceKey(provider.workspace_name, name, torch.uint8, 0)
             entry = WorkspaceEntry(key, weakref.ref(group), None, refusal, facts)
-            self.machines[provider.name, name] = entry
+            self.machines[provider.workspace_name, name] = entry
             return entry
 
     def open(
@@ -113,11 +113,11 @@ class WorkspaceRegistry:
         Raises:
             CaptureError, PeerTimeoutError: as `machine`.
         """
-        key = WorkspaceKey(provider.name, group.group_name, dtype, hidden)
+        key = WorkspaceKey(provider.workspace_name, group.group_name, dtype, hidden)
         found = self.entries.get(key)
         if found is not None and found.serves(group):
             return found
-        refuse_capture(provider.name, str(key))
+        refuse_capture(provider.workspace_name, str(key))
         with self.lock:
             found = self.entries.get(key)
             if found is not None and found.serves(group):  # made by another thread meanwhile

@@ -18,6 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from fusewire.custom_ops.ops.registry import NATIVE, Choice, IrOp, op_of_target, parse_policy
+from fusewire.custom_ops.workspaces.provider import PROVIDERS
 from fusewire.errors import NoProviderError
 from fusewire.fusion_passes.analysis.graph import copy_origin, value_of
 from fusewire.fusion_passes.analysis.replication import (
@@ -124,9 +125,11 @@ class _Lowerer:
             parts += [
                 f"{name}: not batch-invariant, its order of summation changes with the number of tokens"
                 for name in op.priority
-                if name != NATIVE and not op.providers[name].batch_invariant
+                if name != NATIVE
+                and not (op.providers[name].batch_invariant or op.providers[name].batch_invariant_form)
             ]
-        if op.selector is not None and choice.provider.name != NATIVE and not choice.provider.batch_invariant:
+        name = choice.provider.name
+        if op.selector is not None and (name in PROVIDERS or (name != NATIVE and not choice.provider.batch_invariant)):
             parts.append("or another by number of tokens, once the ranks have voted at the first call")
         return "; ".join(parts)
 

@@ -1,6 +1,7 @@
 """All-reduce, residual add and RMSNorm in one Triton kernel over symmetric memory.
 
 provider         what it can serve; SymmMemProvider
+invariant        symm_mem_batch_invariant, the same with batch-invariant kernels
 workspace        SymmMemWorkspace: the symmetric memory of one rank; layout: where in it what lies
 launcher         the launches, from checked arguments; arguments: the checks
 assemble         the kernels' arguments, in the order that all share

@@ -23,14 +23,14 @@ from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
 _STEP = 16
 
 
-def compilations(ws: SymmMemWorkspace) -> list[Callable[[], None]]:
+def compilations(ws: SymmMemWorkspace, batch_invariant: bool = False) -> list[Callable[[], None]]:
     """Return functions that each compile a kernel of calls with a residual and a weight.
 
     The weight is of x's dtype. Other calls (no residual, another weight dtype, sandwich norms, a
     sharded residual) compile when they are first made.
     """
     return [
-        functools.partial(_compile, ws, call, tokens, form, options)
+        functools.partial(_compile, ws, call, tokens, form, {**options, "batch_invariant": batch_invariant})
         for form in forms_of(ws.dtype)
         for call, tokens, options in _calls(ws)
     ]

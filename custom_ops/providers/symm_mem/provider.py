@@ -18,6 +18,7 @@ from fusewire.custom_ops.coordination.timeouts import check_kernel_timeouts, ker
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.dispatch.cost_formula import data_tokens
 from fusewire.custom_ops.dispatch.cost_tables import SYMM_ONE_SHOT, SYMM_TWO_SHOT
+from fusewire.custom_ops.environment import env_flag
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
 from fusewire.custom_ops.ops.quantized_norm import (
     all_reduce_rms_norm_quantized,
@@ -29,6 +30,7 @@ from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import self_test
 from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization, unsupported_quant
+from fusewire.custom_ops.providers.symm_mem.launch_config import Launch
 from fusewire.custom_ops.providers.symm_mem.layout import MAX_WORLD_SIZE, Layout, unsupported_reason
 from fusewire.custom_ops.providers.symm_mem.precompile import compilations
 from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
@@ -38,6 +40,7 @@ from fusewire.custom_ops.workspaces.provider import PROVIDERS, Request, Workspac
 from fusewire.errors import FusewireError, ProcessGroupError, WorkspaceError
 
 PROVIDER = "symm_mem"
+_BATCH_INVARIANT = "FUSEWIRE_BATCH_INVARIANT"
 _QUANTIZED = (all_reduce_rms_norm_quantized.name, all_reduce_rms_norm_quantized_sharded.name)
 _SHARDED = (all_reduce_rms_norm_sharded.name, all_reduce_rms_norm_quantized_sharded.name)
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -167,7 +170,7 @@ class HeldWorkspace(Workspace):
         key = kind, quant
         if key not in self._refusals:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                what = f"{_name_of(*key)} calls were not tested before capture, so two kernels serve"
+                what = f"{self_test.name_of(*key)} calls were not tested before capture, so two kernels serve"
                 log_line(f"{self.key}: {what}; run the model once before capture")
                 return False
             with self._testing:
@@ -177,7 +180,7 @@ class HeldWorkspace(Workspace):
 
     def _self_test(self, kind: str, quant: self_test.QuantKind | None) -> str:
         """Test and vote; return why such calls cannot be made, or "" if they can. A collective."""
-        name = _name_of(kind, quant)
+        name = self_test.name_of(kind, quant)
         channel = Channel(self._group, f"{self.key} {name}")
         for step, test in (("compile", self_test.compile_probes), ("execute", self_test.execute_probes)):
             share = functools.partial(test, self.run, self.made, kind, quant)
@@ -200,6 +203,7 @@ class SymmMemProvider(WorkspaceProvider):
 
     name = PROVIDER
     variants = (SYMM_ONE_SHOT, SYMM_TWO_SHOT)
+    batch_invariant = False  # whether it launches the kernels' batch-invariant form
 
     def machine(self, group: dist.ProcessGroup, device: torch.device) -> Mapping[str, Any]:
         support = supported()
@@ -267,9 +271,7 @@ class SymmMemProvider(WorkspaceProvider):
         self, workspace: Workspace, variant: str, output: int | None = None
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         assert isinstance(workspace, HeldWorkspace)
-        run, one_shot = workspace.run, variant == SYMM_ONE_SHOT
-        make = symm_mem.one_shot_launch if one_shot else symm_mem.two_shot_launch
-        call = PreparedCall(workspace.made, make, None if one_shot else output)
+        run, call = workspace.run, self._call(workspace, variant == SYMM_ONE_SHOT, False, output)
 
         def bound(
             x: Tensor,
@@ -286,7 +288,17 @@ class SymmMemProvider(WorkspaceProvider):
 
     def kernels_to_compile(self, workspace: Workspace) -> Sequence[Callable[[], object]]:
         assert isinstance(workspace, HeldWorkspace)
-        return compilations(workspace.made)
+        return compilations(workspace.made, batch_invariant=env_flag(_BATCH_INVARIANT))
+
+    def _call(self, workspace: HeldWorkspace, one_shot: bool, sharded: bool, output: int | None) -> PreparedCall:
+        """Return calls of one kernel."""
+        # Not one-shot for a sharded residual: every rank would need the whole of it.
+        make: Callable[..., Launch] = symm_mem.two_shot_sharded_launch if sharded else symm_mem.two_shot_launch
+        if one_shot and not sharded:
+            make, output = symm_mem.one_shot_launch, None
+        if self.batch_invariant:
+            make = functools.partial(make, batch_invariant=True)
+        return PreparedCall(workspace.made, make, output)
 
     def bind_derived(
         self, workspace: Workspace, variant: str, op_name: str, args: tuple[Any, ...], output: int | None = None
@@ -305,20 +317,10 @@ class SymmMemProvider(WorkspaceProvider):
             if unsupported_quant(text):
                 return None
             quant = self_test.QuantKind(args[5], text, scale is not None, with_norm)
-        if not workspace.passes(self_test.kind_of(bool(args[9]), sharded), quant):
+        if not workspace.passes(self_test.kind_of(bool(args[9]), sharded, self.batch_invariant), quant):
             return None
-        if sharded:
-            # Not one-shot, even for few tokens: every rank would need the whole residual.
-            call = PreparedCall(workspace.made, symm_mem.two_shot_sharded_launch, output)
-        elif variant == SYMM_ONE_SHOT:
-            call = PreparedCall(workspace.made, symm_mem.one_shot_launch)
-        else:
-            call = PreparedCall(workspace.made, symm_mem.two_shot_launch, output)
+        call = self._call(workspace, variant == SYMM_ONE_SHOT, sharded, output)
         return _derived(workspace, call) if quant is None else _quantized(workspace, call)
-
-
-def _name_of(kind: str, quant: self_test.QuantKind | None) -> str:
-    return kind if quant is None else f"{kind} FP8 ({', '.join(map(str, quant))})"
 
 
 def _derived(workspace: HeldWorkspace, call: PreparedCall) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -374,7 +376,9 @@ def _quantized(workspace: HeldWorkspace, call: PreparedCall) -> Callable[..., tu
     return bound
 
 
-@all_reduce_rms_norm.register_impl(PROVIDER, supported=supported, supports_args=supports_args)
+@all_reduce_rms_norm.register_impl(
+    PROVIDER, supported=supported, supports_args=supports_args, batch_invariant_form=f"{PROVIDER}_batch_invariant"
+)
 def all_reduce_rms_norm_symm_mem(
     x: Tensor,
     residual: Tensor | None,

@@ -6,6 +6,7 @@ for a rank that compiles may time out), then execute (a collective).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from fusewire.custom_ops.coordination.busy import busy
 from fusewire.custom_ops.ops.norms import add_normalize, forms_of, normalize
 from fusewire.custom_ops.ops.quantization import quantize
 from fusewire.custom_ops.ops.sharded_norm import own_rows
+from fusewire.custom_ops.providers.batch_invariant.torch_norm import normalize_batch_invariant
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
 from fusewire.custom_ops.providers.symm_mem.launch_config import Launch
@@ -26,6 +28,7 @@ from fusewire.errors import WorkspaceError
 
 # Kinds of calls.
 PLAIN, SANDWICH, SHARDED, SHARDED_SANDWICH = "plain", "sandwich", "sharded", "sharded sandwich"
+_BATCH_INVARIANT = "batch-invariant "  # before the kind
 
 # (call, x, residual, weight, eps, weight_bias, form, inner) -> (norm, sum), in the workspace; with a
 # quantization as the last argument (norm or None, sum, quantised norm, scales or None).
@@ -36,9 +39,10 @@ _LEAST_STEP = 2.0**-9  # between neighbours in FP8
 _TURNS = 2  # the first call prepares the launch of the second
 
 
-def kind_of(sandwich: bool, sharded: bool) -> str:
+def kind_of(sandwich: bool, sharded: bool, batch_invariant: bool = False) -> str:
     """Return the kind of calls with an inner norm or a sharded residual."""
-    return (SHARDED_SANDWICH if sharded else SANDWICH) if sandwich else SHARDED if sharded else PLAIN
+    kind = (SHARDED_SANDWICH if sharded else SANDWICH) if sandwich else SHARDED if sharded else PLAIN
+    return f"{_BATCH_INVARIANT}{kind}" if batch_invariant else kind
 
 
 class QuantKind(NamedTuple):
@@ -55,6 +59,11 @@ class QuantKind(NamedTuple):
     quant: str
     given: bool
     with_norm: bool
+
+
+def name_of(kind: str, quant: QuantKind | None) -> str:
+    """Return the name of a tested kind of calls."""
+    return kind if quant is None else f"{kind} FP8 ({', '.join(map(str, quant))})"
 
 
 class _Probe(NamedTuple):
@@ -89,12 +98,13 @@ def execute_probes(run: Run, ws: SymmMemWorkspace, kind: str, quant: QuantKind |
 def _probes(ws: SymmMemWorkspace, kind: str, quant: QuantKind | None = None) -> list[_Probe]:
     """Return a probe per protocol and form, with token counts that ranks share evenly and not."""
     forms = forms_of(ws.dtype) if quant is None else (quant.form,)
-    sharded = kind in (SHARDED, SHARDED_SANDWICH)
+    sharded = kind.endswith((SHARDED, SHARDED_SANDWICH))
     two_shot: Callable[..., Launch] = symm_mem.two_shot_sharded_launch if sharded else symm_mem.two_shot_launch
     calls: list[tuple[Callable[..., Launch], int]] = [] if sharded else [(symm_mem.one_shot_launch, 1)]
     calls += [(two_shot, ws.world_size + 1), (two_shot, ws.layout.data_tokens + 1)]
+    options = {"batch_invariant": True} if kind.startswith(_BATCH_INVARIANT) else {}
     return [
-        _Probe(PreparedCall(ws, make), tokens, form)
+        _Probe(PreparedCall(ws, functools.partial(make, **options)), tokens, form)
         for make, tokens in calls
         if tokens <= ws.layout.max_tokens
         for form in forms
@@ -110,19 +120,23 @@ def _make(
     """
     tokens, hidden, dtype = probe.tokens, ws.hidden, ws.dtype
 
+    exact = kind.startswith(_BATCH_INVARIANT)  # so are the sums of squares of any numbers
+    size = torch.exp2(torch.arange(hidden, device=ws.device) % 11 - 5.0).to(dtype) if exact else 1
+    norm_of = normalize_batch_invariant if exact else normalize
+
     def draw(seed: int) -> Tensor:
-        return eighths(tokens, hidden, seed + turn, dtype, ws.device)
+        return eighths(tokens, hidden, seed + turn, dtype, ws.device) * size
 
     parts = [draw(3 * rank + 1) for rank in range(ws.world_size)]
     residual, weight = draw(50), draw(51)[0]
     total = torch.stack(parts).float().sum(0).to(dtype)
     inner = None
-    if kind in (SANDWICH, SHARDED_SANDWICH):
+    if kind.endswith(SANDWICH):
         inner = InnerNorm(draw(52)[0], 0.5, 1.0, probe.form)
-        total = normalize(total, inner.weight, 0.5, 1.0, probe.form)
-    expected, total = add_normalize(total, residual, weight, 0.25, 1.0, probe.form)
+        total = norm_of(total, inner.weight, 0.5, 1.0, probe.form)
+    expected, total = add_normalize(total, residual, weight, 0.25, 1.0, probe.form, norm_of)
     given = residual
-    if kind in (SHARDED, SHARDED_SANDWICH):
+    if kind.endswith((SHARDED, SHARDED_SANDWICH)):
         given = own_rows(residual, ws.rank, ws.world_size)
         total = own_rows(total, ws.rank, ws.world_size)
     args = (probe.call, parts[ws.rank], given, weight, 0.25, 1.0, probe.form, inner)
@@ -137,6 +151,8 @@ def _make(
         if scales is not None:
             wrong |= (scales / wanted_scales - 1.0).abs().gt(0.02).any()
         return wrong if norm is None else wrong | _far(norm, expected, expected.abs().amax())
+    if exact:
+        return (norm != expected).any() | (summed != total).any()
     if inner is not None:
         # The inner norm rounds; its last bit's effect is bounded by the row's largest number.
         return _far(norm, expected, expected.abs().amax(-1, keepdim=True)) | _far(summed, total, total.abs().amax())
