@@ -123,6 +123,12 @@ def refer(call, config, ws):
     for part in call.parts[1:]:
         total = total + part.float()
     total = total.to(ws.dtype)
+    if call.options.get("batch_invariant"):
+        norm = normalize_batch_invariant
+        if inner := call.options.get("inner"):
+            total = norm(total, inner.weight, inner.eps, inner.weight_bias, inner.form)
+        call.norm, call.total = add_normalize(total, call.full, call.weight, EPS, call.bias, call.form, norm)
+        return
     quantization = call.options.get("quantization")
     last = (config, ws.layout, ws.dtype, quantization is not None and quantization.quant.startswith("group"))
     if inner := call.options.get("inner"):

@@ -102,9 +102,10 @@ def _probes(ws: SymmMemWorkspace, kind: str, quant: QuantKind | None = None) -> 
     two_shot: Callable[..., Launch] = symm_mem.two_shot_sharded_launch if sharded else symm_mem.two_shot_launch
     calls: list[tuple[Callable[..., Launch], int]] = [] if sharded else [(symm_mem.one_shot_launch, 1)]
     calls += [(two_shot, ws.world_size + 1), (two_shot, ws.layout.data_tokens + 1)]
-    options = {"batch_invariant": True} if kind.startswith(_BATCH_INVARIANT) else {}
+    if kind.startswith(_BATCH_INVARIANT):
+        calls = [(functools.partial(make, batch_invariant=True), tokens) for make, tokens in calls]
     return [
-        _Probe(PreparedCall(ws, functools.partial(make, **options)), tokens, form)
+        _Probe(PreparedCall(ws, make), tokens, form)
         for make, tokens in calls
         if tokens <= ws.layout.max_tokens
         for form in forms
