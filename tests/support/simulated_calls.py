@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from fusewire.custom_ops.ops.norms import add_normalize
 from fusewire.custom_ops.ops.quantization import GROUP_SIZE, quantize
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
+from fusewire.custom_ops.providers.batch_invariant.torch_norm import normalize_batch_invariant
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
 from fusewire.custom_ops.providers.symm_mem.layout import Failure
