@@ -208,15 +208,17 @@ def quantize(norm: Tensor, scale: Tensor | None, quant: str) -> tuple[Tensor, Te
 
 def _dynamic_scales(parts: Tensor, bound: Tensor | None, spec: QuantSpec) -> Tensor:
     """Return the fp32 scales (..., 1) of parts (..., token or group)."""
-    amax = parts.abs().amax(-1, keepdim=True).float()
+    # In the operations of programs: Inductor does not round within an operation, but at a cast.
+    amax = parts.abs().amax(-1, keepdim=True)
+    if not spec.narrow_scale or bound is not None:
+        amax = amax.float()
     if spec.amax_floor:
         amax = amax.clamp(min=spec.amax_floor)
     if bound is not None:
         amax = torch.minimum(amax, bound.reshape(()))
     # By a tensor: on GPUs, PyTorch multiplies by the reciprocal of a number instead of dividing.
     scales = amax * (1.0 / FP8_MAX) if spec.amax_by == MULTIPLY else amax / amax.new_full((), FP8_MAX)
-    if spec.narrow_scale:
-        scales = scales.to(parts.dtype).float()
+    scales = scales.to(parts.dtype if spec.narrow_scale else torch.float32).float()
     if spec.scale_floor:
         scales = scales.clamp(min=spec.scale_floor)
     return torch.exp2(torch.ceil(torch.log2(scales))) if spec.power_of_two else scales
@@ -224,15 +226,14 @@ def _dynamic_scales(parts: Tensor, bound: Tensor | None, spec: QuantSpec) -> Ten
 
 def _scaled(norm: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Return the norm divided by its scale, in FP8."""
-    narrow = norm.dtype if spec.narrow else torch.float32
-    scale = scale.to(narrow).float()
+    dtype = norm.dtype if spec.narrow else torch.float32
+    value, scale = norm.to(dtype), scale.to(dtype)
     if spec.apply == MULTIPLY:
-        quotient = norm.float() * scale
+        quotient = value * scale
     elif spec.apply == RECIPROCAL:
-        quotient = norm.float() * scale.reciprocal().to(narrow).float()
+        quotient = value * scale.reciprocal()
     else:
-        quotient = norm.float() / scale
-    quotient = quotient.to(narrow)
+        quotient = value / scale
     return (quotient.clamp(-FP8_MAX, FP8_MAX) if spec.clamp else quotient).to(FP8)
 
 

