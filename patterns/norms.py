@@ -62,7 +62,7 @@ def tail_form(steps: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute n by other operations, which differ by a unit in the last place of fp32.
+    """Other operations that compute n, which differ by a unit in the last place of fp32.
 
     Attributes:
         name: what the report adds to the tail's name.

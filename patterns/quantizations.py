@@ -50,7 +50,7 @@ QUANT_OPS = {
                 "group_size": (GROUP_SIZE, f"the operators know groups of {GROUP_SIZE}"),
                 "fp8_min": (-FP8_MAX, "the operators clamp to +-448"),
                 "fp8_max": (FP8_MAX, "the operators clamp to +-448"),
-                "scale_ue8m0": (False, "vLLM's versions round scales to powers of two in different ways"),
+                "scale_ue8m0": (False, "vLLM's versions round scales to powers of two differently"),
             }
         ),
     ),

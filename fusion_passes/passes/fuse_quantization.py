@@ -1,7 +1,7 @@
 """Fuse the quantisation of a norm to FP8 into the fused operator before it.
 
-If the norm is quantised in several ways, the first in the graph is fused, and the others read the
-norm, which the operator then returns too. Equal quantisations, as of each of a layer's projections,
+If the norm is quantised differently, the first quantisation in the graph is fused, and the others
+read the norm, which the operator then returns too. Equal quantisations, as of each of a layer's projections,
 become one.
 """
 
