@@ -1,8 +1,8 @@
 """Fuse the quantisation of a norm to FP8 into the fused operator before it.
 
 If the norm is quantised differently, the first quantisation in the graph is fused, and the others
-read the norm, which the operator then returns too. Equal quantisations, as of each of a layer's projections,
-become one.
+read the norm, which the operator then returns too. Equal quantisations, as of each of a layer's
+projections, become one.
 """
 
 from __future__ import annotations
