@@ -13,6 +13,7 @@ from fusewire.custom_ops.dispatch import derived_ops, dispatcher
 from fusewire.custom_ops.dispatch.table_vote import tuned_cost_model
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
 from fusewire.custom_ops.ops.registry import NATIVE
+from fusewire.custom_ops.providers import fp8_rows
 from fusewire.custom_ops.providers.batch_invariant import provider as batch_invariant
 from fusewire.custom_ops.providers.batch_invariant import torch_norm, triton_norm
 from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
@@ -25,7 +26,10 @@ from fusewire.custom_ops.workspaces.registry import REGISTRY, WorkspaceEntry
 from fusewire.errors import ConfigError, FusewireError, WorkspaceError
 
 # Importing these registers providers. They import Triton and FlashInfer at their first use.
-REGISTERED = (torch_norm, triton_norm, batch_invariant, flashinfer, symm_mem, invariant, dispatcher, derived_ops, tuner)
+REGISTERED = (
+    *(torch_norm, triton_norm, batch_invariant, flashinfer, symm_mem, invariant, fp8_rows),
+    *(dispatcher, derived_ops, tuner),
+)
 # The providers of `all_reduce_rms_norm`, by priority, unless a policy says otherwise.
 DEFAULT_PRIORITY = (symm_mem.PROVIDER, flashinfer.PROVIDER, NATIVE)
 all_reduce_rms_norm.set_default_priority(DEFAULT_PRIORITY)

@@ -27,6 +27,7 @@ from fusewire.custom_ops.ops.norms import (
     fused_add_rms_norm,
     rms_norm,
 )
+from fusewire.custom_ops.ops.quantization import quantize_by_kernel
 from fusewire.custom_ops.ops.quantized_norm import (
     all_reduce_rms_norm_quantized,
     all_reduce_rms_norm_quantized_sharded,
@@ -179,7 +180,7 @@ def _sharded_by_full_sum(provider: Provider, add_norm: AddNorm) -> Callable[...,
 
 
 def _quantized(op: IrOp, decision: Decision, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """Return a quantised op as the same provider's plain op, then native quantisation."""
+    """Return a quantised op as the same provider's plain op, then a quantisation with native's bits."""
     provider, plain_args = decision.provider, (*args[:10], args[-1])
     if op is all_reduce_rms_norm_quantized:
         if args[9] == NO_INNER:
@@ -194,14 +195,15 @@ def _then_quantize(plain: Callable[..., tuple[Tensor, Tensor]], taken: int) -> C
     """Return a plain op, which takes so many parameters before the group, then quantisation."""
 
     def run(*args: Any) -> tuple[Tensor, ...]:
-        return with_quantized(*plain(*args[:taken], args[-1]), *args[10:13])
+        return with_quantized(*plain(*args[:taken], args[-1]), *args[10:13], quantize_by_kernel)
 
     return run
 
 
 def _quantized_sharded_native(add_norm: AddNorm) -> Callable[..., Any]:
     def run(*args: Any) -> tuple[Tensor, ...]:
-        return compute_quantized_sharded(add_norm, args[0], args[1], args[2:6], args[6:10], *args[10:])
+        norms = args[2:6], args[6:10]
+        return compute_quantized_sharded(add_norm, *args[:2], *norms, *args[10:], quantize_by_kernel)
 
     return run
 

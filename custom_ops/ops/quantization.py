@@ -206,6 +206,19 @@ def quantize(norm: Tensor, scale: Tensor | None, quant: str) -> tuple[Tensor, Te
     return quantized, in_layout(scales if spec.kind == TOKEN else scales.squeeze(-1), spec.layout)
 
 
+# Functions of quantize's parameters, with its bits; None from those that cannot run. By providers.
+KERNELS: list[Callable[[Tensor, Tensor | None, str], tuple[Tensor, Tensor] | None]] = []
+
+
+def quantize_by_kernel(norm: Tensor, scale: Tensor | None, quant: str) -> tuple[Tensor, Tensor]:
+    """Return `quantize(norm, scale, quant)`, from one kernel where there is one."""
+    for kernel in KERNELS:
+        found = kernel(norm, scale, quant)
+        if found is not None:
+            return found
+    return quantize(norm, scale, quant)
+
+
 def _dynamic_scales(parts: Tensor, bound: Tensor | None, spec: QuantSpec) -> Tensor:
     """Return the fp32 scales (..., 1) of parts (..., token or group)."""
     # In the operations of programs: Inductor does not round within an operation, but at a cast.

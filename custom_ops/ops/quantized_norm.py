@@ -7,6 +7,7 @@ are gathered: half the bytes of bf16 rows. The result is the same.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -140,9 +141,16 @@ def all_reduce_rms_norm_quantized(
     return with_quantized(norm, added, scale, quant, with_norm)
 
 
-def with_quantized(norm: Tensor, added: Tensor, scale: Tensor | None, quant: str, with_norm: bool) -> _Results:
+def with_quantized(
+    norm: Tensor,
+    added: Tensor,
+    scale: Tensor | None,
+    quant: str,
+    with_norm: bool,
+    quantizer: Callable[[Tensor, Tensor | None, str], tuple[Tensor, Tensor]] = quantize,
+) -> _Results:
     """Return the results of a quantised operator from those of the plain one."""
-    return (norm if with_norm else norm.new_empty((0,)), added, *quantize(norm, scale, quant))
+    return (norm if with_norm else norm.new_empty((0,)), added, *quantizer(norm, scale, quant))
 
 
 def _check_sharded(x: Tensor, *rest: Any) -> None:
@@ -209,6 +217,7 @@ def compute_quantized_sharded(
     quant: str,
     with_norm: bool,
     group_name: str,
+    quantizer: Callable[[Tensor, Tensor | None, str], tuple[Tensor, Tensor]] = quantize,
 ) -> _Results:
     """Compute `all_reduce_rms_norm_quantized_sharded` with reduce-scatter and all-gather.
 
@@ -216,9 +225,9 @@ def compute_quantized_sharded(
     """
     norm, shard = own_norm(add_norm, x, residual, norm_spec, inner_spec, group_name)
     if with_norm:  # the norm's rows travel anyway, so every rank quantises them itself
-        return with_quantized(gather_rows.native(norm, x, group_name), shard, scale, quant, True)
+        return with_quantized(gather_rows.native(norm, x, group_name), shard, scale, quant, True, quantizer)
     spec = parse_quant(quant)
-    quantized, scales = quantize(norm, scale, str(dataclasses.replace(spec, layout=ROWS)))
+    quantized, scales = quantizer(norm, scale, str(dataclasses.replace(spec, layout=ROWS)))
     # Collectives know bytes, not FP8.
     quantized = gather_rows.native(quantized.view(torch.uint8), x, group_name).view(FP8)
     if not spec.static:

@@ -322,7 +322,7 @@ QUANTS = (
     ("tensor", 2.0**-5),  # many ties
     ("token amax_by=multiply narrow_scale=True narrow=True", 2.5),
     ("group layout=columns", None),
-    ("tensor apply=multiply clamp=False", 200.0),
+    ("tensor apply=multiply", 200.0),
     ("tensor apply=reciprocal narrow=True", 0.002),
 )  # fmt: skip
 

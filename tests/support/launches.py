@@ -52,9 +52,13 @@ def caught_launch(call):
 
 def compiled(launch):
     """The launch's kernel, compiled for sm_90."""
-    fn = symm_mem.kernel(launch.kernel)
+    return compiled_with(symm_mem.kernel(launch.kernel), (*launch.tensors, *launch.arguments), launch.options)
+
+
+def compiled_with(fn, arguments, options):
+    """A kernel compiled for sm_90 with these arguments."""
     signature, constants, attributes = {}, {}, {}
-    for i, (param, value) in enumerate(zip(fn.params, (*launch.tensors, *launch.arguments), strict=True)):
+    for i, (param, value) in enumerate(zip(fn.params, arguments, strict=True)):
         if param.is_constexpr or value is None:
             signature[param.name], constants[param.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
@@ -65,4 +69,4 @@ def compiled(launch):
             signature[param.name] = param.annotation_type or ("fp32" if type(value) is float else "i32")
             assert param.annotation_type in ("i32", "i64", "fp32") or type(value) in (int, float)
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -82,8 +82,11 @@ class QuantTensors(NamedTuple):
 
 def unsupported_quant(quant: str) -> str | None:
     """Return why the kernels cannot quantise so, or None."""
-    if parse_quant(quant).power_of_two:
+    spec = parse_quant(quant)
+    if spec.power_of_two:
         return "a scale that is a power of two: symm_mem's kernels do not compute log2 as PyTorch does"
+    if not spec.clamp:
+        return "a cast to FP8 without a clamp: symm_mem's kernels clamp, and versions of PyTorch differ"
     return None
 
 

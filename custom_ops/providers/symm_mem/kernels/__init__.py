@@ -13,8 +13,8 @@ bits:
   results can be written into the output itself: highest throughput for many tokens.
 
 `memory` has the memory accesses, `counters` those of the control block, `rows` the arithmetic on
-packets, `pairs` batch-invariant sums, `quantize` FP8 results, `packets` shared functions, and
-`peer_copy` a plain copy that measures the links.
+packets, `pairs` batch-invariant sums, `quantize` FP8 results, `packets` shared functions,
+`quantize_rows` a kernel that only quantises, and `peer_copy` a plain copy that measures the links.
 
 **Arguments.** All kernels take, in this order: `ctl` (the control block, int64 words, see
 `layout`), `x`, `residual`, `weight`, `inner_weight`, `norm_out`, `residual_out` (addresses,

@@ -26,8 +26,6 @@ from fusewire.custom_ops.providers.symm_mem.kernels.rows import FP32, high, low,
 NAN_BYTES = tl.constexpr(0x7F7F7F7F)  # four NaNs in FP8
 NAN_SCALE = tl.constexpr(0x7FC00000)  # one in fp32
 _ABSOLUTE = tl.constexpr(0x7FFFFFFF)
-# Numbers above it are cast to NaN, unless they are clamped to 448.
-_MOST_BEFORE_CAST = tl.constexpr(464.0)
 _FP8_MAX = tl.constexpr(448.0)
 _INVERSE_MAX = tl.constexpr(1.0 / 448.0)
 
@@ -293,11 +291,7 @@ def scale_of(
 def _applied(value: tl.tensor, factor: tl.tensor, KIND: tl.constexpr, QUANT: tl.constexpr) -> tl.tensor:
     multiplies: tl.constexpr = says(QUANT, "apply=multiply") or says(QUANT, "apply=reciprocal")
     value = value * factor if multiplies else tl.div_rn(value, factor)
-    if says(QUANT, "narrow=True"):
-        value = rounded(value, KIND)
-    if says(QUANT, "clamp=False"):
-        value = tl.where(tl.abs(value) > _MOST_BEFORE_CAST, float("nan"), value)
-    return value
+    return rounded(value, KIND) if says(QUANT, "narrow=True") else value
 
 
 @triton.jit
