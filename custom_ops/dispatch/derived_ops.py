@@ -195,15 +195,20 @@ def _then_quantize(plain: Callable[..., tuple[Tensor, Tensor]], taken: int) -> C
     """Return a plain op, which takes so many parameters before the group, then quantisation."""
 
     def run(*args: Any) -> tuple[Tensor, ...]:
-        return with_quantized(*plain(*args[:taken], args[-1]), *args[10:13], quantize_by_kernel)
+        norm, added = plain(*args[:taken], args[-1])
+        scale, quant, with_norm = args[10:13]
+        return with_quantized(norm, added, scale, quant, with_norm, quantize_by_kernel)
 
     return run
 
 
 def _quantized_sharded_native(add_norm: AddNorm) -> Callable[..., Any]:
     def run(*args: Any) -> tuple[Tensor, ...]:
-        norms = args[2:6], args[6:10]
-        return compute_quantized_sharded(add_norm, *args[:2], *norms, *args[10:], quantize_by_kernel)
+        x, residual, norm, inner = args[0], args[1], args[2:6], args[6:10]
+        scale, quant, with_norm, group_name = args[10:]
+        return compute_quantized_sharded(
+            add_norm, x, residual, norm, inner, scale, quant, with_norm, group_name, quantize_by_kernel
+        )
 
     return run
 

@@ -140,6 +140,8 @@ def run_rows(dtype):
         quantized.view(torch.uint8).fill_(0x55)
         machine = simulator.Machine(0)
         simulator.install(machine)
+        if scales is not None and scales._base is not None:
+            machine.hold(scales._base)  # columns are longer than the scales in them
         config = SimpleNamespace(programs=rows, threads=32 * warps)
         launch = SimpleNamespace(kernel="", tensors=arguments[:4], arguments=arguments[4:], config=config)
         with (
