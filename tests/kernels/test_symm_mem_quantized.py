@@ -83,7 +83,9 @@ OPTIONS = [
     *[(f"{kind}{options}", None) for kind in ("token", "group") for options in (
         "", " apply=reciprocal", " amax_by=multiply", " amax_floor=0.5", " scale_floor=0.01", " narrow_scale=True",
         " amax_by=multiply narrow_scale=True narrow=True", " apply=reciprocal narrow_scale=True narrow=True",
+        " amax_floor=0.3 narrow_scale=True",
     )],
+    ("token amax_floor=0.3 narrow_scale=True", 5.0),
     *[(kind, bound) for kind in ("token", "group amax_floor=1e-10") for bound in (0.7, float("nan"))],
     *[(f"group layout={layout}", None) for layout in ("columns", "aligned_columns")],
 ]  # fmt: skip

@@ -274,6 +274,8 @@ def scale_of(
         # Comparisons with NaN are false, so NaN stays.
         if number(QUANT, "amax_floor") > 0.0:
             value = tl.where(value < number(QUANT, "amax_floor"), number(QUANT, "amax_floor"), value)
+            if says(QUANT, "narrow_scale=True") and not BOUNDED:
+                value = rounded(value, KIND)  # the floor is
         if BOUNDED:
             value = tl.where(given < value, given, value)
             value = tl.where(given != given, given, value)
