@@ -152,13 +152,13 @@ def _make(
         if scales is not None:
             wrong |= (scales / wanted_scales - 1.0).abs().gt(0.02).any()
         return wrong if norm is None else wrong | _far(norm, expected, expected.abs().amax())
+    wrong_sum: Tensor = (summed != total).any()
     if exact:
-        return (norm != expected).any() | (summed != total).any()
+        return wrong_sum | (norm != expected).any()
     if inner is not None:
         # The inner norm rounds; its last bit's effect is bounded by the row's largest number.
         return _far(norm, expected, expected.abs().amax(-1, keepdim=True)) | _far(summed, total, total.abs().amax())
-    far: Tensor = _far(norm, expected, expected.abs()) | (summed != total).any()
-    return far
+    return wrong_sum | _far(norm, expected, expected.abs())
 
 
 def _far_quantized(got: Tensor, expected: Tensor) -> Tensor:
