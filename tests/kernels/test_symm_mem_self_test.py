@@ -26,6 +26,7 @@ from fusewire.custom_ops.ops.quantized_norm import (
 )
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded, own_rows
+from fusewire.custom_ops.providers.symm_mem import invariant as symm_mem_invariant
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem_provider
 from fusewire.custom_ops.providers.symm_mem import self_test
 from fusewire.custom_ops.providers.symm_mem.layout import Layout
@@ -77,21 +78,22 @@ def simulate(kind, world, dtype, spoil=None, quant=None):
         for ws in spaces:
 
             def first_half(call, *args, ws=ws, launched=launches):
-                launched.append(call.make(ws, *args[:6], inner=args[6], quantization=(*args, None)[7]))
+                make = getattr(call.make, "func", call.make) if spoil == "plain" else call.make
+                launched.append(make(ws, *args[:6], inner=args[6], quantization=(*args, None)[7]))
                 return launched[-1].results
 
             self_test._make(first_half, ws, kind, probe, quant=quant)
         machine.ranks = [Rank(machine, ws, [launches], None) for ws in spaces]
         machine.run()
         outputs = [launch.results for launch in launches]
-        if spoil is not None:
+        if isinstance(spoil, int):
             spoilt = outputs[spoil][0 if quant is None else 2]
             spoilt[-1, 3] = spoilt[-1, 3].float() * -1.5 + 0.5
         wrong = [
             bool(self_test._make(lambda *_, found=found: found, ws, kind, probe, quant=quant))
             for ws, found in zip(spaces, outputs, strict=True)
         ]
-        verdicts.append([probe.call.make.__name__, probe.tokens, wrong])
+        verdicts.append([str(probe.call.make), probe.tokens, wrong])
     return verdicts
 
 
@@ -117,6 +119,21 @@ def test_probes_pass_on_the_kernels():
     for case, verdicts in zip(cases, _simulated(*cases), strict=True):
         assert len(verdicts) >= 4, case
         assert not any(any(wrong) for _, _, wrong in verdicts), (case, verdicts)
+
+
+INVARIANT = tuple(self_test.kind_of(sandwich, sharded, True) for sandwich in (False, True) for sharded in (False, True))
+
+
+def test_probes_of_batch_invariant_calls_too():
+    cases = [(kind, 2, "float32", spoil) for kind in INVARIANT for spoil in (None, 1)]
+    for case, verdicts in zip(cases, _simulated(*cases), strict=True):
+        assert len(verdicts) >= 4, case
+        assert all(wrong == [False, case[3] is not None] for _, _, wrong in verdicts), (case, verdicts)
+
+
+def test_kernels_that_are_not_batch_invariant_do_not_pass_for_it():
+    (verdicts,) = _simulated((INVARIANT[0], 2, "float32", "plain"))
+    assert any(any(wrong) for _, _, wrong in verdicts), verdicts
 
 
 def test_probes_notice_one_wrong_number():
@@ -249,6 +266,38 @@ def test_ranks_vote_on_what_they_tried(good):
             assert said == [(True, True, 1, True)] * 5
         else:
             assert said == [(False, True, 0, None)] * 5
+
+
+def _invariant_votes(good):
+    """Per turn: why the batch-invariant kernels are refused; and how often probes were made."""
+    made_calls = []
+
+    def counted(call, x, residual, weight, eps, weight_bias, form, inner=None):
+        made_calls.append(call)
+        fn = all_reduce_rms_norm.providers["rank_ordered_batch_invariant"].fn
+        norm, summed = fn(x, residual, weight, eps, weight_bias, form, dist.group.WORLD.group_name)
+        return norm + float(not good and dist.get_rank() == 1), summed
+
+    held, provider = _held(), symm_mem_invariant.InvariantProvider()
+    with mock.patch.object(PreparedCall, "__call__", counted):
+        refusals = [provider.refusal(held) for _ in range(2)]
+    assert all(call.make.keywords == {"batch_invariant": True} for call in made_calls)
+    return refusals, len(made_calls)
+
+
+def test_ranks_vote_on_batch_invariant_kernels():
+    """One rank's wrong bits make all do without; nothing is tried twice."""
+    for refusals, made in shared_pool(2).run(_invariant_votes, True):
+        assert refusals == ["", ""]
+        assert made > 0
+    for refusals, _ in shared_pool(2).run(_invariant_votes, False):
+        assert all("did not pass" in refusal for refusal in refusals)
+
+
+def test_batch_invariant_calls_share_the_workspaces_of_symm_mem():
+    plain, invariant = symm_mem_provider.SymmMemProvider(), symm_mem_invariant.InvariantProvider()
+    assert invariant.workspace_name == plain.workspace_name == plain.name != invariant.name
+    assert invariant.variants == plain.variants  # so the costs are those of symm_mem
 
 
 def _during_capture():

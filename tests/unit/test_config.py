@@ -314,6 +314,20 @@ def test_priority_of_the_configuration_wins(providers):
         assert chosen.policy("rms_norm") == "test_steady,test_fast"
 
 
+def test_batch_invariant_mode_takes_the_form_of_a_provider_for_it():
+    """In its place in the priority, and not where the priority leaves the provider out."""
+    assert PassConfig().policy("all_reduce_rms_norm") == "symm_mem,flashinfer,native"
+    in_mode = PassConfig(batch_invariant=True)
+    assert in_mode.policy("all_reduce_rms_norm") == "symm_mem_batch_invariant,rank_ordered_batch_invariant"
+    assert in_mode.policy("all_reduce_sandwich_norm") == in_mode.policy("all_reduce_rms_norm")
+    without = PassConfig(batch_invariant=True, ir_op_priority={"all_reduce_rms_norm": ("flashinfer", NATIVE)})
+    assert without.policy("all_reduce_rms_norm") == "rank_ordered_batch_invariant"
+    named = PassConfig(ir_op_priority={"all_reduce_rms_norm": ("symm_mem_batch_invariant", "symm_mem")})
+    assert dataclasses.replace(named, batch_invariant=True).policy("all_reduce_rms_norm") == (
+        "symm_mem_batch_invariant,rank_ordered_batch_invariant"
+    )
+
+
 def test_batch_invariant_keeps_invariant_providers_alone(providers):
     invariant = {name for name, p in providers.providers.items() if p.batch_invariant}
     assert "test_steady" in invariant

@@ -142,6 +142,17 @@ def test_the_choice_is_the_same_for_equal_facts():
         assert [label(tokens, "flashinfer,native") for tokens in range(1, 600)] == before
 
 
+def test_batch_invariant_mode_is_fused_as_far_as_the_workspace_reaches():
+    policy = "symm_mem_batch_invariant,rank_ordered_batch_invariant"
+    capacities = {"symm_mem_batch_invariant": Capacity(1000)}
+    for tokens in (1, 129, 1000):
+        same = label(tokens, "symm_mem,native", capacities={"symm_mem": Capacity(1000)})
+        assert label(tokens, policy, capacities=capacities) == same
+    assert label(1001, policy, capacities=capacities) == "rank_ordered_batch_invariant"
+    refused = {"symm_mem_batch_invariant": Capacity(1000, "its test failed")}
+    assert label(1, policy, capacities=refused) == "rank_ordered_batch_invariant"
+
+
 # --- Sizes of workspaces --------------------------------------------------------------------------
 
 
