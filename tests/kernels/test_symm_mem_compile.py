@@ -193,6 +193,38 @@ def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, 
         assert "fence" not in text
 
 
+@pytest.mark.parametrize(
+    ("kind", "world", "hidden", "tokens", "options"),
+    [
+        ("one_shot", 4, 8192, 1, {}),
+        ("one_shot", 8, 5376, 64, {"form": WIDE_SCALE, "inner": (BF16, SCALE)}),
+        ("two_shot", 4, 8192, 256, {"protocol": "data"}),
+        ("two_shot_sharded", 8, 8192, 512, {"protocol": "data"}),
+        ("two_shot", 8, 8192, 8192, {"protocol": "flags", "output": 0, "form": WIDE_ROUND}),
+        ("two_shot_sharded", 4, 8192, 2048, {"protocol": "flags", "output": 0}),
+    ],
+)
+def test_batch_invariant_kernels_cost_no_more_than_the_others(kind, world, hidden, tokens, options, tmp_path):
+    """No more barriers and accesses of global memory; every step is correctly rounded; and lanes add
+    their neighbours in the layout in which these are neighbours.
+    """
+    plain, invariant = (
+        compiled(call_on_cpu(kind, world, hidden, BF16, tokens, batch_invariant=mode, **options))
+        for mode in (False, True)
+    )
+    ptx, ir = invariant.asm["ptx"], invariant.asm["ttgir"]
+    for what in (r"\b(?:ld|st)\S*\.global", "bar.sync"):
+        assert len(re.findall(what, ptx)) <= len(re.findall(what, plain.asm["ptx"])), what
+    assert "sqrt.rn.f32" in ptx
+    assert "div.rn.f32" in ptx
+    assert not re.search(r"\bfma\.|\.ftz|rsqrt|div\.full|\b(?:add|mul)\.f32", ptx)
+    (layout,) = re.findall(r"(#\w+) = #ttg.blocked<\{sizePerThread = \[1\]", ir)
+    lanes = [line for line in ir.splitlines() if "shfl.sync.bfly" in line]
+    assert lanes
+    assert all(re.search(rf"tensor<\d+xi32, {layout}>", line) for line in lanes)
+    assert stack_bytes(invariant, tmp_path) <= 160
+
+
 @pytest.mark.parametrize("kind", ["one_shot", "two_shot"])
 def test_no_rounding_to_fp16_is_fused_away(kind):
     """A product that is rounded to fp16, plus the residual: one fused operation would round the sum
