@@ -141,6 +141,7 @@ def _make(
         given = own_rows(residual, ws.rank, ws.world_size)
         total = own_rows(total, ws.rank, ws.world_size)
     args = (probe.call, parts[ws.rank], given, weight, 0.25, 1.0, probe.form, inner)
+    wrong: Tensor
     if quant is None:
         norm, summed = run(*args)
     else:
@@ -148,17 +149,19 @@ def _make(
         quantization = Quantization(quant.quant, scale, quant.with_norm)
         norm, summed, got, scales = run(*args, quantization)
         wanted, wanted_scales = quantize(expected, scale, quant.quant)
-        wrong: Tensor = _far_quantized(got, wanted) | _far(summed, total, total.abs().amax())
+        wrong = _far_quantized(got, wanted) | _far(summed, total, total.abs().amax())
         if scales is not None:
             wrong |= (scales / wanted_scales - 1.0).abs().gt(0.02).any()
         return wrong if norm is None else wrong | _far(norm, expected, expected.abs().amax())
-    wrong_sum: Tensor = (summed != total).any()
+    wrong = (summed != total).any()
     if exact:
-        return wrong_sum | (norm != expected).any()
-    if inner is not None:
+        wrong |= (norm != expected).any()
+    elif inner is not None:
         # The inner norm rounds; its last bit's effect is bounded by the row's largest number.
-        return _far(norm, expected, expected.abs().amax(-1, keepdim=True)) | _far(summed, total, total.abs().amax())
-    return wrong_sum | _far(norm, expected, expected.abs())
+        wrong = _far(norm, expected, expected.abs().amax(-1, keepdim=True)) | _far(summed, total, total.abs().amax())
+    else:
+        wrong |= _far(norm, expected, expected.abs())
+    return wrong
 
 
 def _far_quantized(got: Tensor, expected: Tensor) -> Tensor:
