@@ -46,6 +46,8 @@ ONE_LATE = (2, 64, [("one_shot", 2, {})] * 5, "late")
 FULL = (2, 64, [("two_shot", 3, DATA)] * 4)
 SHARDED = (2, 64, [("two_shot_sharded", 3, {**DATA, **WIDE})] * 5)
 DATA_SLICED = (2, 512, [("two_shot", 2, {**DATA, **SLICED})])
+EMPTY = {"config": LaunchConfig(4, 1, 64, slices=4), "batch_invariant": True}  # 65 packets fill two slices
+DATA_EMPTY = (2, 520, [("two_shot", 2, {**DATA, **EMPTY})] * 2)
 DATA_INNER = (2, 512, [("two_shot", 2, {**DATA, **SLICED, **INNER})])
 DATA_ONE_WORD = (2, 528, [("two_shot", 2, {**DATA, **ONE_WORD})])
 DATA_LATE = (2, 64, [("two_shot", 3, DATA)] * 5, "late")
@@ -81,11 +83,12 @@ RESET = "store16(here, (empty, empty, empty, empty), mask & (rank != src), False
 LOST = "tl.where(has_failed(ctl_at), tokens, 0)"
 SLICE_WAIT = (
     "packets.slices_sum",
-    "poll_sums((), (at,), tag_of(call), ctl, WAIT_SLICE, rank, 0, 1, SLICES, True)",
-    SUMS.format("SLICES", "(at,)"),
+    "poll_sums((), (at,), tag_of(call), ctl, WAIT_SLICE, rank, 0, 1, USED, True, JOIN)",
+    SUMS.format("USED", "(at,)"),
 )
 WAIT_SUMS = """poll_sums(
-                    addrs, lines, tag_of(call), ctl_at, WAIT_RESULT_DATA, owner, UNROLL, UNROLL, SQUARES_PER_ROW, True
+                    *(addrs, lines, tag_of(call), ctl_at, WAIT_RESULT_DATA, owner),
+                    *(UNROLL, UNROLL, SQUARES_PER_ROW, True, "pairs" if BATCH_INVARIANT else "sum"),
                 )"""
 ONLY_PACKETS = "poll16(addrs, ctl_at, WAIT_RESULT_DATA, owner, UNROLL, 0, True) + " + SUMS.format(
     "SQUARES_PER_ROW", "lines"
@@ -118,6 +121,9 @@ CONTROLS = {
     "data: the wait for squares, not for rows": (TWO_DATA, WAIT_SUMS, ONLY_PACKETS, DATA_SLICED),
     "data: the wait for one word of squares": (TWO_DATA, WAIT_SUMS, ONLY_PACKETS, DATA_ONE_WORD),
     "data: the call in squares' tags": (*TAGS, FULL),
+    "data: the silence of slices without packets": (
+        "two_shot_data._speaks", "(lane == 0) & (part < USED)", "lane == 0", DATA_EMPTY,
+    ),
     "data: two slots": (TWO_DATA, "(call & 1) * slot_bytes", "(call & 0) * slot_bytes", SHARDED),
     "data: the reset of partial rows": (TWO_DATA, RESET, "pass", FULL),
     "data: the reset of results": (
@@ -223,7 +229,7 @@ UNNOTICED = {
         "the acquire of the flag invalidates L1, so this is redundant; simulated loads have no cache",
     ),
     "the call in the tags of 1 / rms": (
-        TWO_FLAGS, "put_tagged(row_at, rstd, tag_of(call), is_peer)", "put_tagged(row_at, rstd, tag_of(call * 0), is_peer)",
+        TWO_FLAGS, "put_tagged(row_at, one, tag_of(call), is_peer)", "put_tagged(row_at, one, tag_of(call * 0), is_peer)",
         IN_FLAGS, "redundant: the thread that stores the word sets the row's flag after it, behind the same fence",
     ),
 }  # fmt: skip
