@@ -46,8 +46,6 @@ ONE_LATE = (2, 64, [("one_shot", 2, {})] * 5, "late")
 FULL = (2, 64, [("two_shot", 3, DATA)] * 4)
 SHARDED = (2, 64, [("two_shot_sharded", 3, {**DATA, **WIDE})] * 5)
 DATA_SLICED = (2, 512, [("two_shot", 2, {**DATA, **SLICED})])
-EMPTY = {"config": LaunchConfig(4, 1, 64, slices=4), "batch_invariant": True}  # 65 packets fill two slices
-DATA_EMPTY = (2, 520, [("two_shot", 2, {**DATA, **EMPTY})] * 2)
 DATA_INNER = (2, 512, [("two_shot", 2, {**DATA, **SLICED, **INNER})])
 DATA_ONE_WORD = (2, 528, [("two_shot", 2, {**DATA, **ONE_WORD})])
 DATA_LATE = (2, 64, [("two_shot", 3, DATA)] * 5, "late")
@@ -121,9 +119,6 @@ CONTROLS = {
     "data: the wait for squares, not for rows": (TWO_DATA, WAIT_SUMS, ONLY_PACKETS, DATA_SLICED),
     "data: the wait for one word of squares": (TWO_DATA, WAIT_SUMS, ONLY_PACKETS, DATA_ONE_WORD),
     "data: the call in squares' tags": (*TAGS, FULL),
-    "data: the silence of slices without packets": (
-        "two_shot_data._speaks", "(lane == 0) & (part < USED)", "lane == 0", DATA_EMPTY,
-    ),
     "data: two slots": (TWO_DATA, "(call & 1) * slot_bytes", "(call & 0) * slot_bytes", SHARDED),
     "data: the reset of partial rows": (TWO_DATA, RESET, "pass", FULL),
     "data: the reset of results": (

@@ -68,15 +68,6 @@ def _load_tile(
     return load16(x.to(tl.int64) + at, q < rows_of(owner, tokens, shard) * PACKETS, False)
 
 
-@triton.jit
-def _speaks(lane: tl.tensor, part: tl.tensor, USED: tl.constexpr, SLICES: tl.constexpr) -> tl.tensor:
-    """Return which lane sends a slice's squares: the first, and none of a slice without packets.
-
-    Such a slice has waited for no peer, and a peer may still read the words of an earlier call.
-    """
-    return lane == 0 if USED == SLICES else (lane == 0) & (part < USED)
-
-
 @triton.jit(do_not_specialize=INTS, do_not_specialize_on_alignment=("quant_scale",))
 def two_shot_data_kernel(
     ctl: tl.tensor,
@@ -143,7 +134,8 @@ def two_shot_data_kernel(
     """
     tl.static_assert(QUANT == "", "two_shot_data does not quantise")
     PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
-    # BATCH_INVARIANT: whole blocks, which are subtrees of the row; the last may have no packets.
+    # BATCH_INVARIANT: whole blocks, which are subtrees of the row. The last may have no packets; they
+    # wait for no peer, so nothing may wait for their words, which can be a call ahead.
     SLICE: tl.constexpr = BLOCK if BATCH_INVARIANT else (PACKETS + SLICES - 1) // SLICES
     USED: tl.constexpr = (PACKETS + SLICE - 1) // SLICE
     ROW: tl.constexpr = PACKETS * 16
@@ -227,7 +219,7 @@ def two_shot_data_kernel(
         if SQUARES_PER_ROW > 1:
             for j in tl.static_range(1, WORLD):
                 peer = tl.load(ctl + CTL_PEERS + peer_at(rank, i, j, WORLD))
-                put_tagged(peer + line + part * 8, squares, tag_of(call), _speaks(lane, part, USED, SLICES))
+                put_tagged(peer + line + part * 8, squares, tag_of(call), lane == 0)
         exchange = own + slices_at + tl.cast(i, tl.int64) * CACHE_LINE_BYTES
         squares = slices_sum(squares, exchange, part, call, ctl_at, rank, lane, USED, BATCH_INVARIANT)
         own_rstd = reciprocal_rms(squares, eps, HIDDEN, BATCH_INVARIANT)
@@ -238,9 +230,7 @@ def two_shot_data_kernel(
                 peer = tl.load(ctl + CTL_PEERS + peer_at(rank, i, j, WORLD))
                 if SEND_UNNORMALIZED:
                     sent = own_rstd if BATCH_INVARIANT else squares
-                    put_tagged(
-                        peer + line + part * CACHE_LINE_BYTES, sent, tag_of(call), _speaks(lane, part, USED, SLICES)
-                    )
+                    put_tagged(peer + line + part * CACHE_LINE_BYTES, sent, tag_of(call), lane == 0)
                 else:
                     store16(peer + results + at, clean, mask, True)
         store16(norm_out.to(tl.int64) + at, norm, mask, False)
