@@ -402,6 +402,11 @@ def group_largest(bits, LANES):  # lanes of a warp exchange them, which run one 
     return _tensor(np.repeat(found, LANES), _shape(bits), tl.int32)
 
 
+def fused(a, b, c):  # the interpreter rounds twice
+    exact = _array(a).astype(np.float64) * _array(b) + _array(c)
+    return _tensor(exact.astype(np.float32), _shape(a, b, c), tl.float32)
+
+
 def install(machine):
     """Make the interpreter run the kernels on this machine."""
     from triton.runtime import interpreter
@@ -410,7 +415,7 @@ def install(machine):
         for name, value in list(vars(module).items()):
             if isinstance(value, tl.constexpr):
                 setattr(module, name, value.value)
-    arithmetic._bits16, arithmetic.rounded, quantize.rounded = bits16, rounded, rounded
+    arithmetic._bits16, arithmetic.rounded, quantize.rounded, quantize.fused = bits16, rounded, rounded, fused
     quantize.group_largest = group_largest
     if interpreter._patch_lang.__name__ == "_patch_lang":
         for function in (one_shot.one_shot_kernel, tl.standard.max):  # once for all, not at every call
