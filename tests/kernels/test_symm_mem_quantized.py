@@ -15,9 +15,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
+import triton.language as tl
+
 from fusewire.custom_ops.ops.quantization import KERNELS, QuantSpec, quantize, quantize_by_kernel
 from fusewire.custom_ops.providers import fp8_rows
 from fusewire.custom_ops.providers.symm_mem.arguments import Quantization, quant_tensors
+from fusewire.custom_ops.providers.symm_mem.kernels.quantize import divided, divisor_of
 from fusewire.custom_ops.providers.symm_mem.launch_config import LaunchConfig
 from fusewire.errors import ArgumentError
 
@@ -161,6 +165,49 @@ def run_rows(dtype):
             assert strides_of(scales) == strides_of(wanted_scales)
 
 
+QUOTIENTS = "quotients"
+
+
+@triton.jit
+def quotients_kernel(values, scale, out, N: tl.constexpr):
+    """Divide values by a scale as the kernels do."""
+    at = tl.arange(0, N)
+    factors = divisor_of(tl.load(scale))
+    tl.store(out + at, divided(tl.load(values + at), factors[0], factors[1], factors[2]))
+
+
+def run_quotients():
+    """All bf16 numbers, and some in fp32, by scales of every size: the quotients of IEEE 754 where
+    they are neither tiny nor huge, and its FP8 numbers everywhere.
+    """
+    from triton.runtime import interpreter
+
+    from support import simulator
+
+    simulator.install(simulator.Machine(0))
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(-(2**31), 2**31, (1 << 14,), generator=generator).to(torch.int32)
+    halves = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
+    given = [halves.view(BF16).float(), words.view(FP32)]
+    ends = [0.0, -0.0, float("inf"), float("nan"), 1e-45, 1e-40, 3e38, 2.0**-126, 2.0**127, -0.37, 1.0]
+    scales = [
+        *torch.tensor(ends),
+        *words[:24].view(FP32).abs(),
+        *(halves[100:12000:500].view(BF16).float().abs() / 448),
+    ]
+    for scale in scales:
+        for values in given:
+            out = torch.empty_like(values)
+            with mock.patch.object(interpreter, "_patch_lang", return_value=mock.Mock()):  # it is patched already
+                quotients_kernel[(1,)](values, scale.reshape(1).clone(), out, len(values))
+            exact = values / scale
+            normal = (exact.abs() > 1e-30) & (exact.abs() < 1e30)
+            assert torch.equal(out[normal], exact[normal]), scale
+            got, wanted = (part.clamp(-448, 448).to(torch.float8_e4m3fn) for part in (out, exact))
+            same = (got.view(torch.uint8) == wanted.view(torch.uint8)) | (out.isnan() & exact.isnan())
+            assert same.all(), (scale, values[~same][:3])
+
+
 @pytest.mark.parametrize("quant", ["token", "group layout=columns", "tensor apply=reciprocal"])
 def test_a_kernel_of_its_own_compiles(quant):
     """For sm_90, without a conversion of layouts, without spills to speak of."""
@@ -202,10 +249,10 @@ def off_by_one_bit(norm, scale, quant):
 
 @pytest.fixture(scope="module")
 def results():
-    return run_cases(__file__, [*SCENARIOS, *DIFFERING, *ROWS])
+    return run_cases(__file__, [*SCENARIOS, *DIFFERING, *ROWS, QUOTIENTS])
 
 
-@pytest.mark.parametrize("name", [*SCENARIOS, *DIFFERING, *ROWS])
+@pytest.mark.parametrize("name", [*SCENARIOS, *DIFFERING, *ROWS, QUOTIENTS])
 def test_quantised_norms_are_natives(name, results):
     assert not results[name], results[name]
 
@@ -217,6 +264,8 @@ def run_case(name):
         simulate_differing(*DIFFERING[name])
     elif name in ROWS:
         run_rows(ROWS[name])
+    elif name == QUOTIENTS:
+        run_quotients()
     else:
         simulate(*SCENARIOS[name])
 
