@@ -398,8 +398,7 @@ def rounded(value, KIND):  # the interpreter truncates to bf16
 
 
 def group_largest(bits, LANES):  # lanes of a warp exchange them, which run one by one here
-    found = _array(bits).reshape(-1, LANES).max(axis=1)
-    return _tensor(np.repeat(found, LANES), _shape(bits), tl.int32)
+    return _tensor(np.repeat(_array(bits).reshape(-1, LANES).max(axis=1), LANES), _shape(bits), tl.int32)
 
 
 def fused(a, b, c):  # the interpreter rounds twice
