@@ -184,14 +184,12 @@ def test_a_call_is_tested_with_its_prepared_launch_too(good, kind):
 # --- The vote ---------------------------------------------------------------------------------------------------
 
 
-def _held(outputs=0):
+def _held(outputs=0, dtype=torch.float32):
     """A workspace whose kernels are native, on the CPU."""
     group = dist.group.WORLD
-    key = interface.WorkspaceKey("symm_mem", group.group_name, torch.float32, 16)
+    key = interface.WorkspaceKey("symm_mem", group.group_name, dtype, 16)
     layout = SimpleNamespace(data_tokens=8, max_tokens=64, outputs=outputs, one_shot_tokens=4)
-    made = SimpleNamespace(
-        nbytes=0, rank=group.rank(), world_size=group.size(), hidden=16, dtype=torch.float32, layout=layout
-    )
+    made = SimpleNamespace(nbytes=0, rank=group.rank(), world_size=group.size(), hidden=16, dtype=dtype, layout=layout)
     made.device, made.check, made.close = torch.device("cpu"), lambda synchronize=False: None, lambda: None
     order = SimpleNamespace(lock=threading.RLock(), enter=lambda _: None)
     with mock.patch.object(interface.StreamOrder, "of", return_value=order):
@@ -231,11 +229,11 @@ def _votes(good):
         made_calls.append(1)
         return function(*args)
 
-    held, provider, said = _held(), symm_mem_provider.SymmMemProvider(), []
+    held, provider, said = _held(dtype=torch.bfloat16), symm_mem_provider.SymmMemProvider(), []
     with mock.patch.object(PreparedCall, "__call__", counted):
         group = dist.group.WORLD
-        x = torch.randn(5, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
-        residual, w = torch.ones(5, 16), torch.ones(16)
+        x = torch.randn(5, 16, generator=torch.Generator().manual_seed(dist.get_rank())).bfloat16()
+        residual, w = torch.ones(5, 16, dtype=torch.bfloat16), torch.ones(16, dtype=torch.bfloat16)
         for op, inner in (
             (all_reduce_sandwich_norm, (w, 1e-6, 0.0, "scale_then_round")),
             (all_reduce_rms_norm_sharded, (None, 0.0, 0.0, "")),
@@ -266,6 +264,14 @@ def test_ranks_vote_on_what_they_tried(good):
             assert said == [(True, True, 1, True)] * 5
         else:
             assert said == [(False, True, 0, None)] * 5
+
+
+def test_no_kernel_quantises_in_fp32():
+    """Its norm would not have the bits of the kernel without FP8."""
+    x, provider = torch.ones(5, 16), symm_mem_provider.SymmMemProvider()
+    args = (x, x, None, 1e-6, 0.0, "scale_then_round", None, 0.0, 0.0, "", None, "token", False, "0")
+    for op in (all_reduce_rms_norm_quantized, all_reduce_rms_norm_quantized_sharded):
+        assert provider.bind_derived(object.__new__(symm_mem_provider.HeldWorkspace), "", op.name, args) is None
 
 
 def _invariant_votes(good):

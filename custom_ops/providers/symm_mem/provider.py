@@ -314,7 +314,9 @@ class SymmMemProvider(WorkspaceProvider):
         quant, sharded = None, op_name in _SHARDED
         if op_name in _QUANTIZED:
             scale, text, with_norm = args[10:13]
-            if unsupported_quant(text):
+            # In fp32, where nothing is rounded in between, compilers join other products and sums
+            # than in the kernel without FP8, and some norms have another last bit.
+            if unsupported_quant(text) or x.dtype == torch.float32:
                 return None
             quant = self_test.QuantKind(args[5], text, scale is not None, with_norm)
         if not workspace.passes(self_test.kind_of(bool(args[9]), sharded, self.batch_invariant), quant):
