@@ -314,8 +314,7 @@ class SymmMemProvider(WorkspaceProvider):
         quant, sharded = None, op_name in _SHARDED
         if op_name in _QUANTIZED:
             scale, text, with_norm = args[10:13]
-            # In fp32, where nothing is rounded in between, compilers join other products and sums
-            # than in the kernel without FP8, and some norms have another last bit.
+            # In fp32 this kernel's norm may have other last bits than that of the one without FP8.
             if unsupported_quant(text) or x.dtype == torch.float32:
                 return None
             quant = self_test.QuantKind(args[5], text, scale is not None, with_norm)
