@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from fusewire.errors import ConfigError
 
+# Policies and options of this process are batch-invariant.
+BATCH_INVARIANT_VARIABLE = "FUSEWIRE_BATCH_INVARIANT"
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"", "0", "false", "no", "off"}
 _LOCK = threading.Lock()

@@ -9,12 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fusewire.custom_ops.environment import env_flag
+from fusewire.custom_ops.environment import BATCH_INVARIANT_VARIABLE, env_flag
 from fusewire.custom_ops.ops.registry import all_ops, check_priority, get_op
 from fusewire.errors import ConfigError
 
 DISABLE_VARIABLE = "FUSEWIRE_DISABLE"
-BATCH_INVARIANT_VARIABLE = "FUSEWIRE_BATCH_INVARIANT"
 
 
 def disabled_by_environment() -> bool:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fusewire.custom_ops._torch_private import is_capturing, process_group
 from fusewire.custom_ops.dispatch.compare_calls import compare_call, compare_provider, comparing
@@ -54,6 +55,25 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
     else:
         served.calls += 1
     return decision.provider
+
+
+def served_by(policy: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return an implementation of `all_reduce_rms_norm` that this policy serves. A collective."""
+
+    def run(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        weight_bias: float,
+        form: str,
+        group_name: str,
+    ) -> tuple[Tensor, Tensor]:
+        args = (x, residual, weight, eps, weight_bias, form, group_name)
+        result: tuple[Tensor, Tensor] = select(all_reduce_rms_norm, args, policy).fn(*args)
+        return result
+
+    return run
 
 
 def decide(op: IrOp, args: tuple[Any, ...], policy: str) -> Decision:

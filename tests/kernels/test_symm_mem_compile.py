@@ -105,7 +105,7 @@ VARIANTS = [
     ("two_shot_sharded", 8, 8192, BF16, 8192, {"protocol": "flags", "quant": "group layout=columns"}),
     ("two_shot_sharded", 2, 4096, FP16, 1000, {"protocol": "flags", "quant": "tensor", "with_norm": True}),
     ("one_shot", 4, 8192, BF16, 1, {"quant": "token"}),
-    ("one_shot", 2, 4096, FP32, 64, {"quant": "group", "with_norm": True}),
+    ("one_shot", 2, 4096, FP16, 64, {"quant": "group", "with_norm": True}),
     ("two_shot", 4, 8192, BF16, 2048, {"protocol": "flags", "output": 0, "quant": "group"}),
 ]
 

@@ -64,7 +64,7 @@ SCENARIOS = {
         ("two_shot", 4, {**GROUP, "with_norm": True, **INNER}),
         ("two_shot", 3, {**TOKEN, "need_residual": False}),
     ]),
-    "sharded, 3 ranks": (3, 256, FP32, [
+    "sharded, 3 ranks": (3, 256, FP16, [
         ("two_shot_sharded", 7, {**TOKEN, "output": 0}),
         ("two_shot_sharded", 4, {"quant": "group layout=aligned_columns", "config": _flags(1, 2, 1, 64)}),
         ("two_shot_sharded", 2, {**STATIC, "with_norm": True, "weight": None}),
@@ -98,7 +98,7 @@ SCENARIOS |= {
         ("one_shot", 4, {"quant": quant, "scale": scale, "special": True, "with_norm": i % 3 == 0, "weight": None})
         for i, (quant, scale) in enumerate(OPTIONS)
     ][part::2], part)
-    for dtype, part in ((BF16, 0), (FP16, 1), (FP32, 0))
+    for dtype, part in ((BF16, 0), (FP16, 1))
 }  # fmt: skip
 CALLS = {
     "one-shot": ("one_shot", {**TOKEN, "config": LaunchConfig(2, 1, 32, slices=2)}),

@@ -125,10 +125,10 @@ INVARIANT = tuple(self_test.kind_of(sandwich, sharded, True) for sandwich in (Fa
 
 
 def test_probes_of_batch_invariant_calls_too():
-    cases = [(kind, 2, "float32", spoil) for kind in INVARIANT for spoil in (None, 1)]
+    cases = [(kind, 2, "float32", 1) for kind in INVARIANT]
     for case, verdicts in zip(cases, _simulated(*cases), strict=True):
         assert len(verdicts) >= 4, case
-        assert all(wrong == [False, case[3] is not None] for _, _, wrong in verdicts), (case, verdicts)
+        assert all(wrong == [False, True] for _, _, wrong in verdicts), (case, verdicts)  # rank 1's is spoilt
 
 
 def test_kernels_that_are_not_batch_invariant_do_not_pass_for_it():

@@ -25,7 +25,8 @@ from torch import Tensor
 from fusewire.custom_ops.coordination.timeouts import Limit
 from fusewire.custom_ops.coordination.vote import Channel
 from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, TWO_SHOT
-from fusewire.custom_ops.environment import env_flag
+from fusewire.custom_ops.dispatch.dispatcher import served_by
+from fusewire.custom_ops.environment import BATCH_INVARIANT_VARIABLE, env_flag
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
 from fusewire.custom_ops.ops.norms import keeps_wide_sum
 from fusewire.custom_ops.ops.registry import Support, machine_support
@@ -43,14 +44,13 @@ from fusewire.custom_ops.workspaces.provider import PROVIDERS, Request, Workspac
 from fusewire.errors import ProcessGroupError, WorkspaceError
 
 PROVIDER = "flashinfer"
-_BATCH_INVARIANT = "FUSEWIRE_BATCH_INVARIANT"
 
 
 def supported() -> Support:
     """Return whether this machine can run the kernels; compiled or not does not matter."""
-    if env_flag(_BATCH_INVARIANT):
+    if env_flag(BATCH_INVARIANT_VARIABLE):
         return Support.no(
-            f"{_BATCH_INVARIANT} is set, and how FlashInfer's kernels sum a row's squares changes "
+            f"{BATCH_INVARIANT_VARIABLE} is set, and how FlashInfer's kernels sum a row's squares changes "
             "with the number of tokens"
         )
     if not torch.cuda.is_available():
@@ -206,22 +206,5 @@ def _check_peers(request: Request) -> None:
             )
 
 
-@all_reduce_rms_norm.register_impl(PROVIDER, supported=supported, supports_args=supports_args)
-def all_reduce_rms_norm_flashinfer(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    group_name: str,
-) -> tuple[Tensor, Tensor]:
-    """Run one call with the policy "flashinfer", without the dispatcher's table. A collective."""
-    from fusewire.custom_ops.dispatch import dispatcher as dispatch
-
-    args = (x, residual, weight, eps, weight_bias, form, group_name)
-    result: tuple[Tensor, Tensor] = dispatch.select(all_reduce_rms_norm, args, PROVIDER).fn(*args)
-    return result
-
-
+all_reduce_rms_norm.register_impl(PROVIDER, supported=supported, supports_args=supports_args)(served_by(PROVIDER))
 PROVIDERS[PROVIDER] = FlashInferProvider()

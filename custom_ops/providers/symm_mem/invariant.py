@@ -1,14 +1,12 @@
 """The provider `symm_mem_batch_invariant`: `symm_mem` with bits that depend on the row alone.
 
-Its calls use the workspaces of `symm_mem` and give the bits of `rank_ordered_batch_invariant`, which
-serves where they cannot. Costs are those of `symm_mem`.
+Its calls use the workspaces of `symm_mem` and give the bits of `rank_ordered_batch_invariant`,
+which serves where they cannot. Costs are those of `symm_mem`.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from fusewire.custom_ops.dispatch import dispatcher
+from fusewire.custom_ops.dispatch.dispatcher import served_by
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem
 from fusewire.custom_ops.providers.symm_mem import self_test
@@ -33,22 +31,7 @@ class InvariantProvider(symm_mem.SymmMemProvider):
         return "" if workspace.passes(kind) else f"{kind} calls did not pass their test (the log says why)"
 
 
-@all_reduce_rms_norm.register_impl(
+all_reduce_rms_norm.register_impl(
     PROVIDER, supported=symm_mem.supported, supports_args=symm_mem.supports_args, batch_invariant=True
-)
-def all_reduce_rms_norm_symm_mem_batch_invariant(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    group_name: str,
-) -> tuple[Tensor, Tensor]:
-    """Run one call with this provider, without the dispatcher's table. A collective."""
-    args = (x, residual, weight, eps, weight_bias, form, group_name)
-    result: tuple[Tensor, Tensor] = dispatcher.select(all_reduce_rms_norm, args, PROVIDER).fn(*args)
-    return result
-
-
+)(served_by(PROVIDER))
 PROVIDERS[PROVIDER] = InvariantProvider()

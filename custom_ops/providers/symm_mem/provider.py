@@ -18,7 +18,8 @@ from fusewire.custom_ops.coordination.timeouts import check_kernel_timeouts, ker
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.dispatch.cost_formula import data_tokens
 from fusewire.custom_ops.dispatch.cost_tables import SYMM_ONE_SHOT, SYMM_TWO_SHOT
-from fusewire.custom_ops.environment import env_flag
+from fusewire.custom_ops.dispatch.dispatcher import served_by
+from fusewire.custom_ops.environment import BATCH_INVARIANT_VARIABLE, env_flag
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
 from fusewire.custom_ops.ops.quantized_norm import (
     all_reduce_rms_norm_quantized,
@@ -40,7 +41,6 @@ from fusewire.custom_ops.workspaces.provider import PROVIDERS, Request, Workspac
 from fusewire.errors import FusewireError, ProcessGroupError, WorkspaceError
 
 PROVIDER = "symm_mem"
-_BATCH_INVARIANT = "FUSEWIRE_BATCH_INVARIANT"
 _QUANTIZED = (all_reduce_rms_norm_quantized.name, all_reduce_rms_norm_quantized_sharded.name)
 _SHARDED = (all_reduce_rms_norm_sharded.name, all_reduce_rms_norm_quantized_sharded.name)
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -288,7 +288,7 @@ class SymmMemProvider(WorkspaceProvider):
 
     def kernels_to_compile(self, workspace: Workspace) -> Sequence[Callable[[], object]]:
         assert isinstance(workspace, HeldWorkspace)
-        return compilations(workspace.made, batch_invariant=env_flag(_BATCH_INVARIANT))
+        return compilations(workspace.made, batch_invariant=env_flag(BATCH_INVARIANT_VARIABLE))
 
     def _call(self, workspace: HeldWorkspace, one_shot: bool, sharded: bool, output: int | None) -> PreparedCall:
         """Return calls of one kernel."""
@@ -314,7 +314,6 @@ class SymmMemProvider(WorkspaceProvider):
         quant, sharded = None, op_name in _SHARDED
         if op_name in _QUANTIZED:
             scale, text, with_norm = args[10:13]
-            # In fp32 this kernel's norm may have other last bits than that of the one without FP8.
             if unsupported_quant(text) or x.dtype == torch.float32:
                 return None
             quant = self_test.QuantKind(args[5], text, scale is not None, with_norm)
@@ -377,24 +376,7 @@ def _quantized(workspace: HeldWorkspace, call: PreparedCall) -> Callable[..., tu
     return bound
 
 
-@all_reduce_rms_norm.register_impl(
+all_reduce_rms_norm.register_impl(
     PROVIDER, supported=supported, supports_args=supports_args, batch_invariant_form=f"{PROVIDER}_batch_invariant"
-)
-def all_reduce_rms_norm_symm_mem(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    group_name: str,
-) -> tuple[Tensor, Tensor]:
-    """Run one call with the policy "symm_mem", without the dispatcher's table. A collective."""
-    from fusewire.custom_ops.dispatch import dispatcher as dispatch
-
-    args = (x, residual, weight, eps, weight_bias, form, group_name)
-    result: tuple[Tensor, Tensor] = dispatch.select(all_reduce_rms_norm, args, PROVIDER).fn(*args)
-    return result
-
-
+)(served_by(PROVIDER))
 PROVIDERS[PROVIDER] = SymmMemProvider()

@@ -143,22 +143,17 @@ def load4(addr: tl.tensor, mask: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def load_fp8(addr: tl.tensor, mask: tl.tensor, KIND: tl.constexpr) -> tl.tuple:
-    """Load a packet's FP8 numbers, which a peer has written; always two words."""
-    if KIND == FP32:
-        word = load4(addr, mask)
-        words = (word, word)
-    else:
-        words = tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
-            "@p ld.relaxed.sys.global.v2.b32 {$0, $1}, [$2]; }",
-            "=&r,=&r,l,r",
-            (addr, mask.to(tl.int32)),
-            dtype=(tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
-    return words
+def load_fp8(addr: tl.tensor, mask: tl.tensor) -> tl.tuple:
+    """Load the FP8 numbers of a packet of 16-bit numbers, which a peer has written."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
+        "@p ld.relaxed.sys.global.v2.b32 {$0, $1}, [$2]; }",
+        "=&r,=&r,l,r",
+        (addr, mask.to(tl.int32)),
+        dtype=(tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

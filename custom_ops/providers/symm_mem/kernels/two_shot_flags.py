@@ -323,7 +323,7 @@ def two_shot_flags_kernel(
                                 valid = mask & (taken < rows_of(peer, tokens, shard))
                                 row = tl.cast(peer * shard + taken, tl.int64)
                                 place = row * HIDDEN + packet.to(tl.int64) * NUMBERS
-                                arrived = arrived + load_fp8(own + results + place, valid, KIND)
+                                arrived = arrived + load_fp8(own + results + place, valid)
                         for j in tl.static_range(g, g + TAKEN):
                             if j < WORLD:
                                 peer = peer_at(rank, peer_rotation, j, WORLD)
