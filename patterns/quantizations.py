@@ -1,7 +1,8 @@
 """Operators that quantise to FP8, in graphs that a serving engine hands over, as data.
 
 An operator of that name need not be registered. vLLM's kernels (csrc/quantization/w8a8/fp8) divide
-as IEEE 754 says, and read the norm in fp32. NaN differs: their clamp makes it 448, and ours keeps it.
+as IEEE 754 says, and read the norm in fp32. NaN differs: their clamp makes it 448, and ours keeps
+it.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def _sharded_by_full_sum(provider: Provider, add_norm: AddNorm) -> Callable[...,
 
 
 def _quantized(op: IrOp, decision: Decision, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """Return a quantised op as the same provider's plain op, then a quantisation with native's bits."""
+    """Return a quantised op as the provider's plain op and a quantisation with native's bits."""
     provider, plain_args = decision.provider, (*args[:10], args[-1])
     if op is all_reduce_rms_norm_quantized:
         if args[9] == NO_INNER:

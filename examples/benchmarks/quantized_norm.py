@@ -1,7 +1,7 @@
 """Time `symm_mem` with FP8 results against its bf16 kernels followed by a quantisation.
 
     torchrun --nproc-per-node 2 examples/benchmarks/quantized_norm.py
-    torchrun --nproc-per-node 2 examples/benchmarks/quantized_norm.py --hidden 4096 --tokens 1 64 2048
+    torchrun --nproc-per-node 2 examples/benchmarks/quantized_norm.py --hidden 4096 --tokens 1 64
 
 For each quantisation and number of tokens, side by side: the bf16 kernel alone, the bf16 kernel and
 then a quantisation that Inductor has fused, and the kernel that quantises. Up to 128 tokens the
@@ -98,7 +98,7 @@ class Bench:
         return float(found)
 
     def measure(self, kind: str) -> tuple[float, float, float]:
-        """Return the times of the bf16 kernel, of it and the quantisation, and of the FP8 kernel."""
+        """Return the times of the bf16 kernel, of it with a quantisation, and of the FP8 kernel."""
         plain, quantizing = self.call(kind), self.call(kind, self.quantization)
 
         def both(i: int) -> Any:

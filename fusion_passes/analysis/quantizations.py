@@ -178,8 +178,8 @@ class _Reader:
             if isinstance(given, Node) and is_norm(given, self.norm):
                 if is_number(scale):
                     raise QuantizationRefusal(
-                        f"its scale is the number {scale:g}, by which PyTorch divides otherwise on GPUs than on CPUs; "
-                        "keep it in a float32 tensor"
+                        f"its scale is the number {scale:g}, by which PyTorch divides otherwise on "
+                        "GPUs than on CPUs; keep it in a float32 tensor"
                     )
                 if isinstance(scale, Node) and value_of(scale) is not None:
                     return given, scale, apply
@@ -193,8 +193,9 @@ class _Reader:
             raise QuantizationRefusal(f"it divides in {dtype_of(product)}")
         if dtype_of(scale) != self.dtype:
             raise QuantizationRefusal(
-                f"it divides a norm in {self.dtype} by a scale in {dtype_of(scale)} without dimensions, "
-                f"which PyTorch rounds to {self.dtype} on GPUs and not on CPUs; divide norm.float()"
+                f"it divides a norm in {self.dtype} by a scale in {dtype_of(scale)} without "
+                f"dimensions, which PyTorch rounds to {self.dtype} on GPUs and not on CPUs; divide "
+                "norm.float()"
             )
         return True
 
@@ -212,8 +213,8 @@ class _Reader:
             else:
                 if at.target in _AMAXES or at.target is aten.max.default:
                     raise QuantizationRefusal(
-                        "its one scale is of the whole tensor, for which every rank needs every row; quantise with a "
-                        "static scale, or one for each token"
+                        "its one scale is of the whole tensor, for which every rank needs every "
+                        "row; quantise with a static scale, or one for each token"
                     )
                 at = self._step(at, found)
         return None

@@ -63,7 +63,7 @@ def read_mutating_call(node: Node) -> MutatingCall | None:
 
 
 def _written(node: Node, given: dict[str, Any], writes: list[str]) -> dict[str, tuple[Node, ...]] | None:
-    """Return by argument the nodes that have its value after a call, or None if one is no buffer."""
+    """Return by argument the nodes that have its value after a call; None if one is no buffer."""
     if node.target not in (_FUNCTIONAL, _FUNCTIONAL_V2):
         return {name: (given[name],) for name in writes}
     places = _bases(given, writes) if node.target is _FUNCTIONAL_V2 else {name: i for i, name in enumerate(writes)}

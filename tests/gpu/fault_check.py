@@ -3,10 +3,10 @@ something while workspaces are made.
 
     python tests/gpu/fault_check.py                  # 2 GPUs; each case once, 4 minutes
     python tests/gpu/fault_check.py --times 20 --limit 5000
-    python tests/gpu/fault_check.py --cpu            # 2 gloo ranks, no GPU: what the votes and the debug mode show
-    python tests/gpu/fault_check.py --one-gpu        # a late rank during replays, both ranks as streams of one GPU
+    python tests/gpu/fault_check.py --cpu            # 2 gloo ranks: the votes and the debug mode
+    python tests/gpu/fault_check.py --one-gpu        # a late rank in replays; ranks are streams
     python tests/gpu/fault_check.py --case replay-kill --case stop
-    FUSEWIRE_SHARED_GPU=1 python tests/gpu/fault_check.py   # both ranks as processes on one GPU (see harness)
+    FUSEWIRE_SHARED_GPU=1 python tests/gpu/fault_check.py   # ranks share one GPU (see harness)
 
 The last rank misbehaves. Prints a line for each case as it ends. Every rank must end within 18 s,
 kernels give up after 2 s (where a rank is stopped for 5 s: 9 s), and every error must come from
@@ -233,7 +233,7 @@ class Cases:
 
     @staticmethod
     def _end(me):
-        """Make another call: where data is its own flag, ranks with other tokens notice it there."""
+        """Make another call: where data is its own flag, other tokens are noticed there."""
         with me.noted():
             if me.gpu and not me.found["errors"]:
                 me.call(11)

@@ -46,7 +46,8 @@ def say(**fields):
 
 
 def run_ranks(job, size, *args, limit_s=18.0, gpu=True, environment=None):
-    """Run job(rank, *args) on forked ranks, each with a GPU of its own; return each rank's exit status.
+    """Run job(rank, *args) on forked ranks, each with a GPU of its own; return each rank's exit
+    status.
 
     A negative status is the signal that ended the rank, -9 also if it was killed after `limit_s`.
     Its answers are the lines that it prints.

@@ -3,15 +3,16 @@
     python tests/gpu/one_gpu_check.py              # needs one GPU, no torchrun; a few minutes
     python tests/gpu/one_gpu_check.py --calls 50   # more payloads a case
     python tests/gpu/one_gpu_check.py --only fp8   # all quantisations, and nothing else
-    python tests/gpu/one_gpu_check.py --only invariant  # all batch-invariant cases, and nothing else
+    python tests/gpu/one_gpu_check.py --only invariant  # all batch-invariant cases, nothing else
 
-Memory that the peers map is here a plain tensor for each rank, and the links are this GPU's own memory. So this checks
-protocols, launches and results on real hardware; times and the memory order between GPUs it does not
-(tests/gpu/symm_mem_check.py does). Sums are compared bit for bit with the sum in rank order, norms
-with float64 and, in 16 bits, with the form in PyTorch, number by number. FP8 results are compared bit for bit with
-native's quantisation of the norm of the same kernel without FP8. Batch-invariant results are compared bit for bit with
-a sum in rank order and triton_batch_invariant, and one row with itself among other rows, in every kernel; the kernels
-that are not batch-invariant must fail that. Kernels give up after 5 s. Exits with 1 if a case failed.
+Memory that the peers map is here a plain tensor for each rank, and the links are this GPU's own
+memory. So this checks protocols, launches and results on real hardware; times and the memory order
+between GPUs it does not (tests/gpu/symm_mem_check.py does). Sums are compared bit for bit with the
+sum in rank order, norms with float64 and, in 16 bits, with the form in PyTorch, number by number.
+FP8 results are compared bit for bit with native's quantisation of the norm of the same kernel
+without FP8. Batch-invariant results are compared bit for bit with a sum in rank order and
+triton_batch_invariant, and one row with itself among other rows, in every kernel; the kernels that
+are not batch-invariant must fail that. Kernels give up after 5 s. Exits with 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ class Case:
 
 
 class QuantCase(Case):
-    """Calls with FP8 results; what they must give is the norm of the same calls without, quantised by native."""
+    """Calls with FP8 results, held against native's quantisation of the same calls without."""
 
     def __init__(self, *args, quant, with_norm):
         super().__init__(*args)
@@ -299,7 +300,7 @@ def invariant_cases(ranks, dtype, every):
 
 
 def variant_passes(ranks, dtype):
-    """Whether calls of kernels that are not batch-invariant pass for it: the check would see nothing."""
+    """Whether kernels that are not batch-invariant pass: the check would see nothing."""
     tokens = (1, 2, 17, 34, 64)
     cases = [InvariantCase(ranks, "one_shot", n, dtype, SCALE_THEN_ROUND, False, None, False) for n in tokens]
     with mock.patch.dict(NEEDLES, clear=True):
@@ -338,7 +339,9 @@ PLACES = (  # kind, tokens, output buffer
 
 
 def quant_cases(ranks, dtype, every):
-    """Each kind of call with one quantisation, or with `every` one in two places; half of them with the norm."""
+    """Each kind of call with one quantisation, or with `every` one in two places; half of them with
+    the norm.
+    """
     if dtype == FP32:
         return  # the provider does not use these kernels in fp32
     size = len(ranks) + ranks[0][0].hidden // 512 + dtype.itemsize

@@ -1,13 +1,13 @@
-"""Quantisations to FP8 on one GPU: what programs write, and the operator that the passes put in its place.
+"""Quantisations to FP8 on one GPU: what programs write, and the operator that replaces it.
 
-    PYTHONPATH=tests python tests/gpu/quantization_check.py       # needs one GPU, no torchrun; two minutes
+    PYTHONPATH=tests python tests/gpu/quantization_check.py  # one GPU, two minutes
 
 Each spelling of tests/support/quantizers.py runs behind an all-reduce that changes nothing:
 
-- eager: the rewritten graph, with native's operator called, must have the bits of the graph whose quantisation is left
-  as the program has it;
-- compiled by Inductor: how many values differ between the two, and from eager execution, is printed only. Inductor does
-  not round between the operations that it joins, and joins other ones in each.
+- eager: the rewritten graph, with native's operator called, must have the bits of the graph whose
+  quantisation is left as the program has it;
+- compiled by Inductor: how many values differ between the two, and from eager execution, is printed
+  only. Inductor does not round between the operations that it joins, and joins other ones in each.
 
 Exits with 1 if a case failed.
 """

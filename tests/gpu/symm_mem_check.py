@@ -536,7 +536,9 @@ QUANTISED += [(kind, tokens, output) for kind in KINDS[1:] for tokens, output in
 
 
 def quantised(run: Run, kind: str, tokens: int, output: int | None, turns: int = 40) -> tuple:
-    """FP8 results, the ranks out of step, against native's quantisation of the norm of the same kernel without."""
+    """FP8 results, the ranks out of step, against native's quantisation of the norm of the same
+    kernel without.
+    """
     ws, prints, delay = run.workspace(8192, BF16), [], random.Random(run.rank)
     case = Case(kind, tokens, options=() if kind == "one_shot" else (("protocol", "flags"),))
     precompile(run, [lambda: dry(run, case)])

@@ -142,8 +142,9 @@ def stack_bytes(kernel, tmp_path):
 
 
 def check_quantises(text, kind, world, options, kernel, tmp_path):
-    """Correctly rounded quotients, with four fused operations each and a division for each scale, the GPU's own
-    conversion, denormal numbers as they are; a sharded kernel that sends FP8 rows has registers for all it keeps.
+    """Correctly rounded quotients, with four fused operations each and a division for each scale,
+    the GPU's own conversion, denormal numbers as they are; a sharded kernel that sends FP8 rows has
+    registers for all it keeps.
     """
     assert text.count("div.rn.f32") >= 1
     assert text.count("fma.rn.f32") >= 16
@@ -206,8 +207,8 @@ def test_compiles_to_wide_accesses_in_order(kind, world, hidden, dtype, tokens, 
     ],
 )
 def test_batch_invariant_kernels_cost_no_more_than_the_others(kind, world, hidden, tokens, options, tmp_path):
-    """No more barriers and accesses of global memory; every step is correctly rounded; and lanes add
-    their neighbours in the layout in which these are neighbours.
+    """No more barriers and accesses of global memory; every step is correctly rounded; and lanes
+    add their neighbours in the layout in which these are neighbours.
     """
     plain, invariant = (
         compiled(call_on_cpu(kind, world, hidden, BF16, tokens, batch_invariant=mode, **options))

@@ -1,8 +1,9 @@
 """The `symm_mem` kernels in batch-invariant mode, in the simulation of `support.simulator`.
 
-Results are held, bit for bit, to a sum in rank order and `torch_batch_invariant`. One row, the needle, is in every call
-of a scenario, alone and among others, on both sides of each protocol's border and in every launch configuration.
-Values are spread over many magnitudes. The same kernels without the mode must not pass.
+Results are held, bit for bit, to a sum in rank order and `torch_batch_invariant`. One row, the
+needle, is in every call of a scenario, alone and among others, on both sides of each protocol's
+border and in every launch configuration. Values are spread over many magnitudes. The same kernels
+without the mode must not pass.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def _flags(programs, block, warps=1, lookahead=1):
     return {**FLAGS, "config": LaunchConfig(programs, warps, block, lookahead=lookahead)}
 
 
-# 65 to 74 packets a row: blocks of 32, 64 and 128 packets cut the tree at other levels, and leave slices empty.
+# 65 to 74 packets a row: blocks of 32, 64 and 128 packets cut the tree at other levels, and leave
+# slices empty.
 SCENARIOS = {
     "one-shot, 2 ranks": (2, 520, BF16, [
         ("one_shot", 1, {}), ("one_shot", 2, _sliced(2, 64)), ("one_shot", 1, _sliced(4, 32)),

@@ -275,12 +275,13 @@ def test_every_option_of_a_quantisation_is_among_them():
     left_out = {"kind", "power_of_two", "clamp"}
     said = " ".join(quant for quant, _ in OPTIONS)
     assert {item.name for item in dataclasses.fields(QuantSpec) if f" {item.name}=" not in said} <= left_out
-    for quant, scale, said in (
-        ("group power_of_two=True", None, "power of two"),
-        ("tensor clamp=False", torch.ones(1), "without a clamp"),
+    for quant, scale, dtype, said in (
+        ("group power_of_two=True", None, BF16, "power of two"),
+        ("tensor clamp=False", torch.ones(1), BF16, "without a clamp"),
+        ("token", None, FP32, "float32"),
     ):
         with pytest.raises(ArgumentError, match=said):
-            quant_tensors(Quantization(quant, scale, False), torch.zeros(1, 128))
+            quant_tensors(Quantization(quant, scale, False), torch.zeros(1, 128, dtype=dtype))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,9 @@ _OTHER = {"ir_op_priority": {"all_reduce_rms_norm": ("rank_ordered",)}}
     ],
 )
 def test_bits_equal_eager(name, cases):
-    """With and without the norm, sharded, Gemma's weight, sandwich norms; native and another provider."""
+    """With and without the norm, sharded, Gemma's weight, sandwich norms; native and another
+    provider.
+    """
     assert shared_pool(2).run(_on_a_rank, [name], cases) == [[], []]
 
 

@@ -1,4 +1,4 @@
-"""Quantisations of a norm to FP8 as programs write them, with the spec of each, or why it is not fused."""
+"""Quantisations of a norm to FP8 as programs write them, with its spec or why it is not fused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user writes with the public names. `make lint` checks it with mypy --strict; nothing runs it."""
+"""What a user writes with the public names; `make lint` checks it with mypy --strict."""
 
 from __future__ import annotations
 

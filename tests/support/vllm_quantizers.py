@@ -1,4 +1,6 @@
-"""vLLM's FP8 operators, written again from their kernels (csrc/quantization/w8a8/fp8, 0.32), and how vLLM calls them."""
+"""vLLM's FP8 operators, written again from their kernels (csrc/quantization/w8a8/fp8, 0.32), and
+how vLLM calls them.
+"""
 
 from __future__ import annotations
 

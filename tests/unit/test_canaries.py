@@ -518,8 +518,8 @@ def test_restart_that_makes_a_float_input_a_number():
 
 @canary("torch.distributed.distributed_c10d._world")
 def test_known_groups(fake_world):
-    """process_groups: each enters the compile cache's key, with name and size, and is told of a rank that does
-    not compile."""
+    """process_groups: each enters the compile cache's key, with name and size, and is told of a
+    rank that does not compile."""
     pair = dist.new_group([0])
     sizes = {group.group_name: group.size() for group in dist.distributed_c10d._world.pg_map}
     assert sizes == {fake_world.group_name: 2, pair.group_name: 1}

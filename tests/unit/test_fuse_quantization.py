@@ -1,4 +1,6 @@
-"""The quantisation after a norm, in graphs: what is fused, with which spec, and what is refused and why."""
+"""The quantisation after a norm, in graphs: what is fused, with which spec, and what is refused and
+why.
+"""
 
 from __future__ import annotations
 

@@ -326,7 +326,9 @@ def test_what_is_copied_is_noted(world):
 )
 @pytest.mark.parametrize("returned", range(4))
 def test_which_result_of_quantised_operators_stays(op, with_norm, placed, returned):
-    """The graph's output reads one result, a matrix product the others: the one that stays must not be returned."""
+    """The graph's output reads one result, a matrix product the others: the one that stays must not
+    be returned.
+    """
     build = Build()
     build.x.meta["val"] = torch.empty(4, 128, device="meta")
     inner, quant = (None, 0.0, 0.0, ""), (None, "token", with_norm)

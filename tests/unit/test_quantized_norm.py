@@ -1,4 +1,4 @@
-"""Quantisation to FP8, and the quantised operators, against plain PyTorch bit for bit and float64."""
+"""Quantisation to FP8 and its operators, against plain PyTorch bit for bit and float64."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_static_equals_what_programs_write(name, dtype):
 
 
 def test_a_reciprocal_is_no_division():
-    """At halves between two FP8 numbers they round apart; each spec as the program that it names."""
+    """Halfway between two FP8 numbers specs round apart, each as the program that it names."""
     ties = torch.arange(17, 32, 2) / 16
     apart = 0
     for odd in range(3, 64, 2):

@@ -1,4 +1,6 @@
-"""vLLM's operators that quantise a norm: functional in both forms and in place, fused or refused with a reason."""
+"""vLLM's operators that quantise a norm: functional in both forms and in place, fused or refused
+with a reason.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,7 @@ READ = {
     [*((name, 1) for name in READ), *((name, 2) for name in READ if name != "columns")],
 )
 def test_functional_calls_are_fused(world, name, version):
-    """With the kernels' bits and strides, and dynamic numbers of tokens; no call of vLLM's is left."""
+    """With the kernels' bits and strides, and dynamic tokens; no call of vLLM's is left."""
     quantizer, spec = READ[name]
     model = layer(world, quantizer)
     given = inputs(6, 256)

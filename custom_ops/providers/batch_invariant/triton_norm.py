@@ -42,7 +42,7 @@ tl: Any = None  # triton.language, once `kernel` was called
 
 
 def chunk_of(hidden: int) -> int:
-    """Return the values of a chunk, the unit in which squares of rows of `hidden` values are summed.
+    """Return the number of values of a chunk, in which a row of `hidden` squares is summed.
 
     A row is cut into chunks, the last padded with zeros. In a chunk neighbours are added pair by
     pair until one value is left; chunks are added from left to right. The kernels of `symm_mem` add

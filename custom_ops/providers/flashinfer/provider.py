@@ -50,8 +50,8 @@ def supported() -> Support:
     """Return whether this machine can run the kernels; compiled or not does not matter."""
     if env_flag(BATCH_INVARIANT_VARIABLE):
         return Support.no(
-            f"{BATCH_INVARIANT_VARIABLE} is set, and how FlashInfer's kernels sum a row's squares changes "
-            "with the number of tokens"
+            f"{BATCH_INVARIANT_VARIABLE} is set, and how FlashInfer's kernels sum a row's squares "
+            "changes with the number of tokens"
         )
     if not torch.cuda.is_available():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA GPU"
@@ -88,8 +88,9 @@ def supports_args(
         (_on_gpu(x), f"x is on {x.device.type}; FlashInfer's kernels run on CUDA GPUs"),
         (
             weight is None or weight.dtype == x.dtype,
-            f"the weight is {dtype_name(weight)} and x is {dtype_name(x)}: FlashInfer's kernels would read "
-            "the weight's bytes as x's dtype; store the norm's weight in the activations' dtype",
+            f"the weight is {dtype_name(weight)} and x is {dtype_name(x)}: FlashInfer's kernels "
+            "would read the weight's bytes as x's dtype; store the norm's weight in the "
+            "activations' dtype",
         ),
         (
             residual is None or residual.dtype == x.dtype,

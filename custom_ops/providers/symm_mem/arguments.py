@@ -105,9 +105,9 @@ def quant_tensors(
         return None
     check_quant_args(x, quantization.scale, quantization.quant)
     reason = unsupported_quant(quantization.quant)
-    if x.dtype == torch.float32:
+    if reason is None and x.dtype == torch.float32:
         # Compilers join products and sums otherwise than in the kernel without FP8.
-        reason = "x is float32: the norm could have other last bits than that of symm_mem's plain kernel"
+        reason = "x is float32: its norm could have other last bits than the plain kernel's"
     if reason:
         raise ArgumentError(f"{reason}; quantise the norm in a call of its own")
     if quantized_out is None:

@@ -4,7 +4,7 @@
     norm, residual_out = two_shot(workspace, ...)  # more tokens
     norm, residual_shard = two_shot_sharded(workspace, ...)  # the residual stays sharded by rows
     norm, residual_out = one_shot(..., inner=InnerNorm(weight, eps, weight_bias, form))  # two norms
-    norm, residual_out, fp8, scales = one_shot(..., quantization=Quantization(quant, scale, with_norm))
+    norm, residual_out, fp8, scales = one_shot(..., quantization=Quantization(quant, None, True))
 
 For x of shape (..., hidden) on each rank of the workspace's group (T tokens, R ranks): s is the sum
 over ranks, in rank order in fp32, rounded to x's dtype; r = round(s + residual), or s without a

@@ -30,8 +30,8 @@ from fusewire.errors import WorkspaceError
 PLAIN, SANDWICH, SHARDED, SHARDED_SANDWICH = "plain", "sandwich", "sharded", "sharded sandwich"
 _BATCH_INVARIANT = "batch-invariant "  # before the kind
 
-# (call, x, residual, weight, eps, weight_bias, form, inner) -> (norm, sum), in the workspace; with a
-# quantization as the last argument (norm or None, sum, quantised norm, scales or None).
+# (call, x, residual, weight, eps, weight_bias, form, inner) -> (norm, sum), in the workspace; with
+# a quantization as the last argument (norm or None, sum, quantised norm, scales or None).
 Run = Callable[..., tuple[Any, ...]]
 
 _SCALE = 0.25  # of a static quantisation; also a bound that is reached

@@ -52,8 +52,8 @@ one-shot each rank quantises all rows. Blocks that share a row exchange its larg
 of their own; with scales of groups, a slice has whole groups. In a two-shot the owner of a row
 computes its scales and sends them beside the row, behind the same flag. With a sharded residual and
 no norm as a result, only FP8 rows and scales travel back: half the bytes of 16-bit rows. Otherwise
-every rank quantises the rows that it has. Data as flag has no FP8 results: a token's scale needs the
-whole row, so what saves a wait there (rows leave before their slices meet) could not be kept.
+every rank quantises the rows that it has. Data as flag has no FP8 results: a token's scale needs
+the whole row, so what saves a wait there (rows leave before their slices meet) could not be kept.
 Two-shots of few tokens use flags instead. Rows that are lost are NaN in FP8 (0x7f), and so are
 their scales.
 
@@ -82,9 +82,9 @@ Hence:
 * Partial rows with flags: one area. An owner has read row i of call n before it pushes the result
   of row i. Rank p pushes for call n + 1 after it has all results of call n, so after every owner
   has read all of its rows.
-* Results with flags, their scales, and output buffers: o writes row i on rank p in call n + 1 after it has seen
-  p's flag of call n + 1. All work that p put on its stream before that call, including readers of
-  the old output, has ended by then.
+* Results with flags, their scales, and output buffers: o writes row i on rank p in call n + 1 after
+  it has seen p's flag of call n + 1. All work that p put on its stream before that call, including
+  readers of the old output, has ended by then.
 * Tagged words and flags contain their call's number, flags also its tokens and options. Each is
   written again in the next call of its kind at the earliest, by a writer that waits for the same
   events as for the data. Tags repeat after 2**31 calls.

@@ -220,7 +220,7 @@ def largest_of(
     KIND: tl.constexpr,
     QUANT: tl.constexpr,
 ) -> tl.tensor:
-    """Return the largest absolute value as fp32 bits: of the block's packets, or of their groups."""
+    """Return the largest absolute value of the block's packets or groups, as fp32 bits."""
     bits = tl.zeros_like(words[0])
     if is_dynamic(QUANT):
         for k in tl.static_range(4):
@@ -292,7 +292,7 @@ def fused(a: tl.tensor, b: tl.tensor, c: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def divided(value: tl.tensor, factor: tl.tensor, divisor: tl.tensor, inverse: tl.tensor) -> tl.tensor:
-    """Return value / scale, correctly rounded (to 24 bits; below 2**-100 not), as `divisor_of` has it.
+    """Return value / scale, correctly rounded (below 2**-100 not); scale as `divisor_of` has it.
 
     With the inverse correctly rounded, one correction makes the quotient wrong by less than a unit
     in the last place, and a second one right (Markstein, 1990). Quotients that are zero, infinite

@@ -33,7 +33,7 @@ def quantize_rows_kernel(
     QUANT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Quantise a row of norm (tokens, HIDDEN); arguments as those of the package's other kernels."""
+    """Quantise a row of norm (tokens, HIDDEN); arguments as in the package's other kernels."""
     PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
     LANES: tl.constexpr = packets_per_scale(QUANT, HIDDEN, PACKETS)
     row = tl.program_id(0)

@@ -134,8 +134,9 @@ def two_shot_data_kernel(
     """
     tl.static_assert(QUANT == "", "two_shot_data does not quantise")
     PACKETS: tl.constexpr = HIDDEN // 4 if KIND == FP32 else HIDDEN // 8
-    # BATCH_INVARIANT: whole blocks, which are subtrees of the row. The last may have no packets; they
-    # wait for no peer, so nothing may wait for their words, which can be a call ahead.
+    # BATCH_INVARIANT: whole blocks, which are subtrees of the row. The last may have no
+    # packets; they wait for no peer, so nothing may wait for their words, which can be a call
+    # ahead.
     SLICE: tl.constexpr = BLOCK if BATCH_INVARIANT else (PACKETS + SLICES - 1) // SLICES
     USED: tl.constexpr = (PACKETS + SLICE - 1) // SLICE
     ROW: tl.constexpr = PACKETS * 16
