@@ -23,6 +23,7 @@ from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.ops.norms import (
     BATCH_INVARIANT_NORMS,
     TRITON_NORM,
+    NormSpec,
     add_normalize,
     fused_add_rms_norm,
     rms_norm,
@@ -116,13 +117,11 @@ def _gathers(provider: Provider) -> bool:
 def _by_policy(policy: str) -> AddNorm:
     """Return add + norm computed by the norms' own providers."""
 
-    def add_norm(
-        x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_bias: float, form: str
-    ) -> tuple[Tensor, Tensor]:
+    def add_norm(x: Tensor, residual: Tensor | None, norm: NormSpec) -> tuple[Tensor, Tensor]:
         if residual is None:
-            plain = (x, weight, eps, weight_bias, form)
+            plain = (x, *norm)
             return rms_norm.choose(*plain, policy=policy).provider.fn(*plain), x
-        added = (x, residual, weight, eps, weight_bias, form)
+        added = (x, residual, *norm)
         both: tuple[Tensor, Tensor] = fused_add_rms_norm.choose(*added, policy=policy).provider.fn(*added)
         return both
 
@@ -148,7 +147,7 @@ def _sandwich(provider: Provider, add_norm: AddNorm) -> Callable[..., tuple[Tens
 
     def run(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         inner, _ = provider.fn(x, None, *rest[4:])
-        return add_norm(inner, residual, *rest[:4])
+        return add_norm(inner, residual, NormSpec(*rest[:4]))
 
     return run
 
@@ -158,7 +157,8 @@ def _sharded_native(add_norm: AddNorm) -> Callable[..., tuple[Tensor, Tensor]]:
         return all_reduce_rms_norm_sharded.native
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:
-        return compute_sharded(add_norm, args[0], args[1], args[2:6], args[6:10], args[10])
+        x, residual, norm, inner = *args[:2], NormSpec(*args[2:6]), NormSpec(*args[6:10])
+        return compute_sharded(add_norm, x, residual, norm, inner, args[10])
 
     return run
 
@@ -167,14 +167,14 @@ def _sharded_by_full_sum(provider: Provider, add_norm: AddNorm) -> Callable[...,
     """Return the sharded op from a user's provider, which sums all rows on every rank."""
 
     def run(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-        norm_spec, inner_spec, group_name = rest[:4], rest[4:8], rest[8]
+        norm, inner, group_name = NormSpec(*rest[:4]), NormSpec(*rest[4:8]), rest[8]
         group = resolve_group(group_name)
-        _, full = provider.fn(x, None, None, norm_spec[1], 0.0, norm_spec[3], group_name)
+        _, full = provider.fn(x, None, None, norm.eps, 0.0, norm.form, group_name)
         shard = own_rows(full, group.rank(), group.size())
-        if inner_spec[3] != NO_INNER:
-            shard, _ = add_norm(shard, None, *inner_spec)
-        norm, shard = add_norm(shard, residual, *norm_spec)
-        return gather_rows.native(norm, x, group_name), shard
+        if inner.form != NO_INNER:
+            shard, _ = add_norm(shard, None, inner)
+        normed, shard = add_norm(shard, residual, norm)
+        return gather_rows.native(normed, x, group_name), shard
 
     return run
 
@@ -204,7 +204,7 @@ def _then_quantize(plain: Callable[..., tuple[Tensor, Tensor]], taken: int) -> C
 
 def _quantized_sharded_native(add_norm: AddNorm) -> Callable[..., Any]:
     def run(*args: Any) -> tuple[Tensor, ...]:
-        x, residual, norm, inner = args[0], args[1], args[2:6], args[6:10]
+        x, residual, norm, inner = *args[:2], NormSpec(*args[2:6]), NormSpec(*args[6:10])
         scale, quant, with_norm, group_name = args[10:]
         return compute_quantized_sharded(
             add_norm, x, residual, norm, inner, scale, quant, with_norm, group_name, quantize_by_kernel

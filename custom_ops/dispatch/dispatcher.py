@@ -60,16 +60,7 @@ def select(op: IrOp, args: tuple[Any, ...], policy: str) -> Provider:
 def served_by(policy: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return an implementation of `all_reduce_rms_norm` that this policy serves. A collective."""
 
-    def run(
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        eps: float,
-        weight_bias: float,
-        form: str,
-        group_name: str,
-    ) -> tuple[Tensor, Tensor]:
-        args = (x, residual, weight, eps, weight_bias, form, group_name)
+    def run(*args: Any) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = select(all_reduce_rms_norm, args, policy).fn(*args)
         return result
 
@@ -175,32 +166,21 @@ def on_gpu(x: torch.Tensor) -> bool:
 
 
 def norm_kernel_serves(args: tuple[Any, ...]) -> bool:
-    x, residual, weight, eps, weight_bias, form, _ = args
-    fitting = x if residual is None else residual
+    x, residual, *norm, _ = args
     kernel = fused_add_rms_norm.providers[TRITON_NORM]
-    return bool(kernel.check(x, fitting, weight, eps, weight_bias, form))
+    return bool(kernel.check(x, x if residual is None else residual, *norm))
 
 
-def native_with_norm_kernel(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    group_name: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def native_with_norm_kernel(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     """Compute native's all-reduce, then add + norm in one kernel instead of native's ten.
 
     Ranks need not agree on this: the collective is the same.
     """
+    *norm, group_name = rest
     summed = all_reduce_sum(x, group_name)
     if residual is None:
-        norm = rms_norm.providers[TRITON_NORM].fn(summed, weight, eps, weight_bias, form)
-        return norm, summed
-    both: tuple[torch.Tensor, torch.Tensor] = fused_add_rms_norm.providers[TRITON_NORM].fn(
-        summed, residual, weight, eps, weight_bias, form
-    )
+        return rms_norm.providers[TRITON_NORM].fn(summed, *norm), summed
+    both: tuple[Tensor, Tensor] = fused_add_rms_norm.providers[TRITON_NORM].fn(summed, residual, *norm)
     return both
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusewire.custom_ops._torch_private import all_gather, all_reduce, process_group
 from fusewire.custom_ops.ops.group_names import ENGINE_ALL_REDUCES
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_normalize, check_norm_args, fake_add_norm
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, NormSpec, add_normalize, check_norm_args, fake_add_norm
 from fusewire.custom_ops.ops.registration import register_autograd, register_op
 from fusewire.errors import ArgumentError, ProcessGroupError, TrainingError
 
@@ -42,16 +42,9 @@ def check_group_name(group_name: str) -> None:
         raise ArgumentError("group_name is empty; pass the name of the process group to reduce over")
 
 
-def _check(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    group_name: str,
-) -> None:
-    check_norm_args(x, weight, eps, weight_bias, form, residual)
+def _check(x: Tensor, residual: Tensor | None, *rest: Any) -> None:
+    *norm, group_name = rest
+    check_norm_args(x, NormSpec(*norm), residual)
     check_group_name(group_name)
 
 
@@ -103,7 +96,7 @@ def all_reduce_rms_norm(
     """
     if not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter):
         resolve_group(group_name)
-    return add_normalize(all_reduce_sum(x, group_name), residual, weight, eps, weight_bias, form)
+    return add_normalize(all_reduce_sum(x, group_name), residual, NormSpec(weight, eps, weight_bias, form))
 
 
 def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
@@ -122,17 +115,10 @@ def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
 
 
 @all_reduce_rms_norm.register_impl("rank_ordered")
-def all_reduce_rms_norm_rank_ordered(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    group_name: str,
-) -> tuple[Tensor, Tensor]:
+def all_reduce_rms_norm_rank_ordered(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     """Compute as native, but sum in rank order in fp32: the reference for kernels."""
-    return add_normalize(sum_in_rank_order(x, group_name), residual, weight, eps, weight_bias, form)
+    *norm, group_name = rest
+    return add_normalize(sum_in_rank_order(x, group_name), residual, NormSpec(*norm))
 
 
 def no_backward(op_name: str) -> Callable[..., None]:

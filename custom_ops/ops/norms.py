@@ -16,7 +16,7 @@ last dimension. Models agree on that and differ in where they round to the activ
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,11 +34,25 @@ FORMS = (SCALE_THEN_ROUND, ROUND_THEN_SCALE, WIDE_SUM_SCALE_THEN_ROUND, WIDE_SUM
 TRITON_NORM = "triton_batch_invariant"
 TORCH_NORM = "torch_batch_invariant"
 BATCH_INVARIANT_NORMS = f"{TRITON_NORM},{TORCH_NORM}"
-# A norm's weight, eps, weight_bias and form, in the order of every operator's parameters.
-NormSpec = tuple[Tensor | None, float, float, str]
 # Without fp8: its values have no meaning without a scale, and it promotes with no other dtype.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _DTYPE_NAMES = "bfloat16, float16, float32 or float64"
+
+
+class NormSpec(NamedTuple):
+    """An RMSNorm, but for what it is of; in the order of every operator's parameters.
+
+    Attributes:
+        weight: (hidden,), any floating dtype, or None for no multiplication.
+        eps: added to the mean square. May be symbolic.
+        weight_bias: added to the weight; 1.0 is Gemma's `1 + weight`. Ignored without a weight.
+        form: one of FORMS.
+    """
+
+    weight: Tensor | None
+    eps: float
+    weight_bias: float
+    form: str
 
 
 def rounds_first(form: str) -> bool:
@@ -66,10 +80,9 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_norm_args(
-    x: Tensor, weight: Tensor | None, eps: Any, weight_bias: Any, form: str, residual: Tensor | None = None
-) -> None:
-    """Raise ArgumentError if these cannot be a norm's arguments. eps may be symbolic."""
+def check_norm_args(x: Tensor, norm: NormSpec, residual: Tensor | None = None) -> None:
+    """Raise ArgumentError if these cannot be a norm's arguments."""
+    weight, eps, _, form = norm
     if x.dim() == 0 or x.dtype not in _DTYPES:
         raise ArgumentError(
             f"x must be a floating-point tensor ({_DTYPE_NAMES}) of shape (..., hidden), not {x.dtype} {list(x.shape)}"
@@ -100,21 +113,20 @@ def _check_beside(x: Tensor, name: str, other: Tensor) -> None:
         raise ArgumentError(f"the {name} is on {other.device} but x is on {x.device}; put them on one device")
 
 
-def normalize(
-    x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str, dtype: torch.dtype | None = None
-) -> Tensor:
+def normalize(x: Tensor, norm: NormSpec, dtype: torch.dtype | None = None) -> Tensor:
     """Return the RMSNorm of x (..., hidden), computed in fp32 (fp64 for fp64), in x's dtype.
 
     With `dtype`, x is an unrounded sum of that dtype, and the norm is rounded to it.
     """
     dtype = dtype or x.dtype
     wide = x.to(computed_in(x.dtype))
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return scale_and_round(normed, weight, weight_bias, form, dtype)
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    return scale_and_round(normed, norm, dtype)
 
 
-def scale_and_round(normed: Tensor, weight: Tensor | None, weight_bias: float, form: str, dtype: torch.dtype) -> Tensor:
+def scale_and_round(normed: Tensor, norm: NormSpec, dtype: torch.dtype) -> Tensor:
     """Return the normalised values (fp32 or fp64) times the weight, rounded to a dtype."""
+    weight, _, weight_bias, form = norm
     if weight is None:
         return normed.to(dtype)
     if rounds_first(form):
@@ -137,24 +149,18 @@ def add_wide(x: Tensor, residual: Tensor) -> Tensor:
 
 
 def add_normalize(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    normalize: Callable[..., Tensor] = normalize,
+    x: Tensor, residual: Tensor | None, norm: NormSpec, normalize: Callable[..., Tensor] = normalize
 ) -> tuple[Tensor, Tensor]:
     """Return (norm, sum) of x and the residual, if there is one, in plain PyTorch.
 
     Args:
         normalize: computes the norm, with the parameters of `norms.normalize`.
     """
-    if residual is not None and keeps_wide_sum(form, x.dtype):
+    if residual is not None and keeps_wide_sum(norm.form, x.dtype):
         total = add_wide(x, residual)
-        return normalize(total, weight, eps, weight_bias, form, x.dtype), total.to(x.dtype)
+        return normalize(total, norm, x.dtype), total.to(x.dtype)
     summed = x if residual is None else add_residual(x, residual)
-    return normalize(summed, weight, eps, weight_bias, form), summed
+    return normalize(summed, norm), summed
 
 
 def _fake_rms_norm(x: Tensor, *_: object) -> Tensor:
@@ -166,7 +172,7 @@ def fake_add_norm(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return _fake_rms_norm(x), _fake_rms_norm(x)
 
 
-@register_op(fake=_fake_rms_norm, check=check_norm_args)
+@register_op(fake=_fake_rms_norm, check=lambda x, *norm: check_norm_args(x, NormSpec(*norm)))
 def rms_norm(
     x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, weight_bias: float = 0.0, form: str = SCALE_THEN_ROUND
 ) -> Tensor:
@@ -186,16 +192,10 @@ def rms_norm(
     Raises:
         ArgumentError: shapes, dtypes or devices do not fit.
     """
-    return normalize(x.contiguous(), weight, eps, weight_bias, form)
+    return normalize(x.contiguous(), NormSpec(weight, eps, weight_bias, form))
 
 
-def _check_fused_add(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str
-) -> None:
-    check_norm_args(x, weight, eps, weight_bias, form, residual)
-
-
-@register_op(fake=fake_add_norm, check=_check_fused_add)
+@register_op(fake=fake_add_norm, check=lambda x, residual, *norm: check_norm_args(x, NormSpec(*norm), residual))
 def fused_add_rms_norm(
     x: Tensor,
     residual: Tensor,
@@ -219,7 +219,7 @@ def fused_add_rms_norm(
     Raises:
         ArgumentError: shapes, dtypes or devices do not fit.
     """
-    return add_normalize(x.contiguous(), residual, weight, eps, weight_bias, form)
+    return add_normalize(x.contiguous(), residual, NormSpec(weight, eps, weight_bias, form))
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

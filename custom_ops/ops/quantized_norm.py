@@ -20,7 +20,7 @@ from fusewire.custom_ops.ops.all_reduce_norm import (
     no_backward,
     resolve_group,
 )
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_normalize, check_norm_args, normalize
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, NormSpec, add_normalize, check_norm_args, normalize
 from fusewire.custom_ops.ops.quantization import (
     FP8,
     ROWS,
@@ -45,29 +45,15 @@ from fusewire.errors import ArgumentError
 _Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _check(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    inner_weight: Tensor | None,
-    inner_eps: float,
-    inner_weight_bias: float,
-    inner_form: str,
-    scale: Tensor | None,
-    quant: str,
-    with_norm: bool,
-    group_name: str,
-) -> None:
-    check_norm_args(x, weight, eps, weight_bias, form, residual)
-    check_group_name(group_name)
-    if inner_form != NO_INNER:
-        check_norm_args(x, inner_weight, inner_eps, inner_weight_bias, inner_form)
+def _check(x: Tensor, residual: Tensor | None, *rest: Any) -> None:
+    inner = NormSpec(*rest[4:8])
+    check_norm_args(x, NormSpec(*rest[:4]), residual)
+    check_group_name(rest[-1])
+    if inner.form != NO_INNER:
+        check_norm_args(x, inner)
         if residual is None:
             raise ArgumentError("an inner norm is followed by the residual add; pass the residual")
-    check_quant_args(x, scale, quant)
+    check_quant_args(x, *rest[8:10])
 
 
 def _fake(x: Tensor, *rest: Any) -> _Results:
@@ -136,8 +122,8 @@ def all_reduce_rms_norm_quantized(
         resolve_group(group_name)
     summed = all_reduce_sum(x, group_name)
     if inner_form != NO_INNER:
-        summed = normalize(summed, inner_weight, inner_eps, inner_weight_bias, inner_form)
-    norm, added = add_normalize(summed, residual, weight, eps, weight_bias, form)
+        summed = normalize(summed, NormSpec(inner_weight, inner_eps, inner_weight_bias, inner_form))
+    norm, added = add_normalize(summed, residual, NormSpec(weight, eps, weight_bias, form))
     return with_quantized(norm, added, scale, quant, with_norm)
 
 
@@ -153,11 +139,9 @@ def with_quantized(
     return (norm if with_norm else norm.new_empty((0,)), added, *quantizer(norm, scale, quant))
 
 
-def _check_sharded(x: Tensor, *rest: Any) -> None:
-    residual, weight, eps, weight_bias, form, inner_weight, inner_eps, inner_bias, inner_form = rest[:9]
-    outer = (residual, weight, eps, weight_bias, form)
-    check_sharded(x, *outer, inner_weight, inner_eps, inner_bias, inner_form, rest[-1])
-    check_quant_args(x, *rest[9:11])
+def _check_sharded(x: Tensor, residual: Tensor | None, *rest: Any) -> None:
+    check_sharded(x, residual, *rest)
+    check_quant_args(x, *rest[8:10])
 
 
 def _fake_sharded(x: Tensor, *rest: Any) -> _Results:
@@ -201,18 +185,17 @@ def all_reduce_rms_norm_quantized_sharded(
         ProcessGroupError: there is no such group.
         TrainingError: in backward; the operator is for inference.
     """
-    norm_spec, inner_spec = (weight, eps, weight_bias, form), (inner_weight, inner_eps, inner_weight_bias, inner_form)
-    return compute_quantized_sharded(
-        add_normalize, x, residual, norm_spec, inner_spec, scale, quant, with_norm, group_name
-    )
+    norm = NormSpec(weight, eps, weight_bias, form)
+    inner = NormSpec(inner_weight, inner_eps, inner_weight_bias, inner_form)
+    return compute_quantized_sharded(add_normalize, x, residual, norm, inner, scale, quant, with_norm, group_name)
 
 
 def compute_quantized_sharded(
     add_norm: AddNorm,
     x: Tensor,
     residual: Tensor | None,
-    norm_spec: Any,
-    inner_spec: Any,
+    norm: NormSpec,
+    inner: NormSpec,
     scale: Tensor | None,
     quant: str,
     with_norm: bool,
@@ -223,17 +206,17 @@ def compute_quantized_sharded(
 
     A collective. Args: as of `sharded_norm.compute_sharded` and of the operator.
     """
-    norm, shard = own_norm(add_norm, x, residual, norm_spec, inner_spec, group_name)
+    normed, shard = own_norm(add_norm, x, residual, norm, inner, group_name)
     if with_norm:  # the norm's rows travel anyway, so every rank quantises them itself
-        return with_quantized(gather_rows.native(norm, x, group_name), shard, scale, quant, True, quantizer)
+        return with_quantized(gather_rows.native(normed, x, group_name), shard, scale, quant, True, quantizer)
     spec = parse_quant(quant)
-    quantized, scales = quantizer(norm, scale, str(dataclasses.replace(spec, layout=ROWS)))
+    quantized, scales = quantizer(normed, scale, str(dataclasses.replace(spec, layout=ROWS)))
     # Collectives know bytes, not FP8.
     quantized = gather_rows.native(quantized.view(torch.uint8), x, group_name).view(FP8)
     if not spec.static:
         gathered = gather_rows.native(scales, x.new_empty(scales_shape(x, quant)), group_name)
         scales = in_layout(gathered, spec.layout)
-    return norm.new_empty((0,)), shard, quantized, scales
+    return normed.new_empty((0,)), shard, quantized, scales
 
 
 for _op in (all_reduce_rms_norm_quantized, all_reduce_rms_norm_quantized_sharded):

@@ -175,6 +175,8 @@ class IrOp:
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register the decorated function as the implementation `provider` of this operator.
 
+        It has native's parameters, in native's order; it may take the last ones as `*rest`.
+
         Args:
             provider: its name, as it stands in priorities and reports.
             supported: says whether this machine can run it at all; asked once.
@@ -305,9 +307,15 @@ def parse_policy(op: IrOp, policy: str) -> tuple[str, ...]:
 
 
 def _check_schema(op: IrOp, provider: str, fn: Callable[..., Any]) -> None:
-    """Raise SchemaError unless names, order, given defaults and annotations are native's."""
+    """Raise SchemaError unless names, order, given defaults and annotations are native's.
+
+    A function may take the last parameters together, as `*rest`; these are then not compared.
+    """
     found = list(inspect.signature(fn).parameters.values())
     wanted = list(op.signature.parameters.values())
+    if found and found[-1].kind is inspect.Parameter.VAR_POSITIONAL:
+        found.pop()
+        wanted = wanted[: len(found)]
     got_names, want_names = [p.name for p in found], [p.name for p in wanted]
     if got_names != want_names:
         raise SchemaError(

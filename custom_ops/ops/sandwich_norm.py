@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,26 +14,21 @@ from fusewire.custom_ops.ops.all_reduce_norm import (
     no_backward,
     resolve_group,
 )
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_normalize, check_norm_args, fake_add_norm, normalize
+from fusewire.custom_ops.ops.norms import (
+    SCALE_THEN_ROUND,
+    NormSpec,
+    add_normalize,
+    check_norm_args,
+    fake_add_norm,
+    normalize,
+)
 from fusewire.custom_ops.ops.registration import register_autograd, register_op
 
 
-def _check(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    inner_weight: Tensor | None,
-    inner_eps: float,
-    inner_weight_bias: float,
-    inner_form: str,
-    group_name: str,
-) -> None:
-    check_norm_args(x, weight, eps, weight_bias, form, residual)
-    check_norm_args(x, inner_weight, inner_eps, inner_weight_bias, inner_form)
-    check_group_name(group_name)
+def _check(x: Tensor, residual: Tensor, *rest: Any) -> None:
+    check_norm_args(x, NormSpec(*rest[:4]), residual)
+    check_norm_args(x, NormSpec(*rest[4:8]))
+    check_group_name(rest[8])
 
 
 @register_op(fake=fake_add_norm, check=_check, derives_from=(all_reduce_rms_norm, lambda a: (a[0], None, *a[6:])))
@@ -74,8 +71,9 @@ def all_reduce_sandwich_norm(
     """
     if not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter):
         resolve_group(group_name)
-    inner = normalize(all_reduce_sum(x, group_name), inner_weight, inner_eps, inner_weight_bias, inner_form)
-    return add_normalize(inner, residual, weight, eps, weight_bias, form)
+    first = NormSpec(inner_weight, inner_eps, inner_weight_bias, inner_form)
+    inner = normalize(all_reduce_sum(x, group_name), first)
+    return add_normalize(inner, residual, NormSpec(weight, eps, weight_bias, form))
 
 
 register_autograd(all_reduce_sandwich_norm, no_backward(all_reduce_sandwich_norm.name))

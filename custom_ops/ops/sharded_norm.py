@@ -22,7 +22,7 @@ from fusewire.custom_ops.ops.registration import register_autograd, register_op
 from fusewire.errors import ArgumentError
 
 # (x, residual or None, weight, eps, weight_bias, form) -> (norm, sum).
-AddNorm = Callable[[Tensor, Tensor | None, Tensor | None, float, float, str], tuple[Tensor, Tensor]]
+AddNorm = Callable[[Tensor, Tensor | None, NormSpec], tuple[Tensor, Tensor]]
 # The `inner_form` of a call without an inner norm.
 NO_INNER = ""
 
@@ -42,28 +42,21 @@ def own_rows(x: Tensor, rank: int, world_size: int) -> Tensor:
     return F.pad(owned, (0, 0, 0, size - owned.shape[0])) if owned.shape[0] < size else owned.clone()
 
 
-def check_sharded(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    inner_weight: Tensor | None,
-    inner_eps: float,
-    inner_weight_bias: float,
-    inner_form: str,
-    group_name: str,
-) -> None:
-    """Raise ArgumentError if these cannot be a sharded operator's arguments."""
-    check_norm_args(x, weight, eps, weight_bias, form)
-    check_group_name(group_name)
-    if inner_form != NO_INNER:
-        check_norm_args(x, inner_weight, inner_eps, inner_weight_bias, inner_form)
+def check_sharded(x: Tensor, residual: Tensor | None, *rest: Any) -> None:
+    """Raise ArgumentError if these cannot be a sharded operator's arguments.
+
+    Args:
+        rest: the operator's other arguments, the group's name last.
+    """
+    norm, inner = NormSpec(*rest[:4]), NormSpec(*rest[4:8])
+    check_norm_args(x, norm)
+    check_group_name(rest[-1])
+    if inner.form != NO_INNER:
+        check_norm_args(x, inner)
         if residual is None:
             raise ArgumentError("an inner norm is followed by the residual add; pass the residual's shard")
     if residual is not None:
-        check_norm_args(residual, weight, eps, weight_bias, form)
+        check_norm_args(residual, norm)
         if residual.dim() != 2 or residual.device != x.device:
             raise ArgumentError(
                 "the residual must be this rank's shard of shape [ceil(tokens / world size), "
@@ -120,25 +113,26 @@ def all_reduce_rms_norm_sharded(
         ProcessGroupError: there is no such group.
         TrainingError: in backward; the operator is for inference.
     """
-    inner = (inner_weight, inner_eps, inner_weight_bias, inner_form)
-    return compute_sharded(add_normalize, x, residual, (weight, eps, weight_bias, form), inner, group_name)
+    norm = NormSpec(weight, eps, weight_bias, form)
+    inner = NormSpec(inner_weight, inner_eps, inner_weight_bias, inner_form)
+    return compute_sharded(add_normalize, x, residual, norm, inner, group_name)
 
 
 def compute_sharded(
-    add_norm: AddNorm, x: Tensor, residual: Tensor | None, norm_spec: NormSpec, inner_spec: NormSpec, group_name: str
+    add_norm: AddNorm, x: Tensor, residual: Tensor | None, norm: NormSpec, inner: NormSpec, group_name: str
 ) -> tuple[Tensor, Tensor]:
     """Compute `all_reduce_rms_norm_sharded` with reduce-scatter and all-gather. A collective.
 
     Args:
         add_norm: computes the add and the norm.
-        inner_spec: the inner norm; its form is NO_INNER if there is none.
+        inner: the inner norm; its form is NO_INNER if there is none.
     """
-    norm, shard = own_norm(add_norm, x, residual, norm_spec, inner_spec, group_name)
-    return gather_rows.native(norm, x, group_name), shard
+    normed, shard = own_norm(add_norm, x, residual, norm, inner, group_name)
+    return gather_rows.native(normed, x, group_name), shard
 
 
 def own_norm(
-    add_norm: AddNorm, x: Tensor, residual: Tensor | None, norm_spec: NormSpec, inner_spec: NormSpec, group_name: str
+    add_norm: AddNorm, x: Tensor, residual: Tensor | None, norm: NormSpec, inner: NormSpec, group_name: str
 ) -> tuple[Tensor, Tensor]:
     """Return this rank's rows (norm, sum) of a sharded operator. A collective."""
     world_size = resolve_group(group_name).size()
@@ -152,9 +146,9 @@ def own_norm(
     if not _divides(tokens, world_size):
         rows = F.pad(rows, (0, 0, 0, size * world_size - tokens))
     shard = reduce_scatter(rows, world_size, group_name)
-    if inner_spec[3] != NO_INNER:
-        shard, _ = add_norm(shard, None, *inner_spec)
-    return add_norm(shard, residual, *norm_spec)
+    if inner.form != NO_INNER:
+        shard, _ = add_norm(shard, None, inner)
+    return add_norm(shard, residual, norm)
 
 
 def _divides(tokens: int, world_size: int) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fusewire.custom_ops.coordination.log import log_line
 from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.ops.all_reduce_norm import sum_in_rank_order
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, normalize
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, NormSpec, add_residual, normalize
 from fusewire.custom_ops.workspaces.capture import temporary_graph
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
@@ -222,7 +222,7 @@ def wrong(norm: Tensor, total: Tensor, inputs: Inputs, wanted: Wanted, in_rank_o
         return f"the residual is off in {int(bad.sum())} of {bad.numel()} elements, by {float(off.max()):.3g} at most"
     limit = 2.0**-18 if norm.dtype == torch.float32 else 3 * torch.finfo(norm.dtype).eps
     for got, rows in zip(norm.split(ROWS_AT_ONCE), total.split(ROWS_AT_ONCE), strict=True):
-        exact = normalize(rows.double(), inputs.weight.double(), EPS, 0.0, SCALE_THEN_ROUND)
+        exact = normalize(rows.double(), NormSpec(inputs.weight.double(), EPS, 0.0, SCALE_THEN_ROUND))
         off = (got.double() - exact).abs()
         bad = ~(off <= limit * (exact.abs() + 1e-2))
         if bool(bad.any()):

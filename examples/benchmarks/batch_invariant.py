@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import torch
 from gpu import one_gpu_check as ranks_of_one_gpu
 
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, NormSpec
 from fusewire.custom_ops.ops.sharded_norm import own_rows
 from fusewire.custom_ops.providers.symm_mem import launcher
 from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
@@ -56,7 +56,7 @@ def graph_of(ranks: Sequence[Any], kind: str, tokens: int, batch_invariant: bool
         for (_, stream), call, x, residual in zip(ranks, calls, xs, residuals, strict=True):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                call(x, residual, weight, 1e-5, 0.0, SCALE_THEN_ROUND)
+                call(x, residual, NormSpec(weight, 1e-5, 0.0, SCALE_THEN_ROUND))
         for _, stream in ranks:
             current.wait_stream(stream)
 

@@ -24,7 +24,7 @@ import fusewire
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, SYMM_ONE_SHOT, SYMM_TWO_SHOT, TWO_SHOT
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, NormSpec
 from fusewire.custom_ops.ops.sharded_norm import own_rows
 from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
@@ -80,13 +80,12 @@ def symm_mem_family() -> Family:
         def sharded(placed: bool) -> Callable[[Arena], Call]:
             def at(arena: Arena) -> Call:
                 shards = [own_rows(one.residual, bench.rank, bench.world_size) for one in arena.inputs]
-                numbers = (EPS, 0.0, SCALE_THEN_ROUND)
                 outputs = (0, 1) if placed else (None, None)
                 calls = [PreparedCall(made.made, symm_mem.two_shot_sharded_launch, output) for output in outputs]
 
                 def call(i: int) -> Result:
                     x, _, weight = arena.inputs[i]
-                    return made.run(calls[i % 2], x, shards[i], weight, *numbers)
+                    return made.run(calls[i % 2], x, shards[i], NormSpec(weight, EPS, 0.0, SCALE_THEN_ROUND))
 
                 return call
 

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, NormSpec
 from fusewire.custom_ops.ops.quantization import quantize
 from fusewire.custom_ops.ops.sharded_norm import own_rows
 from fusewire.custom_ops.providers.symm_mem import launcher
@@ -73,14 +73,14 @@ class Bench:
         def at(i: int) -> Any:
             i %= len(self.inputs)
             x, _, weight = self.inputs[i]
-            return calls[i % 2](x, residuals[i], weight, EPS, 0.0, SCALE_THEN_ROUND, None, *quantization)
+            return calls[i % 2](x, residuals[i], NormSpec(weight, EPS, 0.0, SCALE_THEN_ROUND), None, *quantization)
 
         return at
 
     def problem(self, kind: str) -> str:
         """Compare with the same protocol's norm, quantised by native. A collective."""
         one: Inputs = self.inputs[0]
-        args = (one.x, self.residuals(kind)[0], one.weight, EPS, 0.0, SCALE_THEN_ROUND)
+        args = (one.x, self.residuals(kind)[0], NormSpec(one.weight, EPS, 0.0, SCALE_THEN_ROUND))
         options = {} if kind == "one_shot" else {"protocol": "flags"}
         norm, *_ = getattr(launcher, kind)(self.ws, *args, **options)
         wanted, wanted_scales = quantize(norm, self.scale, self.quantization.quant)

@@ -29,6 +29,7 @@ from fusewire.custom_ops.ops.norms import (
     SCALE_THEN_ROUND,
     WIDE_SUM_ROUND_THEN_SCALE,
     WIDE_SUM_SCALE_THEN_ROUND,
+    NormSpec,
     add_residual,
     add_wide,
     fused_add_rms_norm,
@@ -478,11 +479,11 @@ def timings(log: Log, device: str) -> None:
         residuals = [rows(tokens, hidden, torch.bfloat16, "normal", -1 - i, device) for i in range(sets)]
         w = rows(1, hidden, torch.bfloat16, "normal", 5, device)[0]
         torch._dynamo.reset()
-        norm = torch.compile(lambda x, w=w: normalize(x, w, 1e-6, 0.0, SCALE_THEN_ROUND), dynamic=False)
+        norm = torch.compile(lambda x, w=w: normalize(x, NormSpec(w, 1e-6, 0.0, SCALE_THEN_ROUND)), dynamic=False)
 
         def added(x: Tensor, residual: Tensor, w: Tensor = w) -> tuple[Tensor, Tensor]:
             summed = add_residual(x, residual)
-            return normalize(summed, w, 1e-6, 0.0, SCALE_THEN_ROUND), summed
+            return normalize(summed, NormSpec(w, 1e-6, 0.0, SCALE_THEN_ROUND)), summed
 
         add_norm = torch.compile(added, dynamic=False)
         calls: list[Callable[[int], Any]] = [

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from harness import SHARED_GPU, all_reduce_norm, eighths, run_ranks, shorten_kernels
 
 import fusewire
+from fusewire.custom_ops.ops.norms import NormSpec
 from fusewire.custom_ops.providers.symm_mem import launcher
 from fusewire.custom_ops.workspaces import registry
 from fusewire.custom_ops.workspaces.provider import PROVIDERS
@@ -373,6 +374,7 @@ def one_gpu():
     os.environ["FUSEWIRE_WATCHDOG_INTERVAL_S"] = "0.05"
     kinds = {4: launcher.one_shot_launch, 64: launcher.two_shot_launch, 600: launcher.two_shot_launch}
     failures, weight = 0, torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
+    norm = NormSpec(weight, 1e-6, 0.0, "scale_then_round")
 
     def payload(tokens, call, rank):
         return eighths(tokens, HIDDEN, 3 * call + rank, torch.bfloat16, "cuda")
@@ -395,13 +397,13 @@ def one_gpu():
         calls = [PreparedCall(ws, make) for ws, _ in ranks]
         with launcher.compiling_only():
             for call, x in zip(calls, xs, strict=True):
-                call(x, None, weight, 1e-6, 0.0, "scale_then_round")
+                call(x, None, norm)
         for (ws, stream), call, x in zip(ranks, calls, xs, strict=True):
             ws.ctl[CTL_LIMIT_NS], ws.timeout_s = int(1e9), 1.0
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                results = call(x, None, weight, 1e-6, 0.0, "scale_then_round")
+                results = call(x, None, norm)
             graphs.append((graph, results))
 
         def replay(rank, number, pool=pool, ranks=ranks, graphs=graphs, xs=xs):

@@ -33,7 +33,7 @@ from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch import overview
 from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
-from fusewire.custom_ops.ops.norms import add_residual, normalize
+from fusewire.custom_ops.ops.norms import NormSpec, add_residual, normalize
 from fusewire.custom_ops.providers.flashinfer import provider
 from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
@@ -269,7 +269,7 @@ def specials(c: Context) -> None:
                 poison(args[0])
                 norm, total = made.run(path == ONE_SHOT, *args)
                 bad = {"sum": (~same(total, total_ref, dtype)).sum()}
-                wanted = normalize(total, reference.weight, EPS, 0.0, "scale_then_round")
+                wanted = normalize(total, NormSpec(reference.weight, EPS, 0.0, "scale_then_round"))
                 near = (ordered(norm) - ordered(wanted)).abs() <= ULPS[dtype]
                 both_nan = norm.isnan() & wanted.isnan()
                 flushed = (norm.float().abs() <= 2.0**-110) & (wanted.float().abs() <= 2.0**-110)
@@ -531,7 +531,7 @@ def speed(c: Context) -> None:
 
     def add_and_norm(x: torch.Tensor, residual: torch.Tensor) -> tuple:
         total = x + residual
-        return normalize(total, weight, EPS, 0.0, "scale_then_round"), total
+        return normalize(total, NormSpec(weight, EPS, 0.0, "scale_then_round")), total
 
     add_norm = torch.compile(add_and_norm, dynamic=True)
     rows = {}

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from harness import SCALE, all_reduce_norm, eighths, held, run_ranks, say
 
 import fusewire
+from fusewire.custom_ops.ops.norms import NormSpec
 from fusewire.custom_ops.workspaces.registry import REGISTRY
 from fusewire.errors import WorkspaceError
 
@@ -106,7 +107,7 @@ def after_close(calls, options):
     found: list[Any] = [made for made in REGISTRY.made() if made.key.provider == "symm_mem"]
     fusewire.close()
     try:
-        found[0].run(None, calls.payload(4, 1), None, calls.weight, 1e-6, 0.0, SCALE)
+        found[0].run(None, calls.payload(4, 1), None, NormSpec(calls.weight, 1e-6, 0.0, SCALE))
     except WorkspaceError:
         calls.eager(4)
     else:

@@ -37,6 +37,7 @@ from fusewire.custom_ops.ops.norms import (
     FORMS,
     SCALE_THEN_ROUND,
     TRITON_NORM,
+    NormSpec,
     add_normalize,
     fused_add_rms_norm,
     normalize,
@@ -46,7 +47,7 @@ from fusewire.custom_ops.ops.norms import (
 from fusewire.custom_ops.ops.quantization import quantize
 from fusewire.custom_ops.providers.symm_mem import launcher
 from fusewire.custom_ops.providers.symm_mem import workspace as spaces
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
+from fusewire.custom_ops.providers.symm_mem.arguments import Quantization
 from fusewire.custom_ops.providers.symm_mem.layout import owned_rows
 from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
 
@@ -112,7 +113,7 @@ class Case:
         self.weight = None if weight is None else torch.randn(self.hidden, device=DEVICE).to(weight)
         self.inner = None
         if inner:
-            self.inner = InnerNorm(torch.randn(self.hidden, device=DEVICE).to(dtype), INNER_EPS, 1.0 - bias, form)
+            self.inner = NormSpec(torch.randn(self.hidden, device=DEVICE).to(dtype), INNER_EPS, 1.0 - bias, form)
         make = getattr(launcher, f"{kind}_launch")
         self.calls = [PreparedCall(ws, make, output) for ws, _ in ranks]
         self.quantization = ()
@@ -136,11 +137,12 @@ class Case:
 
     def run_each(self, calls, xs, full, *quantization):
         current, results = torch.cuda.current_stream(), []
+        norm = NormSpec(self.weight, EPS, self.bias, self.form)
         residuals = [self.own(rank, full) for rank in range(self.world)]
         for (_, stream), call, x, residual in zip(self.ranks, calls, xs, residuals, strict=True):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                results.append(call(x, residual, self.weight, EPS, self.bias, self.form, self.inner, *quantization))
+                results.append(call(x, residual, norm, self.inner, *quantization))
         for _, stream in self.ranks:
             current.wait_stream(stream)
         return results
@@ -155,9 +157,8 @@ class Case:
             total = total + x.float()
         total = total.to(self.dtype)
         if self.inner:
-            inner = self.inner
-            total = normalize(total, inner.weight, inner.eps, inner.weight_bias, inner.form).to(self.dtype)
-        expected, summed = add_normalize(total, full, self.weight, EPS, self.bias, self.form)
+            total = normalize(total, self.inner).to(self.dtype)
+        expected, summed = add_normalize(total, full, NormSpec(self.weight, EPS, self.bias, self.form))
         shard = -(-self.tokens // self.world)
         for rank, (_, got) in enumerate(results):
             wanted = summed
@@ -178,7 +179,7 @@ class Case:
         else:
             summed = results[0][1]
         weight = None if self.weight is None else self.weight.double()
-        exact = normalize(summed.double(), weight, EPS, self.bias, SCALE_THEN_ROUND)
+        exact = normalize(summed.double(), NormSpec(weight, EPS, self.bias, SCALE_THEN_ROUND))
         off = (norms[0].double() - exact).abs()
         limit = (2 if rounds_first(self.form) else 1) * ULPS[self.dtype]
         if not bool((off <= limit * (exact.abs() + 1e-2)).all()):
@@ -248,7 +249,7 @@ class InvariantCase(Case):
     def __init__(self, ranks, kind, tokens, dtype, form, inner, output, batch_invariant=True):
         super().__init__(ranks, kind, tokens, dtype, True, dtype, 0.0, form, inner, output)
         self.weight = self.spread(1, 1)[0]
-        self.inner = self.inner and InnerNorm(self.spread(1, 2)[0], INNER_EPS, 1.0, form)
+        self.inner = self.inner and NormSpec(self.spread(1, 2)[0], INNER_EPS, 1.0, form)
         make = functools.partial(getattr(launcher, f"{kind}_launch"), batch_invariant=batch_invariant)
         self.calls = [PreparedCall(ws, make, output) for ws, _ in ranks]
 
@@ -268,9 +269,7 @@ class InvariantCase(Case):
     def problems(self, xs, full, results):
         total = functools.reduce(torch.add, [x.float() for x in xs]).to(self.dtype)
         if self.inner:
-            inner = self.inner
-            norm = rms_norm.providers[TRITON_NORM].fn
-            total = norm(total, inner.weight, inner.eps, inner.weight_bias, inner.form)
+            total = rms_norm.providers[TRITON_NORM].fn(total, *self.inner)
         both = fused_add_rms_norm.providers[TRITON_NORM].fn
         expected, summed = both(total, full, self.weight, EPS, self.bias, self.form)
         shard = -(-self.tokens // self.world)

@@ -22,7 +22,7 @@ from harness import join
 import fusewire
 import fusewire.errors
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
-from fusewire.custom_ops.ops.norms import FORMS, normalize
+from fusewire.custom_ops.ops.norms import FORMS, NormSpec, normalize
 
 EPS = 1e-5
 COUNTS: Counter[str] = Counter()
@@ -74,7 +74,7 @@ def operators(policy: str, hidden: int, dtype: torch.dtype) -> None:
         else:
             ok = torch.equal(summed, exact)
         verdict(f"{name}: residual", ok)
-        wanted = normalize(summed.double(), None if weight is None else weight.double(), EPS, 1.0, form)
+        wanted = normalize(summed.double(), NormSpec(None if weight is None else weight.double(), EPS, 1.0, form))
         ulps = (norm.double() - wanted).abs() / (wanted.abs() * torch.finfo(dtype).eps + 1e-6)
         verdict(f"{name}: norm", float(ulps.max()) < 3, f"{float(ulps.max()):.2f} ulps")
         verdict(f"{name}: ranks", same_on_all_ranks(norm) and same_on_all_ranks(summed))

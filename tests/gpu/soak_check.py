@@ -25,7 +25,7 @@ import torch.distributed as dist
 from harness import all_reduce_norm, eighths, held, run_ranks, say
 
 import fusewire
-from fusewire.custom_ops.ops.norms import normalize
+from fusewire.custom_ops.ops.norms import NormSpec, normalize
 
 CALLS, PAYLOADS, ROUND = 100, 256, 20  # of a graph; in the pool; replays between two reports
 SHAPES = [  # tokens, hidden: one-shot, data as flag, flags
@@ -45,7 +45,8 @@ class Pattern:
         self.parts = [pool(rank) for rank in range(size)]
         self.sums = sum(part.float() for part in self.parts).to(dtype)
         self.weight = eighths(1, hidden, 1, dtype, device)[0] + 1
-        self.norms = torch.stack([normalize(each, self.weight, 1e-6, 0.0, "scale_then_round") for each in self.sums])
+        self.norm = NormSpec(self.weight, 1e-6, 0.0, "scale_then_round")
+        self.norms = torch.stack([normalize(each, self.norm) for each in self.sums])
         self.slack = 4 * torch.finfo(dtype).eps
 
     def wrong(self, index, results):
@@ -169,7 +170,7 @@ def one_gpu(arguments):
             for (_, stream), call, xs, results in zip(ranks, prepared, parts, found, strict=True):
                 stream.wait_stream(current)
                 with torch.cuda.stream(stream):
-                    results += [call(x, None, pattern.weight, 1e-6, 0.0, "scale_then_round") for x in xs]
+                    results += [call(x, None, pattern.norm) for x in xs]
             for _, stream in ranks:
                 current.wait_stream(stream)
             wrong.add_(sum(pattern.wrong(index, results) for results in found))

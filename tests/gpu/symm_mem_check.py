@@ -32,10 +32,11 @@ import torch
 import torch.distributed as dist
 from harness import join
 
+from fusewire.custom_ops.ops.norms import NormSpec
 from fusewire.custom_ops.ops.quantization import quantize
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
+from fusewire.custom_ops.providers.symm_mem.arguments import Quantization
 from fusewire.custom_ops.providers.symm_mem.launch_config import (
     ONE_SHOT_KERNEL,
     LaunchConfig,
@@ -213,14 +214,14 @@ def draw(run: Run, case: Case, seed: int) -> dict:
     inner, bounds = None, (total,)
     if case.inner is not None:
         inner_dtype, bias, form = case.inner
-        inner = InnerNorm(None if inner_dtype is None else randn(case.hidden).to(inner_dtype), INNER_EPS, bias, form)
+        inner = NormSpec(None if inner_dtype is None else randn(case.hidden).to(inner_dtype), INNER_EPS, bias, form)
         bounds = [exact_norm(total, inner, slack).to(case.dtype) for slack in (0.0, -SLACK, SLACK)]
     if residual is not None:
         if case.special:
             residual[-1, 5] = -0.0
         bounds = [(bound.float() + residual.float()).to(case.dtype) for bound in bounds]
     weight = None if case.weight is None else randn(case.hidden).to(case.weight)
-    outer = InnerNorm(weight, EPS, case.bias, case.form)
+    outer = NormSpec(weight, EPS, case.bias, case.form)
     data = {"x": mine, "residual": residual, "weight": weight, "total": bounds[0], "inner": inner}
     rows = bounds[0]
     if case.form in (WIDE_SCALE, WIDE_ROUND) and case.dtype != FP32:
@@ -237,7 +238,7 @@ def draw(run: Run, case: Case, seed: int) -> dict:
 
 def exact_norm(
     rows: torch.Tensor,
-    norm: InnerNorm,
+    norm: NormSpec,
     slack: float = 0.0,
     like: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -267,7 +268,7 @@ def call(run: Run, ws: SymmMemWorkspace, case: Case, data: dict):
     if "output" in options:
         ws.output(options["output"], case.tokens).fill_(torch.nan)  # peers write there once this call began
     function = getattr(symm_mem, case.kind)
-    return function(ws, data["x"], residual, data["weight"], EPS, case.bias, case.form, **options)
+    return function(ws, data["x"], residual, NormSpec(data["weight"], EPS, case.bias, case.form), **options)
 
 
 def compare(run: Run, case: Case, data: dict, norm: torch.Tensor, kept: torch.Tensor | None) -> int:
@@ -436,9 +437,9 @@ def dry(run: Run, case: Case) -> None:
     if case.inner is not None:
         inner_dtype, bias, form = case.inner
         scale = None if inner_dtype is None else torch.empty(case.hidden, dtype=inner_dtype, device=run.device)
-        inner = InnerNorm(scale, INNER_EPS, bias, form)
+        inner = NormSpec(scale, INNER_EPS, bias, form)
     function = getattr(symm_mem, case.kind)
-    function(run.ws, x, residual, weight, EPS, case.bias, case.form, inner=inner, **dict(case.options))
+    function(run.ws, x, residual, NormSpec(weight, EPS, case.bias, case.form), inner=inner, **dict(case.options))
 
 
 def packets_left(run: Run) -> None:
@@ -554,7 +555,7 @@ def quantised(run: Run, kind: str, tokens: int, output: int | None, turns: int =
         def one(turn: int, made: PreparedCall = made, quantization: Quantization = quantization) -> tuple:
             data = inputs[turn % 2]
             residual = data["residual"][rows]
-            return made(data["x"], residual, data["weight"], EPS, case.bias, case.form, None, quantization)
+            return made(data["x"], residual, NormSpec(data["weight"], EPS, case.bias, case.form), None, quantization)
 
         with symm_mem.compiling_only():
             one(0)
@@ -687,7 +688,7 @@ def candidates(run: Run, ws: SymmMemWorkspace, tokens: int, sets: list[dict]) ->
                 if "output" in options:
                     outs.pop("norm_out" if kind == "two_shot_sharded" else "residual_out")
                 getattr(symm_mem, kind)(
-                    ws, s["x"], residual, s["weight"], EPS, 0.0, SCALE, **outs, **options, config=config
+                    ws, s["x"], residual, NormSpec(s["weight"], EPS, 0.0, SCALE), **outs, **options, config=config
                 )
 
             found[(name, config)] = function
@@ -702,7 +703,7 @@ def candidates(run: Run, ws: SymmMemWorkspace, tokens: int, sets: list[dict]) ->
         add("data full", "two_shot", configs["data"], protocol="data")
     add("flags sharded", "two_shot_sharded", configs["flags"], protocol="flags", output=0)
     add("flags full", "two_shot", configs["flags"], protocol="flags", output=0)
-    inner = InnerNorm(sets[0]["weight"], EPS, 0.0, SCALE)
+    inner = NormSpec(sets[0]["weight"], EPS, 0.0, SCALE)
     if tokens <= ws.layout.one_shot_tokens:
         add("one_shot inner", "one_shot", [], inner=inner)
     if tokens <= ws.layout.data_tokens:
@@ -828,15 +829,16 @@ def host_overhead(run: Run) -> None:
     """Host time of a prepared call outside CUDA graphs, queue empty before."""
     case = Case("one_shot", 1)
     ws, data = run.workspace(8192, BF16), draw(run, case, 1)
+    norm = NormSpec(data["weight"], EPS, 0.0, SCALE)
     for kind in KINDS[:2]:
         precompile(run, [lambda kind=kind: dry(run, dataclasses.replace(case, kind=kind))])
         prepared = PreparedCall(ws, getattr(symm_mem, f"{kind}_launch"))
         for _ in range(2):
-            prepared(data["x"], data["residual"], data["weight"], EPS, 0.0, SCALE)
+            prepared(data["x"], data["residual"], norm)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(200):
-            prepared(data["x"], data["residual"], data["weight"], EPS, 0.0, SCALE)
+            prepared(data["x"], data["residual"], norm)
         took = (time.perf_counter() - start) / 200 * 1e6
         ws.check(synchronize=True)
         run.say(f"host time of {kind}: {max(run.gather(took)):.1f} us a call")

@@ -32,7 +32,7 @@ from fusewire.custom_ops.dispatch import cost_model, cost_tables, table_store, t
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch.decisions import Decision
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
-from fusewire.custom_ops.ops.norms import normalize
+from fusewire.custom_ops.ops.norms import NormSpec, normalize
 from fusewire.custom_ops.tuning import tuner
 
 EPS = 1e-5
@@ -148,7 +148,7 @@ def call_and_check(group: dist.ProcessGroup, args: argparse.Namespace, tokens: i
     norm, summed = op(*call)
     _, exact = op(*call, policy="rank_ordered")
     close = torch.allclose(summed.float(), exact.float(), atol=0.1, rtol=0.02)
-    wanted = normalize(summed.double(), weight.double(), EPS, 0.0, "scale_then_round")
+    wanted = normalize(summed.double(), NormSpec(weight.double(), EPS, 0.0, "scale_then_round"))
     ulps = (norm.double() - wanted).abs() / (wanted.abs() * torch.finfo(BF16).eps + 1e-6)
     verdict(f"{tokens} tokens: result", close and float(ulps.max()) < 3, f"{float(ulps.max()):.2f} ulps")
     return dispatch.decide(op, call, "")

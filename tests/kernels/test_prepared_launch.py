@@ -10,10 +10,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from fusewire.custom_ops.ops.norms import NormSpec
 from fusewire.custom_ops.ops.sharded_norm import own_rows
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import prepared_launch
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
+from fusewire.custom_ops.providers.symm_mem.arguments import Quantization
 from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
 from fusewire.errors import ArgumentError, PeerTimeoutError, WorkspaceError
 
@@ -67,6 +68,10 @@ def tensors(tokens, residual=True, weight=BF16):
     return x, x.clone() if residual else None, None if weight is None else torch.ones(HIDDEN, dtype=weight)
 
 
+def arguments(x, residual, *norm):
+    return x, residual, NormSpec(*norm)
+
+
 def place(value):
     return value.data_ptr() if isinstance(value, torch.Tensor) else value
 
@@ -100,7 +105,7 @@ def check_second_call(machine, call, first, second):
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize(("kind", "tokens"), [("one_shot", 3), ("two_shot", 40), ("two_shot", 200)])
 def test_the_second_call_launches_what_a_checked_one_would(machine, kind, tokens, residual, weight, form):
-    first, second = ((*tensors(tokens, residual, weight), 1e-5, 1.0, form) for _ in range(2))
+    first, second = (arguments(*tensors(tokens, residual, weight), 1e-5, 1.0, form) for _ in range(2))
     check_second_call(machine, bound(machine, kind), first, second)
 
 
@@ -117,10 +122,10 @@ def test_derived_calls_and_results_in_place_too(machine, kind, tokens, sharded, 
     def args():
         x, residual, weight = tensors(tokens)
         given = own_rows(residual, 1, 4) if sharded else residual
-        norm = None if inner is None else InnerNorm(
+        norm = None if inner is None else NormSpec(
             None if inner[0] is None else torch.ones(HIDDEN, dtype=inner[0]), 1e-3, 1.0, inner[1]
         )  # fmt: skip
-        return x, given, weight, 1e-5, 0.0, SCALE, norm
+        return x, given, NormSpec(weight, 1e-5, 0.0, SCALE), norm
 
     norm, summed, wanted = check_second_call(machine, bound(machine, kind, output), args(), args())
     in_place = output is not None and tokens > 64
@@ -143,7 +148,7 @@ def test_quantised_calls_too(machine, kind, tokens, quant, with_norm, output):
         x, residual, weight = tensors(tokens)
         given = own_rows(residual, 1, 4) if kind == "two_shot_sharded" else residual
         scale = next(scales) if quant == "tensor" else None
-        return x, given, weight, 1e-5, 0.0, SCALE, None, Quantization(quant, scale, with_norm)
+        return x, given, NormSpec(weight, 1e-5, 0.0, SCALE), None, Quantization(quant, scale, with_norm)
 
     first, second = args(), args()
     norm, _, wanted = check_second_call(machine, bound(machine, kind, output), first, second)
@@ -155,22 +160,22 @@ def test_quantised_calls_too(machine, kind, tokens, quant, with_norm, output):
 
 def test_other_numbers_are_other_calls(machine):
     x, residual, weight = tensors(4)
-    inner = InnerNorm(None, 1e-3, 0.0, SCALE)
-    usual = (x, residual, weight, 1e-5, 0.0, SCALE)
+    inner = NormSpec(None, 1e-3, 0.0, SCALE)
+    usual = arguments(x, residual, weight, 1e-5, 0.0, SCALE)
     others = [
-        (*usual[:3], 1e-6, 0.0, SCALE),
-        (*usual[:3], 1e-5, 1.0, SCALE),
-        (*usual[:3], 1e-5, 0.0, ROUND),
-        (x, None, weight, 1e-5, 0.0, SCALE),
-        (x, residual, None, 1e-5, 0.0, SCALE),
-        (x, residual, weight.float(), 1e-5, 0.0, SCALE),
-        (*tensors(5)[:2], weight, 1e-5, 0.0, SCALE),
-        (x.view(2, 2, HIDDEN), residual.view(2, 2, HIDDEN), weight, 1e-5, 0.0, SCALE),
+        arguments(x, residual, weight, 1e-6, 0.0, SCALE),
+        arguments(x, residual, weight, 1e-5, 1.0, SCALE),
+        arguments(x, residual, weight, 1e-5, 0.0, ROUND),
+        arguments(x, None, weight, 1e-5, 0.0, SCALE),
+        arguments(x, residual, None, 1e-5, 0.0, SCALE),
+        arguments(x, residual, weight.float(), 1e-5, 0.0, SCALE),
+        arguments(*tensors(5)[:2], weight, 1e-5, 0.0, SCALE),
+        arguments(x.view(2, 2, HIDDEN), residual.view(2, 2, HIDDEN), weight, 1e-5, 0.0, SCALE),
         (*usual, inner),
-        (*usual, InnerNorm(None, 1e-4, 0.0, SCALE)),
-        (*usual, InnerNorm(None, 1e-3, 1.0, SCALE)),
-        (*usual, InnerNorm(None, 1e-3, 0.0, ROUND)),
-        (*usual, InnerNorm(weight, 1e-3, 0.0, SCALE)),
+        (*usual, NormSpec(None, 1e-4, 0.0, SCALE)),
+        (*usual, NormSpec(None, 1e-3, 1.0, SCALE)),
+        (*usual, NormSpec(None, 1e-3, 0.0, ROUND)),
+        (*usual, NormSpec(weight, 1e-3, 0.0, SCALE)),
         (*usual, None, Quantization("token", None, True)),
         (*usual, None, Quantization("token", None, False)),
         (*usual, None, Quantization("token", torch.ones(1), True)),
@@ -192,7 +197,7 @@ def test_other_numbers_are_other_calls(machine):
 def test_tensors_that_need_a_copy_are_checked(machine):
     x, residual, weight = tensors(4)
     call = bound(machine)
-    call(x, residual, weight, 1e-5, 0.0, SCALE)
+    call(*arguments(x, residual, weight, 1e-5, 0.0, SCALE))
     wide = torch.zeros(4, 2 * HIDDEN, dtype=BF16)[:, ::2]
     shifted = torch.zeros(4 * HIDDEN + 1, dtype=BF16)[1:].view(4, HIDDEN)
     strided, moved = torch.ones(2 * HIDDEN, dtype=BF16)[::2], torch.ones(HIDDEN + 1, dtype=BF16)[1:]
@@ -201,7 +206,7 @@ def test_tensors_that_need_a_copy_are_checked(machine):
         *((x, residual, strided), (x, residual, moved)),
     ):
         before = len(machine.checked)
-        call(*changed, 1e-5, 0.0, SCALE)
+        call(*arguments(*changed, 1e-5, 0.0, SCALE))
         assert len(machine.checked) == before + 1
         given = [t for t in machine.checked[-1].tensors if t is not None]
         assert all(t.data_ptr() % 16 == 0 and t.is_contiguous() for t in given)
@@ -211,7 +216,7 @@ def test_tensors_that_need_a_copy_are_checked(machine):
 def test_wrong_tensors_are_named_as_the_first_time(machine):
     x, residual, weight = tensors(4)
     call = bound(machine)
-    call(x, residual, weight, 1e-5, 0.0, SCALE)
+    call(*arguments(x, residual, weight, 1e-5, 0.0, SCALE))
     for changed, said in (
         ((x, residual[:3], weight), "the residual is"),
         ((x, residual.half(), weight), "the residual is"),
@@ -220,7 +225,7 @@ def test_wrong_tensors_are_named_as_the_first_time(machine):
         ((x.half(), residual.half(), weight), "but the workspace is for"),
     ):
         with pytest.raises(ArgumentError, match=said):
-            call(*changed, 1e-5, 0.0, SCALE)
+            call(*arguments(*changed, 1e-5, 0.0, SCALE))
     assert machine.kernel.seen == []
 
 
@@ -228,8 +233,8 @@ def test_a_weight_that_is_converted_is_converted_each_time(machine):
     x, residual, weight = tensors(4)
     call, double = bound(machine), torch.ones(HIDDEN, dtype=torch.float64)
     for _ in range(3):
-        call(x, residual, double, 1e-5, 0.0, SCALE)
-        call(x, residual, weight, 1e-5, 0.0, SCALE, InnerNorm(double, 1e-5, 0.0, SCALE))
+        call(*arguments(x, residual, double, 1e-5, 0.0, SCALE))
+        call(*arguments(x, residual, weight, 1e-5, 0.0, SCALE), NormSpec(double, 1e-5, 0.0, SCALE))
     assert len(machine.checked) == 6
     assert machine.kernel.seen == []
 
@@ -238,13 +243,13 @@ def test_calls_without_tokens_prepare_nothing(machine, monkeypatch):
     monkeypatch.undo()
     call = bound(machine, "two_shot_sharded")
     for _ in range(2):
-        norm, summed = call(torch.empty(0, HIDDEN, dtype=BF16), None, None, 1e-5, 0.0, SCALE)
+        norm, summed = call(torch.empty(0, HIDDEN, dtype=BF16), None, NormSpec(None, 1e-5, 0.0, SCALE))
         assert norm.shape == summed.shape == (0, HIDDEN)
 
 
 def test_compiling_only_launches_nothing(machine):
     prepared = bound(machine)
-    call = lambda: prepared(*tensors(4), 1e-5, 0.0, SCALE)  # noqa: E731
+    call = lambda: prepared(*arguments(*tensors(4), 1e-5, 0.0, SCALE))  # noqa: E731
     call()
     with symm_mem.compiling_only():
         call()
@@ -255,7 +260,7 @@ def test_compiling_only_launches_nothing(machine):
 
 def test_a_wait_in_vain_and_a_closed_workspace_raise(machine, monkeypatch):
     prepared = bound(machine)
-    call = lambda: prepared(*tensors(4), 1e-5, 0.0, SCALE)  # noqa: E731
+    call = lambda: prepared(*arguments(*tensors(4), 1e-5, 0.0, SCALE))  # noqa: E731
     call()
 
     def check(synchronize=False):
@@ -274,7 +279,7 @@ def test_a_wait_in_vain_and_a_closed_workspace_raise(machine, monkeypatch):
 
 def test_a_launch_from_another_device_makes_its_own_current(machine, monkeypatch):
     prepared, entered = bound(machine), []
-    call = lambda: prepared(*tensors(4), 1e-5, 0.0, SCALE)  # noqa: E731
+    call = lambda: prepared(*arguments(*tensors(4), 1e-5, 0.0, SCALE))  # noqa: E731
     call()
 
     @contextlib.contextmanager
@@ -294,7 +299,7 @@ def test_a_profiler_is_called_at_a_launch(machine):
     from triton import knobs
 
     prepared = bound(machine)
-    call = lambda: prepared(*tensors(4), 1e-5, 0.0, SCALE)  # noqa: E731
+    call = lambda: prepared(*arguments(*tensors(4), 1e-5, 0.0, SCALE))  # noqa: E731
     call()
     hook = lambda *args: None  # noqa: E731
     knobs.runtime.launch_enter_hook.add(hook)

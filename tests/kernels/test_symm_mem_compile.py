@@ -18,9 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fusewire.custom_ops.ops.norms import NormSpec
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
+from fusewire.custom_ops.providers.symm_mem.arguments import Quantization
 from fusewire.custom_ops.providers.symm_mem.kernels import peer_copy as symm_mem_copy
 from fusewire.custom_ops.providers.symm_mem.kernels.packets import peer_at
 from fusewire.custom_ops.providers.symm_mem.launch_config import (
@@ -52,7 +53,7 @@ def call_on_cpu(
         options["quantization"] = Quantization(quant, torch.ones(1) if quant == "tensor" else None, with_norm)
     if inner is not None:
         scale, inner_form = inner
-        options["inner"] = InnerNorm(None if scale is None else torch.zeros(hidden, dtype=scale), 1e-6, 1.0, inner_form)
+        options["inner"] = NormSpec(None if scale is None else torch.zeros(hidden, dtype=scale), 1e-6, 1.0, inner_form)
     ws = CpuWorkspace(1, world, hidden, dtype, tokens=(tokens, tokens, tokens))
     ws.use(torch.empty(ws.layout.nbytes, dtype=torch.uint8))
     x = torch.zeros(tokens, hidden, dtype=dtype)
@@ -61,9 +62,9 @@ def call_on_cpu(
         ws,
         x,
         torch.zeros(rows, hidden, dtype=dtype) if residual else None,
-        None if weight is None else torch.zeros(hidden, dtype=weight),
+        NormSpec(None if weight is None else torch.zeros(hidden, dtype=weight), 1e-5, 1.0, form),
     )
-    launch = getattr(symm_mem, f"{kind}_launch")(*args, 1e-5, 1.0, form, **options)
+    launch = getattr(symm_mem, f"{kind}_launch")(*args, **options)
     assert check_launch_config(launch.config, ws.layout.packets, ws.multiprocessors, launch.kernel) is None
     return launch
 
@@ -337,16 +338,16 @@ def test_areas_of_the_buffer_do_not_overlap():
         (ArgumentError, "one_shot", {"residual": torch.zeros(2, 64)}),
         (ArgumentError, "one_shot", {"weight": torch.zeros(63)}),
         (ArgumentError, "one_shot", {"form": "neither"}),
-        (ArgumentError, "one_shot", {"inner": InnerNorm(None, 1e-5, 0.0, SCALE)}),
+        (ArgumentError, "one_shot", {"inner": NormSpec(None, 1e-5, 0.0, SCALE)}),
         *[
             (ArgumentError, kind, {"inner": inner, "residual": torch.zeros(rows, 64, dtype=BF16)})
             for kind, rows in (("one_shot", 2), ("two_shot", 2), ("two_shot_sharded", 1))
             for inner in (
-                InnerNorm(torch.zeros(63), 1e-5, 0.0, SCALE),
-                InnerNorm(torch.zeros(64, dtype=torch.int32), 1e-5, 0.0, SCALE),
-                InnerNorm(torch.zeros(64, device="meta"), 1e-5, 0.0, SCALE),
-                InnerNorm(None, -1.0, 0.0, SCALE),
-                InnerNorm(None, 1e-5, 0.0, "neither"),
+                NormSpec(torch.zeros(63), 1e-5, 0.0, SCALE),
+                NormSpec(torch.zeros(64, dtype=torch.int32), 1e-5, 0.0, SCALE),
+                NormSpec(torch.zeros(64, device="meta"), 1e-5, 0.0, SCALE),
+                NormSpec(None, -1.0, 0.0, SCALE),
+                NormSpec(None, 1e-5, 0.0, "neither"),
             )
         ],
         (ArgumentError, "one_shot", {"norm_out": torch.zeros(2, 64)}),
@@ -363,5 +364,6 @@ def test_refuses(error, kind, change):
     ws = CpuWorkspace(0, 2, 64, BF16, tokens=(8, 16, 32))
     ws.use(None if change.pop("closed", False) else torch.empty(ws.layout.nbytes, dtype=torch.uint8))
     call = {"x": torch.zeros(2, 64, dtype=BF16), "residual": None, "weight": None, "form": SCALE, **change}
+    norm = NormSpec(call.pop("weight"), 1e-5, 0.0, call.pop("form"))
     with pytest.raises(error):
-        getattr(symm_mem, kind)(ws, eps=1e-5, weight_bias=0.0, **call)
+        getattr(symm_mem, kind)(ws, norm=norm, **call)

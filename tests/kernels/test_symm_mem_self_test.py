@@ -167,13 +167,12 @@ def test_a_call_is_tested_with_its_prepared_launch_too(good, kind):
     made.device, made.check = torch.device("cpu"), lambda synchronize=False: None
     times, inputs = {}, set()
 
-    def run(call, x, residual, weight, eps, weight_bias, form, inner):
+    def run(call, x, residual, norm, inner):
         times[call] = times.get(call, 0) + 1
         inputs.add((call, *x.flatten().tolist()))
-        total = x if inner is None else normalize(x, inner.weight, inner.eps, inner.weight_bias, inner.form)
+        total = x if inner is None else normalize(x, inner)
         summed = total + residual
-        norm = normalize(summed, weight, eps, weight_bias, form)
-        return norm + (times[call] > good), summed
+        return normalize(summed, norm) + (times[call] > good), summed
 
     with pytest.raises(WorkspaceError, match="known answer") if good < 2 else contextlib.nullcontext():
         self_test.execute_probes(run, made, kind)
@@ -196,20 +195,20 @@ def _held(outputs=0, dtype=torch.float32):
         return symm_mem_provider.HeldWorkspace(interface.Request(key, group, torch.device("cpu"), 64), made)
 
 
-def _native(call, x, residual, weight, eps, weight_bias, form, inner=None, quantization=None):
+def _native(call, x, residual, norm, inner=None, quantization=None):
     """What a prepared call computes, by native."""
     if quantization is not None:
-        norm, summed = _native(call, x, residual, weight, eps, weight_bias, form, inner)
-        quantized, scales = quantize(norm, quantization.scale, quantization.quant)
+        normed, summed = _native(call, x, residual, norm, inner)
+        quantized, scales = quantize(normed, quantization.scale, quantization.quant)
         scales = None if quantization.quant.startswith("tensor") else scales
-        return norm if quantization.with_norm else None, summed, quantized, scales
+        return normed if quantization.with_norm else None, summed, quantized, scales
     name = dist.group.WORLD.group_name
-    tail = (None, 0.0, 0.0, "") if inner is None else (inner.weight, inner.eps, inner.weight_bias, inner.form)
+    tail = inner or (None, 0.0, 0.0, "")
     if call.make.__name__ == "two_shot_sharded_launch":
-        return all_reduce_rms_norm_sharded.native(x, residual, weight, eps, weight_bias, form, *tail, name)
+        return all_reduce_rms_norm_sharded.native(x, residual, *norm, *tail, name)
     if inner is not None:
-        return all_reduce_sandwich_norm.native(x, residual, weight, eps, weight_bias, form, *tail, name)
-    return all_reduce_rms_norm.native(x, residual, weight, eps, weight_bias, form, name)
+        return all_reduce_sandwich_norm.native(x, residual, *norm, *tail, name)
+    return all_reduce_rms_norm.native(x, residual, *norm, name)
 
 
 def _broken(*args):

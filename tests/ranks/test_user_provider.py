@@ -15,7 +15,7 @@ from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch import provider_vote
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.ops.all_reduce_norm import sum_in_rank_order
-from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, add_residual, normalize
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, NormSpec, add_residual, normalize
 from fusewire.custom_ops.ops.registry import YES, Support
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded, gather_rows, own_rows
@@ -42,7 +42,7 @@ class Mine:
         summed = sum_in_rank_order(x, group_name)
         if residual is not None:
             summed = add_residual(summed, residual)
-        return normalize(summed, weight, eps, weight_bias, form), summed
+        return normalize(summed, NormSpec(weight, eps, weight_bias, form)), summed
 
     @contextlib.contextmanager
     def registered(self, name="mine"):

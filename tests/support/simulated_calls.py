@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from fusewire.custom_ops.ops.norms import add_normalize
+from fusewire.custom_ops.ops.norms import NormSpec, add_normalize
 from fusewire.custom_ops.ops.quantization import GROUP_SIZE, quantize
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.batch_invariant.torch_norm import normalize_batch_invariant
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
+from fusewire.custom_ops.providers.symm_mem.arguments import Quantization
 from fusewire.custom_ops.providers.symm_mem.layout import Failure
 from fusewire.errors import PeerTimeoutError
 
@@ -32,7 +32,7 @@ def launch_of(ws, call, mine):
     if call.options.get("output") is not None:
         outs["norm_out" if call.kind == "two_shot_sharded" else "residual_out"] = None
     make = getattr(symm_mem, f"{call.kind}_launch")
-    return make(ws, mine.x, mine.residual, call.weight, EPS, call.bias, call.form, **outs, **call.options)
+    return make(ws, mine.x, mine.residual, NormSpec(call.weight, EPS, call.bias, call.form), **outs, **call.options)
 
 
 def note_results(mine, launch):
@@ -72,7 +72,7 @@ def make_call(
     if inner is not None:
         inner_weight, inner_form = inner
         inner_weight = None if inner_weight is None else torch.randn(hidden).to(inner_weight)
-        options["inner"] = InnerNorm(inner_weight, INNER_EPS, 1.0 - bias, inner_form)
+        options["inner"] = NormSpec(inner_weight, INNER_EPS, 1.0 - bias, inner_form)
     if quant is not None:
         scale = None if scale is None else torch.tensor([scale])
         options["quantization"] = Quantization(quant, scale, with_norm)
@@ -128,13 +128,13 @@ def refer(call, config, ws):
     if call.options.get("batch_invariant"):
         norm = normalize_batch_invariant
         if inner := call.options.get("inner"):
-            total = norm(total, inner.weight, inner.eps, inner.weight_bias, inner.form)
-        call.norm, call.total = add_normalize(total, call.full, call.weight, EPS, call.bias, call.form, norm)
+            total = norm(total, inner)
+        call.norm, call.total = add_normalize(total, call.full, NormSpec(call.weight, EPS, call.bias, call.form), norm)
         return
     quantization = call.options.get("quantization")
     last = (config, ws.layout, ws.dtype, quantization is not None and quantization.quant.startswith("group"))
     if inner := call.options.get("inner"):
-        total = norm_of(total, inner.weight, inner.eps, inner.weight_bias, inner.form, *last)
+        total = norm_of(total, *inner, *last)
     wide = total if call.full is None else total.float() + call.full.float()
     call.total = wide.to(ws.dtype)
     rows = wide if call.form in (WIDE_SCALE, WIDE_ROUND) else call.total

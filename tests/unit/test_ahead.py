@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops.ops.norms import forms_of
+from fusewire.custom_ops.ops.norms import NormSpec, forms_of
 from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
 from fusewire.custom_ops.workspaces.precompile import compile_ahead
@@ -51,7 +51,7 @@ def test_no_call_compiles_afterwards(world, hidden, dtype):
             calls = [(symm_mem.one_shot, {})] if tokens <= 128 else []
             calls += [(symm_mem.two_shot, {})] + ([(symm_mem.two_shot, {"output": 1})] if tokens > 512 else [])
             for call, options in calls:
-                launch = caught_launch(lambda: call(ws, x, residual, x[0], 1e-5, 1.0, form, **options))  # noqa: B023
+                launch = caught_launch(lambda: call(ws, x, residual, NormSpec(x[0], 1e-5, 1.0, form), **options))  # noqa: B023
                 assert compiled_as(launch) in known, f"{call.__name__}, {tokens} tokens, {form}, {options}"
 
 

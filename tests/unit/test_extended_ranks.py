@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
-from fusewire.custom_ops.ops.norms import FORMS, add_residual, normalize
+from fusewire.custom_ops.ops.norms import FORMS, NormSpec, add_residual, normalize
 from fusewire.custom_ops.ops.registry import get_op
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded, gather_rows, own_rows, shard_rows
@@ -49,12 +49,12 @@ def _total(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def _of_sum(x: Tensor, residual: Tensor, outer: tuple) -> Tensor:
+def _of_sum(x: Tensor, residual: Tensor, outer: NormSpec) -> Tensor:
     """The norm of x and the residual, of their rounded sum or of the sum in fp32."""
     wide = x.float() + residual.float()
-    if outer[-1].startswith("wide_sum"):
-        return normalize(wide, *outer[:-1], outer[-1].removeprefix("wide_sum_"), x.dtype)
-    return normalize(wide.to(x.dtype), *outer)
+    if outer.form.startswith("wide_sum"):
+        return normalize(wide, outer._replace(form=outer.form.removeprefix("wide_sum_")), x.dtype)
+    return normalize(wide.to(x.dtype), outer)
 
 
 def _operators_on_a_rank(dtype_name: str, policy: str) -> list[str]:
@@ -72,15 +72,15 @@ def _operators_on_a_rank(dtype_name: str, policy: str) -> list[str]:
         for form in FORMS:
             x, residual, weight, inner = _pieces(shape, dtype)
             total = _total(shape, dtype)
-            outer, first = (weight, 1e-5, 1.0, form), (inner, 1e-6, 0.5, form)
-            n = normalize(total, *first)
+            outer, first = NormSpec(weight, 1e-5, 1.0, form), NormSpec(inner, 1e-6, 0.5, form)
+            n = normalize(total, first)
             r, of_r = add_residual(n, residual), _of_sum(n, residual, outer)
             total_r, of_total_r = add_residual(total, residual), _of_sum(total, residual, outer)
             norm, summed = SANDWICH(x, residual, *outer, *first, name, policy)
             same(f"sandwich {shape} {form}", norm, of_r)
             same(f"sandwich {shape} {form}, sum", summed, r)
             for summed, wanted, inner_args, with_residual in (
-                (total, normalize(total, *outer), (None, 0.0, 0.0, ""), False),
+                (total, normalize(total, outer), (None, 0.0, 0.0, ""), False),
                 (total_r, of_total_r, (None, 0.0, 0.0, ""), True),
                 (r, of_r, first, True),
             ):

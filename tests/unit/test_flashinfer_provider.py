@@ -22,6 +22,7 @@ from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import dispatcher as dispatch
 from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.norms import NormSpec
 from fusewire.custom_ops.providers.alignment import aligned
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.custom_ops.providers.flashinfer import provider
@@ -531,7 +532,9 @@ def job_lifecycle():
         entry = next(iter(workspace.REGISTRY.entries.values()))
         said["too many"] = ""
         try:
-            entry.workspace.run(True, torch.ones(17, HIDDEN, dtype=BF16), None, None, 1e-6, 0.0)
+            entry.workspace.run(
+                True, torch.ones(17, HIDDEN, dtype=BF16), None, NormSpec(None, 1e-6, 0.0, "scale_then_round")
+            )
         except WorkspaceError as error:
             said["too many"] = str(error)
         one_more = torch.ones(17, HIDDEN, dtype=BF16)

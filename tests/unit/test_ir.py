@@ -119,6 +119,8 @@ def _two_results(x: Tensor, factor: float = 2.0) -> tuple[Tensor, Tensor]:
         (lambda x: x, r"'p' of scale_\d+ takes \(x\), but native takes \(x, factor\)"),
         (lambda factor, x: x, r"takes \(factor, x\), but native"),
         (lambda x, scale: x, r"takes \(x, scale\), but native"),
+        (lambda factor, *rest: rest[0], r"takes \(factor\), but native takes \(x\);"),
+        (lambda x, factor, more, *rest: x, r"takes \(x, factor, more\), but native"),
         (lambda x, factor, more=1: x, r"takes \(x, factor, more\), but native"),
         (lambda x, factor=3.0: x, r"'p' of scale_\d+ defaults factor to 3.0, native to 2.0"),
         (
@@ -144,6 +146,11 @@ def test_a_provider_may_repeat_natives_default(scale):
     assert scale.register_impl("p", batch_invariant=True, version="7")(impl) is impl
     provider = scale.providers["p"]
     assert (provider.op_name, provider.batch_invariant, provider.version) == (scale.name, True, "7")
+
+
+def test_a_provider_may_take_the_last_parameters_together(scale):
+    scale.register_impl("p")(lambda x, *rest: x * rest[0] + 1)
+    assert scale(torch.ones(1), 3.0, policy="p").tolist() == [4.0]
 
 
 def test_provider_names_are_unique(scale):

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, sum_in_rank_order
-from fusewire.custom_ops.ops.norms import add_residual, fused_add_rms_norm, normalize, rms_norm
+from fusewire.custom_ops.ops.norms import NormSpec, add_residual, fused_add_rms_norm, normalize, rms_norm
 from fusewire.custom_ops.ops.registry import (
     NATIVE,
 )
@@ -129,9 +129,9 @@ def test_weightless_norms_multiply_by_nothing(form):
     def count(with_weight: bool, weight_bias: float) -> tuple[int, int]:
         x, w = torch.randn(2, 8, dtype=torch.bfloat16), torch.randn(8, dtype=torch.bfloat16)
         if with_weight:
-            graph = make_fx(lambda x, w: normalize(x, w, 1e-6, weight_bias, form))(x, w).graph
+            graph = make_fx(lambda x, w: normalize(x, NormSpec(w, 1e-6, weight_bias, form)))(x, w).graph
         else:
-            graph = make_fx(lambda x: normalize(x, None, 1e-6, weight_bias, form))(x).graph
+            graph = make_fx(lambda x: normalize(x, NormSpec(None, 1e-6, weight_bias, form)))(x).graph
         packets = [getattr(node.target, "overloadpacket", None) for node in graph.nodes]
         return packets.count(torch.ops.aten.mul), packets.count(torch.ops.aten.add)
 

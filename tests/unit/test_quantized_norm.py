@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
-from fusewire.custom_ops.ops.norms import FORMS, normalize
+from fusewire.custom_ops.ops.norms import FORMS, NormSpec, normalize
 from fusewire.custom_ops.ops.quantization import CAST_SATURATES, FP8, QuantSpec, parse_quant, quantize
 from fusewire.custom_ops.ops.quantized_norm import (
     all_reduce_rms_norm_quantized,
@@ -309,7 +309,7 @@ def _on_a_rank(policy: str) -> list[str]:
             if not all(map(same_bits, got, wanted)) or got[3].stride() != wanted[3].stride():
                 failed.append(f"{what} {shape} {spec} {with_norm} {form}")
     total = x.double() / (1 + dist.get_rank()) * sum(range(1, dist.get_world_size() + 1)) + residual.double()
-    exact = normalize(total, weight.double(), 1e-5, 1.0, FORMS[0])
+    exact = normalize(total, NormSpec(weight.double(), 1e-5, 1.0, FORMS[0]))
     got = QUANTIZED(x, residual, weight, 1e-5, 1.0, FORMS[0], *none, None, "token", False, name, policy)
     if not torch.allclose(got[2].double() * got[3].double(), exact, rtol=0.1, atol=0.02):
         failed.append("float64")

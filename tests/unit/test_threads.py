@@ -20,6 +20,7 @@ from fusewire.custom_ops.dispatch.decisions import Decision, Decisions
 from fusewire.custom_ops.dispatch.served import ServedCounter
 from fusewire.custom_ops.environment import scoped_variable
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
+from fusewire.custom_ops.ops.norms import NormSpec
 from fusewire.custom_ops.providers.flashinfer import provider as flashinfer
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import provider as symm_mem_provider
@@ -283,10 +284,10 @@ def test_calls_are_launched_in_the_order_in_which_they_entered(kind):
 
     if kind == "symm_mem":
         made = held(log)
-        call = lambda: made.run(launch, x, None, None, 0.0, 0.0, "")  # noqa: E731
+        call = lambda: made.run(launch, x, None, NormSpec(None, 0.0, 0.0, ""))  # noqa: E731
     else:
         made = flashinfer_workspace(log, launch)
-        call = lambda: made.run(True, x, None, None, 0.0, 0.0)  # noqa: E731
+        call = lambda: made.run(True, x, None, NormSpec(None, 0.0, 0.0, ""))  # noqa: E731
     threads = [Thread(lambda: [call() for _ in range(10)]) for _ in range(3)]
     for thread in threads:
         thread.result()
@@ -307,11 +308,11 @@ def test_a_thread_that_compiles_holds_nobody_up():
 
     def compiling():
         with symm_mem.compiling_only():
-            made.run(slow, x, None, None, 0.0, 0.0, "")
+            made.run(slow, x, None, NormSpec(None, 0.0, 0.0, ""))
 
     thread = Thread(compiling)
     wait(compiles)
-    Thread(made.run, lambda *args: (x, x), x, None, None, 0.0, 0.0, "").result()
+    Thread(made.run, lambda *args: (x, x), x, None, NormSpec(None, 0.0, 0.0, "")).result()
     end.set()
     thread.result()
     assert [what for what, _ in log] == ["enters"]
@@ -327,7 +328,7 @@ def test_a_workspace_is_not_freed_under_a_call_of_another_thread():
         log.append("launched")
         return x, x
 
-    caller = Thread(made.run, launch, x, None, None, 0.0, 0.0, "")
+    caller = Thread(made.run, launch, x, None, NormSpec(None, 0.0, 0.0, ""))
     wait(inside)
     closer = Thread(made.close)
     time.sleep(0.1)
@@ -336,7 +337,7 @@ def test_a_workspace_is_not_freed_under_a_call_of_another_thread():
     closer.result()
     assert log[1:] == ["launched", "freed"]
     with pytest.raises(WorkspaceError, match="closed"):
-        made.run(launch, x, None, None, 0.0, 0.0, "")
+        made.run(launch, x, None, NormSpec(None, 0.0, 0.0, ""))
     made.close()
     assert log.count("freed") == 1
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
-from fusewire.custom_ops.ops.norms import add_residual, normalize
+from fusewire.custom_ops.ops.norms import NormSpec, add_residual, normalize
 from fusewire.custom_ops.tuning import timers, tuner
 from fusewire.errors import PeerTimeoutError, WorkspaceError
 
@@ -128,7 +128,7 @@ def right(dtype=BF16, tokens=5, hidden=256):
     inputs = timers.draw(0, tokens, hidden, dtype, torch.device("cpu"), 4)
     total = add_residual(inputs[0].x, inputs[0].residual)
     wanted = timers.Wanted(total, torch.full_like(total, 0.01, dtype=torch.float32))
-    return inputs[0], wanted, normalize(total, inputs[0].weight, timers.EPS, 0.0, "scale_then_round")
+    return inputs[0], wanted, normalize(total, NormSpec(inputs[0].weight, timers.EPS, 0.0, "scale_then_round"))
 
 
 def test_inputs_differ_where_they_should():
@@ -176,7 +176,7 @@ def test_wrong_results_are_told_apart():
 def test_a_sum_in_another_order_may_be_off_by_its_roundings():
     inputs, wanted, norm = right()
     off = wanted.total + 0.009
-    norm = normalize(off, inputs.weight, timers.EPS, 0.0, "scale_then_round")
+    norm = normalize(off, NormSpec(inputs.weight, timers.EPS, 0.0, "scale_then_round"))
     assert (off != wanted.total).any()
     assert timers.wrong(norm, off, inputs, with_slack(wanted, slack=0.05), False) == ""
     assert "residual" in timers.wrong(norm, off, inputs, with_slack(wanted, slack=0.001), False)

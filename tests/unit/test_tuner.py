@@ -19,7 +19,7 @@ import torch.distributed as dist
 from fusewire.custom_ops import api
 from fusewire.custom_ops.dispatch import cost_tables, table_store, table_vote
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
-from fusewire.custom_ops.ops.norms import normalize
+from fusewire.custom_ops.ops.norms import NormSpec, normalize
 from fusewire.custom_ops.tuning import measure, tuner
 from fusewire.custom_ops.workspaces import provider as interface
 from fusewire.custom_ops.workspaces import registry as workspace
@@ -240,7 +240,7 @@ def test_ranks_must_have_the_same_bits(cache):
 def job_own_provider(cache):
     def mine(x, residual, weight, eps, weight_bias, form, group_name):
         summed = x + residual  # forgets the other ranks
-        return normalize(summed, weight, eps, weight_bias, form), summed
+        return normalize(summed, NormSpec(weight, eps, weight_bias, form)), summed
 
     op.register_impl("mine")(mine)
     try:

@@ -5,6 +5,8 @@ FlashInfer's kernels are not batch-invariant: their reduction depends on the num
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, sum_in_rank_order
@@ -14,19 +16,12 @@ PROVIDER = "rank_ordered_batch_invariant"
 
 
 @all_reduce_rms_norm.register_impl(PROVIDER, batch_invariant=True)
-def _all_reduce_rms_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    group_name: str,
-) -> tuple[Tensor, Tensor]:
+def _all_reduce_rms_norm(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    *norm, group_name = rest
     summed = sum_in_rank_order(x, group_name)
     if residual is None:
-        plain = (summed, weight, eps, weight_bias, form)
+        plain = (summed, *norm)
         return rms_norm.choose(*plain, policy=BATCH_INVARIANT_NORMS).provider.fn(*plain), summed
-    added = (summed, residual, weight, eps, weight_bias, form)
-    norm, residual_out = fused_add_rms_norm.choose(*added, policy=BATCH_INVARIANT_NORMS).provider.fn(*added)
-    return norm, residual_out
+    added = (summed, residual, *norm)
+    normed, residual_out = fused_add_rms_norm.choose(*added, policy=BATCH_INVARIANT_NORMS).provider.fn(*added)
+    return normed, residual_out

@@ -9,12 +9,15 @@ on every device and to the Triton kernel's, bit for bit (except a NaN's sign and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fusewire.custom_ops.ops.norms import (
     TORCH_NORM,
+    NormSpec,
     add_normalize,
     computed_in,
     fused_add_rms_norm,
@@ -50,9 +53,7 @@ def inverse_square_root(v: Tensor) -> Tensor:
     return torch.reciprocal(torch.sqrt(v.double()).float())
 
 
-def normalize_batch_invariant(
-    x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str, dtype: torch.dtype | None = None
-) -> Tensor:
+def normalize_batch_invariant(x: Tensor, norm: NormSpec, dtype: torch.dtype | None = None) -> Tensor:
     """Return the RMSNorm of x (..., hidden), as `norms.normalize` but batch-invariant."""
     dtype = dtype or x.dtype
     if x.numel() == 0:
@@ -60,7 +61,7 @@ def normalize_batch_invariant(
     wide = x.to(computed_in(x.dtype))
     # Division by a number is a multiplication by its inverse on CUDA only: multiply on all devices.
     mean = sum_of_squares(wide) * (1.0 / x.shape[-1])
-    return scale_and_round(wide * inverse_square_root(mean + eps), weight, weight_bias, form, dtype)
+    return scale_and_round(wide * inverse_square_root(mean + norm.eps), norm, dtype)
 
 
 def _supports(x: Tensor) -> Support:
@@ -69,19 +70,17 @@ def _supports(x: Tensor) -> Support:
 
 @rms_norm.register_impl(
     PROVIDER,
-    supports_args=lambda x, weight, eps, weight_bias, form: _supports(x),
+    supports_args=lambda x, *_: _supports(x),
     batch_invariant=True,
 )
-def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
-    return normalize_batch_invariant(x.contiguous(), weight, eps, weight_bias, form)
+def _rms_norm(x: Tensor, *norm: Any) -> Tensor:
+    return normalize_batch_invariant(x.contiguous(), NormSpec(*norm))
 
 
 @fused_add_rms_norm.register_impl(
     PROVIDER,
-    supports_args=lambda x, residual, weight, eps, weight_bias, form: _supports(x),
+    supports_args=lambda x, *_: _supports(x),
     batch_invariant=True,
 )
-def _fused_add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str
-) -> tuple[Tensor, Tensor]:
-    return add_normalize(x.contiguous(), residual, weight, eps, weight_bias, form, normalize_batch_invariant)
+def _fused_add_rms_norm(x: Tensor, residual: Tensor, *norm: Any) -> tuple[Tensor, Tensor]:
+    return add_normalize(x.contiguous(), residual, NormSpec(*norm), normalize_batch_invariant)

@@ -21,6 +21,7 @@ from torch import Tensor
 from fusewire.custom_ops.ops.norms import (
     SCALE_THEN_ROUND,
     TRITON_NORM,
+    NormSpec,
     check_norm_args,
     fused_add_rms_norm,
     keeps_wide_sum,
@@ -224,13 +225,12 @@ def _rows(tensor: Tensor, hidden: int) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_bias: float, form: str
-) -> tuple[Tensor, Tensor | None]:
-    norm = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    summed = None if residual is None else torch.empty_like(norm)
-    if norm.numel() == 0:
-        return norm, summed
+def _launch(x: Tensor, residual: Tensor | None, norm: NormSpec) -> tuple[Tensor, Tensor | None]:
+    weight, eps, weight_bias, form = norm
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    summed = None if residual is None else torch.empty_like(out)
+    if out.numel() == 0:
+        return out, summed
     hidden = x.shape[-1]
     x = _rows(x, hidden)
     x_stride, residual_stride, n_rows = x.stride(0), 0, x.shape[0]
@@ -242,7 +242,7 @@ def _launch(
     # Strides in units of 8 values let the compiler assume that 16-byte accesses are aligned.
     unit = 8 if x_stride % 8 == 0 and residual_stride % 8 == 0 else 1
     plan = _plan(hidden)
-    arguments = (x, residual, weight, norm, summed, x_stride // unit, residual_stride // unit, n_rows)
+    arguments = (x, residual, weight, out, summed, x_stride // unit, residual_stride // unit, n_rows)
     options = (
         *(hidden, plan.tile, plan.rows, unit),
         *(weight is not None and weight_bias != 0, weight is not None and rounds_first(form)),
@@ -252,7 +252,7 @@ def _launch(
     # Triton launches on the current device, which may differ from the tensors' device.
     with torch.cuda.device_of(x):
         launcher(*arguments, float(eps), float(weight_bias), *options, num_warps=plan.warps, **COMPILE_OPTIONS)
-    return norm, summed
+    return out, summed
 
 
 def rms_norm_batch_invariant(
@@ -285,7 +285,8 @@ def rms_norm_batch_invariant(
         NoProviderError: the kernel cannot run on this machine or on these tensors.
         TrainingError: a gradient is needed; `fusewire.rms_norm` supports that.
     """
-    check_norm_args(x, weight, eps, weight_bias, form, residual)
+    spec = NormSpec(weight, eps, weight_bias, form)
+    check_norm_args(x, spec, residual)
     support = availability() and _supports(x, residual, weight)
     if not support:
         raise NoProviderError(
@@ -299,29 +300,27 @@ def rms_norm_batch_invariant(
             f"fusewire.rms_norm or fusewire.fused_add_rms_norm with policy={PROVIDER!r}: they have "
             "a backward"
         )
-    norm, summed = _launch(x, residual, weight, eps, weight_bias, form)
+    norm, summed = _launch(x, residual, spec)
     return norm if summed is None else (norm, summed)
 
 
 @rms_norm.register_impl(
     PROVIDER,
     supported=availability,
-    supports_args=lambda x, weight, eps, weight_bias, form: _supports(x, None, weight),
+    supports_args=lambda x, weight, *_: _supports(x, None, weight),
     batch_invariant=True,
 )
-def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str) -> Tensor:
-    return _launch(x, None, weight, eps, weight_bias, form)[0]
+def _rms_norm(x: Tensor, *norm: Any) -> Tensor:
+    return _launch(x, None, NormSpec(*norm))[0]
 
 
 @fused_add_rms_norm.register_impl(
     PROVIDER,
     supported=availability,
-    supports_args=lambda x, residual, weight, eps, weight_bias, form: _supports(x, residual, weight),
+    supports_args=lambda x, residual, weight, *_: _supports(x, residual, weight),
     batch_invariant=True,
 )
-def _fused_add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_bias: float, form: str
-) -> tuple[Tensor, Tensor]:
-    norm, summed = _launch(x, residual, weight, eps, weight_bias, form)
+def _fused_add_rms_norm(x: Tensor, residual: Tensor, *norm: Any) -> tuple[Tensor, Tensor]:
+    out, summed = _launch(x, residual, NormSpec(*norm))
     assert summed is not None
-    return norm, summed
+    return out, summed

@@ -28,7 +28,7 @@ from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, TWO_SHOT
 from fusewire.custom_ops.dispatch.dispatcher import served_by
 from fusewire.custom_ops.environment import BATCH_INVARIANT_VARIABLE, env_flag
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
-from fusewire.custom_ops.ops.norms import keeps_wide_sum
+from fusewire.custom_ops.ops.norms import NormSpec, keeps_wide_sum
 from fusewire.custom_ops.ops.registry import Support, machine_support
 from fusewire.custom_ops.providers.flashinfer import library as flashinfer_library
 from fusewire.custom_ops.providers.flashinfer.library import CAPABILITIES
@@ -70,14 +70,11 @@ def supports_args(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    group_name: str,
+    *rest: Any,
 ) -> Support:
     """Return whether FlashInfer supports such a call. Every rank gets the same answer."""
     try:
-        world_size = resolve_group(group_name).size()
+        world_size = resolve_group(rest[-1]).size()
     except ProcessGroupError as error:
         return Support.no(str(error))
     hidden = x.shape[-1]
@@ -97,7 +94,7 @@ def supports_args(
             f"the residual is {dtype_name(residual)} and x is {dtype_name(x)}; FlashInfer's kernels take one dtype",
         ),
         (
-            residual is None or not keeps_wide_sum(form, x.dtype),
+            residual is None or not keeps_wide_sum(rest[2], x.dtype),
             "the norm reads the sum with the residual before it is rounded; FlashInfer's kernels round it first",
         ),
     )
@@ -178,16 +175,8 @@ class FlashInferProvider(WorkspaceProvider):
         assert isinstance(workspace, FlashInferWorkspace)
         run, one_shot = workspace.run, variant == ONE_SHOT
 
-        def call(
-            x: Tensor,
-            residual: Tensor | None,
-            weight: Tensor | None,
-            eps: float,
-            weight_bias: float,
-            form: str,
-            group_name: str,
-        ) -> tuple[Tensor, Tensor]:
-            return run(one_shot, x, residual, weight, eps, weight_bias)
+        def call(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+            return run(one_shot, x, residual, NormSpec(*rest[:4]))
 
         return call
 

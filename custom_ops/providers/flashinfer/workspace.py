@@ -13,6 +13,7 @@ from torch import Tensor
 from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.coordination.vote import describe
 from fusewire.custom_ops.dispatch.cost_tables import ONE_SHOT, TWO_SHOT
+from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, NormSpec
 from fusewire.custom_ops.providers.alignment import aligned
 from fusewire.custom_ops.providers.flashinfer.library import with_pdl
 from fusewire.custom_ops.providers.flashinfer.limits import workspace_bytes
@@ -43,9 +44,7 @@ class FlashInferWorkspace(Workspace):
         one_shot: bool,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor | None,
-        eps: float,
-        weight_bias: float,
+        norm: NormSpec,
     ) -> tuple[Tensor, Tensor]:
         """Run one call, with native's results. A collective.
 
@@ -59,8 +58,9 @@ class FlashInferWorkspace(Workspace):
         tokens = flat.shape[0]
         with self.order.lock:
             self.check_call(tokens, x.device)
-            norm, residual_out = torch.empty_like(flat), torch.empty_like(flat)
+            norm_out, residual_out = torch.empty_like(flat), torch.empty_like(flat)
             if tokens:  # a launch without blocks is an error
+                weight, weight_bias = norm.weight, norm.weight_bias
                 if weight is None:
                     weight, weight_bias = self._no_weight, 1.0
                 before = self._no_residual[:tokens] if residual is None else aligned(residual).view(-1, hidden)
@@ -72,17 +72,17 @@ class FlashInferWorkspace(Workspace):
                     pattern=_PATTERN,
                     launch_with_pdl=self._with_pdl,
                     trigger_completion_at_end=True,  # otherwise results were NaN (vllm#45448)
-                    output=norm,  # unused by this pattern, but allocated on every call if not given
+                    output=norm_out,  # unused by this pattern, but allocated on every call if not given
                     residual_in=before,
                     rms_gamma=aligned(weight),
-                    rms_eps=eps,
+                    rms_eps=norm.eps,
                     residual_out=residual_out,
-                    norm_out=norm,
+                    norm_out=norm_out,
                     use_oneshot=one_shot,
                     fp32_acc=True,
                     weight_bias=weight_bias,
                 )
-        return norm.view(shape), residual_out.view(shape)
+        return norm_out.view(shape), residual_out.view(shape)
 
     def release(self) -> None:
         """Free FlashInfer's buffers, including those that its own destroy() does not free."""
@@ -144,7 +144,8 @@ def check_results(workspace: FlashInferWorkspace) -> None:
         parts = [eighths(tokens, hidden, 3 * rank + 1, *of) for rank in range(ranks)]
         residual, weight = eighths(tokens, hidden, 50, *of), eighths(1, hidden, 51, *of)[0]
         x = parts[workspace.rank].to(dtype)
-        norm, total = workspace.run(variant == ONE_SHOT, x, residual.to(dtype), weight.to(dtype), 0.25, weight_bias)
+        spec = NormSpec(weight.to(dtype), 0.25, weight_bias, SCALE_THEN_ROUND)
+        norm, total = workspace.run(variant == ONE_SHOT, x, residual.to(dtype), spec)
         exact = sum(parts, residual)
         scaled = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 0.25) * (weight_bias + weight)
         close = (norm.double() - scaled).abs() <= scaled.abs() * 4 * torch.finfo(dtype).eps + 1e-30

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusewire.custom_ops.ops.norms import check_norm_args
+from fusewire.custom_ops.ops.norms import NormSpec, check_norm_args
 from fusewire.custom_ops.ops.quantization import (
     ALIGNED_ROWS,
     COLUMNS,
@@ -26,33 +26,14 @@ from fusewire.errors import ArgumentError, WorkspaceError
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
-@dataclass(frozen=True)
-class InnerNorm:
-    """The arguments of an RMSNorm of the sum before the residual add (Gemma 2 and 3, GLM-4).
+class Norms(NamedTuple):
+    """A call's norm, its inner norm or None, and whether both are batch-invariant.
 
-    Attributes:
-        weight: (hidden,), any floating dtype, or None.
-        eps: added to the mean square.
-        weight_bias: added to the weight. Ignored without a weight.
-        form: one of `fusewire.custom_ops.ops.norms.FORMS`.
+    The inner norm is of the sum, before the residual add (Gemma 2 and 3, GLM-4).
     """
 
-    weight: Tensor | None
-    eps: float
-    weight_bias: float
-    form: str
-
-    @property
-    def bias(self) -> float:
-        """What kernels add to the weight; adding -0.0 keeps a weight of -0.0."""
-        return float(self.weight_bias) or -0.0
-
-
-class Norms(NamedTuple):
-    """A call's norm, its inner norm or None, and whether both are batch-invariant."""
-
-    norm: InnerNorm
-    inner: InnerNorm | None
+    norm: NormSpec
+    inner: NormSpec | None
     batch_invariant: bool
 
 
@@ -127,16 +108,7 @@ def new_scales(x: Tensor, quant: str) -> Tensor | None:
     return x.new_empty((groups, height), dtype=torch.float32)[:, :tokens].t()
 
 
-def check_call(
-    ws: SymmMemWorkspace,
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    capacity: int,
-    kind: str,
-) -> tuple[Tensor, int]:
+def check_call(ws: SymmMemWorkspace, x: Tensor, norm: NormSpec, capacity: int, kind: str) -> tuple[Tensor, int]:
     """Check the arguments that all kinds of calls share.
 
     Args:
@@ -154,7 +126,7 @@ def check_call(
     if ws.closed:
         raise WorkspaceError("the workspace is closed; make a new one")
     ws.check()
-    check_norm_args(x, weight, eps, weight_bias, form)
+    check_norm_args(x, norm)
     if x.dtype != ws.dtype or x.shape[-1] != ws.hidden or x.device != ws.device:
         raise ArgumentError(
             f"x is {x.dtype} (..., {x.shape[-1]}) on {x.device}, but the workspace is for "
@@ -168,7 +140,7 @@ def check_call(
     return aligned(x), tokens
 
 
-def check_inner(inner: InnerNorm | None, residual: Tensor | None, x: Tensor) -> None:
+def check_inner(inner: NormSpec | None, residual: Tensor | None, x: Tensor) -> None:
     """Raise ArgumentError if an inner norm does not fit x, or if there is no residual."""
     if inner is None:
         return
@@ -177,7 +149,7 @@ def check_inner(inner: InnerNorm | None, residual: Tensor | None, x: Tensor) -> 
             "an inner norm needs a residual, to which the normalised sum is added; without one leave inner None"
         )
     try:
-        check_norm_args(x, inner.weight, inner.eps, inner.weight_bias, inner.form)
+        check_norm_args(x, inner)
     except ArgumentError as error:
         raise ArgumentError(f"inner norm: {error}") from error
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fusewire.custom_ops.ops.norms import keeps_wide_sum, rounds_first
+from fusewire.custom_ops.ops.norms import NormSpec, keeps_wide_sum, rounds_first
 from fusewire.custom_ops.providers.symm_mem.arguments import KINDS, Norms, QuantTensors, weight_for
 from fusewire.custom_ops.providers.symm_mem.launch_config import KernelTensors, Launch, LaunchConfig
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
@@ -49,7 +49,7 @@ def assemble(
     (x, residual, norm_out, residual_out), (norm, inner, batch_invariant), quant = call
     weight, inner_weight = weight_for(norm.weight), weight_for(inner.weight if inner else None)
     # Floats, because Triton derives the types of these two from their values.
-    inner_numbers = (None, None) if inner is None else (float(inner.eps), inner.bias)
+    inner_numbers = (None, None) if inner is None else (float(inner.eps), _bias(inner))
     constants = (
         *(ws.world_size, ws.hidden, KINDS[ws.dtype], _kind(weight)),
         *(residual is not None, residual_out is not None),
@@ -63,10 +63,15 @@ def assemble(
         kernel,
         config,
         KernelTensors(ws.ctl, x, residual, weight, inner_weight, norm_out, residual_out, *(quant or ("",))[1:]),
-        (*numbers, norm.eps, norm.bias, *inner_numbers, quant_at if quant else None, *constants, *tiles),
+        (*numbers, norm.eps, _bias(norm), *inner_numbers, quant_at if quant else None, *constants, *tiles),
         (*outputs, None)[:results],
         batch_invariant,
     )
+
+
+def _bias(norm: NormSpec) -> float:
+    """Return what kernels add to the weight; adding -0.0 keeps a weight of -0.0."""
+    return float(norm.weight_bias) or -0.0
 
 
 def _kind(weight: Tensor | None) -> int:

@@ -1,9 +1,10 @@
 """All-reduce + residual + RMSNorm in one Triton kernel over torch's symmetric memory.
 
-    norm, residual_out = one_shot(workspace, x, residual, weight, eps, weight_bias, form)
+    spec = NormSpec(weight, eps, weight_bias, form)
+    norm, residual_out = one_shot(workspace, x, residual, spec)
     norm, residual_out = two_shot(workspace, ...)  # more tokens
     norm, residual_shard = two_shot_sharded(workspace, ...)  # the residual stays sharded by rows
-    norm, residual_out = one_shot(..., inner=InnerNorm(weight, eps, weight_bias, form))  # two norms
+    norm, residual_out = one_shot(..., inner=inner_spec)  # two norms
     norm, residual_out, fp8, scales = one_shot(..., quantization=Quantization(quant, None, True))
 
 For x of shape (..., hidden) on each rank of the workspace's group (T tokens, R ranks): s is the sum
@@ -35,10 +36,10 @@ import torch
 from torch import Tensor
 
 from fusewire.custom_ops._triton_private import shared_cache
+from fusewire.custom_ops.ops.norms import NormSpec
 from fusewire.custom_ops.ops.quantization import FP8
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem.arguments import (
-    InnerNorm,
     Norms,
     Quantization,
     check_call,
@@ -90,15 +91,12 @@ def one_shot_launch(
     ws: SymmMemWorkspace,
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
+    norm: NormSpec,
     norm_out: Tensor | None = None,
     residual_out: Tensor | None = None,
     *,
     need_residual: bool = True,
-    inner: InnerNorm | None = None,
+    inner: NormSpec | None = None,
     quantization: Quantization | None = None,
     batch_invariant: bool = False,
     config: LaunchConfig | None = None,
@@ -109,10 +107,7 @@ def one_shot_launch(
         ws: the workspace, of x's hidden size and dtype.
         x: this rank's partial sums, (..., hidden), at most `ws.layout.one_shot_tokens` rows.
         residual: of x's shape and dtype, equal on all ranks, or None.
-        weight: (hidden,), any floating dtype, or None.
-        eps: added to the mean square.
-        weight_bias: added to the weight (Gemma: 1.0). Ignored without a weight.
-        form: one of `fusewire.custom_ops.ops.norms.FORMS`.
+        norm: the norm of the sum, with the residual if there is one.
         norm_out: memory for the norm, of x's shape and dtype, contiguous, not x; new if None.
         residual_out: likewise for r; may be `residual` itself.
         need_residual: False does not write r; the second result is then None.
@@ -131,7 +126,7 @@ def one_shot_launch(
         PeerTimeoutError: a peer did not take part in an earlier call.
         WorkspaceError: the workspace is closed.
     """
-    rows, tokens = check_call(ws, x, weight, eps, weight_bias, form, ws.layout.one_shot_tokens, "one-shot")
+    rows, tokens = check_call(ws, x, norm, ws.layout.one_shot_tokens, "one-shot")
     check_inner(inner, residual, x)
     residual = residual_like(residual, x)
     norm_out = _norm_out(norm_out, x, quantization)
@@ -140,7 +135,7 @@ def one_shot_launch(
     source = layout.one_shot_tokens * layout.row_bytes
     call = Call(
         (rows, residual, norm_out, residual_out),
-        Norms(InnerNorm(weight, eps, weight_bias, form), inner, batch_invariant),
+        Norms(norm, inner, batch_invariant),
         quant_tensors(quantization, x),
     )
     if not tokens:
@@ -155,15 +150,12 @@ def two_shot_launch(
     ws: SymmMemWorkspace,
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
+    norm: NormSpec,
     norm_out: Tensor | None = None,
     residual_out: Tensor | None = None,
     *,
     need_residual: bool = True,
-    inner: InnerNorm | None = None,
+    inner: NormSpec | None = None,
     quantization: Quantization | None = None,
     batch_invariant: bool = False,
     protocol: str | None = None,
@@ -183,7 +175,7 @@ def two_shot_launch(
     """
     if output is not None and (residual_out is not None or not need_residual):
         raise ArgumentError("output names the buffer of the residual: leave residual_out None and need_residual True")
-    rows, tokens = check_call(ws, x, weight, eps, weight_bias, form, ws.layout.max_tokens, "two-shot")
+    rows, tokens = check_call(ws, x, norm, ws.layout.max_tokens, "two-shot")
     check_inner(inner, residual, x)
     residual = residual_like(residual, x)
     norm_out = _norm_out(norm_out, x, quantization)
@@ -191,7 +183,7 @@ def two_shot_launch(
         residual_out = output_like(ws.output(output, tokens).view(x.shape), x, x, "the output buffer")
     else:
         residual_out = output_like(residual_out, x, x, "residual_out") if need_residual else None
-    norms = Norms(InnerNorm(weight, eps, weight_bias, form), inner, batch_invariant)
+    norms = Norms(norm, inner, batch_invariant)
     call = Call((rows, residual, norm_out, residual_out), norms, quant_tensors(quantization, x))
     return _two_shot(ws, tokens, call, True, protocol, (None, output, None), config)
 
@@ -200,15 +192,12 @@ def two_shot_sharded_launch(
     ws: SymmMemWorkspace,
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
+    norm: NormSpec,
     norm_out: Tensor | None = None,
     residual_out: Tensor | None = None,
     *,
     need_residual: bool = True,
-    inner: InnerNorm | None = None,
+    inner: NormSpec | None = None,
     quantization: Quantization | None = None,
     batch_invariant: bool = False,
     protocol: str | None = None,
@@ -235,7 +224,7 @@ def two_shot_sharded_launch(
     """
     if output is not None and norm_out is not None:
         raise ArgumentError("output names the buffer of the norm: leave norm_out None")
-    rows, tokens = check_call(ws, x, weight, eps, weight_bias, form, ws.layout.max_tokens, "two-shot")
+    rows, tokens = check_call(ws, x, norm, ws.layout.max_tokens, "two-shot")
     shard, owned = rows_per_rank(tokens, ws.world_size), owned_rows(tokens, ws.world_size, ws.rank)
     check_inner(inner, residual, x)
     residual = residual_shard(residual, x, shard, owned, ws)
@@ -252,7 +241,7 @@ def two_shot_sharded_launch(
     elif output is not None:
         norm_out = ws.output(output, tokens).view(x.shape)
     norm_out = _norm_out(norm_out, x, quantization)
-    norms = Norms(InnerNorm(weight, eps, weight_bias, form), inner, batch_invariant)
+    norms = Norms(norm, inner, batch_invariant)
     call = Call((rows, residual, norm_out, residual_out), norms, quant_tensors(quantization, x, quantized_out))
     return _two_shot(ws, tokens, call, False, protocol, outputs, config)
 

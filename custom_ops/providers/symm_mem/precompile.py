@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fusewire.custom_ops.ops.norms import forms_of
+from fusewire.custom_ops.ops.norms import NormSpec, forms_of
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem.launch_config import (
@@ -39,7 +39,7 @@ def compilations(ws: SymmMemWorkspace, batch_invariant: bool = False) -> list[Ca
 def _compile(ws: SymmMemWorkspace, call: Callable[..., Any], tokens: int, form: str, options: dict[str, Any]) -> None:
     x = torch.empty(tokens, ws.hidden, dtype=ws.dtype, device=ws.device)
     with symm_mem.compiling_only():
-        call(ws, x, x, x[0], 1e-6, 0.0, form, **options)
+        call(ws, x, x, NormSpec(x[0], 1e-6, 0.0, form), **options)
 
 
 def _calls(ws: SymmMemWorkspace) -> Iterator[tuple[Callable[..., Any], int, dict[str, Any]]]:

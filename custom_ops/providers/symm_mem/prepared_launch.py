@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fusewire.custom_ops import _triton_private
 from fusewire.custom_ops._torch_private import current_raw_stream
+from fusewire.custom_ops.ops.norms import NormSpec
 from fusewire.custom_ops.providers.symm_mem import launcher
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization, new_scales
+from fusewire.custom_ops.providers.symm_mem.arguments import Quantization, new_scales
 from fusewire.custom_ops.providers.symm_mem.launch_config import Launch
 from fusewire.custom_ops.providers.symm_mem.launcher import compiles_only
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
@@ -146,29 +147,26 @@ class PreparedCall:
         self,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor | None,
-        eps: float,
-        weight_bias: float,
-        form: str,
-        inner: InnerNorm | None = None,
+        norm: NormSpec,
+        inner: NormSpec | None = None,
         quantization: Quantization | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Make the call. A collective. Arguments, results and errors are those of `make`."""
-        numbers: tuple[Any, ...] = (eps, weight_bias, form)
+        numbers: tuple[Any, ...] = norm[1:]
         if inner is not None:
-            numbers += (inner.eps, inner.weight_bias, inner.form)
+            numbers += inner[1:]
         if quantization is not None:
             numbers += (quantization.quant, quantization.with_norm)
         prepared = self._prepared
         if prepared is not None and not compiles_only():
-            results = prepared(numbers, x, residual, weight, inner.weight if inner else None, quantization)
+            results = prepared(numbers, x, residual, norm.weight, inner.weight if inner else None, quantization)
             if results is not None:
                 return results
         placed = self._output is not None and x.numel() // self.ws.hidden > self.ws.layout.data_tokens
         options: dict[str, Any] = {"output": self._output} if placed else {}
         if quantization is not None:
             options["quantization"] = quantization
-        launch = self.make(self.ws, x, residual, weight, eps, weight_bias, form, inner=inner, **options)
+        launch = self.make(self.ws, x, residual, norm, inner=inner, **options)
         compiled = launcher.run(self.ws, launch)
         if compiled is not None and _triton_private.can_be_launched(compiled):
             self._prepared = PreparedLaunch(self.ws, launch, numbers, compiled)

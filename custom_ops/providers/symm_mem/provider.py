@@ -21,6 +21,7 @@ from fusewire.custom_ops.dispatch.cost_tables import SYMM_ONE_SHOT, SYMM_TWO_SHO
 from fusewire.custom_ops.dispatch.dispatcher import served_by
 from fusewire.custom_ops.environment import BATCH_INVARIANT_VARIABLE, env_flag
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, resolve_group
+from fusewire.custom_ops.ops.norms import NormSpec
 from fusewire.custom_ops.ops.quantized_norm import (
     all_reduce_rms_norm_quantized,
     all_reduce_rms_norm_quantized_sharded,
@@ -30,7 +31,7 @@ from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import all_reduce_rms_norm_sharded
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem import self_test
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization, unsupported_quant
+from fusewire.custom_ops.providers.symm_mem.arguments import Quantization, unsupported_quant
 from fusewire.custom_ops.providers.symm_mem.launch_config import Launch
 from fusewire.custom_ops.providers.symm_mem.layout import MAX_WORLD_SIZE, Layout, unsupported_reason
 from fusewire.custom_ops.providers.symm_mem.precompile import compilations
@@ -73,14 +74,11 @@ def supports_args(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
-    eps: float,
-    weight_bias: float,
-    form: str,
-    group_name: str,
+    *rest: Any,
 ) -> Support:
     """Return whether the kernels support such a call. Every rank gets the same answer."""
     try:
-        world_size = resolve_group(group_name).size()
+        world_size = resolve_group(rest[-1]).size()
     except ProcessGroupError as error:
         return Support.no(str(error))
     hidden = x.shape[-1]
@@ -137,11 +135,8 @@ class HeldWorkspace(Workspace):
         call: PreparedCall,
         x: Tensor,
         residual: Tensor | None,
-        weight: Tensor | None,
-        eps: float,
-        weight_bias: float,
-        form: str,
-        inner: InnerNorm | None = None,
+        norm: NormSpec,
+        inner: NormSpec | None = None,
         *quantization: Quantization,
     ) -> tuple[Any, ...]:
         """Run one call, with native's results. A collective.
@@ -155,11 +150,11 @@ class HeldWorkspace(Workspace):
             PeerTimeoutError: a peer did not take part in an earlier call.
         """
         if symm_mem.compiles_only():  # launches nothing, so other threads need not wait
-            return call(x, residual, weight, eps, weight_bias, form, inner, *quantization)
+            return call(x, residual, norm, inner, *quantization)
         with self.order.lock:
             self.check_call(x.numel() // self.key.hidden, x.device)
             self.enter(x.get_device())
-            return call(x, residual, weight, eps, weight_bias, form, inner, *quantization)
+            return call(x, residual, norm, inner, *quantization)
 
     def passes(self, kind: str, quant: self_test.QuantKind | None = None) -> bool:
         """Return whether calls of a derived op give right results.
@@ -273,16 +268,8 @@ class SymmMemProvider(WorkspaceProvider):
         assert isinstance(workspace, HeldWorkspace)
         run, call = workspace.run, self._call(workspace, variant == SYMM_ONE_SHOT, False, output)
 
-        def bound(
-            x: Tensor,
-            residual: Tensor | None,
-            weight: Tensor | None,
-            eps: float,
-            weight_bias: float,
-            form: str,
-            group_name: str,
-        ) -> tuple[Tensor, Tensor]:
-            return run(call, x, residual, weight, eps, weight_bias, form)
+        def bound(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+            return run(call, x, residual, NormSpec(*rest[:4]))
 
         return bound
 
@@ -327,48 +314,25 @@ def _derived(workspace: HeldWorkspace, call: PreparedCall) -> Callable[..., tupl
     """Return a call with the parameters of the operators derived from `all_reduce_rms_norm`."""
     run = workspace.run
 
-    def bound(
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        eps: float,
-        weight_bias: float,
-        form: str,
-        inner_weight: Tensor | None,
-        inner_eps: float,
-        inner_weight_bias: float,
-        inner_form: str,
-        group_name: str,
-    ) -> tuple[Tensor, Tensor]:
-        inner = InnerNorm(inner_weight, inner_eps, inner_weight_bias, inner_form) if inner_form else None
-        return run(call, x, residual, weight, eps, weight_bias, form, inner)
+    def bound(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        return run(call, x, residual, NormSpec(*rest[:4]), _inner(rest))
 
     return bound
+
+
+def _inner(rest: tuple[Any, ...]) -> NormSpec | None:
+    """Return the inner norm of a derived op's arguments after the residual, or None."""
+    return NormSpec(*rest[4:8]) if rest[7] else None
 
 
 def _quantized(workspace: HeldWorkspace, call: PreparedCall) -> Callable[..., tuple[Tensor, ...]]:
     """Return a call with the parameters of the quantised operators."""
     run = workspace.run
 
-    def bound(
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        eps: float,
-        weight_bias: float,
-        form: str,
-        inner_weight: Tensor | None,
-        inner_eps: float,
-        inner_weight_bias: float,
-        inner_form: str,
-        scale: Tensor | None,
-        quant: str,
-        with_norm: bool,
-        group_name: str,
-    ) -> tuple[Tensor, ...]:
-        inner = InnerNorm(inner_weight, inner_eps, inner_weight_bias, inner_form) if inner_form else None
+    def bound(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        scale, quant, with_norm = rest[8:11]
         quantization = Quantization(quant, scale, with_norm)
-        norm, summed, quantized, scales = run(call, x, residual, weight, eps, weight_bias, form, inner, quantization)
+        norm, summed, quantized, scales = run(call, x, residual, NormSpec(*rest[:4]), _inner(rest), quantization)
         norm = x.new_empty((0,)) if norm is None else norm
         scales = x.new_empty((0,), dtype=torch.float32) if scales is None else scales
         return norm, summed, quantized, scales

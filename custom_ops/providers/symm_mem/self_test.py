@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fusewire.custom_ops.coordination.busy import busy
-from fusewire.custom_ops.ops.norms import add_normalize, forms_of, normalize
+from fusewire.custom_ops.ops.norms import NormSpec, add_normalize, forms_of, normalize
 from fusewire.custom_ops.ops.quantization import quantize
 from fusewire.custom_ops.ops.sharded_norm import own_rows
 from fusewire.custom_ops.providers.batch_invariant.torch_norm import normalize_batch_invariant
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
-from fusewire.custom_ops.providers.symm_mem.arguments import InnerNorm, Quantization
+from fusewire.custom_ops.providers.symm_mem.arguments import Quantization
 from fusewire.custom_ops.providers.symm_mem.launch_config import Launch
 from fusewire.custom_ops.providers.symm_mem.prepared_launch import PreparedCall
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
@@ -133,14 +133,15 @@ def _make(
     total = torch.stack(parts).float().sum(0).to(dtype)
     inner = None
     if kind.endswith(SANDWICH):
-        inner = InnerNorm(draw(52)[0], 0.5, 1.0, probe.form)
-        total = norm_of(total, inner.weight, 0.5, 1.0, probe.form)
-    expected, total = add_normalize(total, residual, weight, 0.25, 1.0, probe.form, norm_of)
+        inner = NormSpec(draw(52)[0], 0.5, 1.0, probe.form)
+        total = norm_of(total, inner)
+    outer = NormSpec(weight, 0.25, 1.0, probe.form)
+    expected, total = add_normalize(total, residual, outer, norm_of)
     given = residual
     if kind.endswith((SHARDED, SHARDED_SANDWICH)):
         given = own_rows(residual, ws.rank, ws.world_size)
         total = own_rows(total, ws.rank, ws.world_size)
-    args = (probe.call, parts[ws.rank], given, weight, 0.25, 1.0, probe.form, inner)
+    args = (probe.call, parts[ws.rank], given, outer, inner)
     wrong: Tensor
     if quant is None:
         norm, summed = run(*args)
