@@ -79,7 +79,7 @@ def simulate(kind, world, dtype, spoil=None, quant=None):
 
             def first_half(call, *args, ws=ws, launched=launches):
                 make = getattr(call.make, "func", call.make) if spoil == "plain" else call.make
-                launched.append(make(ws, *args[:6], inner=args[6], quantization=(*args, None)[7]))
+                launched.append(make(ws, *args[:3], inner=args[3], quantization=(*args, None)[4]))
                 return launched[-1].results
 
             self_test._make(first_half, ws, kind, probe, quant=quant)
@@ -277,11 +277,11 @@ def _invariant_votes(good):
     """Per turn: why the batch-invariant kernels are refused; and how often probes were made."""
     made_calls = []
 
-    def counted(call, x, residual, weight, eps, weight_bias, form, inner=None):
+    def counted(call, x, residual, norm, inner=None):
         made_calls.append(call)
         fn = all_reduce_rms_norm.providers["rank_ordered_batch_invariant"].fn
-        norm, summed = fn(x, residual, weight, eps, weight_bias, form, dist.group.WORLD.group_name)
-        return norm + float(not good and dist.get_rank() == 1), summed
+        normed, summed = fn(x, residual, *norm, dist.group.WORLD.group_name)
+        return normed + float(not good and dist.get_rank() == 1), summed
 
     held, provider = _held(), symm_mem_invariant.InvariantProvider()
     with mock.patch.object(PreparedCall, "__call__", counted):
