@@ -10,6 +10,9 @@ The 70B shape with fusewire's options beside its defaults, and what is left per 
 
     torchrun --nproc-per-node 4 examples/benchmarks/models.py --models llama-70b --prefill 2048 4096 8192 \
         --decode 1 8 32 128 256 --variants shard_residual output_in_place --profile --out results
+
+With --fp8 the projections behind norms multiply in FP8, their inputs quantised with a scale for each
+token. Both variants do so; the error is then that of FP8, and should be alike.
 """
 
 from __future__ import annotations
@@ -73,6 +76,10 @@ KINDS = (
     ("attention", r"flash|fmha|attention|sdpa"),
 )
 PROFILED_REPLAYS = 3
+# What the norms' results go into.
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max
 
 
 @dataclasses.dataclass
@@ -135,6 +142,41 @@ def build(name: str, layers: int) -> torch.nn.Module:
         attn_implementation="sdpa",
     )
     return model.eval()
+
+
+class Fp8Linear(torch.nn.Module):
+    """A linear layer in FP8, with a scale for each token and each output, as torchao computes it.
+
+    Args:
+        weight: this rank's rows of it (outputs, inputs).
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        quantized, scale = quantize(weight)
+        self.weight = torch.nn.Parameter(quantized, requires_grad=False)
+        self.scale = torch.nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        quantized, scale = quantize(x.reshape(-1, x.shape[-1]))
+        out = torch._scaled_mm(quantized, self.weight.t(), scale, self.scale.t(), out_dtype=x.dtype)
+        return out.reshape(*x.shape[:-1], -1)
+
+
+def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows in FP8, and a scale for each (fp32)."""
+    scale = rows.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    return (rows.float() / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+
+
+def to_fp8(model: torch.nn.Module) -> torch.nn.Module:
+    """Let a sharded model's projections behind norms multiply in FP8. Their inputs are not sharded."""
+    for name, module in list(model.named_modules()):
+        parent, _, last = name.rpartition(".")
+        if last in PROJECTIONS:
+            weight = module.weight
+            setattr(model.get_submodule(parent), last, Fp8Linear(getattr(weight, "to_local", lambda w=weight: w)()))
+    return model
 
 
 def replay_ms(
@@ -279,6 +321,7 @@ def measure(name: str, arguments: argparse.Namespace, rows: list[Row]) -> None:
     """Add all rows of one model."""
     world_size = dist.get_world_size()
     model = build(name, arguments.layers)
+    model = to_fp8(model) if arguments.fp8 else model
     exact = build(name, arguments.layers).float()
     generator = torch.Generator().manual_seed(0)
     for phase, tokens in [
@@ -315,7 +358,8 @@ def measure(name: str, arguments: argparse.Namespace, rows: list[Row]) -> None:
             errors = (eager, relative(base, want), relative(got, want))
             report = fusewire.report()
             counts = (report.fused, report.found)
-            rows.append(Row(name, world_size, phase, tokens, base_ms, fused_ms, *counts, *errors, variant))
+            shape = f"{name} FP8" if arguments.fp8 else name
+            rows.append(Row(shape, world_size, phase, tokens, base_ms, fused_ms, *counts, *errors, variant))
             say(show(rows[-1]))
             if report.fused != report.found:
                 say(str(report))
@@ -326,7 +370,7 @@ def measure(name: str, arguments: argparse.Namespace, rows: list[Row]) -> None:
 
 def show(row: Row) -> str:
     return (
-        f"{row.model:12s} {row.world_size} GPUs {row.phase:8s}{row.tokens:6d}  baseline "
+        f"{row.model:14s} {row.world_size} GPUs {row.phase:8s}{row.tokens:6d}  baseline "
         f"{row.baseline_ms:8.3f} ms  fused {row.fused_ms:8.3f} ms  ratio {row.ratio:.3f}  "
         f"all-reduces {row.fused}/{row.found}  error eager {row.eager_error:.4f} baseline "
         f"{row.baseline_error:.4f} fused {row.fused_error:.4f}" + (f"  {row.variant}" if row.variant != DEFAULT else "")
@@ -352,6 +396,7 @@ def main() -> int:
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048], help="tokens of the prefill")
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 32], help="batch sizes of the decode step")
     parser.add_argument("--variants", nargs="*", default=[], choices=VARIANTS, help="options beside the defaults")
+    parser.add_argument("--fp8", action="store_true", help="FP8 projections behind norms")
     parser.add_argument("--profile", action="store_true", help="write each step's kernels to DIR/profile.txt")
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory for models.json")
     arguments = parser.parse_args()

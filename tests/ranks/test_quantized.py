@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import models
 import pytest
 import torch
 
 import fusewire
 
+from support.compiles import WITHOUT_CODE
 from support.distributed import shared_pool
 from support.quantizers import READ
 from support.rank_programs import Ranks
+from support.zoo import LAYERS, MODELS, forward_logits
 
 TOKENS, HIDDEN = 17, 256
 
@@ -105,3 +108,25 @@ def _peer_differs() -> bool:
 def test_native_quantises_with_each_ranks_own_scale():
     """As the source does, whatever the option assumes."""
     assert shared_pool(2).run(_peer_differs) == [True, True]
+
+
+def _model_in_fp8(name: str) -> tuple[bool, int, list[str]]:
+    """Whether a model with FP8 projections has eager's logits, the FP8 norms, and what was not
+    fused.
+    """
+    spec = MODELS[name]
+    model, ids = models.to_fp8(spec.build(torch.bfloat16)), spec.inputs(2, 5)
+    torch._dynamo.reset()
+    fusewire.clear_report()
+    with torch.no_grad():
+        wanted = forward_logits(model, ids)
+        got = forward_logits(torch.compile(model, backend="fusewire", dynamic=False, options=WITHOUT_CODE), ids)
+    entries = [entry for graph in fusewire.report().graphs for entry in graph.entries]
+    fp8 = sum("FP8 per token" in entry.fusion for entry in entries)
+    return torch.equal(got, wanted), fp8, [entry.reason for entry in entries if not entry.fusion]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_models_in_fp8(name):
+    """Real models, whose norms feed FP8 projections (examples/benchmarks/models.py): all fuse."""
+    assert shared_pool(2).run(_model_in_fp8, name) == [(True, 2 * LAYERS, [])] * 2
