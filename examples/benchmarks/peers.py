@@ -4,6 +4,7 @@
     ... --hidden 8192 --tokens 1,512,8192 --rounds 7 --seconds 200
     torchrun --nproc-per-node 2 examples/benchmarks/peers.py --cpu --tokens 1,64 --hidden 256  # without a GPU
     python examples/benchmarks/peers.py --from results/peers.csv --out results  # tables and pictures again
+    python examples/benchmarks/peers.py --from results/peers.csv --cost-tables  # as fusewire ships them
 
 Prints markdown tables, and whether fusewire meets its limits. Writes peers.csv, peers.json, peers.md
 and a picture for each hidden size.
@@ -83,7 +84,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--no-pictures", action="store_true", help="write no PNG files")
     add("--cpu", action="store_true", help="on gloo ranks, by the wall clock: says nothing about GPUs")
     add("--from", nargs="+", type=Path, dest="files", metavar="CSV", help="measure nothing: report on these files")
+    add("--cost-tables", action="store_true", help="with --from: print entries for fusewire's cost_tables.py")
     options = parser.parse_args(argv)
+    if options.cost_tables and not options.files:
+        parser.error("--cost-tables needs --from")
     if options.rounds < 1 or options.seconds <= 0:
         parser.error("--rounds and --seconds must be positive")
     bad = [h for h in options.hidden if h % 8]
@@ -113,7 +117,7 @@ def report_on(options: argparse.Namespace) -> int:
     beside = options.files[0].with_suffix(".json")
     if len(options.files) == 1 and beside.exists():
         facts = {k: v for k, v in peers_report.json.loads(beside.read_text()).items() if k not in ("rows", "bars")}
-    print(peers_report.report(rows, facts))
+    print(peers_report.cost_tables(rows, facts) if options.cost_tables else peers_report.report(rows, facts))
     if options.out:
         for problem in peers_report.save(rows, facts, options.out, not options.no_pictures):
             print(problem, file=sys.stderr)

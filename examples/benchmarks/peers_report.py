@@ -255,6 +255,32 @@ def report(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+# The candidates whose times a cost table holds, by the names in fusewire's cost_tables.py.
+COSTS = {
+    "NATIVE": "NCCL + Inductor",
+    "ONE_SHOT": "flashinfer one-shot, as a provider",
+    "TWO_SHOT": "flashinfer two-shot, as a provider",
+    "SYMM_ONE_SHOT": "symm_mem one-shot",
+    "SYMM_TWO_SHOT": "symm_mem two-shot",
+}
+
+
+def cost_tables(rows: Sequence[Row], facts: dict[str, Any]) -> str:
+    """Return the entries of custom_ops/dispatch/cost_tables.py for these measurements, as source."""
+    entries, gpu, date = [], facts.get("gpu", "unknown GPU"), str(facts.get("date", "no date"))[:10]
+    found = sizes(rows)
+    for world_size, hidden in dict.fromkeys((size.world_size, size.hidden) for size in found):
+        some = [row for size in found if (size.world_size, size.hidden) == (world_size, hidden) for row in size.rows]
+        lines = [f"({gpu!r},),", f"{world_size},", f"{hidden},", "torch.bfloat16,"]
+        lines += [f'"measured on {world_size} x {gpu}, {date}",', "{"]
+        for name, candidate in COSTS.items():
+            times = [f"({row.tokens}, {row.us:.1f})" for row in some if row.candidate == candidate and row.us]
+            if times:
+                lines.append(f"    {name}: ({', '.join(times)},),")
+        entries += ["    ShippedTable(", *(f"        {line}" for line in (*lines, "},")), "    ),"]
+    return "\n".join(entries)
+
+
 # --- Files --------------------------------------------------------------------------------------------------
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Row))

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 import fusewire
+from fusewire.custom_ops.dispatch import cost_tables
 
 from support.distributed import shared_pool
 
@@ -197,6 +198,27 @@ def test_saved_files_are_few_and_reported_on_again(tmp_path, capsys):
     assert (tmp_path / "again" / "peers.md").read_text() == (tmp_path / "peers.md").read_text()
 
 
+def test_cost_tables_are_python_with_the_measured_times(tmp_path, capsys):
+    label = {name: candidate for name, candidate in report.COSTS.items() if name != "TWO_SHOT"}
+    rows = [row(label[name], report.PEER, 10.04 * tokens, tokens, hidden=hidden)
+            for name in label for tokens in (1, 2, 64) for hidden in (4096, 8192)]  # fmt: skip
+    report.save([*rows, row("other", report.PEER, 1.0)], {"gpu": "NVIDIA H200", "date": "2026-12-01 10:00 UTC"},
+                tmp_path, pictures=False)  # fmt: skip
+    assert peers.main(["--from", str(tmp_path / "peers.csv"), "--cost-tables", "--no-pictures"]) == 0
+    first, second = eval(f"[{capsys.readouterr().out}]", {**vars(cost_tables), "torch": torch})
+    assert (first.gpus, first.world_size, first.hidden, first.dtype) == (("NVIDIA H200",), 4, 4096, torch.bfloat16)
+    assert first.source == "measured on 4 x NVIDIA H200, 2026-12-01"
+    assert second.hidden == 8192
+    assert first.times == {getattr(cost_tables, name): ((1, 10.0), (2, 20.1), (64, 642.6)) for name in label}
+
+
+def test_candidates_of_cost_tables_are_measured():
+    known = {
+        names[0] for names in (*peers_ours.OURS, *peers_ours.PROVIDED, *peers_candidates.plain_family("NCCL").labels)
+    }
+    assert set(report.COSTS.values()) <= known
+
+
 # --- Refusals -----------------------------------------------------------------------------------------------
 
 
@@ -204,6 +226,7 @@ def test_saved_files_are_few_and_reported_on_again(tmp_path, capsys):
     (["--hidden", "100"], "multiples of 8"),
     (["--tokens", "0"], "positive"),
     (["--rounds", "0"], "positive"),
+    (["--cost-tables"], "needs --from"),
     (["--hidden", "8,16,24,32,40,48", "--out", "x"], "fewer hidden sizes"),
 ])  # fmt: skip
 def test_arguments_that_cannot_be_used(argv, said, capsys):
