@@ -13,6 +13,7 @@ from fusewire.custom_ops._torch_private import all_gather, all_reduce, process_g
 from fusewire.custom_ops.ops.group_names import ENGINE_ALL_REDUCES
 from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, NormSpec, add_normalize, check_norm_args, fake_add_norm
 from fusewire.custom_ops.ops.registration import register_autograd, register_op
+from fusewire.custom_ops.ops.registry import YES, Support
 from fusewire.errors import ArgumentError, ProcessGroupError, TrainingError
 
 
@@ -114,7 +115,18 @@ def sum_in_rank_order(x: Tensor, group_name: str) -> Tensor:
     return total.to(x.dtype).reshape(x.shape)
 
 
-@all_reduce_rms_norm.register_impl("rank_ordered")
+def can_gather(x: Tensor, *rest: Any) -> Support:
+    """Return whether the group of such a call can gather x. Every rank gets the same answer."""
+    kind = x.device.type
+    if kind == "cpu":
+        return YES
+    gloo = f"{kind}:gloo" in dist.get_backend_config(resolve_group(rest[-1])).split(",")
+    return Support.all_of(
+        (not gloo, f"the group's backend for {kind} is gloo, which cannot gather {kind} tensors; use NCCL"),
+    )
+
+
+@all_reduce_rms_norm.register_impl("rank_ordered", supports_args=can_gather)
 def all_reduce_rms_norm_rank_ordered(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     """Compute as native, but sum in rank order in fp32: the reference for kernels."""
     *norm, group_name = rest

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
@@ -289,6 +290,17 @@ def test_unknown_process_group(one_rank):
     for policy in ("native", "rank_ordered"):
         with pytest.raises(ProcessGroupError, match="no process group named 'other' in this process"):
             all_reduce_rms_norm(X, None, None, group_name="other", policy=policy)
+
+
+@pytest.mark.parametrize("policy", ["rank_ordered", "rank_ordered_batch_invariant"])
+def test_gloo_is_not_asked_to_gather_gpu_tensors(one_rank, policy):
+    """PyTorch would crash."""
+    provider = all_reduce_rms_norm.providers[policy]
+    args = (None, None, 1e-6, 0.0, "scale_then_round", one_rank)
+    with FakeTensorMode():
+        on_gpu, on_cpu = torch.empty(2, 16, device="cuda"), torch.empty(2, 16)
+        assert "gloo, which cannot gather cuda tensors; use NCCL" in provider.check(on_gpu, *args).reason
+        assert provider.check(on_cpu, *args)
 
 
 @pytest.mark.parametrize("policy", ["native", "rank_ordered"])

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, sum_in_rank_order
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, can_gather, sum_in_rank_order
 from fusewire.custom_ops.ops.norms import BATCH_INVARIANT_NORMS, fused_add_rms_norm, rms_norm
 
 PROVIDER = "rank_ordered_batch_invariant"
 
 
-@all_reduce_rms_norm.register_impl(PROVIDER, batch_invariant=True)
+@all_reduce_rms_norm.register_impl(PROVIDER, supports_args=can_gather, batch_invariant=True)
 def _all_reduce_rms_norm(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *norm, group_name = rest
     summed = sum_in_rank_order(x, group_name)
