@@ -300,6 +300,21 @@ def new_call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: Any, orig
     return node
 
 
+def constant_vector(size: Any, number: float, like: Node) -> Node:
+    """Return a new vector that holds one number, in the dtype and on the device of a node.
+
+    Args:
+        size: its length, or a node that computes it.
+        like: a node of the graph.
+    """
+    value = like.meta["val"]
+    vector = like.graph.call_function(
+        aten.full.default, ([size], number), {"dtype": value.dtype, "device": value.device}
+    )
+    vector.meta["val"] = value.new_full((size.meta["val"] if isinstance(size, Node) else size,), number)
+    return vector
+
+
 def _infer(node: Node) -> Any:
     """Return the fake value of a new node, computed from those of its inputs."""
     args = map_arg(node.args, lambda n: n.meta["val"])

@@ -39,6 +39,7 @@ from fusewire.fusion_passes.analysis.graph import (
     same_size,
     value_of,
 )
+from fusewire.fusion_passes.analysis.scales import constant_of
 from fusewire.patterns.norms import RECIPROCAL, SCALED, SQUARED_ROOT, SUMMED, Variant
 
 _POWERS: dict[Any, float] = {aten.rsqrt.default: -0.5, aten.sqrt.default: 0.5, aten.reciprocal.default: -1}
@@ -221,7 +222,9 @@ _Read = Callable[[Any], "Row | None"]
 
 
 def rounding_refusal(what: str, dtype: torch.dtype | None, wide: torch.dtype | None) -> str:
-    """Return the refusal of a norm that rounds a value before its end."""
+    """Return the refusal of a norm that rounds a value before its end, or widens it."""
+    if dtype == torch.float64:
+        return f"the norm computes {what} in {dtype}, where the fused operator computes in {wide}; keep it in {wide}"
     return f"the norm rounds {what} to {dtype} early, which neither form of the fused operator does; keep it in {wide}"
 
 
@@ -305,7 +308,8 @@ def _power(node: Node, read: _Read) -> Row | None:
 def _product(node: Node, read: _Read) -> Row | None:
     factors = plain_mul(node)
     for value, number in (factors, factors[::-1]) if factors is not None else ():
-        if value_of(number) is None and (row := read(value)) is not None:
+        known = value_of(number) is None or constant_of(number) is not None
+        if known and (row := read(value)) is not None:
             return scaled_by(row, value, node)
     return None
 
@@ -326,7 +330,8 @@ def _shifted(node: Node, read: _Read) -> Row | None:
     operands = plain_add(node)
     for value, eps in (operands, operands[::-1]) if operands is not None else ():
         if (row := read(value)) is not None:
-            return row.plus(eps)
+            number = constant_of(eps)
+            return row.plus(eps if number is None else number)
     return None
 
 
@@ -370,6 +375,8 @@ def _number(value: Any, size: Any) -> tuple[float, int] | None:
         if value.target is operator.truediv and value.args[0] == 1:
             below = _number(value.args[1], size)
             return (1 / below[0], -below[1]) if below is not None and below[0] else None
+        if (number := constant_of(value)) is not None:
+            return _number(number, size)
         value = value.meta.get("val")
         return (1.0, 1) if isinstance(value, torch.SymInt) and same_size(value, size) else None
     if not is_number(value):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fusewire.fusion_passes.analysis.graph import cast_source, dtype_of, is_number, is_vector, other_factor, plain_add
+from fusewire.fusion_passes.analysis.graph import cast_source, dtype_of, is_vector, other_factor, plain_add
+from fusewire.fusion_passes.analysis.scales import constant_of
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -49,9 +50,10 @@ def read_weight(vector: Any, dtype: torch.dtype | None, left: bool, hidden: Any)
 
 
 def _split_bias(vector: Node, hidden: Any) -> tuple[Node, Any]:
-    """Return (vector, number) if a vector is their sum, else itself and 0.0."""
+    """Return (vector, number) if a vector is their sum in the vector's dtype, else itself and 0.0."""
     operands = plain_add(vector)
-    for inner, number in (operands, operands[::-1]) if operands is not None else ():
-        if is_number(number) and is_vector(inner, hidden):
+    for inner, added in (operands, operands[::-1]) if operands is not None else ():
+        number = constant_of(added)
+        if number is not None and is_vector(inner, hidden) and dtype_of(inner) == dtype_of(vector):
             return inner, number
     return vector, 0.0

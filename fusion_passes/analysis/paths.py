@@ -1,8 +1,9 @@
 """Find the path from an all-reduce to a norm, and whether the steps on it can be moved off it.
 
 Views move before the all-reduce, which works elementwise. A bias, or any other addend, joins the
-residual, multiplied by the scales that follow it. A scale moves before the all-reduce, since a sum
-of multiples is the multiple of the sum. A subtraction adds the negated operand.
+residual, multiplied by the scales that follow it. A number that the dtype holds is such a bias, and
+so is a tensor of one element. A scale, a factor or a divisor, moves before the all-reduce, since a
+sum of multiples is the multiple of the sum. A subtraction adds the negated operand.
 
 Addends and scales then round elsewhere than in the source, so they move only with
 PassConfig.allow_reassociation. (A sign does not, but without that option an all-reduce carries the
@@ -27,6 +28,7 @@ makes what is added to the other all-reduce.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +40,7 @@ from fusewire.fusion_passes.analysis.graph import (
     VIEWS,
     aten,
     cast_source,
+    constant_vector,
     dtype_of,
     first_refusal,
     is_number,
@@ -55,7 +58,7 @@ from fusewire.fusion_passes.analysis.replication import UNKNOWN, Replication
 from fusewire.fusion_passes.analysis.scales import constant_of, is_gate, is_one_element, is_scale, unviewed
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import MATRICES
-from fusewire.patterns.collectives import AllReduce, read_all_reduce
+from fusewire.patterns.collectives import AllReduce, op_name, read_all_reduce
 
 VIEW, CAST, SCALE, ADDEND, MATRIX = "view", "cast", "scale", "addend", "matrix"
 _LIMIT = 12
@@ -67,10 +70,12 @@ class Step:
 
     Attributes:
         kind: VIEW, CAST, SCALE, ADDEND or MATRIX.
-        value: the factor of a scale, what an add adds, or the right factor of a matrix product.
+        value: the factor or divisor of a scale, what an add adds, or the right factor of a matrix
+            product.
         assumption: what is assumed to be equal on every rank, as a key of RunContext.assumed; "" if
             nothing is.
         negated: whether the value is subtracted.
+        divides: whether the value of a scale is a divisor.
     """
 
     kind: str
@@ -78,6 +83,25 @@ class Step:
     value: Any = None
     assumption: str = ""
     negated: bool = False
+    divides: bool = False
+
+    @property
+    def factor(self) -> float | None:
+        """Return the number that a scale multiplies by, or None if the graph does not know it."""
+        if not is_number(self.value):
+            return None
+        return 1.0 / self.value if self.divides else self.value
+
+    @property
+    def adds_one_row(self) -> bool:
+        """Return whether every row is added the same: a vector, a number or one element."""
+        value = value_of(self.value)
+        return value is None or value.dim() == 1 or is_one_element(self.value)
+
+    def scaled(self, value: Any, call: Callable[..., Node]) -> Node:
+        """Return a new node: `value` times or over the value of this scale."""
+        target = aten.div.Tensor if self.divides else aten.mul.Tensor
+        return call(target, (value, self.value), {}, self.node)
 
     @property
     def is_sign(self) -> bool:
@@ -103,9 +127,10 @@ class Path:
         for step in self.of_kind(VIEW, SCALE, MATRIX):
             if step.kind == VIEW:
                 x = call(step.node.target, (x, *step.node.args[1:]), step.node.kwargs, step.node)
+            elif step.kind == SCALE:
+                x = step.scaled(x, call)
             else:
-                product = aten.mul.Tensor if step.kind == SCALE else aten.mm.default
-                x = call(product, (x, step.value), {}, step.node)
+                x = call(aten.mm.default, (x, step.value), {}, step.node)
         return x
 
     def moved_addend(self, step: Step, call: Callable[..., Node]) -> Any:
@@ -113,16 +138,31 @@ class Path:
 
         Its shape is the end's, or (hidden,).
         """
-        addend = call(aten.neg.default, (step.value,), {}, step.node) if step.negated else step.value
+        addend = self._added(step, call)
         for later in self.steps[self.steps.index(step) + 1 :]:
             vector = is_vector(addend, last_size(later.node))
             if later.kind == SCALE:
-                addend = call(aten.mul.Tensor, (addend, later.value), {}, later.node)
+                addend = later.scaled(addend, call)
                 if vector and is_one_element(later.value):  # it may have several dimensions
                     addend = call(aten.view.default, (addend, [-1]), {}, later.node)
             elif later.kind == VIEW and (not vector or same_shape(addend, later.node.args[0])):
                 addend = call(later.node.target, (addend, *later.node.args[1:]), later.node.kwargs, later.node)
         return addend
+
+    def _added(self, step: Step, call: Callable[..., Node]) -> Node:
+        """Return what an add of the path adds; for a number or one element, a vector (hidden,)."""
+        added, size = step.value, last_size(step.node)
+        number = is_number(added)
+        if (number or is_one_element(added)) and not isinstance(size, int):
+            x = self.all_reduce.x
+            size = call(aten.sym_size.int, (x, x.meta["val"].dim() - 1), {}, step.node)
+        if number:
+            added = constant_vector(size, added, step.node)
+        elif is_one_element(added):
+            added = call(
+                aten.expand.default, (call(aten.view.default, (added, [1]), {}, step.node), [size]), {}, step.node
+            )
+        return call(aten.neg.default, (added,), {}, step.node) if step.negated else added
 
     @property
     def other_readers(self) -> int:
@@ -158,7 +198,7 @@ class Path:
         )
 
     def _step_refusals(self, step: Step, is_residual: bool) -> Iterator[tuple[bool, str]]:
-        source, value = step.node.args[0], value_of(step.value)
+        source = step.node.args[0]
         before, after = dtype_of(source), dtype_of(step.node)
         half = after == torch.float16
         if step.kind == VIEW:
@@ -171,13 +211,14 @@ class Path:
                 "reduce in the dtype that the norm takes",
             )
         elif step.kind == ADDEND:
+            yield _not_held(step, after)
             yield (
-                half and not is_residual and (value is None or value.dim() != 1),
+                half and not is_residual and not step.adds_one_row,
                 "a tensor is added between the all-reduce and the norm; added to the residual "
                 "first, they could make more than float16 holds",
             )
         elif step.kind == SCALE:
-            number, before = step.value if is_number(step.value) else None, dtype_of(self.all_reduce.value)
+            number, before = step.factor, dtype_of(self.all_reduce.value)
             yield (
                 before != after or after is None or not after.is_floating_point,
                 f"a scale between the all-reduce and the norm makes {after} of {before}; keep the scale in {before}",
@@ -251,10 +292,10 @@ class PathFinder:
         for value, factor in (factors, factors[::-1]) if factors is not None else ():
             if isinstance(value, Node) and (step := self._scale(node, value, factor)) is not None:
                 yield value, (step,)
-        if quotient is not None and same_shape(quotient[0], node):
-            divisor = constant_of(quotient[1])
-            if divisor is not None and 1e-30 < abs(divisor) < 1e30:
-                yield quotient[0], (Step(SCALE, node, 1.0 / divisor),)
+        if quotient is not None and isinstance(quotient[0], Node):
+            divided = self._scale(node, *quotient)
+            if divided is not None and not (is_number(divided.value) and not 1e-30 < abs(divided.value) < 1e30):
+                yield quotient[0], (dataclasses.replace(divided, divides=True),)
         if node.target is aten.neg.default:
             yield node.args[0], (Step(SCALE, node, -1.0),)
 
@@ -268,7 +309,7 @@ class PathFinder:
         return Step(MATRIX, product, matrix, MATRICES if origin.assumed else "")
 
     def _scale(self, node: Node, value: Node, factor: Any) -> Step | None:
-        """Return the step of a product with a factor that may move, or None."""
+        """Return the step of a product with, or a quotient by, a value that may move, or None."""
         if not same_shape(value, node) or not value_of(value).dim():  # type: ignore[union-attr]
             return None
         number = constant_of(factor)
@@ -303,18 +344,43 @@ def _other_readers(value: Node, steps: Sequence[Step]) -> int:
 def _addends_back(node: Node) -> Iterator[tuple[Any, tuple[Step, ...]]]:
     operands, difference = plain_add(node), plain_sub(node)
     for value, addend in (operands, operands[::-1]) if operands is not None else ():
-        if _is_addend(addend, value, node):
-            yield value, (Step(ADDEND, node, addend),)
+        if (step := _addend(node, value, addend)) is not None:
+            yield value, (step,)
     if difference is not None:
         minuend, subtrahend = difference
-        if _is_addend(subtrahend, minuend, node):
-            yield minuend, (Step(ADDEND, node, subtrahend, negated=True),)
-        if _is_addend(minuend, subtrahend, node):
-            yield subtrahend, (Step(SCALE, node, -1.0), Step(ADDEND, node, minuend))
+        if (step := _addend(node, minuend, subtrahend)) is not None:
+            yield minuend, (dataclasses.replace(step, negated=True),)
+        if (step := _addend(node, subtrahend, minuend)) is not None:
+            yield subtrahend, (Step(SCALE, node, -1.0), step)
 
 
-def _is_addend(addend: Any, value: Any, node: Node) -> bool:
-    """Return whether an add adds a vector of the last size or a tensor of the value's shape."""
-    if dtype_of(addend) is None or not dtype_of(addend) == dtype_of(value) == dtype_of(node):
-        return False
-    return same_shape(value, node) and (same_shape(addend, node) or is_vector(addend, last_size(node)))
+def _addend(node: Node, value: Any, addend: Any) -> Step | None:
+    """Return the step of an add to `value`, or None.
+
+    It adds a number, one element, a vector of the last size or a tensor of the value's shape.
+    """
+    value_dtype = dtype_of(value)
+    if value_dtype is None or value_dtype != dtype_of(node) or not same_shape(value, node):
+        return None
+    if dtype_of(addend) == value_dtype:
+        fits = same_shape(addend, node) or is_vector(addend, last_size(node)) or is_one_element(addend)
+        return Step(ADDEND, node, addend) if fits else None
+    number = constant_of(addend)
+    return None if number is None else Step(ADDEND, node, number)
+
+
+def _not_held(step: Step, dtype: torch.dtype | None) -> tuple[bool, str]:
+    """Return (condition, refusal) for an add of a number that a residual of this dtype cannot be.
+
+    PyTorch adds a number in fp32 at least.
+    """
+    if dtype is None or not is_number(step.value):
+        return False, ""
+    computed, held = (
+        torch.tensor(float(step.value), dtype=kind).item()
+        for kind in (torch.promote_types(dtype, torch.float32), dtype)
+    )
+    return held != computed, (
+        f"{op_name(step.node)} ({step.node}) adds {step.value!r} between the all-reduce and the "
+        f"norm, which {dtype} would round to {held!r}; add a number that {dtype} holds"
+    )

@@ -21,14 +21,14 @@ from fusewire.fusion_passes.analysis.graph import (
 )
 from fusewire.fusion_passes.analysis.paths import PathFinder
 from fusewire.fusion_passes.analysis.replication import UNKNOWN
-from fusewire.fusion_passes.analysis.scales import is_gate, is_scale, unviewed
+from fusewire.fusion_passes.analysis.scales import constant_of, is_gate, is_scale, unviewed
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import MATCH, Refused
 from fusewire.patterns.collectives import OTHER_COLLECTIVES, WAIT, AllReduce, op_name
 
 _LAYER_NORMS = {"aten::native_layer_norm", "aten::var_mean", "prims::var"}
 _MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "aten::convolution"}
-_PASSED = VIEWS | CASTS | {aten.div.Tensor, aten.sub.Tensor, aten.add.Tensor, aten.neg.default}
+_PASSED = VIEWS | CASTS | {aten.div.Tensor, aten.div.Tensor_mode, aten.sub.Tensor, aten.add.Tensor, aten.neg.default}
 _STEPS = 24
 _BEYOND = (
     "lies beyond a graph break or the end of a nested_compile_region, or outside the compiled "
@@ -138,14 +138,18 @@ def _why_not_over(node: Node, source: Node, site: AllReduce, finder: PathFinder)
     """Return why an all-reduce cannot be moved over a node that reads its value `source`."""
     name = f"{op_name(node) or node.target} ({node})"
     if (factors := plain_mul(node)) is not None:
-        factor = factors[factors[0] is source]
-        return f"it is multiplied by a tensor ({node}) before the norm; {_why_not_moved(factor, source, site, finder)}"
-    if plain_div(node) is not None:
-        return (
-            f"it is divided by a tensor ({node}) before the norm; only a product, or a quotient by a number, can move"
-        )
+        return _why_not_moved(factors[factors[0] is source], source, site, finder, node)
+    if (quotient := plain_div(node)) is not None:
+        if quotient[0] is source:
+            return _why_not_moved(quotient[1], source, site, finder, node)
+        return f"{name} divides by it before the norm, which is no multiple of the sum; no option helps"
     addends = plain_add(node) or plain_sub(node)
     if addends is None:
+        if (alpha := node.kwargs.get("alpha", 1)) != 1:
+            return (
+                f"{name} multiplies what it adds by alpha={alpha}, so the all-reduce cannot be "
+                "carried over it; write that product as an operation of its own"
+            )
         return (
             f"{name} between the all-reduce and the norm cannot be carried over it: only views, "
             "scales and sums can, and no option helps"
@@ -157,19 +161,24 @@ def _why_not_over(node: Node, source: Node, site: AllReduce, finder: PathFinder)
             f"{dtype_of(source)}, so it cannot be carried over it; add in one dtype"
         )
     return (
-        f"{name} adds a number, or a tensor of another shape than the all-reduce's result and its "
-        "rows, so it cannot be carried over it; no option helps"
+        f"{name} adds a tensor of another shape than the all-reduce's result and its rows, so it "
+        "cannot be carried over it; no option helps"
     )
 
 
-def _why_not_moved(factor: Any, source: Node, site: AllReduce, finder: PathFinder) -> str:
-    """Return why a factor cannot move before the all-reduce."""
-    if not isinstance(factor, Node):
-        return "its dtype or shape is another after that"
+def _why_not_moved(factor: Any, source: Node, site: AllReduce, finder: PathFinder, node: Node) -> str:
+    """Return why `node`, the product or quotient with a factor, cannot move before the all-reduce."""
+    number, product = constant_of(factor), plain_mul(node) is not None
+    done, many, verb = ("multiplied", "product", "multiply") if product else ("divided", "quotient", "divide")
+    what = f"it is {done} by {'a tensor' if number is None else f'{number:g}'} ({node}) before the norm; "
+    if not isinstance(factor, Node) or number is not None:
+        far = "only divisors from 1e-30 to 1e30, of either sign, can move before the all-reduce"
+        return what + ("its dtype or shape is another after that" if product else far)
     order = {node: index for index, node in enumerate(factor.graph.nodes)}
     if depends_on(factor, site.node, order):
-        return "that tensor is computed from the all-reduce's own result, so it cannot move before it; no option helps"
-    equal = "the product of a sum is the sum of products only if that tensor is the same on every rank"
+        own = "that tensor is computed from the all-reduce's own result, so it cannot move before it; no option helps"
+        return what + own
+    equal = f"{what}the {many} of a sum is the sum of {many}s only if that tensor is the same on every rank"
     options = {
         "assume_replicated_scales": is_scale(unviewed(factor)),
         "assume_replicated_gates": is_gate(factor, source),
@@ -181,6 +190,6 @@ def _why_not_moved(factor: Any, source: Node, site: AllReduce, finder: PathFinde
     if option:
         return f"{equal}, which the graph does not prove; {option}=True assumes it"
     return (
-        f"{equal}, which the graph does not prove and no option assumes; multiply before the "
+        f"{equal}, which the graph does not prove and no option assumes; {verb} before the "
         "all-reduce instead (a vector of the hidden size: in the projection's weight)"
     )

@@ -234,27 +234,32 @@ def check_epsilon(captures: Captures) -> Support:
     eps = captures["eps"]
     if is_number(eps):
         return Support.all_of((eps >= 0, f"epsilon is {eps}; the operators take zero or a positive number"))
-    if not _may_be_float(eps):
-        return Support.no(
-            f"epsilon is not a number but a tensor ({eps}), as a buffer is; the operators take a "
-            "number, so keep it as a Python float in the module"
-        )
+    remedy = "the operators take a number, so keep it as a Python float in the module"
+    if not _may_be_float(eps, dtype_of(captures["x"]) == torch.float64):
+        what = "as a parameter or buffer is" if eps.op in ("placeholder", "get_attr") else "which the graph computes"
+        return Support.no(f"epsilon is not a number but a tensor ({eps}), {what}; {remedy}")
     return Support.no(
-        f"epsilon is not a number but a value of the graph ({eps}), because dynamic=True made it "
-        "an input; compile with backend='fusewire' or torch._dynamo.config.specialize_float=True, "
-        "which keep it a number"
+        f"epsilon is not a number but a value of the graph ({eps}): a float that dynamic=True made "
+        f"an input, or a float64 buffer; {remedy}, and compile with backend='fusewire' or "
+        "torch._dynamo.config.specialize_float=True, which keep it a number"
     )
 
 
-def _may_be_float(eps: Any) -> bool:
+def _may_be_float(eps: Node, in_double: bool) -> bool:
     """Return whether dynamic=True may have made this node of a Python float.
 
-    Dynamo passes those as symbols or as float64 tensors without dimensions.
+    Dynamo passes those as symbols or as float64 tensors without dimensions. It casts them to the
+    dtype that the graph computes in.
+
+    Args:
+        in_double: whether that dtype is float64.
     """
-    while (source := cast_source(eps)) is not None:
-        eps = source
-    value = value_of(eps)
-    return value is None or (eps.op == "placeholder" and value.dim() == 0 and value.dtype == torch.float64)
+    source = eps
+    while (inner := cast_source(source)) is not None:
+        source = inner
+    value = value_of(source)
+    is_input = source.op == "placeholder" and value is not None and value.dim() == 0 and value.dtype == torch.float64
+    return value is None or (is_input and (in_double or source is not eps))
 
 
 def check_weight_bias(captures: Captures) -> Support:
@@ -284,7 +289,8 @@ def check_weight(captures: Captures) -> Support:
         (
             dtype_of(weight) == dtype_of(x),
             f"the norm's weight is {dtype_of(weight)} and its input {dtype_of(x)}; fused kernels "
-            f"read the weight in the input's dtype, so store the weight in {dtype_of(x)}",
+            f"read the weight in the input's dtype, so {'compute' if weight.op == 'call_function' else 'store'} "
+            f"the weight in {dtype_of(x)}",
         ),
     )
 

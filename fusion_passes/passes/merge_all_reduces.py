@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from fusewire.fusion_passes.analysis.graph import (
     ADDS,
     CASTS,
+    DIVS,
     VIEWS,
     addends_of,
     aten,
@@ -140,7 +141,7 @@ class _Merger:
             return False
         if node in self.values:
             return True
-        first_only = node.target in VIEWS or node.target is aten.mm.default
+        first_only = node.target in VIEWS | DIVS or node.target is aten.mm.default
         behind = plain_mul(node) or (node.args[:1] if first_only else ())
         return any(self._may_lead(source, limit - 1) for source in behind)
 

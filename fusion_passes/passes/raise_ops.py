@@ -23,12 +23,14 @@ from fusewire.custom_ops.ops.norms import fused_add_rms_norm, rms_norm
 from fusewire.custom_ops.ops.registry import NATIVE, get_op, parse_policy
 from fusewire.fusion_passes.analysis.graph import (
     aten,
+    constant_vector,
     depends_on,
     dtype_of,
     erase_unused,
     first_refusal,
     getitem,
     is_row_major,
+    last_size,
     mutation_regions,
     new_call,
     same_shape,
@@ -213,15 +215,13 @@ class _Canonicalizer:
         """Return a norm whose weight has its weight_scale in it, for `summed`."""
         if norm.weight_scale == 1:
             return norm
-        given, like = norm.weight, summed.meta["val"]
+        given = norm.weight
         early = given is None or given.op != "call_function"  # then the collective need not move
         with self.graph.inserting_before(summed.all_input_nodes[0] if early else norm.out):
             if given is not None:
                 weight = self._call(aten.mul.Tensor, (given, norm.weight_scale), {}, norm.out)
             else:
-                size, kind = like.shape[-1], {"dtype": like.dtype, "device": like.device}
-                weight = self.graph.call_function(aten.full.default, ([size], norm.weight_scale), kind)
-                weight.meta["val"] = like.new_full((size,), norm.weight_scale)
+                weight = constant_vector(last_size(summed), norm.weight_scale, summed)
         return dataclasses.replace(norm, weight=weight, weight_scale=1.0)
 
     def _fused_add(self, summed: Node, residual: Any, norm: Norm) -> tuple[Node, Node, Node]:

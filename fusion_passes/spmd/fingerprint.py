@@ -185,7 +185,7 @@ def _written_freely(graph: Graph, tensor: Node) -> Node:
 def moved_texts(path: Path) -> list[str]:
     """Return as texts the factors that move across a path's collective; constants with values."""
     return [
-        f"times {_factor_text(step.value)}"
+        f"{'over' if step.divides else 'times'} {_factor_text(step.value)}"
         if step.kind == SCALE
         else f"times a matrix ({_tensor_text(value_of(step.value), rows=True)})"
         for step in path.of_kind(SCALE, MATRIX)

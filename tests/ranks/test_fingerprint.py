@@ -76,6 +76,7 @@ def printed(fn, *given, dtype=torch.float32, shape=(5,), **options):
         (merged, {"merge_allreduces": False}),
         (scaled, {"allow_reassociation": False}),
         (lambda x, r, w: reduce(x), {}),
+        (lambda x, r, w: norm(r + (reduce(x) + 0.5), w), {}),
         (lambda x, r, w: norm(r + reduce(x).view(1, 5, HIDDEN).view(5, HIDDEN), w), {}),
         (lambda x, r, w: functional.all_gather_tensor(x, 0, dist.group.WORLD), {}),
     ],
@@ -120,6 +121,7 @@ def test_the_same_program_has_the_same_fingerprint():
         ((in_a_tensor(0.5), {}), (in_a_tensor(0.25), {})),
         ((scaled, {}), (lambda x, r, w: scaled(x, r, w, 0.25), {})),
         ((scaled, {}), (lambda x, r, w: norm(r + -reduce(torch.tanh(x)), w), {})),
+        ((scaled, {}), (lambda x, r, w: norm(r + reduce(torch.tanh(x)) / 0.5, w), {})),
         ((scaled, {}), (scaled, {"dtype": torch.bfloat16})),
         ((plain, {"inline_native": False}), (plain, {"batch_invariant": True})),
         (
@@ -136,6 +138,7 @@ def test_the_same_program_has_the_same_fingerprint():
         "constant tensor",
         "scale",
         "sign",
+        "divisor",
         "dtype",
         "provider",
         "policy",
@@ -151,6 +154,8 @@ def test_constants_by_value_and_inputs_by_name():
     half = torch.tensor(0.5)
     inputs = printed(lambda x, r, w, s: norm(r + reduce(torch.tanh(x)) * s, w), half)[0]
     assert "times an input (float32" in inputs.label
+    divided = printed(lambda x, r, w, s: norm(r + reduce(torch.tanh(x)) / s, w), half)[0]
+    assert "over an input (float32" in divided.label
     assert "times 0.5" in printed(scaled)[0].label
 
 

@@ -1,8 +1,7 @@
-"""Subtractions, scales after addends, constants, L2 norms and LoRA between an all-reduce and its
-norm.
+"""Subtractions, numbers, scales after addends, divisors, constants, L2 norms and LoRA between an
+all-reduce and its norm.
 
-The tensors hold small whole numbers, so that every sum is exact in any order: what was moved must
-give the same bits.
+The programs stand in tests/support/carried.py: what was moved must give the same bits.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.patterns.collectives import ALL_REDUCE
 
 from support.blocks import HIDDEN, NORMS, reduce_functional, tensors
+from support.carried import KINDS, SCALES, inputs, norm, of_kind
 from support.compiles import WITHOUT_CODE
 from support.distributed import fake_group, shared_pool
 from support.graphs import capture
@@ -31,75 +31,7 @@ def world():
         yield group
 
 
-def norm(x, w):
-    return NORMS["L"](x, w, 1e-5)
-
-
-def whole(shape, most, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-most, most + 1, shape, generator=generator).to(dtype)
-
-
-def inputs(dtype=torch.float32, shape=(6,)):
-    """x, r, s: (*shape, HIDDEN); w, b: (HIDDEN,); c: one element; the matrices of a projection and
-    of LoRA.
-    """
-    full = (*shape, HIDDEN)
-    x, r, s = (whole(full, 4, dtype, seed) for seed in range(3))
-    w, b = (whole((HIDDEN,), 4, dtype, seed) for seed in (3, 4))
-    matrices = whole((HIDDEN, HIDDEN), 2, dtype, 5), whole((HIDDEN, 8), 2, dtype, 6), whole((8, HIDDEN), 2, dtype, 7)
-    return x, r, w, s, b, torch.tensor(0.25, dtype=dtype), *matrices
-
-
-# --- What fuses. `y` is the all-reduced value -----------------------------------------------------
-
-SUBTRACTIONS = {
-    "r - y": lambda y, r, s, b, c: r - y,
-    "y - r": lambda y, r, s, b, c: y - r,
-    "r - y * 0.5": lambda y, r, s, b, c: r - y * 0.5,
-    "r - (y + b)": lambda y, r, s, b, c: r - (y + b),
-    "r - (s - y)": lambda y, r, s, b, c: r - (s - y),
-    "r + (y - b)": lambda y, r, s, b, c: r + (y - b),
-    "(y - s) + r": lambda y, r, s, b, c: (y - s) + r,
-    "b - y": lambda y, r, s, b, c: b - y,
-    "rsub": lambda y, r, s, b, c: torch.rsub(y, r),
-}
-SCALES_AFTER_ADDENDS = {
-    "r + (y + s) * 0.25": lambda y, r, s, b, c: r + (y + s) * 0.25,
-    "(b + y) * 0.25 + r": lambda y, r, s, b, c: (b + y) * 0.25 + r,
-    "r + (y * 0.5 + s) / 4": lambda y, r, s, b, c: r + (y * 0.5 + s) / 4.0,
-    "r + ((y + s) + b) * c": lambda y, r, s, b, c: r + ((y + s) + b) * c,
-    "r + ((y + s) * 0.5 + b) * c": lambda y, r, s, b, c: r + ((y + s) * 0.5 + b) * c,
-    "r - -(y + s)": lambda y, r, s, b, c: r - -(y + s),
-    "(y + b) * c": lambda y, r, s, b, c: (y + b) * c,
-    "(r + y) * 0.25": lambda y, r, s, b, c: (r + y) * 0.25,
-    "flat": lambda y, r, s, b, c: (
-        r + (((y.reshape(-1, HIDDEN) + s.reshape(-1, HIDDEN)) + b) * c).reshape(r.shape) * 0.5
-    ),
-    "c in two dimensions": lambda y, r, s, b, c: r + (y.reshape(-1, HIDDEN) + b).mul(c.view(1, 1)).reshape(r.shape),
-}
-SCALES = {
-    "torch.tensor": lambda y, r, s, b, c: r + y * torch.tensor(0.5, dtype=y.dtype),
-    "torch.tensor in fp32": lambda y, r, s, b, c: r + y * torch.tensor(0.25),
-    "over torch.tensor": lambda y, r, s, b, c: r + y / torch.tensor(4.0, dtype=y.dtype),
-    "full": lambda y, r, s, b, c: r + torch.full((1,), 0.5, dtype=y.dtype) * y,
-    "full_like": lambda y, r, s, b, c: r + y * torch.full_like(y, 0.5),
-    "new_full": lambda y, r, s, b, c: r + y * y.new_full((), 0.5),
-    "full, cast": lambda y, r, s, b, c: r + y * torch.full((), 0.5, dtype=torch.float64).to(y.dtype),
-    "cast": lambda y, r, s, b, c: r + y * c.double().to(y.dtype),
-    "viewed": lambda y, r, s, b, c: r + y * c.view(1, 1),
-    "expanded": lambda y, r, s, b, c: r + y * c.view(1).expand(HIDDEN),
-    "computed": lambda y, r, s, b, c: r + y * (torch.sqrt(c) * 2 + 1),
-}
-KINDS = {**SUBTRACTIONS, **SCALES_AFTER_ADDENDS, **SCALES}
-
-
-def of_kind(name):
-    def block(x, r, w, s, b, c, *_):
-        total = KINDS[name](reduce_functional(x), r, s, b, c)
-        return norm(total, w), total
-
-    return block
+# --- What fuses. ------------------------------------------------------------------------------------
 
 
 def lora(x, r, w, s, b, c, base, down, up):
@@ -277,17 +209,30 @@ FACTORS = {
         "comes from a collective over another group",
     ),
     "its own": (lambda y, x, r, b, c: r - y * y, "it is multiplied by a tensor (mul) before the norm; that tensor is"),
-    "divisor": (lambda y, x, r, b, c: r + y / c, "it is divided by a tensor (div) before the norm; only a product"),
+    "dividend": (lambda y, x, r, b, c: r + c / (y + 9), "aten::div (div) divides by it before the norm, which is"),
+    "its own divisor": (lambda y, x, r, b, c: r + y / (y * y + 1), "before the norm; that tensor is computed from"),
+    "a vector's quotient": (
+        lambda y, x, r, b, c: r + y / b,
+        "is divided by a tensor (div) before the norm; the quotient of a sum is the sum of quotients only if that "
+        "tensor is the same on every rank, which the graph does not prove and no option assumes; divide before",
+    ),
+    "zero": (lambda y, x, r, b, c: r + y / 0, "it is divided by 0 (div) before the norm; only divisors from 1e-30"),
+    "rounded quotient": (
+        lambda y, x, r, b, c: r + torch.div(y, c, rounding_mode="floor"),
+        "aten::div (div) between the all-reduce and the norm cannot",
+    ),
     "alpha": (
         lambda y, x, r, b, c: torch.sub(r, y, alpha=2),
-        "aten::sub (sub) between the all-reduce and the norm cannot",
+        "aten::sub (sub) multiplies what it adds by alpha=2, so the all-reduce cannot be carried over it; write that",
     ),
+    "alpha of a number": (lambda y, x, r, b, c: torch.add(y, 1, alpha=2), "aten::add (add) multiplies what it adds by"),
     "rolled": (lambda y, x, r, b, c: torch.cat([r, y]), "aten::cat (cat) between the all-reduce and the norm cannot"),
     "wide": (
         lambda y, x, r, b, c: r.double() - y,
         "a tensor in torch.float64 to the all-reduce's result in torch.float32",
     ),
-    "number": (lambda y, x, r, b, c: r + (y + 1.5), "aten::add (add) adds a number, or a tensor of another shape"),
+    "column": (lambda y, x, r, b, c: r + (y + x[:, :1]), "aten::add (add) adds a tensor of another shape than the"),
+    "wide element": (lambda y, x, r, b, c: r + (y + c.double().view(1)).to(y.dtype), "adds a tensor in torch.float64"),
     "its own addend": (
         lambda y, x, r, b, c: r + (y + y.sin()) * 0.5,
         "computed from that result, which has to be there",
@@ -313,6 +258,50 @@ def test_an_addend_in_float16_stays_unless_it_becomes_the_residual(world):
     for name in ("(r + y) * 0.25", "(b + y) * 0.25 + r", "r + (y - b)"):
         assert capture(of_kind(name), *given).verdicts() == [("fused", "")]
     refused(of_kind("computed"), *given, says="a scale (of unknown size)")
+
+
+@pytest.mark.parametrize("name", ["over c", "computed"])
+def test_divisors_and_factors_move_under_one_option(world, name):
+    captured = capture(of_kind(name), *inputs())
+    assert captured.report.notes == ("taken to be equal on all ranks: 1 scale (assume_replicated_scales)",)
+    refused(of_kind(name), *inputs(), says="assume_replicated_scales=True assumes it", assume_replicated_scales=False)
+
+
+def test_a_gate_that_divides(world):
+    def block(x, r, w, *_):
+        return norm(r + reduce_functional(x) / (x[:, :1].sign() + 1.5), w)
+
+    x, *rest = inputs()
+    says = "is the sum of quotients only if that tensor is the same on every rank, which the graph does not prove; "
+    refused(block, x, *rest, says=f"{says}assume_replicated_gates=True assumes it")
+    captured = capture(block, x, *rest, assume_replicated_gates=True)
+    assert captured.verdicts() == [("fused", "")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_number_alone_is_the_residual(world, dtype):
+    """Nothing is moved, so the bits are the program's for any values."""
+
+    def block(x, r, w, s, b, c, *_):
+        return norm(reduce_functional(x) + 0.625, w), norm(reduce_functional(r) - c, w)
+
+    given = (*tensors(dtype, (6,)), *inputs(dtype)[3:])
+    captured = capture(block, *given, allow_reassociation=False)
+    assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
+    equal(captured.result, block(*given))
+    refused(of_kind("r + (y - 1)"), *given, says="allow_reassociation=False forbids", allow_reassociation=False)
+
+
+@pytest.mark.parametrize("number", [0.3, 1e-9, 1e9, float("nan")])
+def test_a_number_that_the_dtype_does_not_hold_stays(world, number):
+    def block(x, r, w, *_):
+        return norm(r + (reduce_functional(x) + number), w)
+
+    refused(block, *inputs(torch.bfloat16), says=f"aten::add (add) adds {number!r} between the all-reduce and the norm")
+    if number == number:
+        given = inputs()
+        captured = capture(block, *given)
+        assert captured.verdicts() == [("fused", "")], captured.reasons()
 
 
 def test_a_scaled_sum_that_is_read_elsewhere_stays(world):
@@ -428,8 +417,43 @@ def test_lora_in_float16_is_not_merged(world):
     assert [entry.status for entry in captured.report.entries] == ["refused"] * 2
 
 
-def test_an_epsilon_that_is_a_buffer(world):
-    def block(x, r, w, s, b, c, *_):
-        return NORMS["L"](r + reduce_functional(x), w, c)
+class Own(torch.nn.Module):
+    """Calls a function with a value of the module's own, a buffer or a parameter."""
 
-    refused(block, *inputs(), says="epsilon is not a number but a tensor (arg", dynamic=True)
+    def __init__(self, function, value):
+        super().__init__()
+        self.function = function
+        if isinstance(value, torch.nn.Parameter):
+            self.value = value
+        else:
+            self.register_buffer("value", value)
+
+    def forward(self, x, r, w):
+        return self.function(self.value, r + reduce_functional(x), w)
+
+
+TENSOR_EPSILONS = {
+    "float64": (torch.tensor(1e-6, dtype=torch.float64), "a tensor (arg"),
+    "float32": (torch.tensor(1e-6), "a tensor (arg"),
+    "bfloat16": (torch.tensor([1e-6], dtype=torch.bfloat16), "a tensor (arg"),
+    "parameter": (torch.nn.Parameter(torch.tensor(1e-6)), "a tensor (arg"),
+    "float64, one element": (torch.tensor([1e-6], dtype=torch.float64), "computes the root in torch.float64, where"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", TENSOR_EPSILONS)
+def test_an_epsilon_that_is_a_tensor(world, name, dynamic):
+    """Its value may change from call to call."""
+    value, says = TENSOR_EPSILONS[name]
+    given = inputs(torch.bfloat16)[:3]
+    (reason,) = refused(Own(lambda eps, x, w: NORMS["L"](x, w, eps), value), *given, says=says, dynamic=dynamic)
+    assert "dynamic=True" not in reason
+    assert reason.endswith(("keep it as a Python float in the module", "keep it in torch.float32"))
+
+
+def test_an_epsilon_that_the_graph_computes(world):
+    block = Own(lambda eps, x, w: NORMS["L"](x, w, eps.abs() + 1e-6), torch.nn.Parameter(torch.tensor(1e-6)))
+    refused(block, *inputs()[:3], says="a tensor (add_1), which the graph computes; the operators take a number")
+    wide = Own(lambda eps, x, w: NORMS["L"](x, w, eps.float()), torch.tensor(1e-6, dtype=torch.float64))
+    refused(wide, *inputs()[:3], says="a float that dynamic=True made an input, or a float64 buffer; the operators")

@@ -152,6 +152,54 @@ def test_input_that_is_not_cast_once(twice):
         assert torch.equal(got, want)
 
 
+CONSTANTS = {
+    "epsilon": (lambda x, w: NORMS["L"](x, w, torch.tensor(1e-5)), 9.999999747378752e-06, 0.0),
+    "epsilon in float64": (lambda x, w: NORMS["M"](x, w, torch.tensor(1e-5, dtype=torch.float64)), 1e-5, 0.0),
+    "epsilon in bf16": (lambda x, w: NORMS["L"](x, w, torch.tensor([0.3]).bfloat16().float()), 0.30078125, 0.0),
+    "epsilon by full": (lambda x, w: NORMS["L"](x, w, x.new_full((1,), 0.25)), 0.25, 0.0),
+    "hidden size": (
+        lambda x, w: (x.float() * torch.rsqrt(total(x.float()) / torch.tensor(64.0) + 0.125)).to(x.dtype) * w,
+        0.125,
+        0.0,
+    ),
+    "one, added to the weight": (
+        lambda x, w: (x.float() * torch.rsqrt(mean(x.float()) + 0.125) * (torch.tensor(1.0) + w.float())).to(x.dtype),
+        0.125,
+        1.0,
+    ),
+    "ones, added to the weight": (
+        lambda x, w: (x.float() * torch.rsqrt(mean(x.float()) + 0.125) * (w.float() + torch.ones_like(w))).to(x.dtype),
+        0.125,
+        1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_numbers_that_are_constant_tensors(name):
+    norm, eps, bias = CONSTANTS[name]
+
+    def block(x, r, w):
+        return norm(r + reduce_functional(x), w)
+
+    inputs = tensors()
+    captured = capture(block, *inputs, inline_native=False)
+    assert captured.verdicts() == [("fused", "")], captured.reasons()
+    (call,) = captured.graph.find_nodes(op="call_function", target=FUSED_OP)
+    assert (call.args[2].op, *call.args[3:5]) == ("placeholder", eps, bias)
+    assert torch.equal(captured.result, block(*inputs))
+
+
+def test_a_weight_that_a_buffer_is_added_to():
+    def block(x, r, w, one):
+        s = (r + reduce_functional(x)).float()
+        return (s * torch.rsqrt(mean(s) + 1e-5) * (one + w.float())).to(x.dtype)
+
+    captured = capture(block, *tensors(), torch.tensor(1.0))
+    assert captured.verdicts() == [("refused", "supported")]
+    assert captured.reasons()[0].endswith("so compute the weight in torch.bfloat16")
+
+
 @pytest.mark.parametrize("way", ["over the size", "times one over the size"])
 def test_symbolic_hidden_size(way):
     def norm(x, w, eps):

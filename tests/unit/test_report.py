@@ -421,7 +421,7 @@ def _gathered(x, r, w):
         (_leaves, "its result leaves the graph without an RMSNorm after it"),
         (_relu, "no RMSNorm follows; aten::relu reads its result"),
         (_gated, "multiplied by a tensor (mul) before the norm"),
-        (_broadcast, "aten::add (add) adds a number, or a tensor of another shape than the all-reduce's result"),
+        (_broadcast, "aten::add (add) adds a tensor of another shape than the all-reduce's result"),
         (_scattered, "a reduce-scatter (sequence parallelism) follows, not a norm"),
         (_gathered, "an all-gather follows, not a norm"),
     ],
