@@ -68,6 +68,15 @@ def is_vector(node: Any, size: Any) -> bool:
     return value is not None and value.dim() == 1 and same_size(value.shape[0], size)
 
 
+def is_row(node: Any, size: Any) -> bool:
+    """Return whether a node is a vector of this length, or one with dimensions of 1 before it."""
+    value = value_of(node)
+    if value is None or value.dim() == 0:
+        return False
+    leading = all(isinstance(length, int) and length == 1 for length in value.shape[:-1])
+    return leading and same_size(value.shape[-1], size)
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Return whether two sizes are known to be equal, without adding a guard."""
     if isinstance(a, int) and isinstance(b, int):

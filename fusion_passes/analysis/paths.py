@@ -44,6 +44,7 @@ from fusewire.fusion_passes.analysis.graph import (
     dtype_of,
     first_refusal,
     is_number,
+    is_row,
     is_vector,
     last_size,
     plain_add,
@@ -96,7 +97,7 @@ class Step:
     def adds_one_row(self) -> bool:
         """Return whether every row is added the same: a vector, a number or one element."""
         value = value_of(self.value)
-        return value is None or value.dim() == 1 or is_one_element(self.value)
+        return value is None or value.dim() == 1 or not same_shape(self.value, self.node)
 
     def scaled(self, value: Any, call: Callable[..., Node]) -> Node:
         """Return a new node: `value` times or over the value of this scale."""
@@ -150,18 +151,17 @@ class Path:
         return addend
 
     def _added(self, step: Step, call: Callable[..., Node]) -> Node:
-        """Return what an add of the path adds; for a number or one element, a vector (hidden,)."""
+        """Return what an add of the path adds: a tensor of its shape, or a vector (hidden,)."""
         added, size = step.value, last_size(step.node)
-        number = is_number(added)
-        if (number or is_one_element(added)) and not isinstance(size, int):
+        if (is_number(added) or is_one_element(added)) and not isinstance(size, int):
             x = self.all_reduce.x
             size = call(aten.sym_size.int, (x, x.meta["val"].dim() - 1), {}, step.node)
-        if number:
+        if is_number(added):
             added = constant_vector(size, added, step.node)
-        elif is_one_element(added):
-            added = call(
-                aten.expand.default, (call(aten.view.default, (added, [1]), {}, step.node), [size]), {}, step.node
-            )
+        elif step.adds_one_row:
+            added = call(aten.view.default, (added, [-1]), {}, step.node)
+            if is_one_element(added):
+                added = call(aten.expand.default, (added, [size]), {}, step.node)
         return call(aten.neg.default, (added,), {}, step.node) if step.negated else added
 
     @property
@@ -344,26 +344,26 @@ def _other_readers(value: Node, steps: Sequence[Step]) -> int:
 def _addends_back(node: Node) -> Iterator[tuple[Any, tuple[Step, ...]]]:
     operands, difference = plain_add(node), plain_sub(node)
     for value, addend in (operands, operands[::-1]) if operands is not None else ():
-        if (step := _addend(node, value, addend)) is not None:
+        if (step := addend_step(node, value, addend)) is not None:
             yield value, (step,)
     if difference is not None:
         minuend, subtrahend = difference
-        if (step := _addend(node, minuend, subtrahend)) is not None:
+        if (step := addend_step(node, minuend, subtrahend)) is not None:
             yield minuend, (dataclasses.replace(step, negated=True),)
-        if (step := _addend(node, subtrahend, minuend)) is not None:
+        if (step := addend_step(node, subtrahend, minuend)) is not None:
             yield subtrahend, (Step(SCALE, node, -1.0), step)
 
 
-def _addend(node: Node, value: Any, addend: Any) -> Step | None:
+def addend_step(node: Node, value: Any, addend: Any) -> Step | None:
     """Return the step of an add to `value`, or None.
 
-    It adds a number, one element, a vector of the last size or a tensor of the value's shape.
+    It adds a number, one element, one row of the last size or a tensor of the value's shape.
     """
     value_dtype = dtype_of(value)
     if value_dtype is None or value_dtype != dtype_of(node) or not same_shape(value, node):
         return None
     if dtype_of(addend) == value_dtype:
-        fits = same_shape(addend, node) or is_vector(addend, last_size(node)) or is_one_element(addend)
+        fits = same_shape(addend, node) or is_row(addend, last_size(node)) or is_one_element(addend)
         return Step(ADDEND, node, addend) if fits else None
     number = constant_of(addend)
     return None if number is None else Step(ADDEND, node, number)

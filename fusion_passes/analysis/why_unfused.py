@@ -160,9 +160,11 @@ def _why_not_over(node: Node, source: Node, site: AllReduce, finder: PathFinder)
             f"{name} adds a tensor in {dtype_of(addend)} to the all-reduce's result in "
             f"{dtype_of(source)}, so it cannot be carried over it; add in one dtype"
         )
+    if not isinstance(addend, Node):
+        return f"{name} adds {addend!r}, so it cannot be carried over it; add a number or a tensor"
     return (
         f"{name} adds a tensor of another shape than the all-reduce's result and its rows, so it "
-        "cannot be carried over it; no option helps"
+        "cannot be carried over it; expand that tensor to the result's shape"
     )
 
 

@@ -24,8 +24,6 @@ from fusewire.fusion_passes.analysis.graph import (
     cast_source,
     dtype_of,
     erase_unused,
-    is_vector,
-    last_size,
     mutation_regions,
     new_call,
     plain_add,
@@ -33,7 +31,7 @@ from fusewire.fusion_passes.analysis.graph import (
     same_shape,
     sort_topologically,
 )
-from fusewire.fusion_passes.analysis.paths import ADDEND, CAST, Path, PathFinder
+from fusewire.fusion_passes.analysis.paths import ADDEND, CAST, Path, PathFinder, addend_step
 from fusewire.fusion_passes.context import MERGED, RunContext
 from fusewire.fusion_passes.passes.coalesced import drop_taken_tensors
 from fusewire.fusion_passes.spmd.fingerprint import moved_texts
@@ -44,11 +42,14 @@ _SUMS = ADDS | CASTS | {aten.addmm.default}
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two all-reduces that are added, one of them perhaps to a sum of the other and `residual`."""
+    """Two all-reduces that are added, one of them perhaps to a sum of the other and `residual`.
+
+    That may be a number.
+    """
 
     first: Path
     second: Path
-    residual: Node | None = None
+    residual: Any = None
 
     @property
     def paths(self) -> tuple[Path, Path]:
@@ -110,9 +111,8 @@ class _Merger:
         inner = plain_add(other) if isinstance(other, Node) and len(other.users) == 1 else None
         for summed, residual in (inner, inner[::-1]) if inner is not None else ():
             second = self._path_to(summed)
-            fits = same_shape(residual, node) or is_vector(residual, last_size(node))
-            fits = fits and same_shape(other, node)
-            if second is not None and fits and dtype_of(residual) == dtype_of(other) == dtype_of(node):
+            fits = same_shape(other, node) and dtype_of(other) == dtype_of(node)
+            if second is not None and fits and addend_step(other, summed, residual) is not None:
                 return self._pair(second, path, residual)
         return None
 
@@ -145,7 +145,7 @@ class _Merger:
         behind = plain_mul(node) or (node.args[:1] if first_only else ())
         return any(self._may_lead(source, limit - 1) for source in behind)
 
-    def _pair(self, first: Path, second: Path, residual: Node | None) -> _Pair | None:
+    def _pair(self, first: Path, second: Path, residual: Any) -> _Pair | None:
         a, b = first.all_reduce, second.all_reduce
         if a.node is b.node or not _same_reduction(a, b) or not same_shape(first.end, second.end):
             return None

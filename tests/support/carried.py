@@ -93,6 +93,8 @@ NUMBERS = {
     "r - (0.5 + y)": lambda y, r, s, b, c: r - (0.5 + y),
     "(r + y) + 1": lambda y, r, s, b, c: (r + y) + 1,
     "(y + 1) + b": lambda y, r, s, b, c: (y + 1) + b,
+    "y + one row": lambda y, r, s, b, c: y.reshape(-1, HIDDEN) + b.view(1, -1),
+    "a column, expanded": lambda y, r, s, b, c: r + (y + s[..., :1].expand_as(y)),
     "a constant": lambda y, r, s, b, c: r + (y + torch.tensor(0.5)),
     "y + c": lambda y, r, s, b, c: y + c,
     "r + (y - c)": lambda y, r, s, b, c: r + (y - c.view(1)),

@@ -232,6 +232,7 @@ FACTORS = {
         "a tensor in torch.float64 to the all-reduce's result in torch.float32",
     ),
     "column": (lambda y, x, r, b, c: r + (y + x[:, :1]), "aten::add (add) adds a tensor of another shape than the"),
+    "bool": (lambda y, x, r, b, c: r + (y + True), "aten::add (add) adds True, so it cannot be carried over it; add"),
     "wide element": (lambda y, x, r, b, c: r + (y + c.double().view(1)).to(y.dtype), "adds a tensor in torch.float64"),
     "its own addend": (
         lambda y, x, r, b, c: r + (y + y.sin()) * 0.5,
@@ -410,6 +411,26 @@ def test_a_sum_in_fp32_that_is_rounded_at_once_is_merged(world):
     read = capture(_wide_pair_also_read, *given, inline_native=False)
     assert not any(entry.fusion.startswith("merged") for entry in read.report.entries)
     equal(read.result, _wide_pair_also_read(*given))
+
+
+MERGED = {
+    "quotients": lambda x, r, s, b, c: r + (reduce_functional(x) / c + reduce_functional(s) / 2),
+    "a number beside": lambda x, r, s, b, c: r + ((reduce_functional(x) + reduce_functional(s)) - 1),
+    "a number inside": lambda x, r, s, b, c: r + ((1 + reduce_functional(x)) + reduce_functional(s)),
+    "an element inside": lambda x, r, s, b, c: r + (reduce_functional(x) + (reduce_functional(s) * 2 + c)),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_sums_with_divisors_and_numbers_are_merged(world, name):
+    def block(x, r, w, s, b, c, *_):
+        total = MERGED[name](x, r, s, b, c)
+        return norm(total, w), total
+
+    captured = capture(block, *inputs(), inline_native=False)
+    assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
+    assert (captured.count(FUSED_OP), captured.count(ALL_REDUCE)) == (1, 0)
+    equal(captured.result, block(*inputs()))
 
 
 def test_lora_in_float16_is_not_merged(world):
