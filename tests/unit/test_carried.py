@@ -258,7 +258,17 @@ def test_an_addend_in_float16_stays_unless_it_becomes_the_residual(world):
     refused(of_kind("r + (y + s) * 0.25"), *given, says="make more than float16 holds")
     for name in ("(r + y) * 0.25", "(b + y) * 0.25 + r", "r + (y - b)"):
         assert capture(of_kind(name), *given).verdicts() == [("fused", "")]
-    refused(of_kind("computed"), *given, says="a scale (of unknown size)")
+    for name in ("computed", "over c"):
+        refused(of_kind(name), *given, says="a scale (of unknown size)")
+
+
+def test_divisors_below_one_stay_in_float16(world):
+    def block(x, r, w, s, *_):
+        return norm(r + reduce_functional(x) / 4, w), norm(r + reduce_functional(s) / 0.5, w)
+
+    captured = capture(block, *inputs(torch.float16))
+    assert [entry.status for entry in captured.report.entries] == ["fused", "refused"]
+    assert captured.reasons()[1].startswith("a scale (2) stands between")
 
 
 @pytest.mark.parametrize("name", ["over c", "computed"])
@@ -477,4 +487,7 @@ def test_an_epsilon_that_the_graph_computes(world):
     block = Own(lambda eps, x, w: NORMS["L"](x, w, eps.abs() + 1e-6), torch.nn.Parameter(torch.tensor(1e-6)))
     refused(block, *inputs()[:3], says="a tensor (add_1), which the graph computes; the operators take a number")
     wide = Own(lambda eps, x, w: NORMS["L"](x, w, eps.float()), torch.tensor(1e-6, dtype=torch.float64))
-    refused(wide, *inputs()[:3], says="a float that dynamic=True made an input, or a float64 buffer; the operators")
+    says = "a float that dynamic=True made an input, or a float64 buffer; the operators take a number"
+    refused(wide, *inputs()[:3], says=says)
+    own = Own(lambda eps, x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w, wide.value)
+    refused(own, *inputs(torch.float64)[:3], says=says)

@@ -200,6 +200,13 @@ def test_a_weight_that_a_buffer_is_added_to():
     assert captured.reasons()[0].endswith("so compute the weight in torch.bfloat16")
 
 
+def test_a_weight_that_ones_in_another_dtype_are_added_to():
+    def norm(x, w):
+        return NORMS["weightless"](x, w, 1e-5) * (w + torch.ones(HIDDEN))
+
+    refused(norm, *tensors(), says="multiplies by a weight of dtype torch.float32, so its result is torch.float32")
+
+
 @pytest.mark.parametrize("way", ["over the size", "times one over the size"])
 def test_symbolic_hidden_size(way):
     def norm(x, w, eps):
