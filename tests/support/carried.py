@@ -101,6 +101,8 @@ NUMBERS = {
     "y + c in two dimensions": lambda y, r, s, b, c: y + c.view(1, 1),
     "scaled": lambda y, r, s, b, c: r + (y + 2) * c,
     "nested": lambda y, r, s, b, c: r + (((y + 1) * 0.5 - 2) / c + c) * 0.5,
+    "one row, flat": lambda y, r, s, b, c: r + (y.reshape(-1, HIDDEN) + b.view(1, -1)).reshape(r.shape),
+    "one element, flat": lambda y, r, s, b, c: r + (y.reshape(-1, HIDDEN) + c).reshape(r.shape),
     "flat, of a number": lambda y, r, s, b, c: r + ((y.reshape(-1, HIDDEN) - 1) * c).reshape(r.shape),
 }
 KINDS = {**SUBTRACTIONS, **SCALES_AFTER_ADDENDS, **SCALES, **DIVISIONS, **NUMBERS}
