@@ -50,7 +50,7 @@ def read_weight(vector: Any, dtype: torch.dtype | None, left: bool, hidden: Any)
 
 
 def _split_bias(vector: Node, hidden: Any) -> tuple[Node, Any]:
-    """Return (vector, number) if a vector is their sum in the vector's dtype, else itself and 0.0."""
+    """Return (vector, number) if a vector is their sum in one dtype, else itself and 0.0."""
     operands = plain_add(vector)
     for inner, added in (operands, operands[::-1]) if operands is not None else ():
         number = constant_of(added)

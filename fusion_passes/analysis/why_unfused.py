@@ -169,7 +169,7 @@ def _why_not_over(node: Node, source: Node, site: AllReduce, finder: PathFinder)
 
 
 def _why_not_moved(factor: Any, source: Node, site: AllReduce, finder: PathFinder, node: Node) -> str:
-    """Return why `node`, the product or quotient with a factor, cannot move before the all-reduce."""
+    """Return why the factor or divisor of `node` cannot move before the all-reduce."""
     number, product = constant_of(factor), plain_mul(node) is not None
     done, many, verb = ("multiplied", "product", "multiply") if product else ("divided", "quotient", "divide")
     what = f"it is {done} by {'a tensor' if number is None else f'{number:g}'} ({node}) before the norm; "
