@@ -89,9 +89,8 @@ class Step:
     @property
     def factor(self) -> float | None:
         """Return the number that a scale multiplies by, or None if the graph does not know it."""
-        if not is_number(self.value):
-            return None
-        return 1.0 / self.value if self.divides else self.value
+        number: float | None = self.value if is_number(self.value) else None
+        return number if number is None or not self.divides else 1.0 / number
 
     @property
     def adds_one_row(self) -> bool:
@@ -159,7 +158,8 @@ class Path:
         if is_number(added):
             added = constant_vector(size, added, step.node)
         elif step.adds_one_row:
-            added = call(aten.view.default, (added, [-1]), {}, step.node)
+            if added.meta["val"].dim() != 1:
+                added = call(aten.view.default, (added, [-1]), {}, step.node)
             if is_one_element(added):
                 added = call(aten.expand.default, (added, [size]), {}, step.node)
         return call(aten.neg.default, (added,), {}, step.node) if step.negated else added
