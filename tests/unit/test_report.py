@@ -391,7 +391,7 @@ def _gated(x, r, w):
 
 
 def _broadcast(x, r, w):
-    return NORMS["L"](reduce_functional(x) + r[:1] + r, w, 1e-5)
+    return NORMS["L"](reduce_functional(x) + r[:, :1] + r, w, 1e-5)
 
 
 def _two_all_reduces(x, r, w):
