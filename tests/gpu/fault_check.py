@@ -234,7 +234,7 @@ class Cases:
 
     @staticmethod
     def _end(me):
-        """Make another call: where data is its own flag, other tokens are noticed there."""
+        """Make another call, which raises what the kernel of the one before found."""
         with me.noted():
             if me.gpu and not me.found["errors"]:
                 me.call(11)

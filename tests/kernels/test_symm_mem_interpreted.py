@@ -143,6 +143,17 @@ DIFFERING = {
 }
 
 
+# Where data is its own flag, other tokens are noticed by the clock, on every rank.
+DIFFERING |= {
+    f"{name}: {one} and {other} tokens": (
+        world, 64, BF16, [(kind, 5, options)], (kind, one, options), (kind, other, options)
+    )
+    for name, (kind, options) in PROTOCOLS.items()
+    if options.get("protocol") != "flags"
+    for world, one, other in ((2, 3, 4), (2, 5, 2), (3, 4, 7), (3, 8, 7))
+}  # fmt: skip
+
+
 PARTS = 16  # of the nightly test, each a few minutes long
 
 

@@ -59,7 +59,7 @@ from fusewire.custom_ops.providers.symm_mem.launch_config import (
     launch_config_two_shot_data,
     launch_config_two_shot_flags,
 )
-from fusewire.custom_ops.providers.symm_mem.layout import owned_rows
+from fusewire.custom_ops.providers.symm_mem.layout import owned_rows, shift_of
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
 from fusewire.errors import ArgumentError
 
@@ -132,7 +132,7 @@ def one_shot_launch(
     norm_out = _norm_out(norm_out, x, quantization)
     residual_out = output_like(residual_out, x, x, "residual_out") if need_residual else None
     layout, at = ws.layout, ws.layout.offsets
-    source = layout.one_shot_tokens * layout.row_bytes
+    source = layout.one_shot_source
     call = Call(
         (rows, residual, norm_out, residual_out),
         Norms(norm, inner, batch_invariant),
@@ -141,7 +141,8 @@ def one_shot_launch(
     if not tokens:
         return assemble(ws, "", NOTHING, call, (), None, ())
     config = config or launch_config_one_shot(tokens, layout.packets, ws.multiprocessors)
-    numbers = (tokens, ws.rank, at["one_shot_slots"], ws.world_size * source, source, at["one_shot_slices"])
+    slots = at["one_shot_slots"] + shift_of(tokens)
+    numbers = (tokens, ws.rank, slots, ws.world_size * source, source, at["one_shot_slices"])
     tiles = (config.slices, config.block, config.threads)
     return assemble(ws, ONE_SHOT_KERNEL, config, call, numbers, at["one_shot_largest"], tiles)
 
@@ -272,9 +273,9 @@ def _two_shot(
         return assemble(ws, "", NOTHING, call, (), None, ())
     if _protocol(ws, tokens, protocol, output, call.quant is not None) == DATA:
         config = config or launch_config_two_shot_data(shard, layout.packets, ws.world_size, ws.multiprocessors)
-        source = layout.data_shard * layout.row_bytes
+        source = layout.data_source
         counts = (tokens, shard, ws.rank)
-        slots = (at["data_slots"], ws.world_size * source, source)
+        slots = (at["data_slots"] + shift_of(tokens), ws.world_size * source, source)
         areas = (at["data_results"], at["data_squares"], at["data_slices"])
         constants = (replicate_residual, config.slices, config.block, config.unroll, config.threads)
         return assemble(ws, "two_shot_data_kernel", config, call, (*counts, *slots, *areas), None, constants)

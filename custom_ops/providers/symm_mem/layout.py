@@ -96,8 +96,8 @@ class Layout:
         world, row = self.world_size, self.row_bytes
         data, flags = self.data_shard * world, self.flags_shard * world
         sizes = {
-            "one_shot_slots": 2 * world * self.one_shot_tokens * row,
-            "data_slots": 2 * data * row,
+            "one_shot_slots": 2 * world * self.one_shot_source,
+            "data_slots": 2 * world * self.data_source,
             "data_results": data * row,
             # Two words per slice: the second is for the inner norm's squares.
             "one_shot_slices": CACHE_LINE_BYTES * self.one_shot_tokens,
@@ -135,6 +135,16 @@ class Layout:
         return rows_per_rank(self.data_tokens, self.world_size)
 
     @property
+    def one_shot_source(self) -> int:
+        """Bytes of one rank's part of a one-shot's slot: its rows, behind `shift_of` all tokens."""
+        return self.one_shot_tokens * self.row_bytes + shift_of(self.one_shot_tokens)
+
+    @property
+    def data_source(self) -> int:
+        """Bytes of one rank's part of a data-as-flag two-shot's slot, likewise."""
+        return self.data_shard * self.row_bytes + shift_of(self.data_tokens)
+
+    @property
     def flags_shard(self) -> int:
         """The most rows per rank of a two-shot with flags."""
         return rows_per_rank(self.max_tokens, self.world_size)
@@ -148,6 +158,16 @@ class Layout:
     def ones(self) -> tuple[str, ...]:
         """The areas where data is its own flag, initially all ones; other areas start as zeros."""
         return ("one_shot_slots", "data_slots", "data_results")
+
+
+def shift_of(tokens: int) -> int:
+    """Return where in its part of a slot the rows of a call with so many tokens begin, in bytes.
+
+    Where data is its own flag, nothing else shows that a peer makes a call with other tokens. Rows
+    that begin elsewhere do: either their first packet is missing, or their last. So the ranks wait
+    past the time limit, and none takes the others' rows for its own.
+    """
+    return CACHE_LINE_BYTES * tokens
 
 
 def unsupported_reason(world_size: int, hidden: int, dtype: torch.dtype) -> str | None:
