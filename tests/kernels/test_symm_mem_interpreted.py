@@ -143,8 +143,17 @@ DIFFERING = {
 }
 
 
-# Where data is its own flag, other tokens are noticed by the clock, on every rank.
+# Where data is its own flag, other calls are noticed by the clock, on every rank.
 DIFFERING |= {
+    f"{name}, {other[0]}": (2, 64, BF16, [one], one, other)
+    for name, one, other in (
+        ("data, full", ("two_shot", 5, {}), ("two_shot_sharded", 5, {})),
+        ("data, full", ("two_shot", 5, {}), ("two_shot", 5, INNER)),
+        ("data, sharded with two norms", ("two_shot_sharded", 4, INNER), ("two_shot_sharded", 4, {})),
+        ("data, sharded", ("two_shot_sharded", 4, {}), ("two_shot", 4, INNER)),
+        ("one-shot with two norms", ("one_shot", 3, INNER), ("one_shot", 3, {})),
+    )
+} | {
     f"{name}: {one} and {other} tokens": (
         world, 64, BF16, [(kind, 5, options)], (kind, one, options), (kind, other, options)
     )

@@ -141,7 +141,7 @@ def one_shot_launch(
     if not tokens:
         return assemble(ws, "", NOTHING, call, (), None, ())
     config = config or launch_config_one_shot(tokens, layout.packets, ws.multiprocessors)
-    slots = at["one_shot_slots"] + shift_of(tokens)
+    slots = at["one_shot_slots"] + shift_of(tokens, False, inner is not None)
     numbers = (tokens, ws.rank, slots, ws.world_size * source, source, at["one_shot_slices"])
     tiles = (config.slices, config.block, config.threads)
     return assemble(ws, ONE_SHOT_KERNEL, config, call, numbers, at["one_shot_largest"], tiles)
@@ -275,7 +275,8 @@ def _two_shot(
         config = config or launch_config_two_shot_data(shard, layout.packets, ws.world_size, ws.multiprocessors)
         source = layout.data_source
         counts = (tokens, shard, ws.rank)
-        slots = (at["data_slots"] + shift_of(tokens), ws.world_size * source, source)
+        shift = shift_of(tokens, not replicate_residual, call.norms.inner is not None)
+        slots = (at["data_slots"] + shift, ws.world_size * source, source)
         areas = (at["data_results"], at["data_squares"], at["data_slices"])
         constants = (replicate_residual, config.slices, config.block, config.unroll, config.threads)
         return assemble(ws, "two_shot_data_kernel", config, call, (*counts, *slots, *areas), None, constants)

@@ -160,14 +160,18 @@ class Layout:
         return ("one_shot_slots", "data_slots", "data_results")
 
 
-def shift_of(tokens: int) -> int:
-    """Return where in its part of a slot the rows of a call with so many tokens begin, in bytes.
+def shift_of(tokens: int, sharded: bool = True, inner: bool = True) -> int:
+    """Return where in its part of a slot the rows of a call begin, in bytes.
 
-    Where data is its own flag, nothing else shows that a peer makes a call with other tokens. Rows
-    that begin elsewhere do: either their first packet is missing, or their last. So the ranks wait
-    past the time limit, and none takes the others' rows for its own.
+    Where data is its own flag, nothing else shows that a peer makes a call with other tokens, or of
+    another operator. Rows that begin elsewhere do: either their first packet is missing, or their
+    last. So the ranks wait past the time limit, and none takes the others' rows for its own.
+
+    Args:
+        sharded: whether the residual is sharded.
+        inner: whether there is an inner norm.
     """
-    return CACHE_LINE_BYTES * tokens
+    return CACHE_LINE_BYTES * (4 * tokens + 2 * sharded + inner)
 
 
 def unsupported_reason(world_size: int, hidden: int, dtype: torch.dtype) -> str | None:

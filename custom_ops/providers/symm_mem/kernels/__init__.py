@@ -73,7 +73,7 @@ rank. In a two-shot it has rows from each owner (one may be itself), and an owne
 from every rank before it sends any. A rank pushes for call n + 1 only after it has ended call n.
 Hence:
 
-* One-shot: packets of call n go to slot n % 2, to a place that depends on the number of tokens
+* One-shot: packets of call n go to slot n % 2, to a place that depends on the call
   (`layout.shift_of`), and their reader resets them to the sentinel in call n. Ranks that have ended
   call n + 1 write there again in call n + 2: by (I), after the reader has ended call n. Slots
   alternate per one-shot call, so other calls in between only add distance.
