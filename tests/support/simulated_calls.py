@@ -16,7 +16,7 @@ from fusewire.custom_ops.providers.batch_invariant.torch_norm import normalize_b
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem.arguments import Quantization
 from fusewire.custom_ops.providers.symm_mem.layout import Failure
-from fusewire.errors import PeerTimeoutError
+from fusewire.errors import PeerTimeoutError, RankMismatchError
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALE, ROUND = "scale_then_round", "round_then_scale"
@@ -244,3 +244,21 @@ def check_late(machine, calls, late):
             kept = mine.residual_out[: len(call.total[mine.rows])]
             assert are_nan(mine), f"rank {rank.ws.rank}: a norm after the fault is not NaN"
             assert kept.isnan().all(), f"rank {rank.ws.rank}: a residual after the fault is not NaN"
+
+
+def check_differing(machine, calls):
+    """The last rank made the last call where the others made the one before: every rank has an
+    error, which flags show at once.
+    """
+    last, number = machine.ranks[-1].ws.rank, len(calls) - 1
+    flags = protocol_of(calls[-2]) == "flags"
+    assert not flags or machine.now < LIMIT_S * 1e9, "a difference is noticed by the clock"
+    for rank in machine.ranks:
+        error, said = (RankMismatchError, "makes call") if flags else (PeerTimeoutError, "call")
+        with pytest.raises(error, match=rf"{said} {number} of the workspace") as raised:
+            rank.ws.check()
+        if flags:
+            named = int(re.match(r"rank (\d) makes another call", str(raised.value))[1])
+            assert named == last if rank.ws.rank != last else named < last
+        mine = calls[-1 if rank.ws.rank == last else -2].ranks[rank.ws.rank]
+        assert (mine.quantized if mine.norm_out is None else mine.norm_out).isnan().any()
