@@ -39,7 +39,7 @@ class Layer(NormText):
             return False
         if self.rank == 1 or 0 in self.writer.shape:
             return miss in ("other reduction", "group of one rank", "relu", "all-reduce also read", "alpha", "no norm")
-        # With one token a mean over the tokens is over nothing, and a row broadcasts to nothing.
+        # With one token a mean over the tokens is over nothing, and a column is one element.
         few = self.writer.shape[-2] == 1
         return not (few and miss in ("broadcast residual", "slice", "mean over tokens", "epsilon per token"))
 
@@ -211,7 +211,7 @@ class Layer(NormText):
         if self.miss == "alpha":
             return self.let(self.pick(f"torch.add({h}, {v}, alpha=2)", f"torch.add({v}, {h}, alpha=0.5)"), "t")
         if self.miss == "broadcast residual":
-            h = self.input("row", (*self.writer.shape[:-2], 1, HIDDEN))
+            h = self.input("column", (*self.writer.shape[:-1], 1))
         elif self.miss == "broadcast all-reduce":
             h = self.input("wide", (2, *self.writer.shape))
         elif self.miss == "wide residual":
