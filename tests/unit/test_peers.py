@@ -414,7 +414,7 @@ def test_options_of_a_model_are_measured_beside_the_defaults(tmp_path, monkeypat
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     names = {"layers": 1, "prefill": [], "decode": [8], "variants": ["shard_residual", "both"], "out": tmp_path}
     rows = []
-    models.measure("llama-70b", argparse.Namespace(**names, profile_to=None), rows)
+    models.measure("llama-70b", argparse.Namespace(**names, fp8=False, profile_to=None), rows)
     assert [(row.variant, row.ratio) for row in rows] == [("default", 0.5), ("shard_residual", 0.25), ("both", 0.25)]
     assert calls[2:] == [
         ("inductor", None),
