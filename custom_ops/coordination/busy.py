@@ -12,14 +12,14 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from fusewire.custom_ops.coordination.store import GroupStore, poll
+from fusewire.custom_ops.coordination.processes import announce, ended
+from fusewire.custom_ops.coordination.store import GroupStore, default_store, poll
 from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
-from fusewire.errors import ProcessGroupError
 
 T = TypeVar("T")
 _lock = threading.Lock()
@@ -42,36 +42,59 @@ def busy() -> Iterator[None]:
 
 
 def poll_ranks(
-    ranks: Callable[[], Iterable[int]],
+    ranks: Callable[[], Sequence[int]],
     look: Callable[[], T | None],
     timeout_s: float,
     *,
+    needed: Callable[[], Sequence[int]] | None = None,
     waiting_for: Callable[[], str] | None = None,
     spin_s: float = 0.0,
 ) -> T | None:
     """Poll with a time limit that messages of busy ranks restart.
 
+    The wait ends early if a rank that it needs has ended: what such a rank has not published by
+    then, it never will.
+
     Args:
-        ranks: returns the global ranks that are waited for.
+        ranks: returns the global ranks whose messages restart the limit.
+        needed: returns the global ranks without which the wait is in vain; by default `ranks`.
 
     The others and the result are those of `fusewire.custom_ops.coordination.store.poll`.
     """
     global _waits
-    blocks = getattr(_own, "blocks", 0)
+    blocks, asked = getattr(_own, "blocks", 0), False
+
+    def progress() -> list[str | None]:
+        nonlocal asked
+        store = default_store()
+        if store is None:
+            return []
+        announce(store)
+        if asked and ended((needed or ranks)()):  # not at once: the look has to be fast if all come
+            raise _EndedError
+        asked = True
+        return [store.get(_key(rank)) for rank in ranks()]
+
     with _lock:
         _waits += blocks
     try:
-        return poll(look, timeout_s, waiting_for=waiting_for, progress=lambda: _messages(ranks()), spin_s=spin_s)
+        return poll(look, timeout_s, waiting_for=waiting_for, progress=progress, spin_s=spin_s)
+    except _EndedError:
+        return look()
     finally:
         with _lock:
             _waits -= blocks
+
+
+class _EndedError(Exception):
+    """A needed rank's process has ended."""
 
 
 def _enter() -> None:
     global _blocks, _stop, _thread
     with _lock:
         _blocks += 1
-        store = _default_store() if _thread is None else None
+        store = default_store() if _thread is None else None
         if store is not None:
             _stop = threading.Event()
             arguments = (store, _key(dist.get_rank()), _stop)
@@ -94,26 +117,13 @@ def _leave() -> None:
 def _send(store: GroupStore, key: str, stop: threading.Event) -> None:
     interval_s, end, sent = limit_s(Limit.BUSY_INTERVAL), time.monotonic() + limit_s(Limit.COMPILATION), False
     with contextlib.suppress(Exception):  # the store is gone, and with it whoever would read
+        announce(store)
         while not stop.wait(interval_s) and time.monotonic() < end:
             if _waits < _blocks:
                 store.set(key, uuid.uuid4().hex)
                 sent = True
         if sent:
             store.delete(key)
-
-
-def _messages(ranks: Iterable[int]) -> list[str | None]:
-    store = _default_store()
-    return [] if store is None else [store.get(_key(rank)) for rank in ranks]
-
-
-def _default_store() -> GroupStore | None:
-    if not dist.is_available() or not dist.is_initialized() or dist.group.WORLD is None:
-        return None
-    try:
-        return GroupStore(dist.group.WORLD)
-    except ProcessGroupError:
-        return None
 
 
 def _key(rank: int) -> str:

@@ -24,7 +24,6 @@ import contextlib
 import hashlib
 import mmap
 import os
-import socket
 import tempfile
 import threading
 import weakref
@@ -36,6 +35,7 @@ import torch.distributed as dist
 
 from fusewire.custom_ops._torch_private import process_group
 from fusewire.custom_ops.coordination.busy import poll_ranks
+from fusewire.custom_ops.coordination.processes import host, how_long
 from fusewire.custom_ops.coordination.store import GroupStore, poll
 from fusewire.custom_ops.coordination.timeouts import TIMEOUT_VARIABLE, Limit, group_timeout_s, limit_s
 from fusewire.custom_ops.coordination.vote import Channel, VoteResult, vote
@@ -200,17 +200,18 @@ class _Meetings:
             absent, differing = board.look(number, digest)
             return differing if differing or not absent else None
 
+        def awaited() -> list[int]:
+            return [self.ranks[peer] for peer in absent]
+
         def who() -> str:
-            return f"{_listed([self.ranks[peer] for peer in absent])} of group {group.group_name!r} before {label}"
+            return f"{_listed(awaited())} of group {group.group_name!r} before {label}"
 
         most_s = group_timeout_s(group)
-        differing = poll_ranks(
-            lambda: [self.ranks[peer] for peer in absent], look, most_s, waiting_for=who, spin_s=_SPIN_S
-        )
+        differing = poll_ranks(awaited, look, most_s, waiting_for=who, spin_s=_SPIN_S)
         if differing is None:
             raise PeerTimeoutError(
-                f"{who()}: did not come within {most_s:.0f} s. Either it runs something else "
-                "there (the program without compiling it, another graph, a graph that breaks "
+                f"{who()}: did not come {how_long(awaited(), most_s)}. Either it runs something "
+                "else there (the program without compiling it, another graph, a graph that breaks "
                 f"elsewhere), or it has stopped, or it takes longer: {TIMEOUT_VARIABLE} sets how "
                 "long to wait, and the group's own timeout bounds it. Make every rank run the "
                 "same program, or set FUSEWIRE_DISABLE=1 on all of them"
@@ -300,19 +301,6 @@ def fail(group: dist.ProcessGroup, reason: str) -> None:
     if meetings.waiting(group) and not meetings.at_board:
         with contextlib.suppress(RankMismatchError, PeerTimeoutError):
             meetings.answer(group, f"gave up: {reason}")
-
-
-def host() -> str:
-    """Return an identifier of the processes that can share memory with this one.
-
-    It is the machine's boot id and the number space of process ids. Containers of one machine
-    differ: peers open each other's memory by process ids, which mean another process there.
-    """
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # not Linux
-        return socket.gethostname()
 
 
 def _digest(fingerprint: str) -> int:

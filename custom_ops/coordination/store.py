@@ -79,6 +79,16 @@ class GroupStore:
             ) from error
 
 
+def default_store() -> GroupStore | None:
+    """Return the default group's store; None if there is none."""
+    if not dist.is_available() or not dist.is_initialized() or dist.group.WORLD is None:
+        return None
+    try:
+        return GroupStore(dist.group.WORLD)
+    except ProcessGroupError:
+        return None
+
+
 def poll(
     look: Callable[[], T | None],
     timeout_s: float,
@@ -90,7 +100,7 @@ def poll(
     """Call `look` until it returns a value other than None.
 
     Args:
-        look: returns None to continue. Its exceptions end the wait.
+        look: returns None to continue. Its exceptions, and those of `progress`, end the wait.
         timeout_s: the time limit in seconds.
         waiting_for: returns a text that is logged once if the wait is long.
         progress: the time limit restarts when its return value changes.

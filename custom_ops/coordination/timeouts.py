@@ -4,7 +4,8 @@ A limit only ends in an error. No limit decides which code a rank runs.
 
 Limits of waits for other ranks hold for FUSEWIRE_TIMEOUT_S=600 and scale with that variable. Limits
 of this rank's own work do not scale: they say how long a compiler or a program may take. Each limit
-can also be set by a variable of its own. All ranks need the same values.
+can also be set by a variable of its own. All ranks need the same values. A wait for a rank whose
+process has ended does not last until its limit (see `processes`).
 
 The order of the waits for other ranks is
 
@@ -37,6 +38,8 @@ class Limit(Enum):
 
     # Of one wait inside a kernel, from its first fruitless polls on. Nothing restarts it.
     KERNEL = ("FUSEWIRE_KERNEL_TIMEOUT_S", 900.0, True)
+    # Of the same once a rank's process has ended: what it has sent has arrived long before.
+    ENDED_PEER = ("FUSEWIRE_ENDED_PEER_TIMEOUT_S", 5.0, False)
     # Of a vote's wait for ballots. A message of an awaited rank that it is busy restarts it.
     VOTE = ("FUSEWIRE_VOTE_TIMEOUT_S", 660.0, True)
     # Of the waits before a graph is compiled or run: the agreement and the rendezvous. The group's

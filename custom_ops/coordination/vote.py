@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from fusewire.custom_ops.coordination.busy import busy, poll_ranks
+from fusewire.custom_ops.coordination.processes import how_long
 from fusewire.custom_ops.coordination.store import GroupStore, poll
 from fusewire.custom_ops.coordination.timeouts import TIMEOUT_VARIABLE, Limit, limit_s, outcome_timeout_s
 from fusewire.errors import PeerTimeoutError, WorkspaceError
@@ -117,9 +118,9 @@ class Channel:
         missing = [rank for rank, found in zip(self.global_ranks, ballots, strict=True) if found is None]
         if missing:
             raise PeerTimeoutError(
-                f"{self.label}: no vote on {topic!r} from rank(s) {_listed(missing)} within "
-                f"{self.wait_s:.0f} s; every rank of the group must make the same calls in the "
-                f"same order ({TIMEOUT_VARIABLE} sets how long to wait)"
+                f"{self.label}: no vote on {topic!r} from rank(s) {_listed(missing)} "
+                f"{how_long(missing, self.wait_s)}; every rank of the group must make the same "
+                f"calls in the same order ({TIMEOUT_VARIABLE} sets how long to wait)"
             )
         if self._session == _NO_SESSION:
             self._session = ballots[0]["nonce"]
@@ -134,10 +135,13 @@ class Channel:
             absent[:] = [rank for rank, text in texts.items() if not text.startswith(_BALLOT)]
             return not absent or None
 
-        def awaited() -> str:
-            return f"rank(s) {_listed([self.global_ranks[r] for r in absent])} to vote on {topic!r} ({self.label})"
+        def awaited() -> list[int]:
+            return [self.global_ranks[rank] for rank in absent]
 
-        self._wait(look, self.wait_s, abortable, awaited)
+        def who() -> str:
+            return f"rank(s) {_listed(awaited())} to vote on {topic!r} ({self.label})"
+
+        self._wait(look, self.wait_s, abortable, awaited, who)
         ballots = [None if r in absent else json.loads(text.removeprefix(_BALLOT)) for r, text in texts.items()]
         for rank in range(1, self.size):
             found = ballots[rank]
@@ -159,7 +163,7 @@ class Channel:
 
         self._store.set(own, ballot)
         try:
-            outcome = self._wait(look, most_s, abortable)
+            outcome = self._wait(look, most_s, abortable, lambda: self.global_ranks[:1])
             if outcome is None and not self._store.replace(own, ballot, _WITHDRAWN):
                 outcome = poll(look, limit_s(Limit.PUBLICATION))  # the ballot has been taken
         finally:
@@ -167,13 +171,18 @@ class Channel:
         if outcome is None:
             raise PeerTimeoutError(
                 f"{self.label}: rank {self.global_ranks[0]} did not publish the outcome of "
-                f"{topic!r} within {most_s:.0f} s; has it died, or does it run another program? "
-                f"({TIMEOUT_VARIABLE} sets how long to wait)"
+                f"{topic!r} {how_long(self.global_ranks[:1], most_s)}; does it run another "
+                f"program? ({TIMEOUT_VARIABLE} sets how long to wait)"
             )
         return outcome
 
     def _wait(
-        self, look: Callable[[], T | None], most_s: float, abortable: bool, awaited: Callable[[], str] | None = None
+        self,
+        look: Callable[[], T | None],
+        most_s: float,
+        abortable: bool,
+        needed: Callable[[], Sequence[int]],
+        who: Callable[[], str] | None = None,
     ) -> T | None:
         """Poll `look`; if abortable an abort ends it, else busy ranks restart the time limit."""
 
@@ -183,10 +192,8 @@ class Channel:
                 raise WorkspaceError(reason)
             return look()
 
-        if abortable:
-            return poll(look_out, most_s, waiting_for=awaited)
-        others = [rank for rank in self.global_ranks if rank != self.global_ranks[self.rank]]
-        return poll_ranks(lambda: others, look_out, most_s, waiting_for=awaited)
+        others = [] if abortable else [rank for rank in self.global_ranks if rank != self.global_ranks[self.rank]]
+        return poll_ranks(lambda: others, look_out, most_s, needed=needed, waiting_for=who)
 
 
 @dataclass(frozen=True)

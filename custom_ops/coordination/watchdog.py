@@ -5,16 +5,20 @@ and raises, but replays of CUDA graphs run no code on the host. The thread reads
 regularly. It decides nothing by the clock: it only reads what kernels wrote. A fault is reported
 once: on stderr, to the handlers of `fusewire.on_fault`, and, if FUSEWIRE_ON_FAULT=abort, by the
 end of the process.
+
+The thread also looks whether the peers' processes still run. If one has ended, the workspace's
+kernels need not wait for it until their limit.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from fusewire.custom_ops.coordination.log import log_line
+from fusewire.custom_ops.coordination.processes import Process
 from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.environment import env_choice
 from fusewire.errors import FusewireError
@@ -35,6 +39,9 @@ class Watched(Protocol):
     def fault(self) -> FusewireError | None:
         """Return the error of a kernel that gave up, else None. Does not wait; thread-safe."""
 
+    def lose(self, rank: int) -> None:
+        """Learn that the process of a rank of the group has ended. Does not wait; thread-safe."""
+
 
 class Watchdog:
     """The watched workspaces, the handlers, and the thread while there is something to watch.
@@ -49,14 +56,14 @@ class Watchdog:
     def forget(self) -> None:
         """Watch nothing, without a thread: the state in a forked child, which has only its own."""
         self._lock = threading.Lock()
-        self._watched: list[Watched] = []
+        self._watched: dict[Watched, dict[int, Process]] = {}  # with the peers that still run
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
-    def watch(self, workspace: Watched) -> None:
-        """Look at a workspace until it is reported or closed."""
+    def watch(self, workspace: Watched, peers: Mapping[int, Process] | None = None) -> None:
+        """Look at a workspace, and at its peers' processes, until it is reported or closed."""
         with self._lock:
-            self._watched.append(workspace)
+            self._watched[workspace] = dict(peers or {})
             if self._thread is None:
                 self._stop = threading.Event()
                 self._thread = threading.Thread(
@@ -69,8 +76,7 @@ class Watchdog:
         """Look at a workspace for the last time; end the thread after the last workspace."""
         self._look(workspace)
         with self._lock:
-            if workspace in self._watched:
-                self._watched.remove(workspace)
+            self._watched.pop(workspace, None)
             ended = None if self._watched else self._thread
             if ended is not None:
                 self._thread = None
@@ -92,8 +98,18 @@ class Watchdog:
 
     def _run(self, stop: threading.Event, interval_s: float) -> None:
         while not stop.wait(interval_s):
-            for workspace in list(self._watched):
+            for workspace, peers in list(self._watched.items()):
                 self._look(workspace)
+                self._look_for_ended(workspace, peers)
+
+    @staticmethod
+    def _look_for_ended(workspace: Watched, peers: dict[int, Process]) -> None:
+        for rank in [rank for rank, process in peers.items() if process.ended]:
+            del peers[rank]
+            try:
+                workspace.lose(rank)
+            except Exception as problem:  # the device has failed
+                log_line(f"rank {rank} has ended, and kernels wait for it until their limit: {problem}")
 
     def _look(self, workspace: Watched) -> None:
         """Report a workspace's fault, unless another thread has reported it."""
@@ -103,7 +119,7 @@ class Watchdog:
         with self._lock:
             if workspace not in self._watched:
                 return
-            self._watched.remove(workspace)
+            del self._watched[workspace]
             handlers = list(self._handlers)
         log_line(f"a fused call failed: {type(error).__name__}: {error}")
         for handler in handlers:

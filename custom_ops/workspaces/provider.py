@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from fusewire.custom_ops.coordination.rendezvous import host
+from fusewire.custom_ops.coordination.processes import host
 from fusewire.custom_ops.coordination.timeouts import Limit
 from fusewire.custom_ops.coordination.vote import Channel
 from fusewire.custom_ops.coordination.watchdog import WATCHDOG
@@ -76,6 +76,12 @@ class Workspace(abc.ABC):
     def fault(self) -> FusewireError | None:
         """Return the error of an earlier call, else None. Does not wait; thread-safe."""
         return None
+
+    def lose(self, rank: int) -> None:  # noqa: B027
+        """Learn that the process of a rank of the group has ended. Does not wait; thread-safe.
+
+        A process may end because its program is done, so this is no fault.
+        """
 
     def enter(self, device_index: int) -> None:
         """Order the next launch after earlier calls; `order.lock` must be held until the launch."""

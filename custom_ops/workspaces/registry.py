@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fusewire.custom_ops.coordination.processes import processes
 from fusewire.custom_ops.coordination.timeouts import Limit, limit_s
 from fusewire.custom_ops.coordination.vote import Channel, vote
 from fusewire.custom_ops.coordination.watchdog import WATCHDOG, action
@@ -166,7 +167,9 @@ class WorkspaceRegistry:
             raise
         if result.ok:
             entry.workspace = made[0]
-            WATCHDOG.watch(made[0])
+            ranks = dist.get_process_group_ranks(group)
+            peers = {ranks.index(rank): process for rank, process in processes(ranks).items()}
+            WATCHDOG.watch(made[0], peers)
             return
         entry.refusal = result.reason
         for workspace in made:

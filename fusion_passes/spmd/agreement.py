@@ -29,6 +29,7 @@ import torch.distributed as dist
 from fusewire.custom_ops._torch_private import process_groups
 from fusewire.custom_ops.coordination import rendezvous
 from fusewire.custom_ops.coordination.busy import poll_ranks
+from fusewire.custom_ops.coordination.processes import how_long
 from fusewire.custom_ops.coordination.rendezvous import AS_WRITTEN
 from fusewire.custom_ops.coordination.store import GroupStore
 from fusewire.custom_ops.coordination.timeouts import TIMEOUT_VARIABLE, group_timeout_s
@@ -133,8 +134,9 @@ class GraphAgreement:
         decision = poll_ranks(lambda: missing, read_or_write_decision, most_s, waiting_for=describe_missing)
         if decision is None:
             raise PeerTimeoutError(
-                f"waited {most_s:.0f} s for {describe_missing()}. They run the program without "
-                "compiling it, or compile something else there, or have stopped, or take longer: "
+                f"waited in vain for {describe_missing()} {how_long(missing, most_s)}. They run the "
+                "program without compiling it, or compile something else there, or have stopped, or "
+                "take longer: "
                 f"{TIMEOUT_VARIABLE} sets how long to wait, and the group's own timeout bounds "
                 "it. Set FUSEWIRE_DISABLE=1 on every rank, or, where one rank compiles for the "
                 "others, compile with PassConfig(compile_alone=True)"

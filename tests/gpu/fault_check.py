@@ -9,7 +9,8 @@ something while workspaces are made.
     FUSEWIRE_SHARED_GPU=1 python tests/gpu/fault_check.py   # ranks share one GPU (see harness)
 
 The last rank misbehaves. Prints a line for each case as it ends. Every rank must end within 18 s,
-kernels give up after 2 s (where a rank is stopped for 5 s: 9 s), and every error must come from
+kernels give up after 2 s (where a rank is stopped for 5 s: 9 s; in the cases called "ended" after
+600 s: there the end of the process has to be noticed), and every error must come from
 fusewire, name the rank, and be one that `fusewire.check`, `fusewire.on_fault` and the next call
 agree on. Exits with 1 if a case failed.
 """
@@ -132,7 +133,7 @@ def stop(seconds):
 
 def job(rank, case, folder, tokens, gpu):
     me = Rank(rank, folder, tokens, gpu)
-    me.warm_up(me.stop_s + 4.0 if case in ("stop", "replay-stop") else 2.0)
+    me.warm_up(600.0 if case.endswith("ended") else me.stop_s + 4.0 if case in ("stop", "replay-stop") else 2.0)
     if case.startswith("replay"):
         me.capture()
     begin = getattr(Cases, case.replace("-", "_"))
@@ -143,7 +144,9 @@ def job(rank, case, folder, tokens, gpu):
         with me.noted():
             fusewire.check()
     me.save()
-    if rank == 0 and "kill" not in case and case != "stop-for-good":  # the store lives in this process
+    if (
+        rank == 0 and "kill" not in case and "ended" not in case and case != "stop-for-good"
+    ):  # the store lives in this process
         wait_for(lambda: all((Path(folder) / f"rank{other}").exists() for other in range(me.size)))
 
 
@@ -173,6 +176,10 @@ class Cases:
         if me.victim:
             die()
         Cases._go_on(me)
+
+    @staticmethod
+    def ended(me):
+        Cases.kill_in(me)
 
     @staticmethod
     def kill_in(me):
@@ -248,6 +255,10 @@ class Cases:
             me.replay(call)
         with me.noted():
             me.call(16)
+
+    @staticmethod
+    def replay_ended(me):
+        Cases.replay_kill(me)
 
     @staticmethod
     def replay_stop(me):
@@ -351,6 +362,7 @@ def plan(arguments):
     else:
         found = [("none", "one-shot", False), ("kill-before", "flags", False), ("kill-after", "data", False)]
         found += [(case, protocol, False) for protocol in TOKENS for case in ("kill-in", "replay-kill")]
+        found += [("ended", protocol, False) for protocol in TOKENS] + [("replay-ended", "one-shot", False)]
         found += [("stop", "data", False), ("replay-stop", "one-shot", False)]
         found += [("count", protocol, False) for protocol in ("one-shot", "flags")]
         found += [("stop-for-good", "one-shot", False), *((case, "data", False) for case in LACKS)]

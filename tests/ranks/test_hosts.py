@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import fusewire
-from fusewire.custom_ops.coordination import rendezvous
+from fusewire.custom_ops.coordination import processes, rendezvous
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm as op
 from fusewire.custom_ops.workspaces import registry
 
@@ -212,11 +212,11 @@ def job_names():
     if not os.fork():
         ctypes.CDLL(None).unshare(PID_NAMESPACE)
         if not os.fork():
-            os.write(there, rendezvous.host().encode())
+            os.write(there, processes.host().encode())
         os._exit(0)
     os.close(there)
     container = os.read(here, 4096).decode()
-    return rendezvous.host(), container
+    return processes.host(), container
 
 
 def test_hosts_and_containers_are_told_apart(pool):

@@ -7,6 +7,7 @@ import ctypes
 
 import torch
 
+from fusewire.custom_ops.providers.symm_mem.layout import CTL_WORDS
 from fusewire.custom_ops.providers.symm_mem.provider import HeldWorkspace
 from fusewire.custom_ops.providers.symm_mem.workspace import SymmMemWorkspace
 from fusewire.custom_ops.workspaces.provider import Request, WorkspaceKey
@@ -27,6 +28,8 @@ class WordWorkspace(SymmMemWorkspace):
         self.group_name, self.timeout_s, self.device = "group", 2.0, CPU
         self._host_error = torch.zeros(1, dtype=torch.int64)
         self._error_word = ctypes.c_int64.from_address(self._host_error.data_ptr())
+        self.ctl, self._limit_ns = torch.zeros(CTL_WORDS, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        self._lost, self._limit_stream = set(), None
 
     def give_up(self, kind=1, rank=1, call=17):
         """What a kernel writes."""

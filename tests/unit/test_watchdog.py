@@ -186,7 +186,7 @@ def test_a_forked_child_watches_nothing():
     try:
         pid = os.fork()
         if pid == 0:  # the child has no thread, and may watch something of its own
-            state = WATCHDOG._watched == [] and WATCHDOG._thread is None
+            state = not WATCHDOG._watched and WATCHDOG._thread is None
             other = held()
             WATCHDOG.watch(other)
             alive = WATCHDOG._thread.is_alive()

@@ -188,6 +188,9 @@ class HeldWorkspace(Workspace):
     def fault(self) -> FusewireError | None:
         return self.made.fault()
 
+    def lose(self, rank: int) -> None:
+        self.made.lose(rank)
+
     def release(self) -> None:
         """Free the symmetric buffers."""
         self.made.close()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fusewire.custom_ops._torch_private import map_peers, symmetric_buffer
-from fusewire.custom_ops.coordination.timeouts import TIMEOUT_VARIABLE, check_kernel_timeouts
+from fusewire.custom_ops.coordination.timeouts import TIMEOUT_VARIABLE, Limit, check_kernel_timeouts, limit_s
 from fusewire.custom_ops.environment import scoped_variable
 from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.providers.symm_mem.layout import (
@@ -142,6 +142,10 @@ class SymmMemWorkspace:
         self._host_error = torch.zeros(1, dtype=torch.int64, pin_memory=True)
         self._error_word = ctypes.c_int64.from_address(self._host_error.data_ptr())
         self.ctl = self._control_block(peers)
+        self._lost: set[int] = set()
+        # Not a stream that the program's kernels may be on: torch hands out normal ones in turns.
+        self._limit_stream = torch.cuda.Stream(self.device, priority=-1)
+        self._limit_ns = torch.zeros(1, dtype=torch.int64, pin_memory=True)
         # No rank may push before every rank's buffer is ready.
         torch.cuda.synchronize(self.device)
         if barrier is None:
@@ -257,6 +261,20 @@ class SymmMemWorkspace:
         if error is not None:
             raise error
 
+    def lose(self, rank: int) -> None:
+        """Let kernels wait for `Limit.ENDED_PEER` at most, since a rank's process has ended.
+
+        A kernel that waits now reads the new limit too. Does not wait for the GPU. Thread-safe.
+        """
+        self._lost.add(rank)
+        self.timeout_s = min(self.timeout_s, limit_s(Limit.ENDED_PEER))
+        self._set_limit()
+
+    def _set_limit(self) -> None:
+        self._limit_ns.fill_(int(self.timeout_s * 1e9))
+        with torch.cuda.stream(self._limit_stream):
+            self.ctl[CTL_LIMIT_NS : CTL_LIMIT_NS + 1].copy_(self._limit_ns, non_blocking=True)
+
     def fault(self) -> PeerTimeoutError | RankMismatchError | None:
         """Return the error of a kernel that gave up, else None. Does not wait."""
         failure = Failure.of(self._error_word.value)
@@ -270,6 +288,12 @@ class SymmMemWorkspace:
                 f"flags). {_AFTERWARDS}"
             )
         what = _WAITS.get(failure.kind, f"wait {failure.kind}")
+        if self._lost:
+            return PeerTimeoutError(
+                f"the process of rank {', '.join(map(str, sorted(self._lost)))} of group "
+                f"{self.group_name!r} has ended, and rank {self.rank} waited in vain for rank "
+                f"{failure.rank} in a {what}, {where}. {_AFTERWARDS}"
+            )
         return PeerTimeoutError(
             f"rank {failure.rank} of group {self.group_name!r} did not take part in time: rank "
             f"{self.rank} waited over {self.timeout_s:g} s for it in a {what}, {where}. Either "
