@@ -29,7 +29,7 @@ class WordWorkspace(SymmMemWorkspace):
         self._host_error = torch.zeros(1, dtype=torch.int64)
         self._error_word = ctypes.c_int64.from_address(self._host_error.data_ptr())
         self.ctl, self._limit_ns = torch.zeros(CTL_WORDS, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        self._lost, self._limit_stream = set(), None
+        self._limit_stream = None
 
     def give_up(self, kind=1, rank=1, call=17):
         """What a kernel writes."""

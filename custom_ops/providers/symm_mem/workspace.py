@@ -91,6 +91,8 @@ class SymmMemWorkspace:
         WorkspaceError: the memory could not be allocated or mapped by the peers.
     """
 
+    _lost: frozenset[int] = frozenset()  # ranks whose processes have ended
+
     def __init__(
         self,
         group_name: str,
@@ -142,7 +144,6 @@ class SymmMemWorkspace:
         self._host_error = torch.zeros(1, dtype=torch.int64, pin_memory=True)
         self._error_word = ctypes.c_int64.from_address(self._host_error.data_ptr())
         self.ctl = self._control_block(peers)
-        self._lost: set[int] = set()
         # Not a stream that the program's kernels may be on: torch hands out normal ones in turns.
         self._limit_stream = torch.cuda.Stream(self.device, priority=-1)
         self._limit_ns = torch.zeros(1, dtype=torch.int64, pin_memory=True)
@@ -266,7 +267,7 @@ class SymmMemWorkspace:
 
         A kernel that waits now reads the new limit too. Does not wait for the GPU. Thread-safe.
         """
-        self._lost.add(rank)
+        self._lost |= {rank}
         self.timeout_s = min(self.timeout_s, limit_s(Limit.ENDED_PEER))
         self._set_limit()
 
