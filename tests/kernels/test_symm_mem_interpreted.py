@@ -129,6 +129,14 @@ SCENARIOS |= {
     for gone, turns in ((1, 12),)  # many more turns in the nightly test
     for name, (kind, options) in PROTOCOLS.items()
 }  # fmt: skip
+# The process of a rank ends, and the time limit is far.
+ENDED = {
+    f"{name}: the process of rank 2 ends after {turns} turns": (
+        (3, 64, BF16, [(kind, 5, {**options, **norm}) for norm in (WIDE, INNER, {})], turns), (2, 1, turns),
+    )
+    for turns in (0, 12)
+    for name, (kind, options) in PROTOCOLS.items()
+}  # fmt: skip
 FLAGS = {"protocol": "flags"}
 # What the flags show at once: other tokens, another operator, another place of the result.
 DIFFERING = {
@@ -204,10 +212,10 @@ def every_scenario():
 
 @pytest.fixture(scope="module")
 def results():
-    return run_cases(__file__, [*SCENARIOS, *DIFFERING])
+    return run_cases(__file__, [*SCENARIOS, *DIFFERING, *ENDED])
 
 
-@pytest.mark.parametrize("name", [*SCENARIOS, *DIFFERING])
+@pytest.mark.parametrize("name", [*SCENARIOS, *DIFFERING, *ENDED])
 def test_ranks_agree_with_the_definition(name, results):
     assert not results[name], results[name]
 
@@ -224,6 +232,8 @@ def run_case(name):
 
     if name in DIFFERING:
         simulate_differing(*DIFFERING[name])
+    elif name in ENDED:
+        simulate(*ENDED[name][0], missing=ENDED[name][1], ended=True)
     else:
         simulate(*{**every_scenario(), **SCENARIOS}[name])
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from fusewire.custom_ops.coordination.timeouts import Limit
 from fusewire.custom_ops.ops.norms import NormSpec, add_normalize
 from fusewire.custom_ops.ops.quantization import GROUP_SIZE, quantize
 from fusewire.custom_ops.ops.sharded_norm import rows_per_rank
 from fusewire.custom_ops.providers.batch_invariant.torch_norm import normalize_batch_invariant
 from fusewire.custom_ops.providers.symm_mem import launcher as symm_mem
 from fusewire.custom_ops.providers.symm_mem.arguments import Quantization
-from fusewire.custom_ops.providers.symm_mem.layout import Failure
+from fusewire.custom_ops.providers.symm_mem.layout import CTL_LIMIT_NS, Failure
 from fusewire.errors import PeerTimeoutError, RankMismatchError
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -206,9 +209,9 @@ def check_missing(machine, calls, gone, last, turns):
     for rank in machine.ranks:
         if rank.dies:
             continue
-        with pytest.raises(PeerTimeoutError, match=r"rank \d of group") as error:
+        with pytest.raises(PeerTimeoutError, match=r"rank \d of group"):
             rank.ws.check()
-        named[rank.ws.rank] = int(re.match(r"rank (\d)", str(error.value))[1])
+        named[rank.ws.rank] = Failure.of(rank.ws._error_word.value).rank
         made = calls[rank.begun - 1].ranks[rank.ws.rank]
         if turns == 0:  # it sent nothing of that call, so every row lacks something
             assert rank.begun == last + 1
@@ -222,6 +225,19 @@ def check_missing(machine, calls, gone, last, turns):
     assert gone in named.values(), named
     assert turns or set(named.values()) == {gone}, named
     assert all(other != rank for rank, other in named.items()), named
+
+
+def wait_for_ever_but(machine, workspaces, gone):
+    """Set no limit, until the ranks learn that the process of rank `gone` has ended."""
+    for ws in workspaces:
+        ws.timeout_s, ws.ctl[CTL_LIMIT_NS] = 1e6, int(1e15)
+
+    def lose():
+        with mock.patch.dict(os.environ, {Limit.ENDED_PEER.variable: str(LIMIT_S)}):
+            for ws in workspaces:
+                ws.lose(gone)
+
+    machine.idle = lose
 
 
 def check_late(machine, calls, late):

@@ -54,6 +54,7 @@ from .simulated_calls import (
     note_results,
     protocol_of,
     refer,
+    wait_for_ever_but,
 )
 
 
@@ -71,6 +72,7 @@ class CpuWorkspace(spaces.SymmMemWorkspace):
         self._host_error = torch.zeros(1, dtype=torch.int64)
         self._error_word = ctypes.c_int64.from_address(self._host_error.data_ptr())
         self.ctl = self._control_block([buffer.data_ptr() for buffer in buffers])
+        self._limit_ns, self._limit_stream = torch.zeros(1, dtype=torch.int64), None
         self.replays = False  # as of a CUDA graph: no host code runs
 
     def check(self, synchronize=False):
@@ -240,6 +242,7 @@ class Machine:
     def __init__(self, seed):
         self.random, self.now, self.version, self.spinning = random.Random(seed), 1, 0, False
         self.back, self.failure, self.running, self.ranks = threading.Semaphore(0), None, None, []
+        self.idle = lambda: None  # called when nothing more will happen
         self.starts, self.ends, self.kept = [], [], []
 
     def hold(self, tensor):
@@ -324,6 +327,7 @@ class Machine:
 
     def spin(self, live):
         """Nothing will happen but that time passes: let everyone look at the clock."""
+        self.idle()
         self.now += int(LIMIT_S * 1e9 / 16)
         self.spinning = True
         for block, rank in live:
@@ -428,13 +432,14 @@ def install(machine):
 
 def simulate(
     world, hidden, dtype, specs, seed=0, multiprocessors=3, missing=None, late=None,
-    delayed=None, resident=None, any_order=False,
+    delayed=None, resident=None, any_order=False, ended=False,
 ):  # fmt: skip
     """Run the calls on all ranks. `multiprocessors`: of every rank's GPU, or a tuple of each
     rank's. `missing`: (rank, call, turns), a rank that stops in the middle of a call. `late`:
     likewise, but it goes on once the others have ended all their calls, which are replays and so go
     on after an error. `delayed`: likewise, but it goes on once nobody else can, so before any time
-    limit. `resident`, `any_order`: see `Rank`; `resident` is a tuple of each rank's.
+    limit. `resident`, `any_order`: see `Rank`; `resident` is a tuple of each rank's. `ended`: no
+    limit but that after the end of the missing rank's process.
     """
     torch.manual_seed(seed)
     machine = Machine(seed)
@@ -456,6 +461,8 @@ def simulate(
         dies = gone[1:] if gone and gone[0] == rank else None
         fits = resident[rank] if resident else None
         machine.ranks.append(Rank(machine, ws, calls, dies, delayed is not None, fits, any_order))
+    if ended:
+        wait_for_ever_but(machine, spaces_of_ranks, missing[0])
     machine.run()
     if late:
         check_late(machine, calls, late[0])
