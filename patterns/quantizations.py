@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, WIDE_SUM_ROUND_THEN_SCALE
 from fusewire.custom_ops.ops.quantization import FP8_MAX, GROUP, GROUP_SIZE, RECIPROCAL, TENSOR, TOKEN, QuantSpec
 
 
@@ -68,4 +69,70 @@ UNREAD_QUANT_OPS = {
     "vllm::flashinfer_mxfp8_quantize_8x4": _MXFP8,
     "triton::quantize_fp8_row": "torchao's kernel (mslk), whose rounding is its own",
     "triton::quantize_fp8_tensor": "torchao's kernel (mslk), and one scale of the whole tensor",
+}
+
+
+@dataclass(frozen=True)
+class NormQuantOp:
+    """An operator of vLLM's that is an RMSNorm and its quantisation in one.
+
+    Its arguments `input`, `weight`, `scale` and `result` have one meaning in all of them. It rounds
+    the normalised value, then multiplies by the weight, which has the input's dtype.
+
+    Attributes:
+        quant: the operator of QUANT_OPS that quantises the norm alike.
+        eps: the argument that is the norm's epsilon.
+        form: the norm's form with a residual, which is written in place if there is one.
+        renamed: the arguments of `quant` by the names of those that they take their values from.
+        constants: the arguments of `quant` that are always the same.
+        must_be_none: arguments that are None in what `quant` computes.
+    """
+
+    quant: str
+    eps: str
+    form: str
+    renamed: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    must_be_none: tuple[str, ...] = ()
+
+
+_STATIC = NormQuantOp(
+    "_C::static_scaled_fp8_quant",
+    "epsilon",
+    ROUND_THEN_SCALE,
+    MappingProxyType({"result": "result", "scale": "scale"}),
+)
+NORM_QUANT_OPS = {
+    "_C::rms_norm_static_fp8_quant": _STATIC,
+    "_C::fused_add_rms_norm_static_fp8_quant": _STATIC,
+    "_C::rms_norm_dynamic_per_token_quant": NormQuantOp(
+        "_C::dynamic_per_token_scaled_fp8_quant",
+        "var_epsilon",
+        WIDE_SUM_ROUND_THEN_SCALE,
+        MappingProxyType({"result": "result", "scale": "scale", "scale_ub": "scale_ub"}),
+    ),
+    "_C::rms_norm_per_block_quant": NormQuantOp(
+        "_C::per_token_group_fp8_quant",
+        "var_epsilon",
+        WIDE_SUM_ROUND_THEN_SCALE,
+        MappingProxyType(
+            {
+                "output_q": "result",
+                "output_s": "scale",
+                "group_size": "group_size",
+                "dummy_is_scale_transposed": "is_scale_transposed",
+            }
+        ),
+        # max(a / 448, 1 / (448 * 512)) is max(a, 1 / 512) / 448, bit for bit.
+        MappingProxyType(
+            {
+                "eps": 1.0 / 512.0,
+                "fp8_min": -FP8_MAX,
+                "fp8_max": FP8_MAX,
+                "scale_ue8m0": False,
+                "dummy_is_tma_aligned": False,
+            }
+        ),
+        ("scale_ub",),
+    ),
 }

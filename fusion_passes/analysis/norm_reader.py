@@ -60,6 +60,8 @@ from fusewire.patterns.norms import (
     variant_names,
 )
 
+# Key in the metadata of an operator that a pass made: the operator that the program called.
+SPELLING = "fusewire_spelling"
 _NORM_OPS = {entry.op: entry for entry in NORM_OPS}
 _LIMIT = 24  # nodes from a sum to its norm
 
@@ -362,11 +364,12 @@ def _norms_of_op(node: Node) -> Iterator[Norm]:
         items = list(getitem_users(node))
         out, added = dict(items).get(0, node), arguments[residual]
     sums = tuple(item for index, item in items if index == 1)
+    spelling = node.meta.get(SPELLING, entry.op)
     if entry.op.startswith("fusewire::"):
         scale, bias, form, misfit = arguments[weight], arguments[eps + 1], arguments[eps + 2], ""
     else:
         scale, bias, form, misfit = _vllm_options(arguments[x], added, arguments[weight])
-    yield Norm(arguments[x], added, out, sums, scale, arguments[eps], bias, form, entry.op, refusal or misfit)
+    yield Norm(arguments[x], added, out, sums, scale, arguments[eps], bias, form, spelling, refusal or misfit)
 
 
 def _vllm_options(x: Any, residual: Any, weight: Any) -> tuple[Any, Any, str, str]:

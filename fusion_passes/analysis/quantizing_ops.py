@@ -79,9 +79,19 @@ def read_quantizing_op(node: Node, norm: Node, order: dict[Node, int]) -> Quanti
     name = quantizing_op(node)
     if name in UNREAD_QUANT_OPS:
         raise QuantizationRefusal(f"{name.replace('::', '.')}: {UNREAD_QUANT_OPS[name]}")
-    entry, call = QUANT_OPS[name], read_mutating_call(node)
+    call = read_mutating_call(node)
     if call is None:
         raise QuantizationRefusal(f"{name.replace('::', '.')} writes to a part of a buffer")
+    return read_call(call, norm, order)
+
+
+def read_call(call: MutatingCall, norm: Node, order: dict[Node, int]) -> Quantization:
+    """Return the quantisation of a norm that a call of an operator of QUANT_OPS computes.
+
+    Raises:
+        QuantizationRefusal: it is not read.
+    """
+    entry = QUANT_OPS[call.op]
     _check_call(call, entry, norm, order)
     given = call.arguments
     options: dict[str, Any] = {}

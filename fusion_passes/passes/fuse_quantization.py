@@ -21,10 +21,10 @@ from fusewire.custom_ops.ops.quantized_norm import (
     all_reduce_rms_norm_quantized,
     all_reduce_rms_norm_quantized_sharded,
 )
-from fusewire.custom_ops.ops.registry import NATIVE, op_of_target
+from fusewire.custom_ops.ops.registry import NATIVE, IrOp, op_of_target
 from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import NO_INNER, all_reduce_rms_norm_sharded
-from fusewire.errors import NoProviderError
+from fusewire.errors import NoProviderError, ProcessGroupError
 from fusewire.fusion_passes.analysis.graph import (
     aten,
     cast_source,
@@ -53,6 +53,7 @@ _SHARDED, _QUANTIZED_SHARDED = all_reduce_rms_norm_sharded.torch_op, all_reduce_
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _NORM, _QUANTIZED, _SCALES = 0, 2, 3  # results of the quantised operators
 _WITH_NORM = 12  # the position of their argument
+ONLY_NATIVE = "only native can serve, and the program's own kernel is faster than its arithmetic"
 _KINDS = {"tensor": "static FP8", "token": "FP8 per token", "group": "FP8 per group of 128"}
 
 
@@ -120,7 +121,7 @@ class _QuantizationFuser:
         if any(_sizes_of(old, x) is None for old in (*found.quantized, *found.scales)):
             return "it has several dynamic sizes that the all-reduce's input does not have"
         if found.call is not None and self._only_native(op):
-            return "only native can serve, and the program's own kernel is faster than its arithmetic"
+            return ONLY_NATIVE
         if found.scale is None:
             return ""
         verdict = self.replication.judge(found.scale, positional(op)[-2])
@@ -131,18 +132,9 @@ class _QuantizationFuser:
     def _only_native(self, op: Node) -> bool:
         """Return whether no provider but native can serve a fused operator on a GPU."""
         *arguments, policy = positional(op)
-        values = [value_of(a) if isinstance(a, Node) else a for a in arguments]
-        if not _on_gpu(values[0]):
-            return False
         ir_op = op_of_target(op.target)
         assert ir_op is not None
-        judged = tuple(values) if ir_op.derives_from is None else ir_op.base_args(tuple(values))
-        policy = policy or self.context.config.policy(all_reduce_rms_norm.name)
-        try:
-            choice = all_reduce_rms_norm.choose(*judged, policy=policy, static=True, machine=False)
-        except NoProviderError:
-            return False
-        return choice.provider.name == NATIVE
+        return only_native(ir_op, arguments, policy or self.context.config.policy(all_reduce_rms_norm.name))
 
     def _why_not_after(self, op: Node, scale: Node) -> str:
         """Return why the operator cannot stand after its scale, or ""."""
@@ -249,6 +241,24 @@ class _QuantizationFuser:
         norm, *others = new.meta["val"]
         with norm.fake_mode:
             new.meta["val"] = (norm.new_empty((0,)), *others)
+
+
+def only_native(op: IrOp, arguments: Sequence[Any], policy: str) -> bool:
+    """Return whether no provider but native can serve a fused operator on a GPU.
+
+    Args:
+        op: an operator with the providers of all_reduce_rms_norm.
+        arguments: a call's arguments; tensors are nodes.
+    """
+    values = tuple(value_of(a) if isinstance(a, Node) else a for a in arguments)
+    if not _on_gpu(values[0]):
+        return False
+    judged = values if op.derives_from is None else op.base_args(values)
+    try:
+        choice = all_reduce_rms_norm.choose(*judged, policy=policy, static=True, machine=False)
+    except (NoProviderError, ProcessGroupError):
+        return False
+    return choice.provider.name == NATIVE
 
 
 def _sizes_of(node: Node, x: Node) -> list[int | torch.SymInt] | None:

@@ -10,6 +10,7 @@ Three kinds of norms are canonicalized, each where it stands:
 - any other norm, where a provider other than native computes norms.
 
 The search goes back from each norm to its all-reduce, so a refusal can name what stands between.
+Operators that are a norm and its quantisation are split first (split_norm_quant).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from fusewire.fusion_passes.analysis.sites import Site, site_refusals, spans_wri
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import MATCH, RunContext
 from fusewire.fusion_passes.passes.coalesced import drop_taken_tensors
+from fusewire.fusion_passes.passes.split_norm_quant import split_norm_quants
 from fusewire.fusion_passes.spmd.fingerprint import moved_texts
 from fusewire.patterns.collectives import ALL_REDUCE, WAIT, AllReduce, all_reduces_in
 
@@ -95,6 +97,11 @@ class _Canonicalizer:
         every_norm = computes_norms_itself(self.config)
         if not self.all_reduces and not every_norm:
             return False
+        if self.config.fuse_allreduce_rms:
+            changed = split_norm_quants(self.graph, self.context, self.order, self._site_of)
+        if changed:
+            self.regions = mutation_regions(self.graph)
+            self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         for root in norm_roots(self.graph):
             # Read one by one: canonicalizing a norm replaces nodes that the next norm may use.
             while any(self._canonicalize(norm, every_norm) for norm in norms_at(root, self.config.allow_reassociation)):

@@ -1,5 +1,5 @@
-"""vLLM's FP8 operators, written again from their kernels (csrc/quantization/w8a8/fp8, 0.32), and
-how vLLM calls them.
+"""vLLM's FP8 operators, written again from their kernels (csrc/quantization/w8a8/fp8 in 0.32, and
+those that join a norm to them), and how vLLM calls them.
 """
 
 from __future__ import annotations
@@ -51,23 +51,104 @@ def _group(
     _cast((groups / scale[..., None]).view(input.shape), output_q)
 
 
+def _normed(wide: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Return the norm of fp32 values, rounded to the weight's dtype and again after the product."""
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(weight.dtype) * weight
+
+
+def _norm_static(result: Tensor, input: Tensor, weight: Tensor, scale: Tensor, epsilon: float) -> None:
+    _static(result, _normed(input.float(), weight, epsilon), scale)
+
+
+def _add_norm_static(
+    result: Tensor, input: Tensor, residual: Tensor, weight: Tensor, scale: Tensor, epsilon: float
+) -> None:
+    residual.add_(input)
+    _norm_static(result, residual, weight, scale, epsilon)
+
+
+def _dynamic_norm(input: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> Tensor:
+    wide = input.float()
+    if residual is not None:
+        wide = wide + residual.float()
+        residual.copy_(wide)
+    return _normed(wide, weight, epsilon)
+
+
+def _norm_token(
+    result: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    var_epsilon: float,
+    scale_ub: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    norm = _dynamic_norm(input, weight, var_epsilon, residual)
+    if result.dtype == torch.int8:
+        scale.copy_(norm.float().abs().amax(-1, keepdim=True) / 127)
+        result.copy_((norm.float() / scale).round())
+    else:
+        _token(result, norm, scale, scale_ub)
+
+
+def _norm_block(
+    result: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    var_epsilon: float,
+    scale_ub: Tensor | None,
+    residual: Tensor | None,
+    group_size: int,
+    is_scale_transposed: bool,
+) -> None:
+    norm = _dynamic_norm(input, weight, var_epsilon, residual)
+    groups = norm.float().view(-1, input.shape[-1] // group_size, group_size)
+    amax = groups.abs().amax(-1)
+    amax = amax if scale_ub is None else amax.minimum(scale_ub)
+    scale.copy_((amax / torch.tensor(448.0)).maximum(FLOOR))
+    _cast((groups / scale[..., None]).view(input.shape), result)
+
+
+_OPERATORS = (
+    ("static_scaled_fp8_quant(Tensor! result, Tensor input, Tensor scale, (int, int)? group_shape=None)", _static),
+    ("dynamic_scaled_fp8_quant(Tensor! result, Tensor input, Tensor! scale)", _whole),
+    (
+        "dynamic_per_token_scaled_fp8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub)",
+        _token,
+    ),
+    (
+        "per_token_group_fp8_quant(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, "
+        "float fp8_min, float fp8_max, bool scale_ue8m0, bool dummy_is_scale_transposed, bool dummy_is_tma_aligned)",
+        _group,
+    ),
+    (
+        "rms_norm_static_fp8_quant(Tensor! result, Tensor input, Tensor weight, Tensor scale, float epsilon)",
+        _norm_static,
+    ),
+    (
+        "fused_add_rms_norm_static_fp8_quant(Tensor! result, Tensor input, Tensor! residual, Tensor weight, "
+        "Tensor scale, float epsilon)",
+        _add_norm_static,
+    ),
+    (
+        "rms_norm_dynamic_per_token_quant(Tensor! result, Tensor input, Tensor weight, Tensor! scale, "
+        "float var_epsilon, Tensor? scale_ub, Tensor!? residual)",
+        _norm_token,
+    ),
+    (
+        "rms_norm_per_block_quant(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float var_epsilon, "
+        "Tensor? scale_ub, Tensor!? residual, int group_size, bool is_scale_transposed)",
+        _norm_block,
+    ),
+)
+
+
 def operators() -> list[torch.library.Library]:
     """Define the operators while the library lives."""
     engine = torch.library.Library("_C", "FRAGMENT")
-    for schema, function in (
-        ("static_scaled_fp8_quant(Tensor! result, Tensor input, Tensor scale, (int, int)? group_shape=None)", _static),
-        ("dynamic_scaled_fp8_quant(Tensor! result, Tensor input, Tensor! scale)", _whole),
-        (
-            "dynamic_per_token_scaled_fp8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub)",
-            _token,
-        ),
-        (
-            "per_token_group_fp8_quant(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, "
-            "float fp8_min, float fp8_max, bool scale_ue8m0, bool dummy_is_scale_transposed, "
-            "bool dummy_is_tma_aligned)",
-            _group,
-        ),
-    ):
+    for schema, function in _OPERATORS:
         name = schema.partition("(")[0]
         engine.define(f"{schema} -> ()")
         engine.impl(name, function, "CompositeExplicitAutograd")

@@ -1,0 +1,114 @@
+"""Read operators that are an RMSNorm and its quantisation to FP8 in one (vLLM's)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, keeps_wide_sum
+from fusewire.fusion_passes.analysis.graph import dtype_of, first_refusal, is_number
+from fusewire.fusion_passes.analysis.norm_reader import Norm
+from fusewire.fusion_passes.analysis.quantizing_ops import QuantizationRefusal, read_call
+from fusewire.fusion_passes.compiler.mutating_calls import MutatingCall, called_op, op_of_name, read_mutating_call
+from fusewire.patterns.quantizations import NORM_QUANT_OPS
+
+
+@dataclass(frozen=True)
+class NormQuant:
+    """A call of an operator that is a norm and its quantisation.
+
+    Attributes:
+        norm: the norm; its `out` is the call.
+        quant: the call of the operator that quantises alone, with the norm's source in place of
+            the norm. It has the same node and buffers. None if the call is not read.
+        sums: the nodes that have the sum's value after the call.
+        refusal: why the two operators cannot stand for it, or "".
+    """
+
+    norm: Norm
+    quant: MutatingCall | None
+    sums: tuple[Node, ...]
+    refusal: str
+
+    def because(self, refusal: str) -> str:
+        """Return the whole refusal for the report."""
+        name = self.norm.spelling.replace("::", ".")
+        return f"{name}, a norm and its quantisation in one, stays as it is: {refusal}"
+
+
+def is_norm_quant(node: Node) -> bool:
+    """Return whether a node calls an operator that is a norm and its quantisation."""
+    return _name(node) in NORM_QUANT_OPS
+
+
+def read_norm_quant(node: Node, order: dict[Node, int]) -> NormQuant:
+    """Return what a call of such an operator computes.
+
+    Args:
+        node: a call, functional or in place; see `is_norm_quant`.
+        order: the nodes' positions in the graph.
+    """
+    name, call = _name(node), read_mutating_call(node)
+    if call is None:
+        source: Any = node.kwargs["input"]
+        norm = Norm(source, None, node, (), None, 0.0, 0.0, ROUND_THEN_SCALE, name)
+        return NormQuant(norm, None, (), "it writes to a part of a buffer")
+    entry, given = NORM_QUANT_OPS[name], call.arguments
+    source, residual = given["input"], given.get("residual")
+    dtype = dtype_of(source)
+    wide = residual is not None and dtype is not None and keeps_wide_sum(entry.form, dtype)
+    form = entry.form if wide else ROUND_THEN_SCALE
+    norm = Norm(source, residual, node, (), given["weight"], given[entry.eps], 0.0, form, name)
+    renamed = {new: given[old] for new, old in entry.renamed.items()}
+    written = {new: call.written[old] for new, old in entry.renamed.items() if old in call.written}
+    quant = MutatingCall(node, entry.quant, {"input": source, **renamed, **entry.constants}, written)
+    refusal = first_refusal(_refusals(norm, call, entry.must_be_none)) or _quant_refusal(quant, source, order)
+    return NormQuant(norm, quant, call.written.get("residual", ()), refusal)
+
+
+def _name(node: Node) -> str:
+    op = called_op(node) if node.op == "call_function" else None
+    return "" if op is None else str(op._schema.name)
+
+
+def _refusals(norm: Norm, call: MutatingCall, must_be_none: tuple[str, ...]) -> Iterator[tuple[bool, str]]:
+    dtype, residual = dtype_of(norm.source), norm.residual
+    given = next((name for name in must_be_none if call.arguments.get(name) is not None), "")
+    yield given != "", f"{given} is given, and its quantisation by itself takes none"
+    dtypes = {dtype_of(node) for node in (norm.weight, residual) if node is not None}
+    yield dtypes != {dtype}, f"its weight and residual must be in the input's {dtype}"
+    yield not is_number(norm.eps), "its epsilon is computed in the graph"
+    yield dtype is torch.float64, "it computes a norm of float64 in float32"
+    yield (
+        residual is not None and not call.functional and not _is_unshared(residual),
+        "it writes into a residual in place that is an input or shares its memory",
+    )
+
+
+def _quant_refusal(quant: MutatingCall, source: Node, order: dict[Node, int]) -> str:
+    if op_of_name(quant.op) is None:
+        return f"this process has no {quant.op.replace('::', '.')} to quantise with"
+    try:
+        read_call(quant, source, order)
+    except QuantizationRefusal as refusal:
+        return str(refusal)
+    return ""
+
+
+def _is_unshared(node: Node) -> bool:
+    """Return whether a node computes a tensor of its own, of which no other node is a view."""
+    maker: Any = node.args[0] if node.target is operator.getitem else node
+    readers = [user for user in node.users if user.op != "output"]
+    return not any(map(_may_alias, (maker, *readers)))
+
+
+def _may_alias(node: Node) -> bool:
+    """Return whether a call may return a view of its input."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    return any(result.alias_info is not None for result in node.target._schema.returns)
