@@ -40,9 +40,11 @@ from fusewire.fusion_passes.compiler.dynamo import (
     capture_again_with_numbers,
     float_inputs,
     floats_as_numbers,
+    forget_attributes,
+    forget_numbers,
     graph_breaks,
     graph_kind,
-    is_module_attribute,
+    is_steady_attribute,
 )
 from fusewire.fusion_passes.config import DISABLE_VARIABLE, PassConfig, disabled_by_environment, unknown_option
 from fusewire.fusion_passes.pipeline import run_passes
@@ -186,12 +188,18 @@ def fusewire_backend(
     existing = patches.get(HOOK, custom_passes())
     with _compilation(model, example_inputs, config) as ours:
         compiled = compile_graph(model, example_inputs, {**patches, HOOK: chained_hook(ours, existing)})
+    forget_numbers()
     if not graph_breaks():  # the graph is the whole of a compiled function
         check_program(report().graphs, config.expect_fused)
     return compiled
 
 
-fusewire_backend.reset = free_cuda_graphs  # type: ignore[attr-defined]  # for torch._dynamo.reset()
+def _reset() -> None:
+    free_cuda_graphs()
+    forget_attributes()
+
+
+fusewire_backend.reset = _reset  # type: ignore[attr-defined]  # for torch._dynamo.reset()
 
 
 @contextlib.contextmanager
@@ -290,26 +298,29 @@ def _ours_in(hook: Any) -> FusewirePass | None:
 # Epsilons under dynamic=True
 
 
+_OPERATIONS = {"mul", "rmul", "imul", "truediv", "div", "add", "radd", "iadd", "sub", "rsub", "isub"}
+
+
 def specialize_epsilons(model: GraphModule) -> None:
     """Make Dynamo capture again if dynamic=True made a norm's epsilon or a scale an input.
 
     A norm whose epsilon is an input cannot be fused, nor an all-reduce that an input scales
-    (Granite's residual multiplier): the graph does not show that it is equal on every rank. So
-    floats that reach a root become numbers, and module attributes that multiply something.
+    (Granite's residual multiplier): the graph does not show that it is equal on every rank. An
+    input that is added to 16-bit values is added in fp32, as no residual of 16 bits can be. So
+    floats that reach a root become numbers, and module attributes that multiply or are added.
     """
-    capture_again_with_numbers(
-        [
-            name
-            for node, name in float_inputs(model)
-            if any(_reaches_rsqrt(user) for user in node.users)
-            or (is_module_attribute(node) and any(_scales(user) for user in node.users))
-        ]
-    )
+    numbers = [
+        name
+        for node, name in float_inputs(model)
+        if any(_reaches_rsqrt(user) for user in node.users)
+        or (any(_is_operand(user) for user in node.users) and is_steady_attribute(node))
+    ]
+    capture_again_with_numbers(numbers)
 
 
-def _scales(item: Node) -> bool:
+def _is_operand(item: Node) -> bool:
     names = (getattr(user.target, "__name__", str(user.target)) for user in item.users)
-    return any(name.strip("_") in ("mul", "rmul", "imul", "truediv", "div") for name in names)
+    return any(name.strip("_") in _OPERATIONS for name in names)
 
 
 def _reaches_rsqrt(node: Node, depth: int = 4) -> bool:

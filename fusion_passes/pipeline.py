@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule
 
 from fusewire.custom_ops.ops.registry import op_of_target
 from fusewire.errors import ConfigError
+from fusewire.fusion_passes.analysis.graph import source_location
 from fusewire.fusion_passes.analysis.norm_reader import find_norms
 from fusewire.fusion_passes.analysis.why_unfused import explain_unfused
 from fusewire.fusion_passes.compiler.dynamo import graph_kind
@@ -31,7 +32,7 @@ from fusewire.fusion_passes.context import MATCH, Refused, RunContext
 from fusewire.fusion_passes.observer import Observer, observer_of
 from fusewire.fusion_passes.passes.raise_ops import computes_norms_itself
 from fusewire.fusion_passes.registry import pass_names, registered_passes
-from fusewire.fusion_passes.report.entries import entry_of, source_location, unread_in
+from fusewire.fusion_passes.report.entries import entry_of, unread_in
 from fusewire.fusion_passes.report.expectation import check_graph
 from fusewire.fusion_passes.report.model import ALL_REDUCE, FUSED, Entry, GraphReport
 from fusewire.fusion_passes.report.store import Report, add_graph_report

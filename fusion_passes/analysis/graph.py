@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,6 +33,13 @@ VIEWS = frozenset(
         aten.squeeze.dim,
         aten.squeeze.dims,
     }
+)
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+# Frames of libraries that issue the collective; users look for the call in the model.
+_MACHINERY = re.compile(
+    r"[/\\](torch|accelerate)[/\\]|(integrations|distributed)[/\\](tensor_parallel|parallel_utils)"
+    r"|<eval_with_key>|<string>"
 )
 
 
@@ -299,6 +308,15 @@ def copy_origin(source: Node, new: Node) -> None:
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "custom"):
         if key in source.meta:
             new.meta[key] = source.meta[key]
+
+
+def source_location(node: Node) -> str:
+    """Return where in the user's source a node comes from, as "folder/file:line", or ""."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if not _MACHINERY.search(frame[0])]
+    for path, line, _ in reversed(own or frames):
+        return f"{os.path.basename(os.path.dirname(path))}/{os.path.basename(path)}:{line}"
+    return ""
 
 
 def new_call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: Any, origin: Node) -> Node:

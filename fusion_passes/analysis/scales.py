@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fusewire.fusion_passes.analysis.graph import CASTS, VIEWS, aten, is_number, same_size, value_of
+from fusewire.fusion_passes.analysis.graph import CASTS, VIEWS, aten, cast_source, is_number, same_size, value_of
 
 _KEEPS_VALUES = VIEWS | CASTS | {aten.expand.default}
 _LIMIT = 8
@@ -64,3 +64,20 @@ def is_gate(factor: Any, value: Node) -> bool:
     one = isinstance(gate.shape[-1], int) and gate.shape[-1] == 1
     rows = gate.dim() == scaled.dim() and all(map(same_size, gate.shape[:-1], scaled.shape[:-1]))
     return bool(one and rows and gate.dtype == scaled.dtype)
+
+
+def may_be_float(value: Node, in_double: bool) -> bool:
+    """Return whether dynamic=True may have made this node of a Python float.
+
+    Dynamo passes those as symbols or as float64 tensors without dimensions. It casts them to the
+    dtype that the graph computes in.
+
+    Args:
+        in_double: whether that dtype is float64.
+    """
+    source = value
+    while (inner := cast_source(source)) is not None:
+        source = inner
+    tensor = value_of(source)
+    is_input = source.op == "placeholder" and tensor is not None and tensor.dim() == 0 and tensor.dtype == torch.float64
+    return tensor is None or (is_input and (in_double or source is not value))

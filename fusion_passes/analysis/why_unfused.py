@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from fusewire.fusion_passes.analysis.graph import (
@@ -18,10 +19,18 @@ from fusewire.fusion_passes.analysis.graph import (
     plain_div,
     plain_mul,
     plain_sub,
+    source_location,
 )
 from fusewire.fusion_passes.analysis.paths import PathFinder
 from fusewire.fusion_passes.analysis.replication import UNKNOWN
-from fusewire.fusion_passes.analysis.scales import constant_of, is_gate, is_scale, unviewed
+from fusewire.fusion_passes.analysis.scales import (
+    constant_of,
+    is_gate,
+    is_one_element,
+    is_scale,
+    may_be_float,
+    unviewed,
+)
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import MATCH, Refused
 from fusewire.patterns.collectives import OTHER_COLLECTIVES, WAIT, AllReduce, op_name
@@ -29,7 +38,9 @@ from fusewire.patterns.collectives import OTHER_COLLECTIVES, WAIT, AllReduce, op
 _LAYER_NORMS = {"aten::native_layer_norm", "aten::var_mean", "prims::var"}
 _MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "aten::convolution"}
 _PASSED = VIEWS | CASTS | {aten.div.Tensor, aten.div.Tensor_mode, aten.sub.Tensor, aten.add.Tensor, aten.neg.default}
-_STEPS = 24
+_COLLECTIVES = "_c10d_functional::"
+_STEPS, _FAR = 24, 64
+_OWN = "computed from the all-reduce's own result, so it cannot move before it; no option helps"
 _BEYOND = (
     "lies beyond a graph break or the end of a nested_compile_region, or outside the compiled "
     "part; compile with fullgraph=True to see what breaks the graph"
@@ -89,31 +100,44 @@ def _after(site: AllReduce, norms: set[Node], fused_sums: set[str], config: Pass
     )
     collective = next((OTHER_COLLECTIVES[name] for name in names if name in OTHER_COLLECTIVES), "")
     yield collective != "", f"{collective} follows, not a norm"
-    yield blocker is not None, refusal
-    yield (
-        norm is not None,
-        f"the norm of {norm} was tried with another all-reduce that reaches it, or more than 12 operations stand between",
-    )
+    if norm is None:
+        previous = _reach(site.value, norms, past_anything=True)
+    yield from _before_norm(site, norms, previous, config)
     yield not _MATMULS.isdisjoint(names[:4]), "a matrix product follows, not a norm"
     yield any(node.op == "output" for node in reached), "its result leaves the graph without an RMSNorm after it"
     yield True, f"no RMSNorm follows; {names[0] or reached[0].target} reads its result"
 
 
-def _reach(start: Node, norms: set[Node]) -> dict[Node, Node]:
+def _before_norm(
+    site: AllReduce, norms: set[Node], previous: dict[Node, Node], config: PassConfig
+) -> Iterator[tuple[bool, str]]:
+    """Yield (condition, refusal) for the first norm among the nodes that the all-reduce reaches."""
+    norm = next((node for node in previous if node in norms), None)
+    blocker, refusal = _blocker(site, norm, previous, config)
+    yield blocker is not None, refusal
+    yield (
+        norm is not None,
+        f"the norm of {norm} was tried with another all-reduce that reaches it, or more than 12 operations stand between",
+    )
+
+
+def _reach(start: Node, norms: set[Node], past_anything: bool = False) -> dict[Node, Node]:
     """Return the nodes that read a value, each with the node that it was reached from.
 
-    They stand behind at most 24 elementwise steps, nearest first.
+    They stand behind at most 24 steps that add, scale, cast or view, nearest first; with
+    `past_anything` behind at most 64 of any kind but matrix products and collectives.
     """
     found: dict[Node, Node] = {}
     pending = [(user, start) for user in start.users]
-    while pending and len(found) < _STEPS:
+    while pending and len(found) < (_FAR if past_anything else _STEPS):
         node, source = pending.pop(0)
         if node in found:
             continue
         found[node] = source
         if node in norms:
             continue
-        if node.target in _PASSED or plain_add(node) is not None or plain_mul(node) is not None:
+        passed = node.target in _PASSED or plain_add(node) is not None or plain_mul(node) is not None
+        if passed or (past_anything and op_name(node) not in _MATMULS and not op_name(node).startswith(_COLLECTIVES)):
             pending.extend((user, node) for user in node.users)
     return found
 
@@ -130,8 +154,15 @@ def _blocker(
     for source, node in reversed(steps):
         found_steps = [taken for found, taken in finder.steps_back(node) if found is source]
         if not any(all(finder.fits_group(step, site) for step in taken) for taken in found_steps):
-            return node, _why_not_over(node, source, site, finder)
+            return node, f"{_why_not_over(node, source, site, finder)}{_in_the_model(node)}"
     return None, ""
+
+
+def _in_the_model(node: Node) -> str:
+    """Return which of the model's calls a node stands for, and where, as an end of a sentence."""
+    schema, place = getattr(node.meta.get("original_aten"), "_schema", None), source_location(node)
+    whole = "" if schema is None or op_name(node) in (schema.name, *_MATMULS) else f"part of {schema.name}"
+    return f" ({', '.join(filter(None, (whole, place)))})" if whole or place else ""
 
 
 def _why_not_over(node: Node, source: Node, site: AllReduce, finder: PathFinder) -> str:
@@ -154,18 +185,38 @@ def _why_not_over(node: Node, source: Node, site: AllReduce, finder: PathFinder)
             f"{name} between the all-reduce and the norm cannot be carried over it: only views, "
             "scales and sums can, and no option helps"
         )
-    addend = addends[addends[0] is source]
+    return f"{name} adds {_why_not_added(addends[addends[0] is source], source, site, node)}"
+
+
+def _why_not_added(addend: Any, source: Node, site: AllReduce, node: Node) -> str:
+    """Return what an add or a subtraction adds to the all-reduce's value, and why that cannot be."""
+    if _is_own(addend, site):
+        return f"a tensor that is {_OWN}"
+    if is_one_element(addend) and _is_wider(addend, source) and dtype_of(source) == dtype_of(node):
+        remedy = "keep it as a Python float in the module" if may_be_float(addend, False) else "store it in that dtype"
+        return f"one element in {dtype_of(addend)}, which {dtype_of(source)} would round before it is added; {remedy}"
     if isinstance(addend, Node) and dtype_of(addend) != dtype_of(source):
         return (
-            f"{name} adds a tensor in {dtype_of(addend)} to the all-reduce's result in "
-            f"{dtype_of(source)}, so it cannot be carried over it; add in one dtype"
+            f"a tensor in {dtype_of(addend)} to the all-reduce's result in {dtype_of(source)}, so it "
+            "cannot be carried over it; add in one dtype"
         )
     if not isinstance(addend, Node):
-        return f"{name} adds {addend!r}, so it cannot be carried over it; add a number or a tensor"
+        return f"{addend!r}, so it cannot be carried over it; add a number or a tensor"
     return (
-        f"{name} adds a tensor of another shape than the all-reduce's result and its rows, so it "
-        "cannot be carried over it; expand that tensor to the result's shape"
+        "a tensor of another shape than the all-reduce's result and its rows, so it cannot be "
+        "carried over it; expand that tensor to the result's shape"
     )
+
+
+def _is_wider(operand: Node, source: Node) -> bool:
+    """Return whether an operand has a dtype that the all-reduce's value would round."""
+    a, b = dtype_of(operand), dtype_of(source)
+    return a is not None and b is not None and torch.promote_types(a, b) != b
+
+
+def _is_own(operand: Any, site: AllReduce) -> bool:
+    """Return whether an operand is computed from the all-reduce's result."""
+    return depends_on(operand, site.node, {node: index for index, node in enumerate(site.node.graph.nodes)})
 
 
 def _why_not_moved(factor: Any, source: Node, site: AllReduce, finder: PathFinder, node: Node) -> str:
@@ -176,10 +227,8 @@ def _why_not_moved(factor: Any, source: Node, site: AllReduce, finder: PathFinde
     if not isinstance(factor, Node) or number is not None:
         far = "only divisors from 1e-30 to 1e30, of either sign, can move before the all-reduce"
         return what + ("its dtype or shape is another after that" if product else far)
-    order = {node: index for index, node in enumerate(factor.graph.nodes)}
-    if depends_on(factor, site.node, order):
-        own = "that tensor is computed from the all-reduce's own result, so it cannot move before it; no option helps"
-        return what + own
+    if _is_own(factor, site):
+        return f"{what}that tensor is {_OWN}"
     equal = f"{what}the {many} of a sum is the sum of {many}s only if that tensor is the same on every rank"
     options = {
         "assume_replicated_scales": is_scale(unviewed(factor)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 from torch._dynamo.exc import RestartAnalysis as RestartAnalysis
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.symbolic_convert import TensorifyState
+from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule, Node
+
+# The values that float attributes have had, by the function that is compiled and the attribute.
+_attribute_values: defaultdict[tuple[Any, Any], set[float]] = defaultdict(set)
 
 
 def graph_kind() -> str:
@@ -29,23 +33,33 @@ def floats_as_numbers() -> AbstractContextManager[Any]:
 
 def float_inputs(model: GraphModule) -> Iterator[tuple[Node, str]]:
     """Yield each input of a graph that is a Python float (dynamic=True), with its symbol's name."""
-    for node in model.graph.nodes:
-        if node.op != "placeholder":
-            continue
+    for node in model.graph.find_nodes(op="placeholder"):
         memo = getattr(node.meta.get("example_value"), "item_memo", None)
         name = getattr(getattr(getattr(memo, "node", None), "_expr", None), "name", None)
         if name is not None and not TensorifyState.should_specialize(name):
             yield node, name
 
 
-def is_module_attribute(node: Node) -> bool:
-    """Return whether an input of a captured graph is an attribute of one of the model's modules."""
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    return type(getattr(source, "base", None)).__name__.endswith("NNModuleSource")
+def is_steady_attribute(node: Node) -> bool:
+    """Return whether a float input is an attribute of a module that has had few values so far.
+
+    As a number, each value is one compilation. Dynamo compiles a function 8 times at most (its
+    recompile_limit) and then runs it uncompiled, so 4 values are few.
+    """
+    argument: Any = node.meta.get("grapharg")
+    source: Any = getattr(argument, "source", None)
+    if not type(getattr(source, "base", None)).__name__.endswith("NNModuleSource"):
+        return False
+    value, values = float(argument.example), _attribute_values[InstructionTranslator.current_tx().f_code, source.name]
+    if len(values) < torch._dynamo.config.recompile_limit // 2:
+        values.add(value)
+    return value in values
 
 
 def capture_again_with_numbers(names: list[str]) -> None:
     """Make Dynamo capture the graph again with these symbols as numbers; do nothing without any.
+
+    Call `forget_numbers` when the graph is compiled.
 
     Raises:
         RestartAnalysis: Dynamo catches it; it is no failure.
@@ -54,6 +68,16 @@ def capture_again_with_numbers(names: list[str]) -> None:
         TensorifyState.specialize(name)
     if names:
         raise TensorifyScalarRestartAnalysis
+
+
+def forget_numbers() -> None:
+    """Forget which symbols are to be numbers: floats of later graphs have symbols of these names."""
+    TensorifyState.clear()
+
+
+def forget_attributes() -> None:
+    """Forget which values the float attributes of modules have had."""
+    _attribute_values.clear()
 
 
 def graph_breaks() -> dict[str, int]:

@@ -19,7 +19,6 @@ from fusewire.custom_ops.ops.all_reduce_norm import resolve_group
 from fusewire.custom_ops.ops.registry import YES, Support
 from fusewire.errors import ProcessGroupError
 from fusewire.fusion_passes.analysis.graph import (
-    cast_source,
     copy_origin,
     depends_on,
     dtype_of,
@@ -30,6 +29,7 @@ from fusewire.fusion_passes.analysis.graph import (
     sort_topologically,
     value_of,
 )
+from fusewire.fusion_passes.analysis.scales import may_be_float
 from fusewire.fusion_passes.compiler.inductor import FusionMatcher, fresh_fake
 from fusewire.fusion_passes.context import MATCH, SUPPORTED, Fused, RunContext
 from fusewire.patterns.collectives import SUM
@@ -235,7 +235,7 @@ def check_epsilon(captures: Captures) -> Support:
     if is_number(eps):
         return Support.all_of((eps >= 0, f"epsilon is {eps}; the operators take zero or a positive number"))
     remedy = "the operators take a number, so keep it as a Python float in the module"
-    if not _may_be_float(eps, dtype_of(captures["x"]) == torch.float64):
+    if not may_be_float(eps, dtype_of(captures["x"]) == torch.float64):
         what = "as a parameter or buffer is" if eps.op in ("placeholder", "get_attr") else "which the graph computes"
         return Support.no(f"epsilon is not a number but a tensor ({eps}), {what}; {remedy}")
     return Support.no(
@@ -243,23 +243,6 @@ def check_epsilon(captures: Captures) -> Support:
         f"an input, or a float64 buffer; {remedy}, and compile with backend='fusewire' or "
         "torch._dynamo.config.specialize_float=True, which keep it a number"
     )
-
-
-def _may_be_float(eps: Node, in_double: bool) -> bool:
-    """Return whether dynamic=True may have made this node of a Python float.
-
-    Dynamo passes those as symbols or as float64 tensors without dimensions. It casts them to the
-    dtype that the graph computes in.
-
-    Args:
-        in_double: whether that dtype is float64.
-    """
-    source = eps
-    while (inner := cast_source(source)) is not None:
-        source = inner
-    value = value_of(source)
-    is_input = source.op == "placeholder" and value is not None and value.dim() == 0 and value.dtype == torch.float64
-    return value is None or (is_input and (in_double or source is not eps))
 
 
 def check_weight_bias(captures: Captures) -> Support:

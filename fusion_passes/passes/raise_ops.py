@@ -39,6 +39,7 @@ from fusewire.fusion_passes.analysis.graph import (
 )
 from fusewire.fusion_passes.analysis.norm_reader import Norm, norm_roots, norms_at
 from fusewire.fusion_passes.analysis.paths import ADDEND, PathFinder
+from fusewire.fusion_passes.analysis.scales import is_one_element
 from fusewire.fusion_passes.analysis.sites import Site, site_refusals, spans_write
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import MATCH, RunContext
@@ -150,7 +151,8 @@ class _Canonicalizer:
         if operands is not None:
             for addend, residual in (operands, operands[::-1]):
                 path = self.paths.find(addend)
-                if path is not None and isinstance(residual, Node):
+                whole = same_shape(residual, norm.source) or not is_one_element(residual)
+                if path is not None and isinstance(residual, Node) and whole:
                     found.append(Site(norm, path, residual))
         if norm.residual is None and not any(same_shape(site.residual, norm.source) for site in found):
             direct = self.paths.find(norm.source)  # the addend may be a bias

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 
 from torch.fx import Graph, Node
 
-from fusewire.fusion_passes.analysis.graph import value_of
+from fusewire.fusion_passes.analysis.graph import source_location, value_of
 from fusewire.fusion_passes.report.model import ALL_REDUCE, REDUCE_SCATTER, REFUSED, Entry, Unread
 from fusewire.patterns.collectives import AllReduce, unread_all_reduces
-
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
-# Frames of libraries that issue the collective; users look for the call in the model.
-_MACHINERY = re.compile(
-    r"[/\\](torch|accelerate)[/\\]|(integrations|distributed)[/\\](tensor_parallel|parallel_utils)"
-    r"|<eval_with_key>|<string>"
-)
 
 
 def entry_of(site: AllReduce) -> Entry:
@@ -40,15 +32,6 @@ def unread_in(graph: Graph) -> tuple[Unread, ...]:
     """Return the all-reduces of a graph that are operators of their own, by operator."""
     found = Counter(call for node in graph.nodes if node.op == "call_function" for call in unread_all_reduces(node))
     return tuple(Unread(name.replace("::", "."), calls, why) for (name, why), calls in found.items())
-
-
-def source_location(node: Node) -> str:
-    """Return where in the user's source a node comes from, as "folder/file:line", or ""."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if not _MACHINERY.search(frame[0])]
-    for path, line, _ in reversed(own or frames):
-        return f"{os.path.basename(os.path.dirname(path))}/{os.path.basename(path)}:{line}"
-    return ""
 
 
 def module_path(node: Node) -> str:

@@ -473,15 +473,18 @@ def test_dynamos_counters_and_switch():
     "torch._dynamo.exc.TensorifyScalarRestartAnalysis",
     "torch._dynamo.symbolic_convert.TensorifyState",
     "_expr",
+    "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx",
+    "torch._dynamo.config.recompile_limit",
 )
 def test_restart_that_makes_a_float_input_a_number():
-    """float_inputs and capture_again_with_numbers in compiler/dynamo.py: under dynamic=True a float is a 0-d input
-    whose item has a symbol's name; a backend that raises TensorifyScalarRestartAnalysis after
-    TensorifyState.specialize(name) is called again with a number."""
+    """float_inputs, is_steady_attribute, capture_again_with_numbers and forget_numbers in compiler/dynamo.py: under
+    dynamic=True a float is a 0-d input whose item has a symbol's name, with its value and the module in its source; a
+    backend that raises TensorifyScalarRestartAnalysis after TensorifyState.specialize(name) is called again with a
+    number. The name stays, until TensorifyState.clear()."""
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-    from torch._dynamo.symbolic_convert import TensorifyState
+    from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 
-    calls = []
+    calls, codes = [], []
 
     def backend(model, inputs):
         found = []
@@ -489,7 +492,14 @@ def test_restart_that_makes_a_float_input_a_number():
             memo = getattr(node.meta.get("example_value"), "item_memo", None)
             if node.op == "placeholder" and memo is not None:
                 found.append(memo.node._expr.name)
+                argument = node.meta["grapharg"]
+                assert float(argument.example) == 2.5
+                assert (type(argument.source.base).__name__, argument.source.name) == (
+                    "UnspecializedNNModuleSource",
+                    "L['self'].factor",
+                )
         calls.append(found)
+        codes.append(InstructionTranslator.current_tx().f_code)
         for name in found:
             assert not TensorifyState.should_specialize(name)
             TensorifyState.specialize(name)
@@ -507,6 +517,11 @@ def test_restart_that_makes_a_float_input_a_number():
             return x * self.factor
 
     assert torch.equal(torch.compile(Scaled(), backend=backend, dynamic=True)(torch.ones(2)), torch.full((2,), 2.5))
+    assert TensorifyState.should_specialize(calls[0][0])
+    TensorifyState.clear()
+    assert not TensorifyState.should_specialize(calls[0][0])
+    assert codes == [Scaled.forward.__code__] * 2
+    assert torch._dynamo.config.recompile_limit == 8
     torch._dynamo.reset()
     (first, second) = calls
     assert len(first) == 1

@@ -157,12 +157,16 @@ def _numbered(text, symbols):
     return re.sub(r"s\d+(\*s\d+)+", lambda found: "*".join(sorted(found[0].split("*"))), text)
 
 
+def without_lines(reason):
+    return re.sub(r"\.py:\d+", ".py", reason)
+
+
 def _made(name):
     fn, inputs, options = CASES[name]
     options = {"inline_native": False, **FIXED, **options}
     captured = capture(fn, *inputs, **options)
     verdicts = [
-        f"# {entry.status}: {entry.fusion or entry.reason}, {entry.spelling or 'no norm'}"
+        f"# {entry.status}: {entry.fusion or without_lines(entry.reason)}, {entry.spelling or 'no norm'}"
         for entry in captured.report.entries
     ]
     return "\n".join([f"# {fn.__doc__}", *verdicts, text_of(captured.graph), ""])
