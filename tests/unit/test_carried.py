@@ -423,26 +423,6 @@ def test_a_sum_in_fp32_that_is_rounded_at_once_is_merged(world):
     equal(read.result, _wide_pair_also_read(*given))
 
 
-MERGED = {
-    "quotients": lambda x, r, s, b, c: r + (reduce_functional(x) / c + reduce_functional(s) / 2),
-    "a number beside": lambda x, r, s, b, c: r + ((reduce_functional(x) + reduce_functional(s)) - 1),
-    "a number inside": lambda x, r, s, b, c: r + ((1 + reduce_functional(x)) + reduce_functional(s)),
-    "an element inside": lambda x, r, s, b, c: r + (reduce_functional(x) + (reduce_functional(s) * 2 + c)),
-}
-
-
-@pytest.mark.parametrize("name", MERGED)
-def test_sums_with_divisors_and_numbers_are_merged(world, name):
-    def block(x, r, w, s, b, c, *_):
-        total = MERGED[name](x, r, s, b, c)
-        return norm(total, w), total
-
-    captured = capture(block, *inputs(), inline_native=False)
-    assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
-    assert (captured.count(FUSED_OP), captured.count(ALL_REDUCE)) == (1, 0)
-    equal(captured.result, block(*inputs()))
-
-
 def test_lora_in_float16_is_not_merged(world):
     captured = capture(lora, *inputs(torch.float16))
     assert [entry.status for entry in captured.report.entries] == ["refused"] * 2
