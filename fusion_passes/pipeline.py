@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule
 from fusewire.custom_ops.ops.registry import op_of_target
 from fusewire.errors import ConfigError
 from fusewire.fusion_passes.analysis.graph import source_location
+from fusewire.fusion_passes.analysis.norm_quant_ops import norm_quant_inputs
 from fusewire.fusion_passes.analysis.norm_reader import find_norms
 from fusewire.fusion_passes.analysis.why_unfused import explain_unfused
 from fusewire.fusion_passes.compiler.dynamo import graph_kind
@@ -334,7 +335,7 @@ class _Run:
         # A user's pass may have added others.
         fused = [nodes[name] for name in context.fused if name in nodes]
         fused_sums = {user.name for node in fused for value in node.users for user in value.users}
-        norms = {norm.input for norm in find_norms(original)}
+        norms = {norm.input for norm in find_norms(original)} | norm_quant_inputs(original)
         for name in left:
             switched_off = self._switched_off(self.entries[name].collective)
             site = read_all_reduce(nodes[name])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, keeps_wide_sum
 from fusewire.fusion_passes.analysis.graph import dtype_of, first_refusal, is_number
@@ -69,6 +69,12 @@ def read_norm_quant(node: Node, order: dict[Node, int]) -> NormQuant:
     quant = MutatingCall(node, entry.quant, {"input": source, **renamed, **entry.constants}, written)
     refusal = first_refusal(_refusals(norm, call, entry.must_be_none)) or _quant_refusal(quant, source, order)
     return NormQuant(norm, quant, call.written.get("residual", ()), refusal)
+
+
+def norm_quant_inputs(graph: Graph) -> set[Node]:
+    """Return the tensors that such operators of a graph normalise, or add to a residual before."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    return {read_norm_quant(node, order).norm.input for node in graph.nodes if is_norm_quant(node)}
 
 
 def _name(node: Node) -> str:
