@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
+from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm, sum_in_rank_order
 from fusewire.custom_ops.ops.norms import SCALE_THEN_ROUND, WIDE_SUM_SCALE_THEN_ROUND, fused_add_rms_norm
 from fusewire.custom_ops.ops.quantization import FP8_MAX
 from fusewire.custom_ops.ops.quantized_norm import all_reduce_rms_norm_quantized
@@ -66,7 +66,10 @@ def _inputs(place: Place, tokens: int, hidden: int, dtype: torch.dtype, scale: f
     return tuple(tensor.to(dtype).to(place.device) for tensor in (x, residual, weight))
 
 
-def _reduced(x: Tensor) -> Tensor:
+def _reduced(place: Place, x: Tensor) -> Tensor:
+    """Return the sum over the ranks as the providers of a place round it."""
+    if place.policy != "native":
+        return sum_in_rank_order(x, dist.group.WORLD.group_name)
     total = x.clone()
     dist.all_reduce(total)
     return total
@@ -85,7 +88,7 @@ def gemma(place: Place) -> dict[str, list[int]]:
     """
     group = dist.group.WORLD.group_name
     x, residual, weight = _inputs(place, 8, 2048, torch.bfloat16)
-    reduced = _reduced(x)
+    reduced = _reduced(place, x)
     wide = reduced.float() + residual.float()
     norm = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + weight.float())
     differ = {}
@@ -105,31 +108,44 @@ def gemma(place: Place) -> dict[str, list[int]]:
 def dynamic_fp8(place: Place) -> Iterator[tuple[str, list[int]]]:
     """Run the cases of FP8 with a scale for each token.
 
+    FlashInfer allows 5% in a dequantised value, less than one step of FP8, so a norm that differs
+    in its last bit may exceed it. Without a residual the norm is there too, and the FP8 values must
+    be exactly its own.
+
     Yields:
-        The case, and how many values differ from PyTorch's in the residual (or without one the
-        norm), the scales and the FP8 values.
+        The case; how many values differ from PyTorch's in the residual (or without one the norm),
+        the scales and the FP8 values; and how many dequantised values differ by more than 5%.
     """
     group = dist.group.WORLD.group_name
     quant = f"token scale_floor={_FLOOR}"
     for tokens, hidden, dtype in DYNAMIC[dist.get_world_size()]:
         x, residual, weight = _inputs(place, tokens, hidden, dtype)
-        reduced = _reduced(x)
+        reduced = _reduced(place, x)
         for added in (residual, None):
             norm, summed, quantized, scale = all_reduce_rms_norm_quantized(
                 x, added, weight, 1e-6, quant=quant, with_norm=added is None, group_name=group, policy=place.policy
             )
             total = reduced if added is None else reduced + added
             wanted = torch.nn.functional.rms_norm(total, (hidden,), weight, 1e-6)
-            scales = (wanted.float().abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=_FLOOR)
-            rounded = (wanted.float() / scales).clamp(-FP8_MAX, FP8_MAX).to(quantized.dtype)
             pair = (norm, wanted) if added is None else (summed, total)
             torch.testing.assert_close(*(tensor.float() for tensor in pair), atol=8e-1, rtol=1e-2)
+            if added is None:
+                assert _differing(quantized, _by_tokens(norm)[0]) == 0
+            rounded, scales = _by_tokens(wanted)
             torch.testing.assert_close(scale, scales, atol=1e-3, rtol=1e-3)
-            limit = float(scales.max()) * 0.05
-            torch.testing.assert_close(quantized.float() * scale, rounded.float() * scales, atol=limit, rtol=0.05)
+            values, limit = rounded.float() * scales, float(scales.max()) * 0.05
+            far = (quantized.float() * scale - values).abs() > limit + 0.05 * values.abs()
             pairs = (pair, (scale, scales), (quantized, rounded))
             name = f"{tokens}x{hidden} {dtype} {'without' if added is None else 'with'} a residual"
-            yield name, [_differing(*pair) for pair in pairs]
+            yield name, [*(_differing(*pair) for pair in pairs), int(far.sum())]
+
+
+def _by_tokens(norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a norm in FP8 and its scales, one for each token, in PyTorch."""
+    # By a tensor: on GPUs PyTorch multiplies by the reciprocal of a number.
+    limit = torch.full((), FP8_MAX, device=norm.device)
+    scales = (norm.float().abs().amax(-1, keepdim=True) / limit).clamp(min=_FLOOR)
+    return (norm.float() / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales
 
 
 def group_fp8(place: Place, dtype: torch.dtype) -> int:
@@ -151,7 +167,8 @@ def group_fp8(place: Place, dtype: torch.dtype) -> int:
             policy=place.policy,
         )
         groups = norm.float().view(tokens, -1, 128)
-        scales = torch.exp2(torch.ceil(torch.log2((groups.abs().amax(-1) / FP8_MAX).clamp(min=1e-10))))
+        amax = groups.abs().amax(-1) / torch.full((), FP8_MAX, device=norm.device)
+        scales = torch.exp2(torch.ceil(torch.log2(amax.clamp(min=1e-10))))
         wanted = (groups / scales[..., None]).clamp(-FP8_MAX, FP8_MAX).view(norm.shape).to(quantized.dtype)
         assert torch.equal(scale, scales), (hidden, tokens)
         assert torch.equal(quantized.view(torch.uint8), wanted.view(torch.uint8)), (hidden, tokens)

@@ -333,8 +333,7 @@ def test_a_quantisation_refused_later_is_vllms_own(world, name):
 
 def test_what_stands_before_it_is_explained(world):
     def model(x, r, w, s):
-        y = functional.wait_tensor(functional.all_reduce(x, "sum", world))
-        return token(y.cos(), w, s, None)
+        return token(functional.all_reduce(x, "sum", world).cos(), w, s, None)
 
     captured = capture(model, *inputs(6, 256))
     assert "aten::cos (cos) between the all-reduce and the norm" in captured.reasons()[0]
