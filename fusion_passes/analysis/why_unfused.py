@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,7 +57,15 @@ def explain_unfused(site: AllReduce, norms: set[Node], fused_sums: set[str], con
         fused_sums: names of sums that were fused with another all-reduce.
         config: the options.
     """
+    site = dataclasses.replace(site, value=_waited_again(site.value))
     return Refused(MATCH, first_refusal(_at_site(site)) or first_refusal(_after(site, norms, fused_sums, config)))
+
+
+def _waited_again(value: Node) -> Node:
+    """Return what the last of a chain of waits for a value returns, or the value."""
+    users = list(value.users)
+    again = len(users) == 1 and users[0].target is WAIT and value.target is WAIT
+    return _waited_again(users[0]) if again else value
 
 
 def _at_site(site: AllReduce) -> Iterator[tuple[bool, str]]:
@@ -183,7 +192,7 @@ def _why_not_over(node: Node, source: Node, site: AllReduce, finder: PathFinder)
             )
         return (
             f"{name} between the all-reduce and the norm cannot be carried over it: only views, "
-            "scales and sums can, and no option helps"
+            "scales and additions can, and no option helps"
         )
     return f"{name} adds {_why_not_added(addends[addends[0] is source], source, site, node)}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 
 from support.blocks import HIDDEN, reduce_functional
@@ -69,8 +70,8 @@ def test_the_operator_is_named(name, dtype, beside):
     says, place = reason(operator, dtype, beside)
     assert says == (
         f"{what} between the all-reduce and the norm cannot be carried over it: only views, scales "
-        f"and sums can, and no option helps ({part}{place})"
-    ) or (name == "transpose" and says.startswith(what) and part in says)
+        f"and additions can, and no option helps ({part}{place})"
+    )
 
 
 @CASES
@@ -91,6 +92,21 @@ def test_dropout_is_nothing_in_evaluation():
 def test_where_no_norm_follows_none_is_named():
     captured = capture(lambda x, r, w: (r + reduce_functional(x).relu()).sin(), *inputs()[:3])
     assert captured.reasons() == ["no RMSNorm follows; aten::relu reads its result"]
+
+
+@pytest.mark.parametrize("operator", [F.relu, lambda y: y * 0.5 + torch.tanh(y)])
+def test_a_second_wait_is_no_operator(operator):
+    def block(x, r, w):
+        y = operator(functional.wait_tensor(reduce_functional(x)))
+        return norm(r + y, w), y.sin()
+
+    (reason,) = capture(block, *inputs()[:3]).reasons()
+    assert reason.startswith(("aten::relu (relu) between", "what is added to the all-reduce's result is computed"))
+
+
+def test_a_second_wait_reads_nothing():
+    captured = capture(lambda x, r, w: functional.wait_tensor(reduce_functional(x)).sin().cos(), *inputs()[:3])
+    assert captured.reasons() == ["no RMSNorm follows; aten::sin reads its result"]
 
 
 def test_a_norm_behind_a_matrix_product_is_another_layers():
