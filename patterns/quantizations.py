@@ -76,20 +76,19 @@ UNREAD_QUANT_OPS = {
 class NormQuantOp:
     """An operator of vLLM's that is an RMSNorm and its quantisation in one.
 
-    Its arguments `input`, `weight`, `scale` and `result` have one meaning in all of them. It rounds
-    the normalised value, then multiplies by the weight, which has the input's dtype.
+    The arguments `result`, `input`, `residual`, `weight`, `scale` and `epsilon` have one meaning in
+    all of them. It rounds the normalised value, then multiplies by the weight, which has the
+    input's dtype. A residual, if there is one, is written in place.
 
     Attributes:
         quant: the operator of QUANT_OPS that quantises the norm alike.
-        eps: the argument that is the norm's epsilon.
-        form: the norm's form with a residual, which is written in place if there is one.
+        form: the norm's form with a residual.
         renamed: the arguments of `quant` by the names of those that they take their values from.
         constants: the arguments of `quant` that are always the same.
         must_be_none: arguments that are None in what `quant` computes.
     """
 
     quant: str
-    eps: str
     form: str
     renamed: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -98,7 +97,6 @@ class NormQuantOp:
 
 _STATIC = NormQuantOp(
     "_C::static_scaled_fp8_quant",
-    "epsilon",
     ROUND_THEN_SCALE,
     MappingProxyType({"result": "result", "scale": "scale"}),
 )
@@ -107,13 +105,11 @@ NORM_QUANT_OPS = {
     "_C::fused_add_rms_norm_static_fp8_quant": _STATIC,
     "_C::rms_norm_dynamic_per_token_quant": NormQuantOp(
         "_C::dynamic_per_token_scaled_fp8_quant",
-        "var_epsilon",
         WIDE_SUM_ROUND_THEN_SCALE,
         MappingProxyType({"result": "result", "scale": "scale", "scale_ub": "scale_ub"}),
     ),
     "_C::rms_norm_per_block_quant": NormQuantOp(
         "_C::per_token_group_fp8_quant",
-        "var_epsilon",
         WIDE_SUM_ROUND_THEN_SCALE,
         MappingProxyType(
             {

@@ -15,7 +15,7 @@ from fusewire.fusion_passes.analysis.graph import dtype_of, first_refusal, is_nu
 from fusewire.fusion_passes.analysis.norm_reader import Norm
 from fusewire.fusion_passes.analysis.quantizing_ops import QuantizationRefusal, read_call
 from fusewire.fusion_passes.compiler.mutating_calls import MutatingCall, called_op, op_of_name, read_mutating_call
-from fusewire.patterns.quantizations import NORM_QUANT_OPS
+from fusewire.patterns.quantizations import NORM_QUANT_OPS, NormQuantOp
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,18 @@ def read_norm_quant(node: Node, order: dict[Node, int]) -> NormQuant:
         order: the nodes' positions in the graph.
     """
     name, call = _name(node), read_mutating_call(node)
-    if call is None:
-        source: Any = node.kwargs["input"]
+    entry = NORM_QUANT_OPS[name]
+    why = "it writes to a part of a buffer" if call is None else _schema_refusal(call, entry)
+    if call is None or why:
+        source: Any = node.kwargs["input"] if call is None else call.arguments["input"]
         norm = Norm(source, None, node, (), None, 0.0, 0.0, ROUND_THEN_SCALE, name)
-        return NormQuant(norm, None, (), "it writes to a part of a buffer")
-    entry, given = NORM_QUANT_OPS[name], call.arguments
+        return NormQuant(norm, None, (), why)
+    given = call.arguments
     source, residual = given["input"], given.get("residual")
     dtype = dtype_of(source)
     wide = residual is not None and dtype is not None and keeps_wide_sum(entry.form, dtype)
     form = entry.form if wide else ROUND_THEN_SCALE
-    norm = Norm(source, residual, node, (), given["weight"], given[entry.eps], 0.0, form, name)
+    norm = Norm(source, residual, node, (), given["weight"], given["epsilon"], 0.0, form, name)
     renamed = {new: given[old] for new, old in entry.renamed.items()}
     written = {new: call.written[old] for new, old in entry.renamed.items() if old in call.written}
     quant = MutatingCall(node, entry.quant, {"input": source, **renamed, **entry.constants}, written)
@@ -80,6 +82,16 @@ def norm_quant_inputs(graph: Graph) -> set[Node]:
 def _name(node: Node) -> str:
     op = called_op(node) if node.op == "call_function" else None
     return "" if op is None else str(op._schema.name)
+
+
+def _schema_refusal(call: MutatingCall, entry: NormQuantOp) -> str:
+    """Return why a version of the operator with these arguments is not known, or ""."""
+    needed = {"input", "weight", "epsilon", *entry.renamed.values()}
+    known = {"residual", *needed, *entry.must_be_none}
+    if not needed <= call.arguments.keys():
+        return f"this version of it has no {', '.join(sorted(needed - call.arguments.keys()))}"
+    other = next((name for name, value in call.arguments.items() if name not in known and value), "")
+    return other and f"{other} is {call.arguments[other]}, which is not known"
 
 
 def _refusals(norm: Norm, call: MutatingCall, must_be_none: tuple[str, ...]) -> Iterator[tuple[bool, str]]:

@@ -80,11 +80,11 @@ def _norm_token(
     input: Tensor,
     weight: Tensor,
     scale: Tensor,
-    var_epsilon: float,
+    epsilon: float,
     scale_ub: Tensor | None,
     residual: Tensor | None,
 ) -> None:
-    norm = _dynamic_norm(input, weight, var_epsilon, residual)
+    norm = _dynamic_norm(input, weight, epsilon, residual)
     if result.dtype == torch.int8:
         scale.copy_(norm.float().abs().amax(-1, keepdim=True) / 127)
         result.copy_((norm.float() / scale).round())
@@ -97,13 +97,13 @@ def _norm_block(
     input: Tensor,
     weight: Tensor,
     scale: Tensor,
-    var_epsilon: float,
+    epsilon: float,
     scale_ub: Tensor | None,
     residual: Tensor | None,
     group_size: int,
     is_scale_transposed: bool,
 ) -> None:
-    norm = _dynamic_norm(input, weight, var_epsilon, residual)
+    norm = _dynamic_norm(input, weight, epsilon, residual)
     groups = norm.float().view(-1, input.shape[-1] // group_size, group_size)
     amax = groups.abs().amax(-1)
     amax = amax if scale_ub is None else amax.minimum(scale_ub)
@@ -134,11 +134,11 @@ _OPERATORS = (
     ),
     (
         "rms_norm_dynamic_per_token_quant(Tensor! result, Tensor input, Tensor weight, Tensor! scale, "
-        "float var_epsilon, Tensor? scale_ub, Tensor!? residual)",
+        "float epsilon, Tensor? scale_ub, Tensor!? residual)",
         _norm_token,
     ),
     (
-        "rms_norm_per_block_quant(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float var_epsilon, "
+        "rms_norm_per_block_quant(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, "
         "Tensor? scale_ub, Tensor!? residual, int group_size, bool is_scale_transposed)",
         _norm_block,
     ),

@@ -17,6 +17,7 @@ from fusewire.fusion_passes.compiler.inductor import trace
 from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.pipeline import run_passes
 from fusewire.fusion_passes.report.store import clear_report
+from fusewire.patterns.quantizations import NORM_QUANT_OPS
 
 from support import vllm_quantizers
 from support.distributed import fake_group
@@ -258,6 +259,40 @@ def test_others_stay_with_a_reason(world, name):
     assert words in reason
     assert "a norm and its quantisation in one, stays as it is" in reason
     assert_left(captured)
+
+
+@pytest.mark.parametrize(
+    ("extra", "value", "words"),
+    [
+        ("bool scale_ue8m0=False", True, "scale_ue8m0 is True, which is not known"),
+        ("bool scale_ue8m0=False", False, ""),
+        ("", None, "this version of it has no is_scale_transposed"),
+    ],
+)
+def test_other_versions_of_an_operator(world, extra, value, words):
+    """An option that is not known must be off; one that is missing is no reason to fail."""
+    library = torch.library.Library("fusewire_test", "FRAGMENT")
+    known = f"int group_size, bool is_scale_transposed, {extra}" if extra else "int group_size"
+    library.define(
+        "block(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, Tensor? scale_ub, "
+        f"Tensor!? residual, {known}) -> ()"
+    )
+    library.impl("block", lambda *args: vllm_quantizers._norm_block(*args[:8], False), "CompositeExplicitAutograd")
+    torch.library.register_fake("fusewire_test::block", lambda *args: None, lib=library)
+
+    def joined(y, w, s, r):
+        result, scale = torch.empty(y.shape, dtype=FP8), torch.empty(y.shape[0], 2)
+        rest = (128,) if value is None else (128, False, value)
+        torch.ops.fusewire_test.block(result, y, w, scale, 1e-5, None, r, *rest)
+        return result, scale
+
+    model, given = layer(world, joined), inputs(6, 256)
+    with mock.patch.dict(NORM_QUANT_OPS, {"fusewire_test::block": NORM_QUANT_OPS["_C::rms_norm_per_block_quant"]}):
+        captured = capture(model, *given, config=KEPT)
+    assert captured.count(QUANTIZED) == (not words)
+    assert words in captured.reasons()[0]
+    assert_same(captured.result, model(*given))
+    library._destroy()
 
 
 def test_the_programs_kernel_stays_where_only_native_serves(world):
