@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, keeps_wide_sum
-from fusewire.fusion_passes.analysis.graph import dtype_of, first_refusal, is_number
+from fusewire.fusion_passes.analysis.graph import dtype_of, first_refusal, is_number, is_row_major, value_of
 from fusewire.fusion_passes.analysis.norm_reader import Norm
 from fusewire.fusion_passes.analysis.quantizing_ops import QuantizationRefusal, read_call
 from fusewire.fusion_passes.compiler.mutating_calls import MutatingCall, called_op, op_of_name, read_mutating_call
@@ -98,6 +98,13 @@ def _refusals(norm: Norm, call: MutatingCall, must_be_none: tuple[str, ...]) -> 
     dtype, residual = dtype_of(norm.source), norm.residual
     given = next((name for name in must_be_none if call.arguments.get(name) is not None), "")
     yield given != "", f"{given} is given, and its quantisation by itself takes none"
+    transposed, scale = call.arguments.get("is_scale_transposed"), call.arguments["scale"]
+    value = value_of(scale)
+    same = transposed is None or value is None or any(isinstance(n, int) and n == 1 for n in value.shape)
+    yield (
+        not same and transposed == is_row_major(scale),
+        f"is_scale_transposed is {transposed}, and its scales are in {'rows' if transposed else 'columns'}",
+    )
     dtypes = {dtype_of(node) for node in (norm.weight, residual) if node is not None}
     yield dtypes != {dtype}, f"its weight and residual must be in the input's {dtype}"
     yield not is_number(norm.eps), "its epsilon is computed in the graph"

@@ -60,7 +60,7 @@ def bounded(y, w, s, r):
     return token(y, w, s, r, bound=s)
 
 
-def block(y, w, s, r, *, layout="rows", size=128, bound=None):
+def block(y, w, s, r, *, layout="rows", size=128, bound=None, transposed=None):
     tokens, groups = y.shape[0], y.shape[-1] // size
     result = torch.empty(y.shape, dtype=FP8)
     if layout == "columns":
@@ -69,7 +69,8 @@ def block(y, w, s, r, *, layout="rows", size=128, bound=None):
         scale = torch.empty_strided((tokens, groups), (1, (tokens + 3) // 4 * 4))
     else:
         scale = torch.empty(tokens, groups)
-    torch.ops._C.rms_norm_per_block_quant(result, y, w, scale, 1e-5, bound, r, size, layout != "rows")
+    transposed = layout != "rows" if transposed is None else transposed
+    torch.ops._C.rms_norm_per_block_quant(result, y, w, scale, 1e-5, bound, r, size, transposed)
     return result, scale
 
 
@@ -141,6 +142,18 @@ def test_tiny_values_and_dynamic_tokens(world):
     assert_same(captured.result, wanted)
     assert len(wanted[0][1].unique()) > 4
     assert (wanted[0][1] == vllm_quantizers.FLOOR).any(0).all()
+
+
+def test_one_token_or_group_has_every_layout(world):
+    for shape in ((1, 256), (6, 128)):
+        model, given = layer(world, columns), inputs(*shape)
+        with inductor_config.patch(enable_auto_functionalized_v2=False):
+            captured = capture(model, *given, config=KEPT)
+        assert captured.count(QUANTIZED) == 1, captured.reasons()
+        (got, scale), _ = captured.result
+        (wanted, scales), _ = model(*given)
+        assert torch.equal(scale, scales)  # but for the stride of a dimension of one number
+        assert torch.equal(got.float(), wanted.float())
 
 
 def in_place(model, given):
@@ -218,6 +231,14 @@ def bounded_block(y, w, s, r):
     return block(y, w, s, r, bound=s)
 
 
+def rows_as_columns(y, w, s, r):
+    return block(y, w, s, r, transposed=True)
+
+
+def columns_as_rows(y, w, s, r):
+    return block(y, w, s, r, layout="columns", transposed=False)
+
+
 def channels(y, w, s, r):
     return static(y, w, torch.linspace(1, 2, 2), r)
 
@@ -241,6 +262,8 @@ REFUSED = {
     "int8": (int8, {}, "its result is not of torch.float8_e4m3fn"),
     "64": (block64, {}, "group_size is 64"),
     "bounded block": (bounded_block, {}, "scale_ub is given"),
+    "rows as columns": (rows_as_columns, {}, "is_scale_transposed is True, and its scales are in rows"),
+    "columns as rows": (columns_as_rows, {}, "is_scale_transposed is False, and its scales are in columns"),
     "wide weight": (wide_weight, {}, "its weight and residual must be in the input's torch.bfloat16"),
     "channels": (channels, {}, "no float32 tensor with one element"),
     "part of a buffer": (part, {}, "writes to a part of a buffer"),
