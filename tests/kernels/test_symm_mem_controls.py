@@ -432,6 +432,7 @@ LONG_RUNS = {
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("run", LONG_RUNS)
 def test_the_long_form(run):
     failed = {name: text for name, text in run_cases(__file__, LONG_RUNS[run], 3000).items() if text}

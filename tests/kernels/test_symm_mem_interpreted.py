@@ -221,6 +221,7 @@ def test_ranks_agree_with_the_definition(name, results):
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_ranks_agree_with_the_definition_in_every_case(part):
     failed = {name: text for name, text in run_cases(__file__, list(every_scenario())[part::PARTS]).items() if text}
