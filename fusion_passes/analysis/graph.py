@@ -192,6 +192,16 @@ def plain_div(node: Any) -> tuple[Any, Any] | None:
     return _operands(node, DIVS)
 
 
+def sums_rows(node: Any) -> bool:
+    """Return whether a node adds up rows: over dimensions before the last, in its input's dtype."""
+    if not isinstance(node, Node) or node.target is not aten.sum.dim_IntList:
+        return False
+    value, dims = value_of(node.args[0]), node.args[1]
+    if value is None or not value.dim() or not isinstance(dims, (list, tuple)) or dtype_of(node) != value.dtype:
+        return False
+    return bool(dims) and all(isinstance(dim, int) and dim % value.dim() != value.dim() - 1 for dim in dims)
+
+
 def _operands(node: Any, targets: frozenset[Any]) -> tuple[Any, Any] | None:
     if not isinstance(node, Node) or node.target not in targets or len(node.args) != 2 or node.kwargs:
         return None

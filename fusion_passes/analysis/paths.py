@@ -3,7 +3,8 @@
 Views move before the all-reduce, which works elementwise. A bias, or any other addend, joins the
 residual, multiplied by the scales that follow it. A number that the dtype holds is such a bias, and
 so is a tensor of one element. A scale, a factor or a divisor, moves before the all-reduce, since a
-sum of multiples is the multiple of the sum. A subtraction adds the negated operand.
+sum of multiples is the multiple of the sum. So does a sum over rows (the outputs of the experts,
+one under the other). A subtraction adds the negated operand.
 
 Addends and scales then round elsewhere than in the source, so they move only with
 PassConfig.allow_reassociation. (A sign does not, but without that option an all-reduce carries the
@@ -53,6 +54,7 @@ from fusewire.fusion_passes.analysis.graph import (
     plain_sub,
     same_shape,
     same_size,
+    sums_rows,
     value_of,
 )
 from fusewire.fusion_passes.analysis.replication import UNKNOWN, Replication
@@ -61,7 +63,7 @@ from fusewire.fusion_passes.config import PassConfig
 from fusewire.fusion_passes.context import MATRICES
 from fusewire.patterns.collectives import AllReduce, op_name, read_all_reduce
 
-VIEW, CAST, SCALE, ADDEND, MATRIX = "view", "cast", "scale", "addend", "matrix"
+VIEW, CAST, SCALE, ADDEND, MATRIX, SUM_OF_ROWS = "view", "cast", "scale", "addend", "matrix", "sum"
 _LIMIT = 12
 
 
@@ -70,7 +72,7 @@ class Step:
     """One node of a path, or the one half of a subtraction from the path's value.
 
     Attributes:
-        kind: VIEW, CAST, SCALE, ADDEND or MATRIX.
+        kind: VIEW, CAST, SCALE, ADDEND, MATRIX or SUM_OF_ROWS.
         value: the factor or divisor of a scale, what an add adds, or the right factor of a matrix
             product.
         assumption: what is assumed to be equal on every rank, as a key of RunContext.assumed; "" if
@@ -122,10 +124,10 @@ class Path:
         return tuple(step for step in self.steps if step.kind in kinds)
 
     def moved_input(self, call: Callable[..., Node]) -> Node:
-        """Return the all-reduce's input with the path's views and products, as new nodes."""
+        """Return the all-reduce's input with the path's views, sums and products, as new nodes."""
         x: Node = self.all_reduce.x
-        for step in self.of_kind(VIEW, SCALE, MATRIX):
-            if step.kind == VIEW:
+        for step in self.of_kind(VIEW, SUM_OF_ROWS, SCALE, MATRIX):
+            if step.kind in (VIEW, SUM_OF_ROWS):
                 x = call(step.node.target, (x, *step.node.args[1:]), step.node.kwargs, step.node)
             elif step.kind == SCALE:
                 x = step.scaled(x, call)
@@ -183,7 +185,7 @@ class Path:
         addends = self.of_kind(ADDEND)
         is_residual = residual is None and len(addends) == 1  # the addend becomes the residual
         moves = first_refusal(case for step in self.steps for case in self._step_refusals(step, is_residual))
-        scales = self.of_kind(SCALE)
+        scales = self.of_kind(SCALE, SUM_OF_ROWS)
         if moves or allow_reassociation or not (scales or (addends and not is_residual)):
             return moves
         if all(step.is_sign for step in scales) and (is_residual or not addends):
@@ -193,8 +195,8 @@ class Path:
                 "their negatives"
             )
         return (
-            "a scale or a bias stands between the all-reduce and the norm; moving it rounds "
-            "elsewhere, which allow_reassociation=False forbids"
+            "a scale, a bias or a sum of rows stands between the all-reduce and the norm; moving it "
+            "rounds elsewhere, which allow_reassociation=False forbids"
         )
 
     def _step_refusals(self, step: Step, is_residual: bool) -> Iterator[tuple[bool, str]]:
@@ -210,6 +212,11 @@ class Path:
                 f"a cast from {before} to {after} stands between the all-reduce and the norm; "
                 "reduce in the dtype that the norm takes",
             )
+        elif step.kind == SUM_OF_ROWS:
+            added = any(earlier.kind == ADDEND for earlier in self.steps[: self.steps.index(step)])
+            what = f"rows are added up ({step.node}) between the all-reduce and the norm, "
+            yield added, f"{what}and something is added to each row before; add it afterwards"
+            yield half, f"{what}which before the all-reduce could make more than float16 holds"
         elif step.kind == ADDEND:
             yield _not_held(step, after)
             yield (
@@ -281,6 +288,8 @@ class PathFinder:
             yield node.args[0], (Step(VIEW, node),)
         elif (source := cast_source(node)) is not None:
             yield source, (Step(CAST, node),)
+        elif sums_rows(node):
+            yield node.args[0], (Step(SUM_OF_ROWS, node),)
         elif node.target is aten.mm.default and (step := self.matrix(node, node.args[1])) is not None:
             yield node.args[0], (step,)
         else:

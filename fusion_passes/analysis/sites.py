@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from fusewire.fusion_passes.analysis.graph import cast_source, depends_on, is_row_major, same_shape, wide_addends
 from fusewire.fusion_passes.analysis.norm_reader import Norm
-from fusewire.fusion_passes.analysis.paths import ADDEND, SCALE, VIEW, Path
+from fusewire.fusion_passes.analysis.paths import ADDEND, SCALE, SUM_OF_ROWS, VIEW, Path
 from fusewire.patterns.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, WAIT
 
 
@@ -30,7 +30,10 @@ class Site:
     @property
     def stays(self) -> bool:
         """Return whether the all-reduce is in canonical form and nothing has to move before it."""
-        return not self.path.of_kind(VIEW, SCALE) and self.path.all_reduce.node.target in (ALL_REDUCE, REDUCE_SCATTER)
+        return not self.path.of_kind(VIEW, SCALE, SUM_OF_ROWS) and self.path.all_reduce.node.target in (
+            ALL_REDUCE,
+            REDUCE_SCATTER,
+        )
 
     @property
     def inner(self) -> list[Node]:
@@ -100,7 +103,10 @@ def site_refusals(site: Site, regions: dict[Node, int], order: dict[Node, int]) 
 def _scatter_refusals(site: Site) -> Iterator[tuple[bool, str]]:
     """Yield (condition, refusal) for a norm of the rows that a reduce-scatter leaves this rank."""
     path, gathers = site.path, site.norm.out.users
-    yield bool(path.of_kind(VIEW, SCALE)), "a view or a scale stands between the reduce-scatter and the norm"
+    yield (
+        bool(path.of_kind(VIEW, SCALE, SUM_OF_ROWS)),
+        "a view, a scale or a sum stands between the reduce-scatter and the norm",
+    )
     yield (
         bool(path.of_kind(ADDEND)) and site.residual is None,
         "a bias stands between the reduce-scatter and the norm, and no residual that could take it up",

@@ -108,7 +108,7 @@ class _Merger:
             return False
         if node in self.values:
             return True
-        first_only = node.target in VIEWS | DIVS or node.target in (aten.mm.default, aten.neg.default)
+        first_only = node.target in VIEWS | DIVS | {aten.mm.default, aten.neg.default, aten.sum.dim_IntList}
         behind = plain_mul(node) or plain_add(node) or plain_sub(node) or (node.args[:1] if first_only else ())
         return any(self._may_lead(source, limit - 1) for source in behind)
 

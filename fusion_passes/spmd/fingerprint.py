@@ -19,7 +19,7 @@ from fusewire.custom_ops.ops.sandwich_norm import all_reduce_sandwich_norm
 from fusewire.custom_ops.ops.sharded_norm import shard_rows
 from fusewire.errors import ProcessGroupError
 from fusewire.fusion_passes.analysis.graph import aten, new_call, value_of
-from fusewire.fusion_passes.analysis.paths import MATRIX, SCALE, Path
+from fusewire.fusion_passes.analysis.paths import MATRIX, SCALE, SUM_OF_ROWS, Path
 from fusewire.fusion_passes.analysis.scales import is_scale
 from fusewire.patterns.collectives import ALL_REDUCE, SUM, op_name, positional, read_all_reduce
 
@@ -183,13 +183,13 @@ def _written_freely(graph: Graph, tensor: Node) -> Node:
 
 
 def moved_texts(path: Path) -> list[str]:
-    """Return as texts the factors that move across a path's collective; constants with values."""
-    return [
-        f"{'over' if step.divides else 'times'} {_factor_text(step.value)}"
-        if step.kind == SCALE
-        else f"times a matrix ({_tensor_text(value_of(step.value), rows=True)})"
-        for step in path.of_kind(SCALE, MATRIX)
-    ]
+    """Return as texts the factors and sums that move across a path's collective, with numbers."""
+    texts = {
+        SCALE: lambda step: f"{'over' if step.divides else 'times'} {_factor_text(step.value)}",
+        MATRIX: lambda step: f"times a matrix ({_tensor_text(value_of(step.value), rows=True)})",
+        SUM_OF_ROWS: lambda step: f"summed over dimensions {step.node.args[1]}",
+    }
+    return [texts[step.kind](step) for step in path.of_kind(*texts)]
 
 
 def _factor_text(factor: Any) -> str:

@@ -200,7 +200,7 @@ FAULTS = {
     "rows: broadcast residual": ("rows: broadcast residual", [(SequenceFuser, "check_residual", yes)]),
     "rows: readers ignored": ("rows: also read", [(SequenceFuser, "check_readers", yes)]),
     "rows: order ignored": ("rows: collective between", [(SequenceFuser, "check_order", yes)]),
-    "rows: scales ignored": ("rows: scaled", without_refusal("a view or a scale stands between")),
+    "rows: scales ignored": ("rows: scaled", without_refusal("a view, a scale or a sum stands between")),
     # Sharded residuals
     "any group hands over": ("chain", [(shard_residual, "_handed_over", handed_over_by_anyone)]),
     "other readers forgotten": ("chain", [(shard_residual, "_other_readers", lambda op: iter(()))]),

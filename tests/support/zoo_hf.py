@@ -341,10 +341,11 @@ HF_MODELS = (
     _hf("qwen3_5", "Qwen3_5", _LINEAR, 4, text="Text", note="linear attention ends in an all-gather"),
     _hf("qwen3_5_moe", "Qwen3_5Moe", {**_LINEAR, **_SHARED_EXPERT}, 6, 4, text="Text", gated=2, note=_GATE),
     _hf(
-        *("llama4", "Llama4", {**_HEAD, "intermediate_size_mlp": 192, **_LOCAL_EXPERTS}, 7, 5),
+        *("llama4", "Llama4", {**_HEAD, "intermediate_size_mlp": 192, **_LOCAL_EXPERTS}, 7),
         text="Text",
         since=(5, 17),
         attention="eager",
+        merges=2,
         note="every expert's output is all-reduced, and only then summed over the experts",
     ),
     _hf(

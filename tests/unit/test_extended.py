@@ -285,7 +285,7 @@ def _own_weight(x, shard, w):
         (_partial_read, "read elsewhere"),
         (_average, "'avg'"),
         (_between, "another collective of the same group"),
-        (_scaled_rows, "a view or a scale stands between"),
+        (_scaled_rows, "a view, a scale or a sum stands between"),
         (_own_weight, "weight is computed from"),
     ],
 )
