@@ -1,4 +1,4 @@
-"""Make, list and free workspaces. Importing this module registers every provider."""
+"""Make, list and free workspaces. Importing this module registers every operator and provider."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from fusewire.custom_ops.coordination import rendezvous
 from fusewire.custom_ops.coordination.watchdog import WATCHDOG
 from fusewire.custom_ops.dispatch import derived_ops, dispatcher
 from fusewire.custom_ops.dispatch.table_vote import tuned_cost_model
@@ -25,10 +26,11 @@ from fusewire.custom_ops.workspaces.provider import OUTPUTS, PROVIDERS, Workspac
 from fusewire.custom_ops.workspaces.registry import REGISTRY, WorkspaceEntry
 from fusewire.errors import ConfigError, FusewireError, WorkspaceError
 
-# Importing these registers providers. They import Triton and FlashInfer at their first use.
+# Importing these registers operators and providers. They import Triton and FlashInfer at their
+# first use.
 REGISTERED = (
     *(torch_norm, triton_norm, batch_invariant, flashinfer, symm_mem, invariant, fp8_rows),
-    *(dispatcher, derived_ops, tuner),
+    *(dispatcher, derived_ops, tuner, rendezvous),
 )
 # The providers of `all_reduce_rms_norm`, by priority, unless a policy says otherwise.
 DEFAULT_PRIORITY = (symm_mem.PROVIDER, flashinfer.PROVIDER, NATIVE)
