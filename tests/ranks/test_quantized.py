@@ -126,7 +126,7 @@ def _model_in_fp8(name: str) -> tuple[bool, int, list[str]]:
     return torch.equal(got, wanted), fp8, [entry.reason for entry in entries if not entry.fusion]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3", marks=pytest.mark.nightly), "gemma3"])
 def test_models_in_fp8(name):
     """Real models, whose norms feed FP8 projections (examples/benchmarks/models.py): all fuse."""
     assert shared_pool(2).run(_model_in_fp8, name) == [(True, 2 * LAYERS, [])] * 2

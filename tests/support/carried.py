@@ -6,9 +6,15 @@ give the same bits.
 
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from support.blocks import HIDDEN, NORMS, reduce_functional
+from support.compiles import WITHOUT_CODE
+
+# Of the programs, those that ranks compile: a part in each run of the tests, all in the nightly one.
+PARTS = [slice(None, None, 4), pytest.param(slice(None), marks=pytest.mark.nightly)]
 
 
 def norm(x, w):
@@ -29,6 +35,22 @@ def inputs(dtype=torch.float32, shape=(6,)):
     w, b = (whole((HIDDEN,), 4, dtype, seed) for seed in (3, 4))
     matrices = whole((HIDDEN, HIDDEN), 2, dtype, 5), whole((HIDDEN, 8), 2, dtype, 6), whole((8, HIDDEN), 2, dtype, 7)
     return x, r, w, s, b, torch.tensor(0.25, dtype=dtype), *matrices
+
+
+def differing(make, names):
+    """On a rank: the names whose program, compiled, has not eager's bits. All must fuse whole."""
+    x, *rest = inputs()
+    given, found = (x * (1 + dist.get_rank()), *rest), []
+    for name in names:
+        torch._dynamo.reset()
+        block = make(name)
+        with torch.no_grad():
+            want = block(*given)
+            options = {"expect_fused": "all", **WITHOUT_CODE}
+            got = torch.compile(block, backend="fusewire", fullgraph=True, options=options)(*given)
+        if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
+            found.append(name)
+    return found
 
 
 # `y` is the all-reduced value.

@@ -15,8 +15,7 @@ from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.patterns.collectives import ALL_REDUCE
 
 from support.blocks import HIDDEN, NORMS, reduce_functional, tensors
-from support.carried import KINDS, SCALES, inputs, norm, of_kind
-from support.compiles import WITHOUT_CODE
+from support.carried import KINDS, PARTS, SCALES, differing, inputs, norm, of_kind
 from support.distributed import fake_group, shared_pool
 from support.graphs import capture
 
@@ -133,24 +132,13 @@ def test_l2_norms_fuse(world, name, dtype):
         torch.testing.assert_close(got, want, rtol=0 if name != "divided" else 1e-6, atol=0)
 
 
-def _largest_differences():
-    """On a rank: the kinds whose compiled result is not eager's, or that did not fuse."""
-    x, *rest = inputs()
-    given, wrong = (x * (1 + dist.get_rank()), *rest), []
-    blocks = {**{name: of_kind(name) for name in KINDS}, **LORA, "l2": l2("L")}
-    for name, block in blocks.items():
-        torch._dynamo.reset()
-        with torch.no_grad():
-            want = block(*given)
-            options = {"expect_fused": "all", **WITHOUT_CODE}
-            got = torch.compile(block, backend="fusewire", fullgraph=True, options=options)(*given)
-        if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
-            wrong.append(name)
-    return wrong
+def _block(name):
+    return LORA[name] if name in LORA else l2("L") if name == "l2" else of_kind(name)
 
 
-def test_results_on_ranks():
-    assert shared_pool(2).run(_largest_differences, timeout_s=300) == [[], []]
+@pytest.mark.parametrize("part", PARTS)
+def test_results_on_ranks(part):
+    assert shared_pool(2).run(differing, _block, [*KINDS, *LORA, "l2"][part], timeout_s=300) == [[], []]
 
 
 @pytest.mark.parametrize("name", ["r - y", "y - r", "b - y", "rsub"])

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from fusewire.custom_ops.ops.all_reduce_norm import all_reduce_rms_norm
 from fusewire.patterns.collectives import ALL_REDUCE
 
 from support.blocks import HIDDEN, reduce_functional
-from support.carried import inputs, norm
-from support.compiles import WITHOUT_CODE
+from support.carried import PARTS, differing, inputs, norm
 from support.distributed import shared_pool
 from support.graphs import capture
 
@@ -84,21 +82,6 @@ def test_sums_that_stay():
     refused(wider, *inputs(torch.bfloat16), says="aten::sum (sum_1) between the all-reduce and the norm cannot")
 
 
-def _compiled_on_a_rank():
-    """Return the names of the sums whose compiled result is not eager's."""
-    x, *rest = inputs()
-    given, wrong = (x * (1 + dist.get_rank()), *rest), []
-    for name in SUMS:
-        torch._dynamo.reset()
-        block = sum_of(name)
-        with torch.no_grad():
-            want = block(*given)
-            options = {"expect_fused": "all", **WITHOUT_CODE}
-            got = torch.compile(block, backend="fusewire", fullgraph=True, options=options)(*given)
-        if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
-            wrong.append(name)
-    return wrong
-
-
-def test_results_on_ranks():
-    assert shared_pool(2).run(_compiled_on_a_rank, timeout_s=300) == [[], []]
+@pytest.mark.parametrize("part", PARTS)
+def test_results_on_ranks(part):
+    assert shared_pool(2).run(differing, sum_of, list(SUMS)[part], timeout_s=300) == [[], []]
