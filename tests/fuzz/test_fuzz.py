@@ -25,6 +25,7 @@ from support.distributed import shared_pool
 
 FIRST = int(os.environ.get("FUSEWIRE_FUZZ_SEED", "0"))
 GRAPHS, CHUNK, GLOO = 300, 50, 20
+OFTEN = 150  # programs that every run checks; the nightly one checks all
 
 
 def chunk(start: int, size: int) -> range:
@@ -45,7 +46,10 @@ def checked(start: int) -> tuple[list[fuzz.Failure], Counter[str]]:
 SHARED = (0, CHUNK)
 
 
-@pytest.mark.parametrize("start", range(0, GRAPHS, CHUNK))
+STARTS = [pytest.param(start, marks=[pytest.mark.nightly] * (start >= OFTEN)) for start in range(0, GRAPHS, CHUNK)]
+
+
+@pytest.mark.parametrize("start", STARTS)
 def test_passes_keep_results_and_verdicts(start):
     no_failures(checked(start)[0])
 
