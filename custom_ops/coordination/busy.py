@@ -70,7 +70,7 @@ def poll_ranks(
         if store is None:
             return []
         announce(store)
-        if asked and ended((needed or ranks)()):  # not at once: the look has to be fast if all come
+        if asked and ended((needed or ranks)()):  # not at once: most waits are short
             raise _EndedError
         asked = True
         return [store.get(_key(rank)) for rank in ranks()]

@@ -22,7 +22,7 @@ from fusewire.custom_ops.coordination.store import GroupStore, default_store
 
 
 class Process(NamedTuple):
-    """A process of this host; `start` tells it from a later process with the same id."""
+    """A process of this host. A later process with the same id has another `start`."""
 
     pid: int
     start: str
@@ -91,18 +91,18 @@ def ended(ranks: Sequence[int]) -> list[int]:
 
 
 def how_long(ranks: Sequence[int], waited_s: float) -> str:
-    """Return the end of a message on ranks that did not come: they have ended, or the time."""
+    """Return for an error message how long ranks were waited for, or which of them have ended."""
     gone: list[int] = []
     with contextlib.suppress(Exception):  # the store is gone: not what the message is about
         gone = ended(ranks)
     if not gone:
         return f"within {waited_s:.0f} s"
     listed = ", ".join(map(str, gone))
-    return f"(rank {listed}: its process has ended)" if len(gone) == 1 else f"(ranks {listed}: their processes ended)"
+    return f"(rank{'s' * (len(gone) > 1)} {listed}: the process has ended)"
 
 
 class _Known:
-    """What is known of the processes of one default group."""
+    """What this rank has announced and read of the processes of one default group."""
 
     last: _Known | None = None
     lock = threading.Lock()

@@ -136,9 +136,8 @@ class GraphAgreement:
             raise PeerTimeoutError(
                 f"waited in vain for {describe_missing()} {how_long(missing, most_s)}. They run the "
                 "program without compiling it, or compile something else there, or have stopped, or "
-                "take longer: "
-                f"{TIMEOUT_VARIABLE} sets how long to wait, and the group's own timeout bounds "
-                "it. Set FUSEWIRE_DISABLE=1 on every rank, or, where one rank compiles for the "
+                f"take longer: {TIMEOUT_VARIABLE} sets how long to wait, and the group's own timeout "
+                "bounds it. Set FUSEWIRE_DISABLE=1 on every rank, or, where one rank compiles for the "
                 "others, compile with PassConfig(compile_alone=True)"
             )
         return decision

@@ -74,13 +74,13 @@ def _vote(victim, after_ballot):
 def test_a_vote_without_a_rank_that_ended(victim):
     first, second = on_ranks(3, victim, _vote, False)
     assert first == second
-    gone = f"(rank {victim}: its process has ended)"
+    gone = f"(rank {victim}: the process has ended)"
     assert first.startswith(f"PeerTimeoutError: label: no vote on 'topic' from rank(s) {victim} {gone}; every rank")
 
 
 def test_a_vote_without_its_first_rank():
     for text in on_ranks(3, 0, _vote, False):
-        gone = "(rank 0: its process has ended)"
+        gone = "(rank 0: the process has ended)"
         assert text.startswith(f"PeerTimeoutError: label: rank 0 did not publish the outcome of 'topic' {gone};")
 
 
@@ -104,7 +104,7 @@ def _rendezvous(victim, one_host):
 def test_a_meeting_before_a_graph(one_host):
     (text,) = on_ranks(2, 1, _rendezvous, one_host)
     assert text.startswith("PeerTimeoutError: ")
-    assert "(rank 1: its process has ended)" in text
+    assert "(rank 1: the process has ended)" in text
 
 
 def _agreement(victim):
@@ -120,7 +120,7 @@ def _agreement(victim):
 def test_a_graph_that_a_rank_does_not_compile_any_more():
     (text,) = on_ranks(2, 1, _agreement)
     assert text.startswith("PeerTimeoutError: waited in vain for rank(s) 1 of group")
-    assert "to compile a 1 (rank 1: its process has ended)" in text
+    assert "to compile a 1 (rank 1: the process has ended)" in text
 
 
 def _others(victim, same_host):
@@ -140,7 +140,7 @@ def _others(victim, same_host):
 
 
 def test_processes_of_other_hosts_count_as_running():
-    assert on_ranks(2, 1, _others, True) == [([1], None, "(rank 1: its process has ended)")]
+    assert on_ranks(2, 1, _others, True) == [([1], None, "(rank 1: the process has ended)")]
     assert on_ranks(2, 1, _others, False) == [([], None, "within 3 s")]
 
 
@@ -149,7 +149,7 @@ def _another_group():
     announce(default_store())
     before = processes.processes([0])[0].pid
     store = GroupStore(dist.group.WORLD)
-    store.set("process/0", f"1 {'0'} {processes._sight()}")
+    store.set("process/0", f"1 0 {processes._sight()}")
     kept = processes.processes([0])[0].pid
     with mock.patch.object(processes._Known, "last", None):
         anew = processes.processes([0])[0].pid

@@ -477,10 +477,12 @@ def test_dynamos_counters_and_switch():
     "torch._dynamo.config.recompile_limit",
 )
 def test_restart_that_makes_a_float_input_a_number():
-    """float_inputs, is_steady_attribute, capture_again_with_numbers and forget_numbers in compiler/dynamo.py: under
-    dynamic=True a float is a 0-d input whose item has a symbol's name, with its value and the module in its source; a
-    backend that raises TensorifyScalarRestartAnalysis after TensorifyState.specialize(name) is called again with a
-    number. The name stays, until TensorifyState.clear()."""
+    """float_inputs, is_steady_attribute, capture_again_with_numbers and forget_numbers in
+    compiler/dynamo.py: under dynamic=True a float is a 0-d input whose item has a symbol's name,
+    with its value and the module in its source. A backend that raises
+    TensorifyScalarRestartAnalysis after TensorifyState.specialize(name) is called again with a
+    number. The name stays until TensorifyState.clear().
+    """
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
     from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 
