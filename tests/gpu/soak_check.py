@@ -4,6 +4,7 @@ flat.
     python tests/gpu/soak_check.py                         # 2 GPUs, two minutes
     python tests/gpu/soak_check.py --calls 10000000 --limit 900
     python tests/gpu/soak_check.py --one-gpu               # both ranks as streams of one GPU
+    python tests/gpu/soak_check.py --tokens 600,1500       # these shapes only, which use flags
     python tests/gpu/soak_check.py --cpu --calls 600       # gloo, without GPUs
 
 A CUDA graph holds CALLS calls, one after another, each with a payload of its own. A replay takes
@@ -85,6 +86,9 @@ def captured(step):
 def budgets(arguments):
     """Yield each shape with its part of the calls and of the time."""
     shapes = CPU_SHAPES if arguments.cpu else SHAPES
+    if arguments.tokens:
+        chosen = [int(each) for each in arguments.tokens.split(",")]
+        shapes = [shape for shape in shapes if shape[0] in chosen]
     for tokens, hidden in shapes:
         yield tokens, hidden, arguments.calls // len(shapes), (arguments.limit - 20) / len(shapes)
 
@@ -197,6 +201,7 @@ def main():
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--calls", type=int, default=1_000_000, help="calls of all shapes together")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds; the calls are as many as fit")
+    parser.add_argument("--tokens", help="only the shapes with these numbers of tokens, such as 600,1500")
     arguments = parser.parse_args()
     if arguments.one_gpu:
         return one_gpu(arguments)
