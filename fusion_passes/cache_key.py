@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from pathlib import Path
 
 import fusewire
@@ -48,7 +49,8 @@ def cache_key(config: PassConfig, *, groups: bool = True) -> str:
         config: the options.
         groups: False leaves the process groups out, for a cache whose own key holds their sizes.
     """
-    parts = [static_key(config)]
+    # What some of vLLM's operators compute depends on its version; see analysis/norm_quant_forms.py.
+    parts = [static_key(config), f"vLLM {getattr(sys.modules.get('vllm'), '__version__', '')}"]
     for op in all_ops().values():
         if op.selector is None:
             # A graph compiled without a provider must not be found where the provider exists.

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, WIDE_SUM_ROUND_THEN_SCALE
 from fusewire.custom_ops.ops.quantization import FP8_MAX, GROUP, GROUP_SIZE, RECIPROCAL, TENSOR, TOKEN, QuantSpec
 
 
@@ -72,24 +71,22 @@ UNREAD_QUANT_OPS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity, since mappings have no hash
 class NormQuantOp:
     """An operator of vLLM's that is an RMSNorm and its quantisation in one.
 
     The arguments `result`, `input`, `residual`, `weight`, `scale` and `epsilon` have one meaning in
-    all of them. It rounds the normalised value, then multiplies by the weight, which has the
-    input's dtype. A residual, if there is one, is written in place.
+    all of them. The weight has the input's dtype. A residual, if there is one, is written in place.
+    The norm's form depends on vLLM's version: see fusion_passes/analysis/norm_quant_forms.py.
 
     Attributes:
         quant: the operator of QUANT_OPS that quantises the norm alike.
-        form: the norm's form with a residual.
         renamed: the arguments of `quant` by the names of those that they take their values from.
         constants: the arguments of `quant` that are always the same.
         must_be_none: arguments that are None in what `quant` computes.
     """
 
     quant: str
-    form: str
     renamed: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     must_be_none: tuple[str, ...] = ()
@@ -97,7 +94,6 @@ class NormQuantOp:
 
 _STATIC = NormQuantOp(
     "_C::static_scaled_fp8_quant",
-    ROUND_THEN_SCALE,
     MappingProxyType({"result": "result", "scale": "scale"}),
 )
 NORM_QUANT_OPS = {
@@ -105,12 +101,10 @@ NORM_QUANT_OPS = {
     "_C::fused_add_rms_norm_static_fp8_quant": _STATIC,
     "_C::rms_norm_dynamic_per_token_quant": NormQuantOp(
         "_C::dynamic_per_token_scaled_fp8_quant",
-        WIDE_SUM_ROUND_THEN_SCALE,
         MappingProxyType({"result": "result", "scale": "scale", "scale_ub": "scale_ub"}),
     ),
     "_C::rms_norm_per_block_quant": NormQuantOp(
         "_C::per_token_group_fp8_quant",
-        WIDE_SUM_ROUND_THEN_SCALE,
         MappingProxyType(
             {
                 "output_q": "result",

@@ -65,6 +65,11 @@ def with_wide_sum(form: str) -> str:
     return form if form.startswith(_WIDE_SUM) else f"{_WIDE_SUM}{form}"
 
 
+def without_wide_sum(form: str) -> str:
+    """Return the form that differs from this one only by the norm of the rounded sum."""
+    return form.removeprefix(_WIDE_SUM)
+
+
 def keeps_wide_sum(form: str, dtype: torch.dtype) -> bool:
     """Return whether the norm of a sum in this dtype reads the sum before it is rounded."""
     return form.startswith(_WIDE_SUM) and computed_in(dtype) != dtype

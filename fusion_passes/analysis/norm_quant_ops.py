@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, keeps_wide_sum
+from fusewire.custom_ops.ops.norms import ROUND_THEN_SCALE, keeps_wide_sum, without_wide_sum
 from fusewire.fusion_passes.analysis.graph import dtype_of, first_refusal, is_number, is_row_major, value_of
+from fusewire.fusion_passes.analysis.norm_quant_forms import form_of
 from fusewire.fusion_passes.analysis.norm_reader import Norm
 from fusewire.fusion_passes.analysis.quantizing_ops import QuantizationRefusal, read_call
 from fusewire.fusion_passes.compiler.mutating_calls import MutatingCall, called_op, op_of_name, read_mutating_call
@@ -63,13 +64,15 @@ def read_norm_quant(node: Node, order: dict[Node, int]) -> NormQuant:
     given = call.arguments
     source, residual = given["input"], given.get("residual")
     dtype = dtype_of(source)
-    wide = residual is not None and dtype is not None and keeps_wide_sum(entry.form, dtype)
-    form = entry.form if wide else ROUND_THEN_SCALE
+    form, unknown = _form(call, entry, source)
+    if dtype is None or not keeps_wide_sum(form, dtype):
+        form = without_wide_sum(form)
     norm = Norm(source, residual, node, (), given["weight"], given["epsilon"], 0.0, form, name)
     renamed = {new: given[old] for new, old in entry.renamed.items()}
     written = {new: call.written[old] for new, old in entry.renamed.items() if old in call.written}
     quant = MutatingCall(node, entry.quant, {"input": source, **renamed, **entry.constants}, written)
     refusal = first_refusal(_refusals(norm, call, entry.must_be_none)) or _quant_refusal(quant, source, order)
+    refusal = refusal or unknown
     return NormQuant(norm, quant, call.written.get("residual", ()), refusal)
 
 
@@ -82,6 +85,15 @@ def norm_quant_inputs(graph: Graph) -> set[Node]:
 def _name(node: Node) -> str:
     op = called_op(node) if node.op == "call_function" else None
     return "" if op is None else str(op._schema.name)
+
+
+def _form(call: MutatingCall, entry: NormQuantOp, source: Node) -> tuple[str, str]:
+    """Return the form of a call's norm and "", or some form and why the true one is not known."""
+    op, quant, value = op_of_name(call.op), op_of_name(entry.quant), value_of(source)
+    if op is None or quant is None or value is None:
+        return ROUND_THEN_SCALE, "the graph does not say what it computes, or its operators are missing"
+    form, refusal = form_of(op, quant, entry, call.arguments.get("residual") is not None, value.device.type)
+    return form or ROUND_THEN_SCALE, refusal
 
 
 def _schema_refusal(call: MutatingCall, entry: NormQuantOp) -> str:

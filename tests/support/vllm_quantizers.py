@@ -1,5 +1,5 @@
 """vLLM's FP8 operators, written again from their kernels (csrc/quantization/w8a8/fp8 in 0.32, and
-those that join a norm to them), and how vLLM calls them.
+those that join a norm to them, in 0.26 to 0.33), and how vLLM calls them.
 """
 
 from __future__ import annotations
@@ -56,15 +56,25 @@ def _normed(wide: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(weight.dtype) * weight
 
 
-def _norm_static(result: Tensor, input: Tensor, weight: Tensor, scale: Tensor, epsilon: float) -> None:
-    _static(result, _normed(input.float(), weight, epsilon), scale)
+def _norm_static(
+    result: Tensor, input: Tensor, weight: Tensor, scale: Tensor, epsilon: float, rounds_first: bool = False
+) -> None:
+    wide = input.float()
+    norm = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon) * weight.float()
+    _static(result, _normed(wide, weight, epsilon) if rounds_first else norm.to(weight.dtype), scale)
 
 
 def _add_norm_static(
-    result: Tensor, input: Tensor, residual: Tensor, weight: Tensor, scale: Tensor, epsilon: float
+    result: Tensor,
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    epsilon: float,
+    rounds_first: bool = False,
 ) -> None:
     residual.add_(input)
-    _norm_static(result, residual, weight, scale, epsilon)
+    _norm_static(result, residual, weight, scale, epsilon, rounds_first)
 
 
 def _dynamic_norm(input: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> Tensor:
@@ -145,13 +155,13 @@ _OPERATORS = (
 )
 
 
-def operators() -> list[torch.library.Library]:
-    """Define the operators while the library lives."""
+def operators(**changed: Any) -> list[torch.library.Library]:
+    """Define the operators while the library lives; `changed` has other functions for some of them."""
     engine = torch.library.Library("_C", "FRAGMENT")
     for schema, function in _OPERATORS:
         name = schema.partition("(")[0]
         engine.define(f"{schema} -> ()")
-        engine.impl(name, function, "CompositeExplicitAutograd")
+        engine.impl(name, changed.get(name, function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"_C::{name}", lambda *args, **kwargs: None, lib=engine)
     return [engine]
 

@@ -453,6 +453,21 @@ def test_cache_directory(monkeypatch, tmp_path):
     assert cache_dir() == str(tmp_path)
 
 
+@canary("torch.utils._python_dispatch._disable_current_modes")
+def test_real_tensors_while_a_graph_is_traced():
+    """compiler.eager.call_now: no mode makes fake tensors of real ones, or traces what is called."""
+    from fusewire.fusion_passes.compiler.eager import call_now
+
+    def function(x):
+        sums.append(call_now(lambda: float(torch.ones(3).sum())))
+        return x + 1
+
+    sums = []
+    traced = make_fx(function, tracing_mode="fake")(torch.zeros(2))
+    assert sums == [3.0]
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [aten.add.Tensor]
+
+
 @canary("torch._dynamo.utils.counters", "torch._dynamo.config.patch")
 def test_dynamos_counters_and_switch():
     """hits in compiler/compile_cache.py (the counts themselves: test_cache.py); graph_breaks and

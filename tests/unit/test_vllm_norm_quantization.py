@@ -119,7 +119,8 @@ def test_functional_calls_are_fused(world, name, with_residual, dtype):
         captured = capture(model, *given, config=KEPT)
     (call,) = [node for node in captured.graph.nodes if node.target is QUANTIZED]
     wide = with_residual and name != "static" and dtype != torch.float32
-    assert call.args[5] == ("wide_sum_round_then_scale" if wide else "round_then_scale")
+    form = "scale_then_round" if name == "static" else "round_then_scale"
+    assert call.args[5] == (f"wide_sum_{form}" if wide else form)
     assert call.args[11:13] == (spec, False)
     assert "_C." not in str(captured.graph)
     assert "empty" not in str(captured.graph)
