@@ -68,8 +68,8 @@ def _inputs(place: Place, tokens: int, hidden: int, dtype: torch.dtype, scale: f
 
 def _reduced(place: Place, x: Tensor) -> Tensor:
     """Return the sum over the ranks as the providers of a place round it."""
-    if place.policy != "native":
-        return sum_in_rank_order(x, dist.group.WORLD.group_name)
+    if place.policy != "native":  # on the CPU, since gloo gathers no GPU tensors
+        return sum_in_rank_order(x.cpu(), dist.group.WORLD.group_name).to(x.device)
     total = x.clone()
     dist.all_reduce(total)
     return total
