@@ -220,11 +220,14 @@ def check_group(captures: Captures) -> Support:
 
 def _unnamed_group() -> str:
     refusal = "the process group is a value of the graph and not a name known at compile time"
-    # torch 2.13 has the module, and has imported it where the setting took effect.
-    if not getattr(getattr(torch.distributed, "config", None), "compile_on_one_rank", False):
+    # From torch 2.15 on the setting is the compiler's. Before, torch.distributed had it, whose module
+    # is imported where the setting took effect.
+    owner = "compiler" if hasattr(torch.compiler.config, "compile_on_one_rank") else "distributed"
+    config = getattr(getattr(torch, owner), "config", None)
+    if not getattr(config, "compile_on_one_rank", False):
         return refusal
     return (
-        f"{refusal}, because torch.distributed.config.compile_on_one_rank is on; to fuse, switch "
+        f"{refusal}, because torch.{owner}.config.compile_on_one_rank is on; to fuse, switch "
         "it off (set it to False, and leave TORCH_DISTRIBUTED_COMPILE_ON_ONE_RANK unset), so that "
         "every rank compiles for itself"
     )

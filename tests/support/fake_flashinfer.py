@@ -127,6 +127,20 @@ class FakeFlashInfer:
 
 
 @contextlib.contextmanager
+def _in_sys_modules(modules):
+    """Unlike mock.patch.dict, leave what is imported meanwhile: torch cannot import some of its modules twice."""
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            sys.modules.pop(name)
+            if module is not None:
+                sys.modules[name] = module
+
+
+@contextlib.contextmanager
 def fake_flashinfer(version="0.6.18", fault="", kernels="prebuilt", **seams):
     """A machine on which the fake FlashInfer runs, on CPU tensors."""
     fake = FakeFlashInfer(version, fault)
@@ -137,7 +151,7 @@ def fake_flashinfer(version="0.6.18", fault="", kernels="prebuilt", **seams):
     )
     state = flashinfer_library.Kernels(kernels, Path("/nowhere/trtllm_comm/trtllm_comm.so"))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(sys.modules, fake.modules))
+        stack.enter_context(_in_sys_modules(fake.modules))
         stack.enter_context(mock.patch.dict(all_reduce_rms_norm.providers, {"flashinfer": able}))
         for module, name, value in (
             (provider, "_on_gpu", lambda x: True),
