@@ -37,11 +37,10 @@ from fusewire.custom_ops.providers.symm_mem.layout import Layout
 from fusewire.errors import PeerTimeoutError
 
 from .ptx import BITS, assembled, butterflies
+from .quick_interpreter import make_quick
+from .simulated_arithmetic import array_of, bits16, fused, group_largest, make_tensor, rounded, shape_of
 from .simulated_calls import (
-    BF16,
     DATA_TOKENS,
-    FP16,
-    FP32,
     LIMIT_S,
     MAX_TOKENS,
     ONE_SHOT_TOKENS,
@@ -97,7 +96,8 @@ class Block:
         self.over = False
         # Some blocks, and some blocks' stores, come last: only when nothing else can go on.
         self.starved, self.lazy = machine.random.random() < 0.25, machine.random.random() < 0.25
-        self.go, self.fn, self.args = threading.Semaphore(0), fn, args
+        self.go, self.fn, self.args = threading.Lock(), fn, args
+        self.go.acquire()
         self.thread = threading.Thread(target=self.body, daemon=True)
         self.thread.start()
 
@@ -241,7 +241,8 @@ class Machine:
 
     def __init__(self, seed):
         self.random, self.now, self.version, self.spinning = random.Random(seed), 1, 0, False
-        self.back, self.failure, self.running, self.ranks = threading.Semaphore(0), None, None, []
+        self.back, self.failure, self.running, self.ranks = threading.Lock(), None, None, []
+        self.back.acquire()
         self.idle = lambda: None  # called when nothing more will happen
         self.starts, self.ends, self.kept = [], [], []
 
@@ -335,40 +336,25 @@ class Machine:
         self.spinning = False
 
 
-def _array(value):
-    return np.asarray(value.handle.data if isinstance(value, tl.tensor) else getattr(value, "value", value))
-
-
-def _tensor(flat, shape, dtype):
-    from triton.runtime.interpreter import TensorHandle
-
-    data = np.asarray(flat).reshape(shape or [1])
-    return tl.tensor(TensorHandle(data, dtype), tl.block_type(dtype, shape) if shape else dtype)
-
-
-def _shape(*values):
-    shapes = [list(v.handle.data.shape) for v in values if isinstance(v, tl.tensor) and v.type.is_block()]
-    return max(shapes, default=[])
-
-
 def inline_asm(machine, asm, constraints, args, dtype, is_pure, pack):
     """PTX for every lane; if a poll was fruitless, other blocks run before the next."""
     if "shfl" in asm:
-        values = butterflies(asm, _array(args[0]), machine.running.threads)
-        return _tensor(values, list(values.shape), tl.int32)
+        values = butterflies(asm, array_of(args[0]), machine.running.threads)
+        return make_tensor(values, list(values.shape), tl.int32)
     block, program = machine.running, assembled(asm)
     if machine.random.random() < 0.15:
         block.starved = machine.random.random() < 0.3
         block.switch()
     kinds = [kind.strip("=&") for kind in constraints.split(",")]
     outs = constraints.count("=")
-    shape = _shape(*args)
-    columns = np.broadcast_arrays(*map(_array, args)) if args else []
+    shape = shape_of(*args)
+    places = [(program.slot(f"${i}"), BITS[64 if kinds[i] == "l" else 32]) for i in range(outs, len(kinds))]
+    columns = np.broadcast_arrays(*map(array_of, args)) if args else []
     lanes = []
     for values in zip(*(c.ravel().tolist() for c in columns), strict=True) if args else [()]:
         registers = program.initial.copy()
-        for i, value in enumerate(values):
-            registers[program.slot(f"${outs + i}")] = int(value) & BITS[64 if kinds[outs + i] == "l" else 32]
+        for (slot, mask), value in zip(places, values, strict=True):
+            registers[slot] = int(value) & mask
         lanes.append([registers, 0])
     waiting = list(enumerate(lanes))
     while waiting:
@@ -383,36 +369,17 @@ def inline_asm(machine, asm, constraints, args, dtype, is_pure, pack):
     out = []
     for k, kind in enumerate(dtype if isinstance(dtype, tuple) else (dtype,)):
         numpy = (np.uint64, np.int64) if kind == tl.int64 else (np.uint32, np.int32)
-        values = [registers[program.slot(f"${k}")] for registers, _ in lanes]
-        out.append(_tensor(np.array(values, numpy[0]).view(numpy[1]), shape, kind))
+        slot = program.slot(f"${k}")
+        values = [registers[slot] for registers, _ in lanes]
+        out.append(make_tensor(np.array(values, numpy[0]).view(numpy[1]), shape, kind))
     return tuple(out) if isinstance(dtype, tuple) else out[0]
-
-
-def _rounded(value, kind):
-    return torch.from_numpy(np.array(_array(value), np.float32)).to((BF16, FP16, FP32)[int(kind)])
-
-
-def bits16(value, KIND):
-    return _tensor(_rounded(value, KIND).view(torch.int16).numpy().astype(np.int32) & 0xFFFF, _shape(value), tl.int32)
-
-
-def rounded(value, KIND):  # the interpreter truncates to bf16
-    return _tensor(_rounded(value, KIND).float().numpy(), _shape(value), tl.float32)
-
-
-def group_largest(bits, LANES):  # lanes of a warp exchange them, which run one by one here
-    return _tensor(np.repeat(_array(bits).reshape(-1, LANES).max(axis=1), LANES), _shape(bits), tl.int32)
-
-
-def fused(a, b, c):  # the interpreter rounds twice
-    exact = _array(a).astype(np.float64) * _array(b) + _array(c)
-    return _tensor(exact.astype(np.float32), _shape(a, b, c), tl.float32)
 
 
 def install(machine):
     """Make the interpreter run the kernels on this machine."""
     from triton.runtime import interpreter
 
+    make_quick()
     for module in (arithmetic, blocks, quantize, one_shot, two_shot_data, two_shot_flags):
         for name, value in list(vars(module).items()):
             if isinstance(value, tl.constexpr):
@@ -424,8 +391,8 @@ def install(machine):
             interpreter._patch_lang(function.fn)
         interpreter._patch_lang = lambda fn: None
     # Its scalars are arrays of one element, which NumPy no longer takes for numbers.
-    tl.tensor.__index__ = lambda self: int(_array(self).reshape(-1)[0])
-    tl.tensor.__bool__ = lambda self: bool(_array(self).all())
+    tl.tensor.__index__ = lambda self: int(array_of(self).reshape(-1)[0])
+    tl.tensor.__bool__ = lambda self: bool(array_of(self).all())
     tl.inline_asm_elementwise = functools.partial(inline_asm, machine)
     tl.debug_barrier = lambda: machine.running.barrier()
 
