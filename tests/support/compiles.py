@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -12,12 +13,15 @@ WITHOUT_CODE: dict[str, Any] = {"fallback_by_default": True}
 
 def leave_out_measurements() -> None:
     """Stop what torch logs and measures of each compilation in this process; no test reads it.
+    Collect garbage more rarely: Python looks through a compilation's objects hundreds of times,
+    and seldom finds any garbage.
 
     torch must have been imported. Calls are cheap, and may be repeated.
     """
     import torch.distributed  # noqa: F401, before Dynamo lists the functions that it knows
     from torch._dynamo import guards, trace_rules
 
+    gc.set_threshold(50_000, 20, 10)
     # pytest adds a handler to each logger that does not propagate. With one, torch writes every
     # graph as text.
     traces = logging.getLogger("torch.__trace")
