@@ -379,6 +379,24 @@ def run_unnoticed(name):
             assert not (found := problem(scenario, seed)), f"is noticed: {found}"
 
 
+def run_arithmetic():
+    """Values that support/quick_interpreter.py has met before change nothing of what follows."""
+    import numpy as np
+    import triton.language as tl
+
+    from support.simulated_arithmetic import array_of, make_tensor
+    from support.simulator import Machine, install
+
+    install(Machine(0))
+    number, most = make_tensor(np.float32([1.0]), [], tl.float32), make_tensor(np.int32([2**31 - 1]), [], tl.int32)
+    for _ in range(2):
+        assert [bool(np.signbit(array_of(number * zero))[0]) for zero in (0.0, -0.0)] == [False, True]
+        assert [int(array_of(most - value)[0]) for value in (1, 2)] == [2**31 - 2, 2**31 - 3]
+        for overflows in (lambda: most + 1, lambda: most * 2, lambda: -2 - most):
+            with pytest.raises(AssertionError, match="int32 overflow detected"):
+                overflows()
+
+
 def run_case(name):
     delays, rooms = {**DELAYS, **MORE_DELAYS}, {**ROOMS, **MORE_ROOMS}
     if name in CONTROLS:
@@ -389,13 +407,15 @@ def run_case(name):
         run_delay(*delays[name])
     elif name in rooms:
         run_room(*rooms[name])
+    elif name == ARITHMETIC:
+        run_arithmetic()
     else:
         scenario = CONTROLS[name.removeprefix(AS_IT_IS)][-1]
         for seed in range(SCHEDULES):
             assert not (found := problem(scenario, seed)), found
 
 
-AS_IT_IS = "as it is, "
+AS_IT_IS, ARITHMETIC = "as it is, ", "arithmetic"
 # Like another control, for another protocol, operator or scenario.
 MORE_CONTROLS = (
     *("data: the wait for a row's slices", "data: the wait for one word of squares", "data: the call in squares' tags"),
@@ -406,7 +426,7 @@ NORMAL = [name for name in CONTROLS if name not in MORE_CONTROLS]
 
 @pytest.fixture(scope="module")
 def results():
-    return run_cases(__file__, [*NORMAL, *DELAYS, *ROOMS])
+    return run_cases(__file__, [*NORMAL, *DELAYS, *ROOMS, ARITHMETIC])
 
 
 @pytest.mark.parametrize("name", NORMAL)
@@ -422,6 +442,10 @@ def test_a_rank_that_stops_for_a_while_changes_nothing(name, results):
 @pytest.mark.parametrize("name", ROOMS)
 def test_the_blocks_that_a_launch_needs_at_once(name, results):
     assert not results[name], results[name]
+
+
+def test_the_interpreters_arithmetic(results):
+    assert not results[ARITHMETIC], results[ARITHMETIC]
 
 
 LONG_RUNS = {
