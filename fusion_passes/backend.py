@@ -44,7 +44,7 @@ from fusewire.fusion_passes.compiler.dynamo import (
     forget_numbers,
     graph_breaks,
     graph_kind,
-    is_steady_attribute,
+    steady_attributes,
 )
 from fusewire.fusion_passes.config import DISABLE_VARIABLE, PassConfig, disabled_by_environment, unknown_option
 from fusewire.fusion_passes.pipeline import run_passes
@@ -309,13 +309,11 @@ def specialize_epsilons(model: GraphModule) -> None:
     input that is added to 16-bit values is added in fp32, as no residual of 16 bits can be. So
     floats that reach a root become numbers, and module attributes that multiply or are added.
     """
-    numbers = [
-        name
-        for node, name in float_inputs(model)
-        if any(_reaches_rsqrt(user) for user in node.users)
-        or (any(_is_operand(user) for user in node.users) and is_steady_attribute(node))
-    ]
-    capture_again_with_numbers(numbers)
+    inputs = dict(float_inputs(model))
+    numbers = {node for node in inputs if any(_reaches_rsqrt(user) for user in node.users)}
+    operands = [node for node in inputs if node not in numbers and any(_is_operand(user) for user in node.users)]
+    numbers |= steady_attributes(operands)
+    capture_again_with_numbers([name for node, name in inputs.items() if node in numbers])
 
 
 def _is_operand(item: Node) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule, Node
 
-# The values that float attributes have had, by the function that is compiled and the attribute.
-_attribute_values: defaultdict[tuple[Any, Any], set[float]] = defaultdict(set)
+# The values that a function's float attributes have had together: sets of (attribute, value).
+_attribute_values: defaultdict[Any, set[frozenset[tuple[str, float]]]] = defaultdict(set)
 
 
 def graph_kind() -> str:
@@ -40,20 +40,28 @@ def float_inputs(model: GraphModule) -> Iterator[tuple[Node, str]]:
             yield node, name
 
 
-def is_steady_attribute(node: Node) -> bool:
-    """Return whether a float input is an attribute of a module that has had few values so far.
+def steady_attributes(nodes: Iterable[Node]) -> set[Node]:
+    """Return the float inputs of a graph that are attributes of modules and have had few values so far.
 
-    As a number, each value is one compilation. Dynamo compiles a function 8 times at most (its
-    recompile_limit) and then runs it uncompiled, so 4 values are few.
+    As numbers, all their values together are one compilation. Dynamo compiles a function 8 times at
+    most (its recompile_limit) and then runs it uncompiled, so after 4 compilations only attributes
+    that have had one value stay numbers.
     """
-    argument: Any = node.meta.get("grapharg")
-    source: Any = getattr(argument, "source", None)
-    if not type(getattr(source, "base", None)).__name__.endswith("NNModuleSource"):
-        return False
-    value, values = float(argument.example), _attribute_values[InstructionTranslator.current_tx().f_code, source.name]
-    if len(values) < torch._dynamo.config.recompile_limit // 2:
-        values.add(value)
-    return value in values
+    given: dict[Node, tuple[str, float]] = {}
+    for node in nodes:
+        argument: Any = node.meta.get("grapharg")
+        source: Any = getattr(argument, "source", None)
+        if type(getattr(source, "base", None)).__name__.endswith("NNModuleSource"):
+            given[node] = (source.name, float(argument.example))
+    if not given:
+        return set()
+    values, seen = frozenset(given.values()), _attribute_values[InstructionTranslator.current_tx().f_code]
+    if len(seen) < torch._dynamo.config.recompile_limit // 2:
+        seen.add(values)
+    if values in seen:
+        return set(given)
+    found = Counter(name for name, _ in values.union(*seen))
+    return {node for node, (name, _) in given.items() if found[name] == 1}
 
 
 def capture_again_with_numbers(names: list[str]) -> None:

@@ -492,7 +492,7 @@ def test_dynamos_counters_and_switch():
     "torch._dynamo.config.recompile_limit",
 )
 def test_restart_that_makes_a_float_input_a_number():
-    """float_inputs, is_steady_attribute, capture_again_with_numbers and forget_numbers in
+    """float_inputs, steady_attributes, capture_again_with_numbers and forget_numbers in
     compiler/dynamo.py: under dynamic=True a float is a 0-d input whose item has a symbol's name,
     with its value and the module in its source. A backend that raises
     TensorifyScalarRestartAnalysis after TensorifyState.specialize(name) is called again with a

@@ -119,6 +119,36 @@ def test_an_attribute_that_changes_at_each_call_becomes_an_input():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("both", [False, True], ids=["in turn", "in pairs"])
+def test_two_attributes_that_change_become_inputs(both):
+    """A third that never changes stays a number."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = self.steady = 0.5
+
+        def forward(self, x, r, w):
+            return norm(((r + reduce_functional(x)) * self.first - r) * self.second * self.steady, w)
+
+    block, given = Scaled(), inputs()[:3]
+    run = _compiled(block)
+    for call in range(12):
+        values = range(3) if both else [0.5 + call]
+        for value in values:
+            if both:
+                block.first, block.second = call % 4 + 0.5, value + 0.5
+            elif call % 2:
+                block.first = value
+            else:
+                block.second = value
+            torch.testing.assert_close(run(*given), block(*given), rtol=1e-5, atol=1e-5)
+    notes = [note for graph in fusewire.report().graphs for note in graph.notes]
+    assert len(fusewire.report().graphs) <= 6
+    assert notes[-1] == "taken to be equal on all ranks: 2 scales (assume_replicated_scales)"
+
+
+@torch.no_grad()
 def test_a_number_in_one_graph_is_no_number_in_the_next():
     """A symbol's name is made of the attribute's, and Dynamo keeps those that are to be numbers."""
 
