@@ -86,7 +86,7 @@ class PassConfig:
     )
     merge_allreduces: bool = _fusion(
         True,
-        "Replace the sum of two all-reduces over one group by one all-reduce of the sum, also "
+        "Replace the sum or difference of two all-reduces over one group by one all-reduce of it, also "
         "where a matrix multiplies one of them (LoRA). This rounds elsewhere, so it needs "
         "allow_reassociation.",
     )

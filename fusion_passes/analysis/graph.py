@@ -21,6 +21,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
+SUMS = ADDS | {aten.sub.Tensor}
 MULS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
 DIVS = frozenset({aten.div.Tensor, aten.div.Scalar})
 CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
@@ -112,6 +113,29 @@ def same_shape(a: Any, b: Any) -> bool:
     )
 
 
+def viewed_by_both(a: Any, b: Any) -> Node | None:
+    """Return the tensor that two nodes are views of, with its elements in order, or None."""
+    sources = _viewed(a)
+    return next((node for node in _viewed(b) if node in sources), None)
+
+
+def _viewed(node: Any) -> list[Node]:
+    """Return a node and the nodes that it views, the nearest first."""
+    if not isinstance(node, Node):
+        return []
+    return [node, *(_viewed(node.args[0]) if node.target in VIEWS or _moves_ones(node) else ())]
+
+
+def _moves_ones(node: Node) -> bool:
+    """Return whether a node permutes dimensions of 1 only, which keeps the order of elements."""
+    if node.target is not aten.permute.default:
+        return False
+    source: Any = node.args[0]
+    dims: Any = node.args[1]
+    kept = [dim for dim in dims if not same_size(source.meta["val"].shape[dim], 1)]
+    return kept == sorted(kept)
+
+
 def is_row_major(node: Any) -> bool:
     """Return whether a node's tensor is known to be contiguous, without adding a guard."""
     value = value_of(node)
@@ -147,24 +171,34 @@ def plain_add(node: Any) -> tuple[Any, Any] | None:
     return node.args[0], node.args[1]
 
 
-def plain_sub(node: Any) -> tuple[Any, Any] | None:
-    """Return the operands of a subtraction with alpha 1, or None."""
-    if not isinstance(node, Node) or node.target is not aten.sub.Tensor or len(node.args) != 2:
+def terms_of(node: Any) -> tuple[Any, Any, int | float] | None:
+    """Return (a, b, alpha) of an add or a subtraction, which computes `a + alpha * b`, or None."""
+    if not isinstance(node, Node) or node.target not in SUMS or len(node.args) != 2 or set(node.kwargs) - {"alpha"}:
         return None
-    return None if node.kwargs.get("alpha", 1) != 1 else (node.args[0], node.args[1])
+    alpha: Any = node.kwargs.get("alpha", 1)
+    if not is_number(alpha):
+        return None
+    return node.args[0], node.args[1], alpha if node.target in ADDS else -alpha
 
 
-def wide_addends(total: Any) -> tuple[Node, Node] | None:
-    """Return the two 16-bit tensors whose sum in fp32 a node is, or None.
+def wide_terms(total: Any) -> tuple[Node, Node, int | float] | None:
+    """Return `terms_of` a sum in fp32 of two 16-bit tensors, before their casts, or None.
 
     Both have one dtype and the node's shape. The add may leave one of the casts to type promotion.
     """
     wide = dtype_of(total)
-    a, b = (_before_cast(operand, wide) for operand in plain_add(total) or (None, None))
+    left, right, alpha = terms_of(total) or (None, None, 0)
+    a, b = _before_cast(left, wide), _before_cast(right, wide)
     dtype = dtype_of(a)
     if dtype not in (torch.bfloat16, torch.float16) or dtype_of(b) != dtype or wide != torch.float32:
         return None
-    return (a, b) if same_shape(a, total) and same_shape(b, total) else None
+    return (a, b, alpha) if same_shape(a, total) and same_shape(b, total) else None
+
+
+def wide_addends(total: Any) -> tuple[Node, Node] | None:
+    """Return the two 16-bit tensors whose sum in fp32 a node is (alpha 1), or None."""
+    terms = wide_terms(total)
+    return terms[:2] if terms is not None and terms[2] == 1 else None
 
 
 def _before_cast(operand: Any, dtype: torch.dtype | None) -> Any:

@@ -48,13 +48,12 @@ from fusewire.fusion_passes.analysis.graph import (
     is_row,
     is_vector,
     last_size,
-    plain_add,
     plain_div,
     plain_mul,
-    plain_sub,
     same_shape,
     same_size,
     sums_rows,
+    terms_of,
     value_of,
 )
 from fusewire.fusion_passes.analysis.replication import UNKNOWN, Replication
@@ -351,16 +350,11 @@ def _other_readers(value: Node, steps: Sequence[Step]) -> int:
 
 
 def _addends_back(node: Node) -> Iterator[tuple[Any, tuple[Step, ...]]]:
-    operands, difference = plain_add(node), plain_sub(node)
-    for value, addend in (operands, operands[::-1]) if operands is not None else ():
-        if (step := addend_step(node, value, addend)) is not None:
-            yield value, (step,)
-    if difference is not None:
-        minuend, subtrahend = difference
-        if (step := addend_step(node, minuend, subtrahend)) is not None:
-            yield minuend, (dataclasses.replace(step, negated=True),)
-        if (step := addend_step(node, subtrahend, minuend)) is not None:
-            yield subtrahend, (Step(SCALE, node, -1.0), step)
+    a, b, alpha = terms_of(node) or (None, None, 0)
+    if abs(alpha) == 1 and (step := addend_step(node, a, b)) is not None:
+        yield a, (dataclasses.replace(step, negated=alpha == -1),)
+    if (step := addend_step(node, b, a)) is not None:
+        yield b, (step,) if alpha == 1 else (Step(SCALE, node, alpha), step)
 
 
 def addend_step(node: Node, value: Any, addend: Any) -> Step | None:

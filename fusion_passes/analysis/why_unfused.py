@@ -19,8 +19,8 @@ from fusewire.fusion_passes.analysis.graph import (
     plain_add,
     plain_div,
     plain_mul,
-    plain_sub,
     source_location,
+    terms_of,
 )
 from fusewire.fusion_passes.analysis.paths import PathFinder
 from fusewire.fusion_passes.analysis.replication import UNKNOWN
@@ -183,18 +183,19 @@ def _why_not_over(node: Node, source: Node, site: AllReduce, finder: PathFinder)
         if quotient[0] is source:
             return _why_not_moved(quotient[1], source, site, finder, node)
         return f"{name} divides by it before the norm, which is no multiple of the sum; no option helps"
-    addends = plain_add(node) or plain_sub(node)
-    if addends is None:
-        if (alpha := node.kwargs.get("alpha", 1)) != 1:
-            return (
-                f"{name} multiplies what it adds by alpha={alpha}, so the all-reduce cannot be "
-                "carried over it; write that product as an operation of its own"
-            )
+    terms = terms_of(node)
+    alpha = node.kwargs.get("alpha", 1)
+    if alpha != 1 and (terms is None or terms[0] is source):
+        return (
+            f"{name} multiplies what it adds by alpha={alpha}, so the all-reduce cannot be "
+            "carried over it; write that product as an operation of its own"
+        )
+    if terms is None:
         return (
             f"{name} between the all-reduce and the norm cannot be carried over it: only views, "
             "scales and additions can, and no option helps"
         )
-    return f"{name} adds {_why_not_added(addends[addends[0] is source], source, site, node)}"
+    return f"{name} adds {_why_not_added(terms[terms[0] is source], source, site, node)}"
 
 
 def _why_not_added(addend: Any, source: Node, site: AllReduce, node: Node) -> str:

@@ -1,4 +1,4 @@
-"""Merge a sum of two all-reduces over one group into one all-reduce of the sum.
+"""Merge a sum or difference of two all-reduces over one group into one all-reduce of it.
 
 Mixture-of-experts layers add the all-reduced output of the routed experts to that of the shared
 expert. Layers whose attention and feed-forward stand side by side add both to the residual. The
@@ -14,29 +14,29 @@ import torch
 from torch.fx import Graph, Node
 
 from fusewire.fusion_passes.analysis.graph import (
-    ADDS,
     CASTS,
     DIVS,
+    SUMS,
     VIEWS,
-    addends_of,
     aten,
     cast_source,
+    dtype_of,
     erase_unused,
     mutation_regions,
     new_call,
-    plain_add,
     plain_mul,
-    plain_sub,
     same_shape,
     sort_topologically,
+    terms_of,
+    wide_terms,
 )
-from fusewire.fusion_passes.analysis.paths import ADDEND, CAST, MATRIX, Path, PathFinder
+from fusewire.fusion_passes.analysis.paths import ADDEND, CAST, MATRIX, SCALE, Path, PathFinder, Step
 from fusewire.fusion_passes.context import MERGED, RunContext
 from fusewire.fusion_passes.passes.coalesced import drop_taken_tensors
 from fusewire.fusion_passes.spmd.fingerprint import moved_texts
 from fusewire.patterns.collectives import ALL_REDUCE, COALESCED_PART, SUM, WAIT, AllReduce, all_reduces_in
 
-_SUMS = ADDS | CASTS | {aten.addmm.default}
+_SUMS = SUMS | CASTS | {aten.addmm.default}
 _Pair = tuple[Path, Path]
 
 
@@ -80,8 +80,11 @@ class _Merger:
         """Return the paths from two all-reduces to the operands of an add, if they can be merged."""
         if node.target is aten.addmm.default:
             return self._pair(self._path_to(node.args[0]), self._path_to_product(node))
-        left, right = _addends_at(node) or (None, None)
-        return self._pair(self._path_to(left), self._path_to(right))
+        left, right, alpha = _terms_at(node) or (None, None, 1)
+        first, second = self._path_to(left), self._path_to(right)
+        if second is not None and alpha != 1:
+            second = Path(second.all_reduce, (*second.steps, Step(SCALE, node, alpha)), second.end)
+        return self._pair(first, second)
 
     def _path_to(self, operand: Any) -> Path | None:
         """Return a path of views, products and addends that nothing else reads, or None.
@@ -109,7 +112,7 @@ class _Merger:
         if node in self.values:
             return True
         first_only = node.target in VIEWS | DIVS | {aten.mm.default, aten.neg.default, aten.sum.dim_IntList}
-        behind = plain_mul(node) or plain_add(node) or plain_sub(node) or (node.args[:1] if first_only else ())
+        behind = plain_mul(node) or (terms_of(node) or ())[:2] or (node.args[:1] if first_only else ())
         return any(self._may_lead(source, limit - 1) for source in behind)
 
     def _pair(self, first: Path | None, second: Path | None) -> _Pair | None:
@@ -158,14 +161,16 @@ class _Merger:
         context.assumed.update(option for path in pair for option in path.assumptions)
 
 
-def _addends_at(node: Node) -> tuple[Any, ...]:
-    """Return what a sum adds, also one in fp32 that is rounded at once; () if it is none.
+def _terms_at(node: Node) -> tuple[Any, Any, int | float] | None:
+    """Return `terms_of` a sum, also of one in fp32 that is rounded at once; None if it is none.
 
     Nothing else reads the sum in fp32 and its casts, so they go away with it.
     """
     total = cast_source(node)
-    inner = () if total is None else (total, *total.all_input_nodes)
-    return () if any(len(step.users) > 1 for step in inner) else addends_of(node) or ()
+    if total is None:
+        return terms_of(node)
+    terms = None if any(len(step.users) > 1 for step in (total, *total.all_input_nodes)) else wide_terms(total)
+    return terms if terms is not None and dtype_of(terms[0]) == dtype_of(node) else None
 
 
 def _adds_before_a_matrix(path: Path) -> bool:

@@ -50,7 +50,7 @@ MISSES = {
     # The sum
     "all-reduce also read": Miss(REFUSED, residual=True),
     "step also read": Miss(REFUSED, residual=True),
-    "alpha": Miss(REFUSED, residual=True),
+    "alpha": Miss(EITHER, residual=True),
     "broadcast residual": Miss(REFUSED, residual=True),
     "broadcast all-reduce": Miss(REFUSED, residual=True, ends_chain=True),
     "wide residual": Miss(EITHER, residual=True, dtypes=NARROW),

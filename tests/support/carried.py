@@ -64,6 +64,10 @@ SUBTRACTIONS = {
     "(y - s) + r": lambda y, r, s, b, c: (y - s) + r,
     "b - y": lambda y, r, s, b, c: b - y,
     "rsub": lambda y, r, s, b, c: torch.rsub(y, r),
+    "alpha -1": lambda y, r, s, b, c: torch.add(y, r, alpha=-1),
+    "alpha -1, subtracted": lambda y, r, s, b, c: torch.sub(y, r, alpha=-1),
+    "alpha": lambda y, r, s, b, c: torch.add(r, y, alpha=0.5),
+    "alpha, subtracted": lambda y, r, s, b, c: torch.sub(r, y + b, alpha=2),
 }
 SCALES_AFTER_ADDENDS = {
     "r + (y + s) * 0.25": lambda y, r, s, b, c: r + (y + s) * 0.25,

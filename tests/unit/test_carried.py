@@ -210,7 +210,7 @@ FACTORS = {
         "aten::div (div) between the all-reduce and the norm cannot",
     ),
     "alpha": (
-        lambda y, x, r, b, c: torch.sub(r, y, alpha=2),
+        lambda y, x, r, b, c: torch.sub(y, r, alpha=2),
         "aten::sub (sub) multiplies what it adds by alpha=2, so the all-reduce cannot be carried over it; write that",
     ),
     "alpha of a number": (lambda y, x, r, b, c: torch.add(y, 1, alpha=2), "aten::add (add) multiplies what it adds by"),

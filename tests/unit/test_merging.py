@@ -34,6 +34,14 @@ SUMS = {
     "bias after residual": lambda y, z, r, s, b, c: ((r + y) + b) + z,
     "tensor and residual": lambda y, z, r, s, b, c: ((y + s) + r) + z,
     "scaled sums": lambda y, z, r, s, b, c: r + (((y + 1) * 2 - b) * c + (z - s) * 0.5),
+    "a difference": lambda y, z, r, s, b, c: y - z,
+    "a difference and a residual": lambda y, z, r, s, b, c: (r + y) - z,
+    "a multiple subtracted": lambda y, z, r, s, b, c: r + (y - 2 * z),
+    "alpha, subtracted": lambda y, z, r, s, b, c: r + torch.sub(y, z, alpha=2),
+    "alpha, added": lambda y, z, r, s, b, c: r.add(torch.add(z, y, alpha=-1), alpha=0.5),
+    "rsub": lambda y, z, r, s, b, c: r - torch.rsub(y + b, z),
+    "numbers subtracted": lambda y, z, r, s, b, c: r + ((1 - y) - (z * 2 - 1) * c),
+    "times -1": lambda y, z, r, s, b, c: y * -1 + z,
     "negated": lambda y, z, r, s, b, c: (r - y) + (b - z),
     "flat": lambda y, z, r, s, b, c: (
         r + (((y.reshape(-1, HIDDEN) - 1) * c + s.reshape(-1, HIDDEN)).reshape(r.shape) + (z + 1))
@@ -59,7 +67,7 @@ def test_sums_are_merged(fake_world, name, dynamic):
     given = inputs(shape=(2, 3))
     captured = capture(sum_of(name), *given, inline_native=False, dynamic=dynamic)
     assert captured.verdicts() == [("fused", "")] * 2, captured.reasons()
-    assert merges(captured) == [False, True]
+    assert sorted(merges(captured)) == [False, True]
     assert (captured.count(FUSED_OP), captured.count(ALL_REDUCE)) == (1, 0)
     assert all(torch.equal(got, want) for got, want in zip(captured.result, sum_of(name)(*given), strict=True))
 
@@ -73,6 +81,17 @@ def test_three_all_reduces_become_one(fake_world):
     assert merges(captured) == [False, True, True]
     assert (captured.count(FUSED_OP), captured.count(ALL_REDUCE)) == (1, 0)
     assert all(torch.equal(got, want) for got, want in zip(captured.result, block(*inputs()), strict=True))
+
+
+def test_a_difference_in_fp32_is_merged(fake_world):
+    def block(x, r, w, s, *_):
+        total = r + (reduce_functional(x).float() - reduce_functional(s).float()).to(x.dtype)
+        return norm(total, w), total
+
+    given = inputs(torch.bfloat16)
+    captured = capture(block, *given)
+    assert merges(captured) == [False, True]
+    assert all(torch.equal(got, want) for got, want in zip(captured.result, block(*given), strict=True))
 
 
 def _read_between(x, r, w, s, *_):
@@ -106,7 +125,18 @@ def _wide(x, r, w, s, *_):
     return norm((((reduce_functional(x) + 1).float() + 1) + reduce_functional(s).float()).to(x.dtype), w)
 
 
+def _difference_in_fp32_is_read(x, r, w, s, *_):
+    wide = reduce_functional(x).float() - reduce_functional(s).float()
+    return norm(wide.to(x.dtype), w), wide
+
+
+def _difference_of_maxima(x, r, w, s, *_):
+    return norm(reduce_functional(x) - reduce_functional(s, "max"), w)
+
+
 STAYS = (
+    _difference_in_fp32_is_read,
+    _difference_of_maxima,
     _read_between,
     _added_before_a_matrix,
     _added_before_an_addmm,
@@ -119,7 +149,9 @@ STAYS = (
 
 @pytest.mark.parametrize("block", STAYS)
 def test_sums_that_stay(fake_world, block):
-    given = inputs(torch.bfloat16 if block in (_number_that_bf16_rounds, _wide) else torch.float32)
+    given = inputs(
+        torch.bfloat16 if block in (_number_that_bf16_rounds, _wide, _difference_in_fp32_is_read) else torch.float32
+    )
     captured = capture(block, *given, inline_native=False)
     assert merges(captured) == [False, False]
     assert captured.report.notes == ()

@@ -269,7 +269,7 @@ def test_norm_over_another_dimension():
 
 def test_scaled_add():
     def block(x, r, w):
-        return NORMS["L"](torch.add(r, reduce_functional(x), alpha=2), w, 1e-5)
+        return NORMS["L"](torch.add(reduce_functional(x), r, alpha=2), w, 1e-5)
 
     captured = capture(block, *tensors())
     assert captured.verdicts() == [("refused", "match")]
