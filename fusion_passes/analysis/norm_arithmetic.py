@@ -38,6 +38,7 @@ from fusewire.fusion_passes.analysis.graph import (
     same_shape,
     same_size,
     value_of,
+    viewed_by_both,
 )
 from fusewire.fusion_passes.analysis.scales import constant_of
 from fusewire.patterns.norms import RECIPROCAL, SCALED, SQUARED_ROOT, SUMMED, Variant
@@ -231,7 +232,11 @@ def rounding_refusal(what: str, dtype: torch.dtype | None, wide: torch.dtype | N
 def reaches_every_row(node: Any, wide: Node) -> bool:
     """Return whether `wide` times a node with one number a row multiplies row by row."""
     value, rows = value_of(node), value_of(wide)
-    return value is not None and rows is not None and (value.dim() == rows.dim() or rows.dim() == 1)
+    if value is None or rows is None:
+        return False
+    # A row alone may have a number without dimensions.
+    shape = (*rows.shape[:-1], 1) if value.dim() else rows.shape[:-1]
+    return (value.dim() == len(shape) and all(map(same_size, value.shape, shape))) or same_shape(node, wide)
 
 
 def same_input(node: Any, wide: Node) -> bool:
@@ -262,10 +267,12 @@ def scaled_by(row: Row, value: Node, product: Node) -> Row | None:
 
 def _sum_of_squares(node: Node) -> Row | None:
     mean = _is_mean(node)
-    if not mean and node.target is not aten.sum.dim_IntList:
-        return None
-    wide = _squared(node.args[0])
-    if wide is None or not _over_last_dimension(node, wide):
+    if node.target is aten.bmm.default:
+        wide = _row_products(*node.args)
+    else:
+        summed = mean or node.target is aten.sum.dim_IntList
+        wide = _squared(node.args[0]) if summed and _over_last_dimension(node) else None
+    if wide is None:
         return None
     return Row(wide, sizes=-1) if mean else Row(wide, variants=frozenset({SUMMED}))
 
@@ -274,8 +281,8 @@ def _is_mean(node: Any) -> bool:
     return isinstance(node, Node) and node.target is aten.mean.dim
 
 
-def _over_last_dimension(mean: Node, wide: Node) -> bool:
-    value = value_of(wide)
+def _over_last_dimension(mean: Node) -> bool:
+    value = value_of(mean.args[0])
     dims = mean.args[1] if len(mean.args) > 1 else None
     if value is None or not isinstance(dims, (list, tuple)):
         return False
@@ -294,7 +301,17 @@ def _squared(node: Any) -> Node | None:
     if not isinstance(a, Node) or not isinstance(b, Node):
         return None
     twice = cast_source(a) is not None and cast_source(a) is cast_source(b) and dtype_of(a) == dtype_of(b)
-    return a if a is b or twice else None
+    if a is b or twice:
+        return a
+    return viewed_by_both(a, b) if same_shape(a, b) else None
+
+
+def _row_products(left: Any, right: Any) -> Node | None:
+    """Return x if a product of matrices is that of each row of x, (1, size), with itself, (size, 1).
+
+    Two views have as many elements, so one of their dimensions of 1 says that both are.
+    """
+    return viewed_by_both(left, right) if same_size(value_of(left).shape[1], 1) else None  # type: ignore[union-attr]
 
 
 def _power(node: Node, read: _Read) -> Row | None:
@@ -356,17 +373,13 @@ def _kept(node: Node, read: _Read) -> Row | None:
 def _is_per_row(node: Node, wide: Node) -> bool:
     """Return whether a node that is computed from one number a row still holds one a row.
 
-    Views keep the order of elements, so the shape decides: the rows', with or without a last
-    dimension of 1, or `wide`'s.
+    Views keep the order of elements, so their number decides (also whether the rows that were
+    squared have `wide`'s size), or `wide`'s shape.
     """
     value, rows = value_of(node), value_of(wide)
     if value is None or rows is None:
         return False
-    leading = tuple(rows.shape[:-1])
-    for shape in (leading, (*leading, 1), tuple(rows.shape)):
-        if value.dim() == len(shape) and all(map(same_size, value.shape, shape)):
-            return True
-    return False
+    return same_size(value.numel() * rows.shape[-1], rows.numel()) or same_shape(node, wide)
 
 
 def _number(value: Any, size: Any) -> tuple[float, int] | None:

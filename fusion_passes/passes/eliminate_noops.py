@@ -10,7 +10,7 @@ from fusewire.fusion_passes.analysis.graph import CASTS, VIEWS, aten, same_shape
 from fusewire.fusion_passes.context import RunContext
 from fusewire.patterns.collectives import ALL_REDUCE, WAIT
 
-_RESHAPES = VIEWS | {aten.expand.default}
+_RESHAPES = VIEWS | {aten.expand.default, aten.permute.default}
 
 
 def eliminate_noops(graph: Graph, context: RunContext) -> bool:

@@ -166,7 +166,8 @@ FAULTS = {
     "any dimension": (
         "mean over tokens",
         [
-            (norm_arithmetic, "_over_last_dimension", lambda mean, wide: True),
+            (norm_arithmetic, "_over_last_dimension", lambda mean: True),
+            (norm_reader, "reaches_every_row", lambda node, wide: True),
             (norm_arithmetic, "_is_per_row", lambda node, wide: True),
         ],
     ),

@@ -62,6 +62,27 @@ WAYS = {
     "scalar product": Way(
         lambda x, e: x * torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) / HIDDEN + e), ", sum over the size"
     ),
+    "einsum": Way(
+        lambda x, e: x * torch.rsqrt(torch.einsum("...d,...d->...", x, x)[..., None] / x.shape[-1] + e),
+        ", sum over the size",
+    ),
+    "a row times itself": Way(
+        lambda x, e: x * torch.rsqrt((x[..., None, :] @ x[..., None]).squeeze(-1) / x.shape[-1] + e),
+        ", sum over the size",
+    ),
+    "a row times itself, transposed": Way(
+        lambda x, e: x / ((x.unsqueeze(-2) @ x.unsqueeze(-2).mT).view(*x.shape[:-1], 1) / x.shape[-1] + e).sqrt(),
+        ", sum over the size, divided by the root",
+    ),
+    "rows in a list": Way(
+        lambda x, e: (
+            x
+            * torch.rsqrt(
+                torch.bmm(x.view(-1, 1, HIDDEN), x.view(-1, HIDDEN, 1)).view(*x.shape[:-1], 1) / x.shape[-1] + e
+            )
+        ),
+        ", sum over the size",
+    ),
     "sum, divided": Way(
         lambda x, e: x / torch.sqrt(total(x).div(HIDDEN) + e), ", sum over the size, divided by the root"
     ),
