@@ -23,8 +23,8 @@ FUSED_OP = all_reduce_rms_norm.torch_op
 pytestmark = pytest.mark.usefixtures("fake_world")
 
 
-# From 2.15 on torch makes rsqrt of these itself, before any pass of ours sees them.
-RSQRT_BY_TORCH = ("one over", "reciprocal") if TorchVersion(torch.__version__) >= (2, 15) else ()
+# From 2.14 on torch makes rsqrt of these itself, before any pass of ours sees them.
+RSQRT_BY_TORCH = ("one over", "reciprocal") if TorchVersion(torch.__version__) >= (2, 14) else ()
 
 
 def name_of(way: str) -> str:
