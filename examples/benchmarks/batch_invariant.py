@@ -15,7 +15,7 @@ import argparse
 import functools
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,31 +86,53 @@ def times(graphs: Sequence[Any]) -> list[float]:
     return [statistics.median(each[3:]) for each in found]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--hidden", type=int, nargs="+", default=[4096, 8192])
+def compare(
+    description: str | None,
+    places: Mapping[str, Sequence[int]],
+    names: tuple[str, str],
+    worlds: Sequence[int],
+    hidden_sizes: Sequence[int],
+    graphs_of: Callable[[Sequence[Any], str, int], Sequence[tuple[Any, Any]]],
+) -> int:
+    """Time two graphs for each place of the command line, print a table and the ratios.
+
+    Args:
+        places: numbers of tokens, by kernel.
+        names: of the two columns; the ratio is the second divided by the first.
+        worlds, hidden_sizes: the default ones.
+        graphs_of: returns the two results of `graph_of` for ranks, a kernel and a number of tokens.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", type=int, nargs="+", default=worlds)
+    parser.add_argument("--hidden", type=int, nargs="+", default=hidden_sizes)
     parser.add_argument("--tokens", type=int, nargs="+", help="default: some for each kernel")
     options = parser.parse_args()
     torch.cuda.set_device(ranks_of_one_gpu.DEVICE)
     print(f"{torch.cuda.get_device_name()}, bf16, all ranks on it; us per call, medians of {ROUNDS - 3} replays")
-    print("ranks | hidden | kernel | tokens | plain | batch-invariant | ratio")
+    print(" | ".join(("ranks | hidden | kernel | tokens", *names, "ratio")))
     ratios = []
     for world in options.world:
         for hidden in options.hidden:
             ranks = ranks_of_one_gpu.make_ranks(world, hidden, torch.bfloat16)
-            for kind, counts in PLACES.items():
+            for kind, counts in places.items():
                 for tokens in options.tokens or counts:
                     if kind == "one_shot" and tokens > ranks_of_one_gpu.ONE_SHOT_TOKENS:
                         continue
-                    graphs = [graph_of(ranks, kind, tokens, invariant) for invariant in (False, True)]
-                    plain, invariant = times([graph for graph, _ in graphs])
+                    graphs = graphs_of(ranks, kind, tokens)
+                    first, second = times([graph for graph, _ in graphs])
                     ranks[0][0].check(synchronize=True)
-                    ratios.append(invariant / plain)
-                    row = (world, hidden, kind, tokens, f"{plain:.2f}", f"{invariant:.2f}", f"{ratios[-1]:.3f}")
+                    ratios.append(second / first)
+                    row = (world, hidden, kind, tokens, f"{first:.2f}", f"{second:.2f}", f"{ratios[-1]:.3f}")
                     print(*row, sep=" | ", flush=True)
     print(f"ratio: geometric mean {statistics.geometric_mean(ratios):.3f}, largest {max(ratios):.3f}")
     return 0
+
+
+def main() -> int:
+    def graphs_of(ranks: Sequence[Any], kind: str, tokens: int) -> list[tuple[Any, Any]]:
+        return [graph_of(ranks, kind, tokens, invariant) for invariant in (False, True)]
+
+    return compare(__doc__, PLACES, ("plain", "batch-invariant"), [2, 4], [4096, 8192], graphs_of)
 
 
 if __name__ == "__main__":

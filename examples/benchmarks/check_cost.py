@@ -11,17 +11,15 @@ microseconds per call, and the ratio with / without.
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-from batch_invariant import ROUNDS, graph_of, ranks_of_one_gpu, times
+from batch_invariant import compare, graph_of
 
 from fusewire.custom_ops.providers.symm_mem import kernels, launcher
 
@@ -52,34 +50,14 @@ def kernel_without_checks(name: str) -> Any:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", type=int, nargs="+", default=[2])
-    parser.add_argument("--hidden", type=int, nargs="+", default=[4096])
-    parser.add_argument("--tokens", type=int, nargs="+", help="default: some for each kernel")
-    options = parser.parse_args()
-    torch.cuda.set_device(ranks_of_one_gpu.DEVICE)
-    print(f"{torch.cuda.get_device_name()}, bf16, all ranks on it; us per call, medians of {ROUNDS - 3} replays")
-    print("ranks | hidden | kernel | tokens | without checks | with | ratio")
-    ratios = []
+    def graphs_of(ranks: Sequence[Any], kind: str, tokens: int) -> list[tuple[Any, Any]]:
+        with mock.patch.object(launcher, "kernel", kernel_without_checks):
+            plain = graph_of(ranks, kind, tokens, False)
+        return [plain, graph_of(ranks, kind, tokens, False)]
+
     with tempfile.TemporaryDirectory() as folder:
         copy_without_checks(Path(folder))
-        for world in options.world:
-            for hidden in options.hidden:
-                ranks = ranks_of_one_gpu.make_ranks(world, hidden, torch.bfloat16)
-                for kind, counts in PLACES.items():
-                    for tokens in options.tokens or counts:
-                        if kind == "one_shot" and tokens > ranks_of_one_gpu.ONE_SHOT_TOKENS:
-                            continue
-                        with mock.patch.object(launcher, "kernel", kernel_without_checks):
-                            plain = graph_of(ranks, kind, tokens, False)
-                        checked = graph_of(ranks, kind, tokens, False)
-                        before, after = times([plain[0], checked[0]])
-                        ranks[0][0].check(synchronize=True)
-                        ratios.append(after / before)
-                        row = (world, hidden, kind, tokens, f"{before:.2f}", f"{after:.2f}", f"{ratios[-1]:.3f}")
-                        print(*row, sep=" | ", flush=True)
-    print(f"ratio: geometric mean {statistics.geometric_mean(ratios):.3f}, largest {max(ratios):.3f}")
-    return 0
+        return compare(__doc__, PLACES, ("without checks", "with"), [2], [4096], graphs_of)
 
 
 if __name__ == "__main__":
