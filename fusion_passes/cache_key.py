@@ -49,7 +49,7 @@ def cache_key(config: PassConfig, *, groups: bool = True) -> str:
         config: the options.
         groups: False leaves the process groups out, for a cache whose own key holds their sizes.
     """
-    # What some of vLLM's operators compute depends on its version; see analysis/norm_quant_forms.py.
+    # What some of vLLM's operators compute depends on its version (analysis/norm_quant_forms.py).
     parts = [static_key(config), f"vLLM {getattr(sys.modules.get('vllm'), '__version__', '')}"]
     for op in all_ops().values():
         if op.selector is None:

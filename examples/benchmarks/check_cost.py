@@ -5,8 +5,8 @@
 
 The checks are: every kernel reads the error word when it starts, and a flag has the call's tokens
 and options beside its number. The kernels are timed against copies of themselves without both. All
-ranks are in this process, as in batch_invariant.py, whose way of timing this is. Prints medians in
-microseconds per call, and the ratio with / without.
+ranks are in this process and are timed as in batch_invariant.py. Prints medians in microseconds per
+call, and the ratio with / without.
 """
 
 from __future__ import annotations

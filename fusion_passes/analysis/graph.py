@@ -164,11 +164,8 @@ def cast_source(node: Any) -> Node | None:
 
 def plain_add(node: Any) -> tuple[Any, Any] | None:
     """Return the operands of an add with alpha 1, or None."""
-    if not isinstance(node, Node) or node.target not in ADDS or len(node.args) != 2:
-        return None
-    if node.kwargs.get("alpha", 1) != 1 or set(node.kwargs) - {"alpha"}:
-        return None
-    return node.args[0], node.args[1]
+    terms = terms_of(node)
+    return terms[:2] if terms is not None and terms[2] == 1 else None
 
 
 def terms_of(node: Any) -> tuple[Any, Any, int | float] | None:

@@ -307,7 +307,7 @@ def _squared(node: Any) -> Node | None:
 
 
 def _row_products(left: Any, right: Any) -> Node | None:
-    """Return x if a product of matrices is that of each row of x, (1, size), with itself, (size, 1).
+    """Return x if a product of matrices multiplies each row of x, (1, size), by itself, (size, 1).
 
     Two views have as many elements, so one of their dimensions of 1 says that both are.
     """

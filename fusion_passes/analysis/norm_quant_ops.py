@@ -88,10 +88,13 @@ def _name(node: Node) -> str:
 
 
 def _form(call: MutatingCall, entry: NormQuantOp, source: Node) -> tuple[str, str]:
-    """Return the form of a call's norm and "", or some form and why the true one is not known."""
+    """Return the form of a call's norm and "", or any form and why the true one is not known."""
     op, quant, value = op_of_name(call.op), op_of_name(entry.quant), value_of(source)
     if op is None or quant is None or value is None:
-        return ROUND_THEN_SCALE, "the graph does not say what it computes, or its operators are missing"
+        return (
+            ROUND_THEN_SCALE,
+            "it could not be tried: the operator that quantises, or its input's device, is not known",
+        )
     form, refusal = form_of(op, quant, entry, call.arguments.get("residual") is not None, value.device.type)
     return form or ROUND_THEN_SCALE, refusal
 

@@ -5,6 +5,6 @@ mutating_calls calls of operators that write into arguments, functional or not
 compile_fx     Inductor's entry point, options and hook for custom passes
 compile_cache  the cache's hits and switches
 cache_artifact files beside the cache; imported with fusewire itself
-eager          calls on real tensors in between
+eager          calls on real tensors while a graph is compiled
 dynamo         restarts with floats as numbers, graph breaks, the kind of a graph
 """

@@ -41,7 +41,7 @@ def float_inputs(model: GraphModule) -> Iterator[tuple[Node, str]]:
 
 
 def steady_attributes(nodes: Iterable[Node]) -> set[Node]:
-    """Return the float inputs of a graph that are attributes of modules and have had few values so far.
+    """Return the float inputs that are attributes of modules and have had few values so far.
 
     As numbers, all their values together are one compilation. Dynamo compiles a function 8 times at
     most (its recompile_limit) and then runs it uncompiled, so after 4 compilations only attributes

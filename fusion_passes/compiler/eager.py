@@ -12,6 +12,6 @@ _T = TypeVar("_T")
 
 
 def call_now(function: Callable[[], _T]) -> _T:
-    """Return function(), run without gradients and outside all modes, such as that of fake tensors."""
+    """Return function(), run without gradients and outside modes such as that of fake tensors."""
     with _disable_current_modes(), torch.no_grad():
         return function()

@@ -220,7 +220,7 @@ def check_group(captures: Captures) -> Support:
 
 def _unnamed_group() -> str:
     refusal = "the process group is a value of the graph and not a name known at compile time"
-    # From torch 2.15 on the setting is the compiler's. Before, torch.distributed had it, whose module
+    # From torch 2.15 on the setting is the compiler's. Before, torch.distributed.config had it, which
     # is imported where the setting took effect.
     owner = "compiler" if hasattr(torch.compiler.config, "compile_on_one_rank") else "distributed"
     config = getattr(getattr(torch, owner), "config", None)

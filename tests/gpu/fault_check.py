@@ -475,7 +475,7 @@ def main():
                 environment = {**(DEBUG if debug else {}), "FUSEWIRE_TIMEOUT_S": "10"}
                 environment["FUSEWIRE_WATCHDOG_INTERVAL_S"] = "0.1"
                 given = (job, arguments.ranks, case, folder, TOKENS[protocol], not arguments.cpu)
-                # The shorter limit for a process that has ended is 5 s, and a kernel may wait several times.
+                # After the end of a process kernels wait 5 s more, and some wait several times.
                 limit_s = 50.0 if arguments.cpu or case.endswith("ended") else 18.0
                 statuses = run_ranks(*given, gpu=not arguments.cpu, environment=environment, limit_s=limit_s)
                 paths = [Path(folder) / f"rank{rank}" for rank in range(arguments.ranks)]

@@ -57,7 +57,7 @@ def load(library: str | None) -> list[str]:
 
 
 def cases(tokens: int, hidden: int, dtype: torch.dtype):
-    """Yield (operator, label, function that makes its arguments and names of those it writes)."""
+    """Yield (operator, label, function that makes its arguments, by name)."""
     generator = torch.Generator("cuda").manual_seed(tokens + hidden)
 
     def random(*shape: int) -> torch.Tensor:

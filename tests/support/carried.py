@@ -13,7 +13,7 @@ import torch.distributed as dist
 from support.blocks import HIDDEN, NORMS, reduce_functional
 from support.compiles import WITHOUT_CODE
 
-# Of the programs, those that ranks compile: a part in each run of the tests, all in the nightly one.
+# Of the programs, those that ranks compile: a part in each run of the tests, all every night.
 PARTS = [slice(None, None, 4), pytest.param(slice(None), marks=pytest.mark.nightly)]
 
 

@@ -128,7 +128,10 @@ class FakeFlashInfer:
 
 @contextlib.contextmanager
 def _in_sys_modules(modules):
-    """Unlike mock.patch.dict, leave what is imported meanwhile: torch cannot import some of its modules twice."""
+    """Replace modules, and unlike mock.patch.dict leave what else is imported meanwhile.
+
+    torch cannot import some of its own modules twice.
+    """
     before = {name: sys.modules.get(name) for name in modules}
     sys.modules.update(modules)
     try:

@@ -156,7 +156,7 @@ _OPERATORS = (
 
 
 def operators(**changed: Any) -> list[torch.library.Library]:
-    """Define the operators while the library lives; `changed` has other functions for some of them."""
+    """Define the operators while the library lives; `changed` has other functions for some."""
     engine = torch.library.Library("_C", "FRAGMENT")
     for schema, function in _OPERATORS:
         name = schema.partition("(")[0]

@@ -25,8 +25,8 @@ from support.zoo import MODELS, forward_logits, prefill_and_decode
 NAMES = ["llama", "qwen3", "gemma1", "gemma2", "gemma3"]
 # (model, ranks, decode steps, whether Inductor generates code). The code of gemma3 has what that of
 # the others has, and llama's is in test_bf16_is_no_farther_from_fp64_than_plain_compile. Without
-# code the passes, the graphs and the collectives are the same. qwen3 has llama's layers and gemma3's
-# norms of queries and keys, so it runs every night only.
+# code the passes, the graphs and the collectives are the same. qwen3 has llama's layers and
+# gemma3's norms of queries and keys, so it runs every night only.
 QUICK = [("llama", 2, 2, False), ("gemma3", 2, 1, True), ("gemma1", 2, 1, False), ("gemma2", 3, 2, False)]
 REST = [(name, ranks, 2, True) for ranks in (2, 3) for name in NAMES]
 BATCH, TOKENS = 2, 8

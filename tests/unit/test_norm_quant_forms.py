@@ -116,7 +116,7 @@ def test_another_arithmetic_is_refused(define, name, function, words):
 
 @pytest.mark.parametrize("function", [ROUNDS_FIRST, without_its_sum], ids=["later", "unknown"])
 def test_a_graph_has_the_operators_bits(define, function):
-    """Fused in the operator's form, or left with the reason; the same compile cache serves both."""
+    """Fused in the operator's form, or left with the reason."""
     define(**{OP: function})
 
     def model(x, r, w, s):
